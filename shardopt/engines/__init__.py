@@ -1,0 +1,1 @@
+"""Who holds what, and how gradients get there. One file an engine."""

@@ -1,0 +1,16 @@
+"""What a person gave that cannot work, told apart from a defect of ours."""
+
+
+class InputError(ValueError):
+    """Something the user wrote, pointed to or launched cannot work.
+
+    The message names the thing to change. The command line prints it as one line, without a traceback, and
+    exits with status 2 on every rank.
+    """
+
+
+class MissingExtraError(ImportError):
+    """A feature was asked for whose optional packages are not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed. Install it with: pip install 'shardopt[{extra}]'")
