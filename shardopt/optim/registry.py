@@ -1,0 +1,193 @@
+"""Optimizers by name: which class, whether any element of it may be cut off, and which parameters decay."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from shardopt import slices
+from shardopt.errors import InputError
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """A class, its hyper-parameters and how a model's parameters fall into groups.
+
+    Args:
+        cls: the optimizer's class.
+        kwargs: its hyper-parameters, all but `params`.
+        elementwise: an element's update needs only its own weight, gradient and state, so that state may be
+            sharded at any element boundary.
+        reason: why not, where it is not elementwise; one clause, for a refusal's message.
+    """
+
+    cls: type[Optimizer]
+    kwargs: dict[str, Any]
+    elementwise: bool = True
+    reason: str = ""
+
+    def groups(self, named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+        """Torch-style parameter groups of (name, parameter) pairs, in the order given.
+
+        Matrices and larger (ndim >= 2) decay; norms and biases get `weight_decay` 0.0. One group where
+        nothing decays. Frozen parameters are left out, and so are empty groups. DTensors never share a group
+        with ordinary tensors: torch's fused and foreach steps fail on the mix.
+        """
+        from torch.distributed.tensor import DTensor
+
+        default = inspect.signature(self.cls).parameters.get("weight_decay")
+        weight_decay = self.kwargs.get("weight_decay", default.default if default else 0.0)
+        decays = bool(weight_decay)
+        members: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
+        for name, param in named:
+            if param.requires_grad:
+                key = (decays and param.ndim < 2, isinstance(param, DTensor))
+                members.setdefault(key, []).append((name, param))
+        return [
+            {"params": pairs, **({"weight_decay": 0.0 if exempt else weight_decay} if decays else {})}
+            for (exempt, _), pairs in sorted(members.items(), key=lambda item: item[0])
+        ]
+
+    def build(self, model: nn.Module) -> Optimizer:
+        """The optimizer over `model`'s trainable parameters, under their canonical names.
+
+        Raises:
+            InputError: nothing to train, or a parameter that the class refuses.
+        """
+        groups = self.groups(slices.named_parameters(model))
+        if not groups:
+            raise InputError("the model has no trainable parameter: set requires_grad on at least one")
+        try:
+            return self.cls(groups, **self.kwargs)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self.cls.__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Entry:
+    load: Callable[[], type[Optimizer]]
+    elementwise: bool
+    reason: str
+    preset: dict[str, Any]
+
+
+_ENTRIES: dict[str, _Entry] = {}
+
+
+def register(
+    name: str,
+    cls_or_loader: type[Optimizer] | Callable[[], type[Optimizer]],
+    elementwise: bool = True,
+    *,
+    reason: str = "",
+    preset: dict[str, Any] | None = None,
+) -> None:
+    """Make an optimizer known by `name`.
+
+    Args:
+        name: what a configuration says.
+        cls_or_loader: the class, or a function that imports it at first use.
+        elementwise, reason: see `OptimizerSpec`; a class that is not elementwise must say why.
+        preset: hyper-parameters that differ from the class's own defaults; the user's go before them.
+
+    Raises:
+        ValueError: the name is taken, or the reason is missing.
+    """
+    if name in _ENTRIES:
+        raise ValueError(f"an optimizer named {name!r} is already registered")
+    if not elementwise and not reason:
+        raise ValueError(f"{name}: say in `reason` why it cannot be sharded at any element boundary")
+
+    def load() -> type[Optimizer]:
+        return cls_or_loader if isinstance(cls_or_loader, type) else cls_or_loader()
+
+    _ENTRIES[name] = _Entry(load, elementwise, reason, preset or {})
+
+
+def names() -> tuple[str, ...]:
+    """All known names, in alphabetical order."""
+    return tuple(sorted(_ENTRIES))
+
+
+def spec(name: str, **kwargs: Any) -> OptimizerSpec:
+    """The named optimizer with its hyper-parameters, checked by building one over a single weight.
+
+    Lists, as YAML has them, become tuples.
+
+    Raises:
+        InputError: an unknown name or hyper-parameter (the message names the nearest known one), or a value
+            that the class refuses (the message is the class's own).
+    """
+    if name not in _ENTRIES:
+        raise InputError(f"unknown optimizer {name!r}{_nearest(name, names())}; known: {', '.join(names())}")
+    entry = _ENTRIES[name]
+    cls = entry.load()
+    allowed = {key: p.default for key, p in inspect.signature(cls).parameters.items() if key != "params"}
+    for key, value in kwargs.items():
+        if key not in allowed:
+            known = ", ".join(allowed)
+            raise InputError(f"optimizer {name} has no {key!r}{_nearest(key, allowed)}; it has: {known}")
+        if isinstance(value, str) and isinstance(allowed[key], int | float):
+            raise InputError(
+                f"optimizer {name}: {key} must be a number, got the text {value!r} "
+                f"(YAML reads 1e-3 as text, 1.0e-3 as a number)"
+            )
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in (entry.preset | kwargs).items()
+    }
+    try:
+        cls([("trial", nn.Parameter(torch.zeros(1, 1)))], **values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"optimizer {name}: {error}") from error
+    return OptimizerSpec(cls, values, entry.elementwise, entry.reason)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _ademamix() -> type[Optimizer]:
+    from shardopt.optim.ademamix import AdEMAMix
+
+    return AdEMAMix
+
+
+def _yogi() -> type[Optimizer]:
+    from shardopt.optim.baselines import Yogi
+
+    return Yogi
+
+
+def _simplified_ademamix() -> type[Optimizer]:
+    from shardopt.optim.baselines import SimplifiedAdEMAMix
+
+    return SimplifiedAdEMAMix
+
+
+register("ademamix", _ademamix)
+register("yogi", _yogi)
+register("simplified_ademamix", _simplified_ademamix)
+# One pass over memory where torch has one that takes DTensors too; its fused SGD does not.
+register("adamw", torch.optim.AdamW, preset={"fused": True})
+register("adam", torch.optim.Adam, preset={"fused": True})
+register("amsgrad", torch.optim.Adam, preset={"fused": True, "amsgrad": True})
+register("sgd", torch.optim.SGD)
+register("rmsprop", torch.optim.RMSprop)
+register("adadelta", torch.optim.Adadelta)
+register(
+    "adafactor",
+    torch.optim.Adafactor,
+    elementwise=False,
+    reason="it averages squared gradients over whole rows and columns",
+)
+register(
+    "muon", torch.optim.Muon, elementwise=False, reason="it orthogonalises the momentum of a whole matrix"
+)
