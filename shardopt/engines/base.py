@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardopt.engines.ranks import Ranks
+from shardopt.optim import states
 from shardopt.optim.registry import OptimizerSpec
-from shardopt.slices import Layout, Slice
+from shardopt.slices import Layout, Slice, layout_of, local_tensor, named_parameters
+
+DtypeName = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,10 @@ class EngineInputs:
 
     Args:
         ranks: the processes.
-        model: on the meta device; engines materialise it.
-        initialise: fills the parameters and buffers in place once they have storage, whole or sharded, the same
-            values whatever the engine and world size.
+        model: with parameters on the meta device; the engine shards it as it likes.
+        initialise: gives the (sharded) model storage and its first weights, in place.
         optimizer: class, hyper-parameters and parameter groups.
         blocks: the transformer blocks, in forward order (FSDP2 shards each).
-        compute_dtype: dtype of forward and backward.
     """
 
     ranks: Ranks
@@ -35,7 +38,6 @@ class EngineInputs:
     initialise: Callable[[nn.Module], None]
     optimizer: OptimizerSpec
     blocks: list[nn.Module]
-    compute_dtype: torch.dtype
 
 
 class Engine(abc.ABC):
@@ -75,15 +77,15 @@ class Engine(abc.ABC):
     def zero_grad(self) -> None: ...
 
     @abc.abstractmethod
+    def init_state(self) -> None:
+        """Create the optimizer's state without counting a step."""
+
+    @abc.abstractmethod
     def slices(self) -> list[Slice]:
         """What this process holds of the weights and the optimizer's state, as the live tensors themselves.
 
-        The state exists after `init_state`. Replicas (DDP, HSDP) each return theirs.
+        The state is there after `init_state`. Replicas (DDP, HSDP) each return theirs.
         """
-
-    @abc.abstractmethod
-    def init_state(self) -> None:
-        """Create the optimizer's state without counting a step."""
 
     @abc.abstractmethod
     def gradient_bytes(self) -> int:
@@ -104,5 +106,90 @@ class Engine(abc.ABC):
         """Release what the engine started (hooks, streams, sub-groups)."""
 
 
-def weight_slice(name: str, layout: Layout, weight: Tensor) -> Slice:
-    return Slice(name, "weight", layout, (weight,))
+class ModuleEngine(Engine):
+    """An engine whose optimizer works on the module's own parameters, whole or DTensors (single, ddp, fsdp).
+
+    Args:
+        inputs: see EngineInputs; the optimizer is built on `inputs.model` as it is now.
+        group: the ranks over which the parameters are sharded; None where each rank holds them whole.
+        compute_dtype: what autocast uses in forward; torch.float32 for none (FSDP2 casts by itself).
+    """
+
+    def __init__(self, inputs: EngineInputs, group: dist.ProcessGroup | None, compute_dtype: torch.dtype) -> None:
+        self.ranks, self.group = inputs.ranks, group
+        self.optimizer = inputs.optimizer.build(inputs.model)
+        self._named = named_parameters(inputs.model)
+        self._compute_dtype = compute_dtype
+
+    def backward(self, loss: Tensor) -> None:
+        # DDP and FSDP2 average over ranks; the engine's contract is a sum.
+        (loss * self.ranks.world_size).backward()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        if self._compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.ranks.device.type, self._compute_dtype)
+
+    def _local_grads(self) -> list[Tensor]:
+        return [local_tensor(p.grad) for _, p in self._named if p.grad is not None]
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float | None) -> float:
+        grads = self._local_grads()
+        # fp32 within a tensor, double across tensors and ranks.
+        norms = [n.double() for n in torch._foreach_norm(grads)] if grads else []
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+        square = square.to(self.ranks.device)
+        if self.group is not None:
+            dist.all_reduce(square, group=self.group)
+        norm = math.sqrt(square.item())
+        if max_norm is not None and max_norm < norm < math.inf:
+            torch._foreach_mul_(grads, max_norm / norm)
+        return norm
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def init_state(self) -> None:
+        states.init_state(self.optimizer)
+
+    def _layouts(self) -> dict[Tensor, Layout]:
+        return {param: layout_of(param, name) for name, param in self._named}
+
+    def slices(self) -> list[Slice]:
+        layouts = self._layouts()
+        weights = [Slice(n, "weight", layouts[p], (local_tensor(p.detach()),)) for n, p in self._named]
+        return weights + states.state_slices(self.optimizer, layouts)
+
+    def gradient_bytes(self) -> int:
+        return sum(local_tensor(p).nbytes for _, p in self._named if p.requires_grad)
+
+    def replicas(self) -> int:
+        return self.ranks.world_size // (dist.get_world_size(self.group) if self.group is not None else 1)
+
+    @torch.no_grad()
+    def full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
+        from torch.distributed.tensor import DTensor
+
+        for name, param in self._named:
+            whole = param.full_tensor() if isinstance(param, DTensor) else param.detach()
+            yield name, whole.cpu() if self.ranks.is_main else None
+
+
+def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """The dtype of forward and backward; "auto" is bf16 on a GPU that has it and fp32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def check_choice(config: object, **allowed: tuple[object, ...]) -> None:
+    """Raise InputError naming `engine.KEY` where a field of an engine's config is not among its choices."""
+    from shardopt.errors import InputError
+
+    for key, choices in allowed.items():
+        if (value := getattr(config, key)) not in choices:
+            raise InputError(f"engine.{key}: {value!r} is not one of {', '.join(map(str, choices))}")

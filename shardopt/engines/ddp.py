@@ -1,0 +1,54 @@
+"""DistributedDataParallel: every rank holds everything. The other control, and the peer to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.nn.parallel import DistributedDataParallel
+
+from shardopt.engines.base import DtypeName, EngineInputs, ModuleEngine, check_choice, compute_dtype
+from shardopt.errors import InputError
+
+
+@dataclass(frozen=True)
+class DdpConfig:
+    """torch's DistributedDataParallel."""
+
+    name: Literal["ddp"] = "ddp"
+    bucket_mb: float = 25.0
+    """Size of a gradient bucket."""
+    compute_dtype: DtypeName = "auto"
+    """Forward and backward; "auto" is bf16 (autocast) on a GPU, fp32 on the CPU."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        check_choice(self, compute_dtype=("auto", "fp32", "bf16"))
+        if self.bucket_mb <= 0:
+            raise InputError(f"engine.bucket_mb: {self.bucket_mb} must be greater than 0")
+
+
+class DdpEngine(ModuleEngine):
+    name = "ddp"
+
+    def __init__(self, config: DdpConfig, inputs: EngineInputs) -> None:
+        if not inputs.ranks.distributed:
+            raise InputError("engine.name: ddp needs torchrun (or choose engine.name=single)")
+        inputs.initialise(inputs.model)
+        device = inputs.ranks.device
+        self.model = self._ddp = DistributedDataParallel(
+            inputs.model,
+            device_ids=[device] if device.type == "cuda" else None,
+            bucket_cap_mb=config.bucket_mb,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # rotary tables and the like: the same everywhere already
+        )
+        super().__init__(inputs, None, compute_dtype(config.compute_dtype, device))
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        with self.autocast(), nullcontext() if last else self._ddp.no_sync():
+            yield

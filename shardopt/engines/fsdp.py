@@ -1,0 +1,81 @@
+"""FSDP2: `fully_shard` on each transformer block and on the root; parameters are DTensors sharded by rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from shardopt.engines.base import DtypeName, EngineInputs, ModuleEngine, check_choice, compute_dtype
+from shardopt.errors import InputError
+
+
+@dataclass(frozen=True)
+class FsdpConfig:
+    """torch's FSDP2: weights, gradients and optimizer state are all sharded."""
+
+    name: Literal["fsdp"] = "fsdp"
+    replicate: int = 1
+    """Groups of ranks that hold the same shards (HSDP); the ranks are cut into this many. 1 is plain FSDP."""
+    reshard_after_forward: bool = True
+    """Free the gathered weights of a block after its forward and gather them again in backward: less memory."""
+    compute_dtype: DtypeName = "auto"
+    """Forward and backward; "auto" is bf16 on a GPU, fp32 on the CPU. The sharded weights stay fp32."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Gradients on the wire."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        check_choice(self, compute_dtype=("auto", "fp32", "bf16"), reduce_dtype=("fp32", "bf16"))
+        if self.replicate < 1:
+            raise InputError(f"engine.replicate: {self.replicate} must be at least 1")
+
+
+class FsdpEngine(ModuleEngine):
+    name = "fsdp"
+
+    def __init__(self, config: FsdpConfig, inputs: EngineInputs) -> None:
+        ranks, model = inputs.ranks, inputs.model
+        if not ranks.distributed:
+            raise InputError("engine.name: fsdp needs torchrun (or choose engine.name=single)")
+        if ranks.world_size % config.replicate:
+            raise InputError(
+                f"engine.replicate: {config.replicate} does not divide the {ranks.world_size} ranks of this run"
+            )
+        mesh = init_device_mesh(
+            ranks.device.type,
+            (config.replicate, ranks.world_size // config.replicate),
+            mesh_dim_names=("replicate", "shard"),
+        )
+        shard = mesh["shard"]
+        reduce = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.reduce_dtype]
+        policy = MixedPrecisionPolicy(
+            param_dtype=compute_dtype(config.compute_dtype, ranks.device), reduce_dtype=reduce
+        )
+        for block in inputs.blocks:
+            fully_shard(
+                block,
+                mesh=shard if config.replicate == 1 else mesh,
+                reshard_after_forward=config.reshard_after_forward,
+                mp_policy=policy,
+            )
+        # The root is needed again as soon as backward starts, so it stays gathered.
+        fully_shard(
+            model, mesh=shard if config.replicate == 1 else mesh, reshard_after_forward=False, mp_policy=policy
+        )
+        inputs.initialise(model)
+        self.model = model
+        super().__init__(inputs, shard.get_group(), torch.float32)
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(last)
+        self.model.set_is_last_backward(last)
+        yield

@@ -1,0 +1,213 @@
+"""Build a transformers causal language model without ever holding all of it, and give it its first weights.
+
+The model is made with parameters on the meta device (buffers are real: rotary tables are small, and recomputing
+them by hand is where others go wrong). The engine shards it and calls `initialise`, which gives every parameter
+storage and then runs the model's own initialisation, with each random tensor drawn whole on the CPU from a seed
+of its own and only the elements held here kept. So initial weights do not depend on the engine or world size.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate import init_empty_weights
+from pydantic import ConfigDict
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from shardopt.errors import InputError
+from shardopt.pretrain.section import Section
+from shardopt.slices import canonical_name, layout_of, local_tensor, name_key
+
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+
+
+class ModelConfig(Section):
+    """`model_type` and that type's own configuration keys, or `path` to a folder with a config.json."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    model_type: str | None = None
+    """Any causal-LM type that transformers knows: llama, qwen3, gpt2, ..."""
+    path: str | None = None
+    """A local folder. Its safetensors weights are loaded if it has any, else only its config is used."""
+
+
+def model_config(
+    section: ModelConfig, vocab_size: int, eos_token_id: int, block_size: int
+) -> PretrainedConfig:
+    """The transformers configuration that `section` describes, checked against the tokenizer and the data.
+
+    Args:
+        vocab_size: of the tokenizer; the model's own where `model.vocab_size` is not given.
+        eos_token_id: the tokenizer's end of a document.
+        block_size: tokens a sequence.
+
+    Raises:
+        InputError: an unknown type or key, a vocabulary smaller than the tokenizer's, blocks too long.
+    """
+    given = dict(section.model_extra or {})
+    if (section.model_type is None) == (section.path is None):
+        raise InputError(
+            "model: give either model_type (such as llama) or path (a folder with a config.json)"
+        )
+    if section.path is not None:
+        if not (Path(section.path) / "config.json").is_file():
+            raise InputError(f"model.path: {section.path} holds no config.json")
+        base, _ = PretrainedConfig.get_config_dict(section.path)
+        model_type = base.pop("model_type", None)
+    else:
+        model_type = section.model_type
+        base = {
+            "vocab_size": vocab_size,
+            "eos_token_id": eos_token_id,
+            "bos_token_id": eos_token_id,
+            "pad_token_id": None,
+        }
+    try:
+        defaults = AutoConfig.for_model(model_type)
+    except ValueError:
+        near = difflib.get_close_matches(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"model.model_type: transformers knows no {model_type!r}{hint}") from None
+    known = set(defaults.to_dict()) | set(defaults.attribute_map)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean model.{near[0]}?" if near else ""
+            raise InputError(f"model.{key}: a {model_type} configuration has no such key{hint}")
+    try:
+        config = AutoConfig.for_model(model_type, **(base | given))
+    except Exception as e:  # whatever the type's own checks raise
+        raise InputError(f"model: {model_type} refuses this configuration: {e}") from e
+    if config.vocab_size < vocab_size:
+        raise InputError(
+            f"model.vocab_size: {config.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}"
+        )
+    for key in _LENGTH_KEYS:
+        limit = getattr(config, key, None)
+        if isinstance(limit, int) and limit < block_size:
+            raise InputError(
+                f"data.block_size: {block_size} is over this model's limit, model.{key} = {limit}: "
+                f"lower data.block_size or raise model.{key}"
+            )
+    config.use_cache = False
+    return config
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model with fp32 parameters on the meta device and real buffers on the CPU, weights tied.
+
+    Raises:
+        InputError: transformers has no causal language model of this type, or refuses to build this one.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as e:
+        raise InputError(f"model: transformers cannot build this {config.model_type}: {e}") from e
+    for module in model.modules():  # transformers believes it has initialised them
+        if hasattr(module, "_is_hf_initialized"):
+            del module._is_hf_initialized
+    model.tie_weights()
+    return model
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks in forward order: the longest ModuleList of modules of one class.
+
+    Raises:
+        InputError: the model has no such list.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1]
+    if not lists:
+        raise InputError(f"model: {type(model).__name__} has no list of transformer blocks to shard")
+    return list(max(lists, key=len))
+
+
+def give_storage(model: nn.Module, device: torch.device) -> None:
+    """Replace meta parameters by empty ones on `device`, tied ones by one tensor; move the buffers there.
+
+    `Module.to_empty` does neither: it unties weights and forgets the buffers' values.
+    """
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            if param.is_meta and param not in made:
+                made[param] = nn.Parameter(torch.empty_like(param, device=device), param.requires_grad)
+            setattr(module, name, made.get(param, param))
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+class _DrawWhole(TorchDispatchMode):
+    """In-place random ops draw the whole tensor on the CPU, each from a seed of its own, and keep the local part.
+
+    DTensor's own random ops depend on the world size on the CPU, and a GPU's generator differs from the CPU's.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed, self.draws = seed, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_draw = torch.Tag.nondeterministic_seeded in func.tags and func._schema.name.endswith("_")
+        if not is_draw:
+            return func(*args, **kwargs)
+        target = args[0]
+        generator = torch.Generator().manual_seed(name_key(f"{self.seed}/{self.draws}") >> 1)
+        self.draws += 1
+        whole = torch.empty(target.shape, dtype=torch.float32)
+        func(whole, *args[1:], **(kwargs | {"generator": generator}))
+        local = local_tensor(target)
+        if local.is_contiguous():
+            layout_of(target, "a randomly initialised tensor").copy_from_whole(local, whole)
+        else:
+            local.copy_(whole)
+        return target
+
+
+@torch.no_grad()
+def initialise(model: PreTrainedModel, device: torch.device, seed: int, weights: str | None = None) -> None:
+    """Give `model` (meta or sharded meta) storage on `device` and its first weights, in place.
+
+    Args:
+        seed: of the random weights; the same seed gives the same weights on every engine and world size.
+        weights: a folder whose safetensors files are loaded instead (each rank reads only its own elements).
+
+    Raises:
+        InputError: the folder lacks a parameter of the model, or holds one of another shape.
+    """
+    give_storage(model, device)
+    # transformers takes a class that FSDP2 has renamed for custom code, and then skips modules without parameters
+    # of their own (GPT-2's residual scaling is in one of those).
+    with mock.patch.object(model, "is_custom_code", lambda: False), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with _DrawWhole(seed):
+            model.initialize_weights()
+    if weights is not None and (files := sorted(Path(weights).glob("*.safetensors"))):
+        _load_safetensors(model, files)
+
+
+def _load_safetensors(model: nn.Module, files: list[Path]) -> None:
+    wanted = {canonical_name(name): param for name, param in model.named_parameters()}
+    for file in files:
+        with safe_open(file, framework="pt") as f:
+            for name in f.keys() & wanted.keys():
+                param = wanted.pop(name)
+                if tuple(f.get_slice(name).get_shape()) != tuple(param.shape):
+                    raise InputError(
+                        f"model.path: {file.name} holds {name} of shape {f.get_slice(name).get_shape()}, the model's "
+                        f"is {list(param.shape)}"
+                    )
+                layout_of(param, name).copy_from_whole(local_tensor(param), f.get_tensor(name))
+    if wanted:
+        raise InputError(f"model.path: no weights for {', '.join(sorted(wanted)[:5])} in {files[0].parent}")
