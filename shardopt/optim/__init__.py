@@ -1,0 +1,1 @@
+"""Optimizers: what a step does to the elements held here. Nothing in this package communicates."""

@@ -1,0 +1,127 @@
+"""The AdEMAMix update in plain torch: for reading, and the oracle that every kernel is held against.
+
+Nothing here knows about storage formats, parameter groups or devices: `update` takes the exact state in any
+floating dtype and returns the new one. Scalars are Python doubles. The order of the operations below is the
+contract with the kernels: each rounds once, none is contracted, so that in fp32 all of them agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardopt.optim.schedules import alpha_at, beta3_at
+
+
+class Scalars(NamedTuple):
+    """What one step needs to know about one parameter besides its tensors."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    beta3: float  # of this step
+    alpha: float  # of this step
+    unbias1: float  # 1 / (1 - beta1 ** t)
+    unbias2: float  # 1 / (1 - beta2 ** t)
+    eps: float
+    eps_root: float
+    weight_decay: float
+    average_rate: float = 0.0  # 1 - average_decay; 1 at the first step, where the average starts
+    yogi: bool = False
+    maximize: bool = False
+
+
+def scalars_at(
+    step: int,
+    schedule_step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float, float],
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    alpha_warmup: int | None = None,
+    beta3_warmup: int | None = None,
+    eps_root: float = 0.0,
+    second_moment: str = "adam",
+    maximize: bool = False,
+    average_decay: float | None = None,
+) -> Scalars:
+    """The scalars of step `step` (from 1); the schedules are at `schedule_step` (differs after a switch)."""
+    beta1, beta2, beta3 = betas
+    return Scalars(
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        beta3=beta3_at(schedule_step, beta3, beta1, beta3_warmup),
+        alpha=alpha_at(schedule_step, alpha, alpha_warmup),
+        unbias1=unbias(beta1, step),
+        unbias2=unbias(beta2, step),
+        eps=eps,
+        eps_root=eps_root,
+        weight_decay=weight_decay,
+        average_rate=0.0 if average_decay is None else (1.0 if step == 1 else 1.0 - average_decay),
+        yogi=second_moment == "yogi",
+        maximize=maximize,
+    )
+
+
+def unbias(beta: float, step: int) -> float:
+    """1 / (1 - beta ** step), accurate for beta close to 1."""
+    return 1.0 if beta == 0.0 else -1.0 / math.expm1(step * math.log(beta))
+
+
+def split_beta(beta: float) -> tuple[float, float]:
+    """`beta` as a sum of two fp32 numbers, both positive.
+
+    fp32(0.9999) alone is off by 1.7e-4 of 1 - beta. The high part is rounded down, so that the low part is
+    positive and an infinite nu stays infinite instead of becoming inf - inf.
+    """
+    if beta == 0.0:
+        return 0.0, 0.0
+    high = np.float32(beta)
+    if float(high) >= beta:
+        high = np.nextafter(high, np.float32(0.0))
+    return float(high), float(np.float32(beta - float(high)))
+
+
+def update(
+    weight: Tensor,
+    grad: Tensor,
+    m1: Tensor | None,
+    m2: Tensor,
+    nu: Tensor,
+    s: Scalars,
+    average: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    """New (weight, m1, m2, nu, average), all of one shape and floating dtype; `m1` is None when beta1 is 0.
+
+    With lr = 0 the weight is returned as it came: not even the sign of a zero moves.
+    """
+    g = -grad if s.maximize else grad
+    if m1 is not None:
+        m1 = m1 + (g - m1) * (1.0 - s.beta1)
+    m2 = m2 + (g - m2) * (1.0 - s.beta3)
+    squared = g * g
+    if s.yogi:
+        nu = nu - torch.sign(nu - squared) * (squared * (1.0 - s.beta2))
+    elif nu.dtype == torch.float32:
+        high, low = split_beta(s.beta2)
+        nu = nu * high + (nu * low + squared * (1.0 - s.beta2))
+    else:
+        nu = nu * s.beta2 + squared * (1.0 - s.beta2)
+    if s.lr != 0.0:
+        weight = weight - (direction(g if m1 is None else m1, m2, nu, s) + weight * s.weight_decay) * s.lr
+    if average is not None:
+        average = average + (weight - average) * s.average_rate
+    return weight, m1, m2, nu, average
+
+
+def direction(m1: Tensor, m2: Tensor, nu: Tensor, s: Scalars) -> Tensor:
+    """u, the update before learning rate and weight decay."""
+    denominator = torch.sqrt(nu * s.unbias2 + s.eps_root) + s.eps
+    return (m1 * s.unbias1 + m2 * s.alpha) / denominator

@@ -1,0 +1,196 @@
+"""The state of any torch optimizer as slices and plain numbers: what engines report and checkpoints write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shardopt.errors import InputError
+from shardopt.slices import Layout, Range, Slice, canonical_name, layout_of, local_tensor
+
+Layouts = Layout | Sequence[Layout]
+# torch keeps these as 0-dim tensors; a 0-dim parameter has 0-dim state tensors too, hence the names.
+_SCALARS = ("step", "schedule_step", "eta", "mu", "mu_product")
+
+
+def parameter_names(optimizer: Optimizer) -> dict[Tensor, str]:
+    """Canonical name of every parameter: from named parameters, else its position ("0", "1", ...).
+
+    Positions are not portable between engines. A host that replaced a group's parameters by flat ones (their
+    number no longer fits the names) also falls back to positions.
+    """
+    names: dict[Tensor, str] = {}
+    taken: set[str] = set()
+    position = 0
+    for group in optimizer.param_groups:
+        given = group.get("param_names")
+        if given is not None and len(given) != len(group["params"]):
+            given = None
+        for i, param in enumerate(group["params"]):
+            name = str(position) if given is None else canonical_name(given[i])
+            while name in taken:  # the same name twice would make two tensors share random bits
+                name += "#"
+            names.setdefault(param, name)
+            taken.add(name)
+            position += 1
+    return names
+
+
+def layouts_of(
+    optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None = None
+) -> dict[Tensor, tuple[Layout, ...]]:
+    """Which elements each parameter of `optimizer` stands for: from `layouts`, the optimizer's own, or the tensor.
+
+    A flat partition stands for several parameters: it has several layouts, whose local starts count in it.
+    """
+    explicit: dict[Tensor, Layouts] = dict(getattr(optimizer, "explicit_layouts", {}))
+    explicit.update(layouts or {})
+    found = {}
+    for param, name in parameter_names(optimizer).items():
+        layout = explicit.get(param)
+        if layout is None:
+            layout = layout_of(param, name)
+        found[param] = (layout,) if isinstance(layout, Layout) else tuple(layout)
+    return found
+
+
+def _rebased(layout: Layout) -> tuple[int, int, Layout]:
+    """First local element, one past the last, and the layout counted from that first element."""
+    if not layout.ranges:
+        return 0, 0, layout
+    first, last = layout.ranges[0].local_start, layout.ranges[-1].local_start + layout.ranges[-1].length
+    if first == 0:
+        return first, last, layout
+    ranges = tuple(Range(r.global_start, r.local_start - first, r.length) for r in layout.ranges)
+    return first, last.local_start + last.length, Layout(layout.name, layout.shape, ranges)
+
+
+def _pieces(tensor: Tensor, layouts: tuple[Layout, ...]) -> Iterator[tuple[Layout, Tensor]]:
+    """Each layout with its own elements of the local `tensor` (a view)."""
+    for layout in layouts:
+        first, last, rebased = _rebased(layout)
+        if (first, last) == (0, tensor.numel()) or not tensor.numel():
+            yield rebased, tensor
+        else:
+            yield rebased, tensor.view(-1).narrow(0, first, last - first)
+
+
+def is_scalar(key: str, value: object, param: Tensor) -> bool:
+    """Whether a state entry is a count or a number rather than one value an element."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and (key in _SCALARS or param.dim() > 0)
+    return isinstance(value, (int, float))
+
+
+def state_slices(optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None = None) -> list[Slice]:
+    """The live state tensors as slices, in the order of the parameter groups; `kind` is the state key.
+
+    Args:
+        layouts: for parameters whose elements the optimizer cannot know itself (flat partitions).
+
+    Raises:
+        InputError: a state tensor that does not hold one value an element: the optimizer is not elementwise.
+    """
+    slices = []
+    for param, where in layouts_of(optimizer, layouts).items():
+        state = optimizer.state.get(param, {})
+        elements = local_tensor(param).numel()
+        for key, value in state.items():
+            if key.endswith("_scale") or value is None or is_scalar(key, value, param):
+                continue
+            values = local_tensor(value) if isinstance(value, Tensor) else None
+            if values is None or values.numel() != elements:
+                raise InputError(
+                    f"{type(optimizer).__name__} keeps state {key!r} of {where[0].name} that is not one value an "
+                    f"element: only elementwise optimizers can be sharded and saved in slices"
+                )
+            scale = state.get(f"{key}_scale")
+            if scale is not None:
+                if len(where) > 1:
+                    raise InputError(
+                        f"{where[0].name}: block formats need one parameter a tensor, not a flat partition"
+                    )
+                slices.append(Slice(where[0].name, key, where[0], (values, local_tensor(scale))))
+                continue
+            slices += [Slice(w.name, key, w, (piece,)) for w, piece in _pieces(values, where)]
+    return slices
+
+
+def scalar_state(optimizer: Optimizer) -> dict[str, dict[str, int | float]]:
+    """Counts and other numbers in the state, by parameter name; plain JSON."""
+    scalars: dict[str, dict[str, int | float]] = {}
+    for param, where in layouts_of(optimizer).items():
+        entry: dict[str, int | float] = {}
+        for key, value in optimizer.state.get(param, {}).items():
+            if not is_scalar(key, value, param):
+                continue
+            number = value.item() if isinstance(value, Tensor) else value
+            entry[key] = int(number) if "step" in key else number
+        if entry:
+            scalars.update({layout.name: dict(entry) for layout in where})
+    return scalars
+
+
+def load_scalar_state(optimizer: Optimizer, mapping: Mapping[str, Mapping[str, int | float]]) -> None:
+    """Set what `scalar_state` returned, in place; the state exists already (`init_state`).
+
+    Raises:
+        InputError: a parameter that has state here and none in `mapping`.
+    """
+    for param, where in layouts_of(optimizer).items():
+        state = optimizer.state.get(param)
+        if not state:
+            continue
+        saved = next((mapping[layout.name] for layout in where if layout.name in mapping), None)
+        if saved is None:
+            raise InputError(f"the saved optimizer state has no step for parameter {where[0].name!r}")
+        for key in [k for k, v in state.items() if is_scalar(k, v, param) and k not in saved]:
+            del state[key]
+        for key, number in saved.items():
+            held = state.get(key)
+            if isinstance(held, Tensor):
+                held.fill_(number)
+            elif isinstance(state.get("step"), Tensor) and "step" in key:
+                state[key] = torch.full_like(state["step"], number)
+            else:
+                state[key] = number
+
+
+@torch.no_grad()
+def init_state(optimizer: Optimizer) -> None:
+    """Create the state of every parameter that requires grad, without moving a weight or counting a step.
+
+    An optimizer's own `init_state` is used where it has one. Otherwise it takes one step on a stand-in of each
+    parameter (zeros, with a zero gradient), so that its own code makes the state; the counts are then reset.
+    State that exists is left alone.
+    """
+    own = getattr(optimizer, "init_state", None)
+    if own is not None:
+        own()
+        return
+    groups = list(optimizer.param_groups)
+    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = (
+        type(hooks[0])(),
+        type(hooks[1])(),
+    )
+    try:
+        for group in groups:
+            for param in group["params"]:
+                if not param.requires_grad or optimizer.state.get(param):
+                    continue
+                stand_in = torch.zeros_like(param).requires_grad_()
+                stand_in.grad = torch.zeros_like(param)
+                optimizer.param_groups = [{**group, "params": [stand_in]}]
+                type(optimizer).step(optimizer)
+                state = optimizer.state.pop(stand_in, {})
+                for key, value in state.items():
+                    if key == "step":
+                        state[key] = torch.zeros_like(value) if isinstance(value, Tensor) else 0
+                optimizer.state[param] = state
+    finally:
+        optimizer.param_groups = groups
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
