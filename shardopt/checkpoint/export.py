@@ -1,0 +1,138 @@
+"""A trained model as safetensors, which transformers and others load, written one parameter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardopt.checkpoint import folders
+from shardopt.engines.ranks import Ranks
+from shardopt.errors import InputError, MissingExtraError
+
+_WHOLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def export_safetensors(
+    folder: Path,
+    parameters: Iterator[tuple[str, Tensor | None]],
+    ranks: Ranks,
+    *,
+    max_file_bytes: int = 4 * 2**30,
+    complete: Callable[[Path], None] | None = None,
+) -> None:
+    """Write whole parameters to `folder` in the files that `from_pretrained` looks for. A collective.
+
+    One file is model.safetensors; several are model-00001-of-0000N.safetensors with an index. Rank 0 holds up
+    to `max_file_bytes` and one parameter, other ranks what `parameters` makes them hold. Written aside and
+    renamed, so that `folder` is whole or as it was.
+
+    Args:
+        folder: an earlier export there is replaced.
+        parameters: `Engine.full_parameters()`: names as in the transformers model, values on rank 0 alone.
+        ranks: the processes.
+        max_file_bytes: a file is closed rather than exceed this; a larger parameter has a file of its own.
+        complete: adds what else belongs there (config, tokenizer); called on rank 0 with the folder to write
+            in, before that gets its name.
+
+    Raises:
+        InputError: the folder cannot be written or holds something else; on every rank.
+        MissingExtraError: safetensors is not installed.
+    """
+    folder = folder.absolute()  # a bare "export" has no parent to write beside
+    files = _Files(folders.partial_of(folder), max_file_bytes)
+
+    def begin() -> None:
+        _save_file()
+        if ranks.is_main:
+            folders.begin(folder)
+
+    ranks.together(begin)
+    failure: Exception | None = None
+    for name, value in parameters:
+        # Where the disk has failed, the other ranks still wait in the collectives of the next parameters.
+        if ranks.is_main and failure is None:
+            try:
+                if value is None:
+                    raise ValueError(f"{name} has no value on rank 0")
+                files.add(name, value)
+            except Exception as error:
+                failure = error
+
+    def end() -> None:
+        if not ranks.is_main:
+            return
+        try:
+            if failure is not None:
+                raise failure
+            files.end()
+            if complete is not None:
+                complete(files.folder)
+            for path in files.folder.rglob("*"):
+                if path.is_file():
+                    folders.sync_file(path)
+            folders.publish(files.folder, folder, _is_export)
+        except BaseException:
+            folders.abandon(folder)
+            raise
+
+    try:
+        ranks.together(end)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error}") from error
+
+
+class _Files:
+    """Takes parameters and writes a safetensors file whenever enough have come."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self._held: dict[str, Tensor] = {}
+        self._bytes = self._total = 0
+        self._written: list[list[str]] = []
+
+    def add(self, name: str, value: Tensor) -> None:
+        if self._held and self._bytes + value.nbytes > self.max_bytes:
+            self._flush()
+        # A copy: the engine may gather every parameter into the same buffer, and the live one will change.
+        self._held[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
+        self._bytes += value.nbytes
+
+    def end(self) -> None:
+        self._flush()
+        count = len(self._written)
+        if count == 1:
+            self._part(1).rename(self.folder / _WHOLE)
+            return
+        where: dict[str, str] = {}
+        for number, names in enumerate(self._written, start=1):
+            file = f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._part(number).rename(self.folder / file)
+            where |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
+        folders.write_json(self.folder / _INDEX, index)
+
+    def _flush(self) -> None:
+        self._written.append(list(self._held))
+        # transformers refuses a file that does not say which framework's it is.
+        _save_file()(self._held, self._part(len(self._written)), metadata={"format": "pt"})
+        self._total += self._bytes
+        self._held, self._bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"{number}.part"
+
+
+def _save_file() -> Callable[..., None]:
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise MissingExtraError("safetensors", "pretrain") from error
+    return save_file
+
+
+def _is_export(folder: Path) -> bool:
+    return (folder / _WHOLE).is_file() or (folder / _INDEX).is_file()

@@ -1,0 +1,328 @@
+"""Read slices back, on any engine and any number of ranks, after everything has been checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+from shardopt.checkpoint.flat import FlatShard, chunks_of, dtype_name, few, flat
+from shardopt.checkpoint.folders import read_document
+from shardopt.checkpoint.metadata import DTYPES, read_metadata
+from shardopt.checkpoint.saving import Parameters, block_keys, check_coverage, extra_key, vector_key
+from shardopt.engines.ranks import Ranks
+from shardopt.errors import InputError
+from shardopt.slices import Layout, Range, Slice, local_tensor
+
+
+class Codec(Protocol):
+    """Turns a block format into numbers and back; a module with these two functions will do.
+
+    `values` is fp32, one element an element, flattened as `layout` says (element `local_start + i` of it is
+    element `global_start + i` of the parameter), and as long as the end of the layout's last range.
+    """
+
+    def decode(self, kind: str, layout: Layout, tensors: tuple[Tensor, ...]) -> Tensor:
+        """The values that (codes, scales) stand for. Their dtypes tell the formats apart."""
+        ...
+
+    def encode(
+        self, kind: str, layout: Layout, values: Tensor, like: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """(codes, scales) for `values`, with the shapes and dtypes of `like`, which must be left alone."""
+        ...
+
+
+def load(
+    folder: Path,
+    slices: list[Slice],
+    ranks: Ranks,
+    *,
+    strict: bool = True,
+    convert: bool = False,
+    codec: Codec | None = None,
+) -> dict[str, Any]:
+    """Fill the live tensors of `slices` from a checkpoint, in place, and return its document. A collective.
+
+    Every rank reads its own ranges, and only the files that hold them. Nothing is overwritten unless all
+    checks pass on all ranks: names, shapes, kinds, dtypes, each element there exactly once, data files of
+    full length. (A disk that fails after that leaves the tensors half loaded, and raises.)
+
+    Args:
+        folder: a complete checkpoint, of any engine and world size.
+        slices: what this rank holds; elements that no rank holds are not read.
+        ranks: the processes.
+        strict: refuse a checkpoint that has more or less than the ranks together hold. Otherwise slices that
+            are not in it keep their values, and document["checkpoint"]["not_loaded"] lists them.
+        convert: let a vector change its dtype or format, rounded once, to nearest.
+        codec: needed where block formats change their layout or format.
+
+    Raises:
+        InputError: the checkpoint does not fit; on every rank, with a handful of the names. The message says
+            what to change.
+    """
+    document, metadata = ranks.together(lambda: (read_document(folder), read_metadata(folder)))
+    stored: Parameters = document["checkpoint"]["parameters"]
+    live = _union(slices, ranks)
+
+    def check() -> None:
+        _check_stored(folder, stored, metadata)
+        _check_match(folder, stored, live, strict=strict, convert=convert)
+        for s in slices:
+            _check_slice(folder, s, stored, codec)
+
+    ranks.together(check)
+    ranks.together(lambda: _read(folder, metadata, stored, slices, codec))
+    document["checkpoint"]["not_loaded"] = sorted(
+        vector_key(name, kind) for name, kind in _keys(live) - _keys(stored)
+    )
+    return document
+
+
+def load_extras(folder: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    """The whole tensors kept under `keys`, on the CPU. Not a collective: each rank may ask for its own.
+
+    Keys that the checkpoint does not have (the generator of a rank that did not exist) are left out, for the
+    caller to see; document["checkpoint"]["extras"] lists what there is.
+
+    Raises:
+        InputError: not a checkpoint that can be read.
+    """
+    read_document(folder)
+    metadata = read_metadata(folder)
+    found: dict[str, Tensor] = {}
+    for key in keys:
+        entry = metadata.state_dict_metadata.get(extra_key(key))
+        if isinstance(entry, TensorStorageMetadata):
+            found[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    _fill(folder, metadata, {extra_key(key): tensor for key, tensor in found.items()})
+    return found
+
+
+def _union(slices: list[Slice], ranks: Ranks) -> Parameters:
+    """What all ranks together hold, in the document's form."""
+    mine: Parameters = {}
+    for s in slices:
+        parameter = mine.setdefault(s.name, {"shape": list(s.layout.shape), "kinds": {}})
+        dtypes = [dtype_name(t.dtype) for t in s.tensors]
+        parameter["kinds"][s.kind] = {"dtypes": dtypes}
+    if not ranks.distributed:
+        return mine
+    gathered: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(gathered, mine)
+    everyone: Parameters = {}
+    for parameters in gathered:
+        for name, parameter in parameters.items():
+            known = everyone.setdefault(name, {"shape": parameter["shape"], "kinds": {}})
+            known["kinds"].update(parameter["kinds"])
+    return everyone
+
+
+def _keys(parameters: Parameters) -> set[tuple[str, str]]:
+    return {(name, kind) for name, parameter in parameters.items() for kind in parameter["kinds"]}
+
+
+def _check_stored(folder: Path, stored: Parameters, metadata: Metadata) -> None:
+    """That the data is what the document says: its index is complete and of the same sizes and dtypes."""
+    chunks: dict[str, set[tuple[int, int]]] = {}
+    for name, parameter in stored.items():
+        numel = Layout.whole(name, parameter["shape"]).numel
+        for kind, entry in parameter["kinds"].items():
+            if len(entry["dtypes"]) == 1:
+                keys = [vector_key(name, kind)] if numel else []
+            else:
+                keys = [k for ranges in entry["layouts"] for k in block_keys(name, kind, _ranges(ranges))]
+            for at, key in enumerate(keys):
+                tensor = metadata.state_dict_metadata.get(key)
+                dtype = DTYPES.get(entry["dtypes"][at % len(entry["dtypes"])])
+                if not isinstance(tensor, TensorStorageMetadata) or tensor.properties.dtype != dtype:
+                    raise InputError(f"{folder}: {key!r} is not there with the dtype that its document names")
+                if len(entry["dtypes"]) == 1:
+                    if tuple(tensor.size) != (numel,):
+                        raise InputError(f"{folder}: {key!r} has {tuple(tensor.size)} elements, not {numel}")
+                    chunks[key] = {(c.offsets[0], c.sizes[0]) for c in tensor.chunks}
+    try:
+        check_coverage(stored, chunks)
+    except ValueError as error:
+        raise InputError(f"{folder} is {error}") from error
+
+
+def _check_match(folder: Path, stored: Parameters, live: Parameters, *, strict: bool, convert: bool) -> None:
+    """That the checkpoint and the live slices are of the same thing.
+
+    Raises:
+        InputError: they are not; one line, with the first few names of each kind of difference.
+    """
+    shared = stored.keys() & live.keys()
+    problems = []
+    if strict and (missing := live.keys() - stored.keys()):
+        problems.append(f"the checkpoint has no {few(missing)}")
+    if strict and (extra := stored.keys() - live.keys()):
+        problems.append(f"the model has no {few(extra)}")
+    if problems:
+        problems.append("it was written by another model")
+    differ = {n for n in shared if stored[n]["shape"] != live[n]["shape"]}
+    if differ:
+        shapes = few(
+            f"{n} ({tuple(stored[n]['shape'])} there, {tuple(live[n]['shape'])} here)" for n in differ
+        )
+        problems.append(f"shapes differ: {shapes}; set model as it was")
+    wanted = {(n, kind) for n in shared for kind in live[n]["kinds"]}
+    there = {(n, kind) for n in shared for kind in stored[n]["kinds"]}
+    if strict and wanted != there:
+        missing_kinds, extra_kinds = ({vector_key(*k) for k in d} for d in (wanted - there, there - wanted))
+        lists = [f"the checkpoint has no {few(missing_kinds)}"] if missing_kinds else []
+        lists += [f"nothing here takes its {few(extra_kinds)}"] if extra_kinds else []
+        problems.append("; ".join(lists) + "; set optimizer as it was, or load with strict=False")
+    if not convert:
+        for kind in sorted({kind for _, kind in wanted & there}):
+            pairs = {
+                n: (stored[n]["kinds"][kind]["dtypes"], live[n]["kinds"][kind]["dtypes"])
+                for n, k in wanted & there
+                if k == kind and stored[n]["kinds"][kind]["dtypes"] != live[n]["kinds"][kind]["dtypes"]
+            }
+            if pairs:
+                was, now = next(iter(pairs.values()))
+                key = "the weights' dtype" if kind == "weight" else f"optimizer.state_dtype (of {kind})"
+                problems.append(
+                    f"{kind} is {'+'.join(was)} there and {'+'.join(now)} here, in {few(pairs)}; "
+                    f"set {key} as it was, or load with convert=True"
+                )
+    if problems:
+        raise InputError(f"checkpoint {folder} does not fit: " + "; ".join(problems))
+
+
+def _check_slice(folder: Path, s: Slice, stored: Parameters, codec: Codec | None) -> None:
+    entry = stored.get(s.name, {"kinds": {}})["kinds"].get(s.kind)
+    if entry is None or not s.layout.ranges:
+        return
+    here = [dtype_name(t.dtype) for t in s.tensors]
+    if codec is None and not _direct(s, entry):
+        if here == entry["dtypes"]:
+            reason = "its blocks were cut for another layout: resume with that engine and world size"
+        else:
+            reason = f"{'+'.join(entry['dtypes'])} there, {'+'.join(here)} here"
+        raise InputError(f"checkpoint {folder}: {vector_key(s.name, s.kind)}: {reason}, or load with a codec")
+    names = (*here, *entry["dtypes"])
+    floating = all(DTYPES[n].is_floating_point for n in names)
+    if here != entry["dtypes"] and len(here) == len(entry["dtypes"]) == 1 and not floating:
+        raise InputError(f"checkpoint {folder}: {s.name}/{s.kind} cannot become {here[0]} from {names[-1]}")
+    for tensor in s.tensors:
+        if not local_tensor(tensor).is_contiguous():
+            raise ValueError(f"{s.name}/{s.kind} is not contiguous here, and cannot be loaded in place")
+
+
+def _direct(s: Slice, entry: dict[str, Any]) -> bool:
+    """Whether the stored elements can be read straight into the live tensors."""
+    if len(s.tensors) == 1 or len(entry["dtypes"]) == 1:
+        return len(s.tensors) == len(entry["dtypes"])
+    return (
+        entry["dtypes"] == [dtype_name(t.dtype) for t in s.tensors]
+        and [list(r) for r in s.layout.ranges] in entry["layouts"]
+    )
+
+
+def _read(
+    folder: Path, metadata: Metadata, stored: Parameters, slices: list[Slice], codec: Codec | None
+) -> None:
+    state: dict[str, Tensor] = {}
+    for s in slices:
+        entry = stored.get(s.name, {"kinds": {}})["kinds"].get(s.kind)
+        if entry is None or not s.layout.ranges:
+            continue
+        if not _direct(s, entry):
+            assert codec is not None
+            _recode(folder, metadata, entry, s, codec)
+        elif len(s.tensors) == 1:
+            key = vector_key(s.name, s.kind)
+            state[key] = FlatShard(
+                s.layout.numel, DTYPES[entry["dtypes"][0]], chunks_of(s.layout, s.tensors[0])
+            )
+        else:
+            for key, tensor in zip(block_keys(s.name, s.kind, s.layout.ranges), s.tensors, strict=True):
+                state[key] = local_tensor(tensor).detach()
+    _fill(folder, metadata, state)
+
+
+def _recode(folder: Path, metadata: Metadata, entry: dict[str, Any], s: Slice, codec: Codec) -> None:
+    """Fill `s` through fp32, from another layout or format."""
+    last = s.layout.ranges[-1]
+    values = torch.zeros(last.local_start + last.length)
+    mine = chunks_of(s.layout, values)
+    if len(entry["dtypes"]) == 1:
+        _fill(folder, metadata, {vector_key(s.name, s.kind): FlatShard(s.layout.numel, torch.float32, mine)})
+    for ranges in entry.get("layouts", []):
+        theirs = Layout(s.name, s.layout.shape, _ranges(ranges))
+        if not any(_overlap(a, b) for a in theirs.ranges for b in s.layout.ranges):
+            continue
+        tensors = {
+            key: torch.empty(metadata.state_dict_metadata[key].size, dtype=DTYPES[dtype])  # type: ignore[union-attr]
+            for key, dtype in zip(block_keys(s.name, s.kind, theirs.ranges), entry["dtypes"], strict=True)
+        }
+        _fill(folder, metadata, dict(tensors))
+        source = codec.decode(s.kind, theirs, tuple(tensors.values())).view(-1)
+        for a in theirs.ranges:
+            for b in s.layout.ranges:
+                if common := _overlap(a, b):
+                    start, length = common
+                    target = values.narrow(0, b.local_start + start - b.global_start, length)
+                    target.copy_(source.narrow(0, a.local_start + start - a.global_start, length))
+    if len(s.tensors) == 1:
+        for start, chunk in chunks_of(s.layout, s.tensors[0]).items():
+            chunk.copy_(mine[start])
+        return
+    encoded = codec.encode(s.kind, s.layout, values, s.tensors)
+    for target, source in zip(s.tensors, encoded, strict=True):
+        flat(target).copy_(source.reshape(-1))
+
+
+def _overlap(a: Range, b: Range) -> tuple[int, int] | None:
+    """Start and length of the global elements that both ranges have."""
+    start = max(a.global_start, b.global_start)
+    length = min(a.global_start + a.length, b.global_start + b.length) - start
+    return (start, length) if length > 0 else None
+
+
+def _ranges(stored: Iterable[Iterable[int]]) -> tuple[Range, ...]:
+    return tuple(Range(*r) for r in stored)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Works from an index that was read and checked before, never from the pickle."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> NoReturn:
+        raise InputError(f"{read_item.dest_index.fqn!r} is a pickled object, and is not read")
+
+
+def _fill(folder: Path, metadata: Metadata, state: dict[str, Tensor]) -> None:
+    """Read `state`'s tensors in place, each rank by itself: DCP plans a load without the others anyway."""
+    if not state:
+        return
+    try:
+        dcp.load(dict(state), storage_reader=_Reader(folder, metadata), planner=_Planner(), no_dist=True)
+    except CheckpointException as error:
+        (cause, _) = next(iter(error.failures.values()))
+        if not isinstance(cause, Exception):
+            raise cause from None
+        raise InputError(f"cannot read checkpoint {folder}: {type(cause).__name__}: {cause}") from error

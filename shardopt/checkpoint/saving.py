@@ -1,0 +1,405 @@
+"""Write slices with torch.distributed.checkpoint: now, or in the background from a copy."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.storage import WriteResult
+
+from shardopt.checkpoint import folders
+from shardopt.checkpoint.flat import FlatShard, chunks_of, coverage_error, dtype_name, few
+from shardopt.engines.ranks import Ranks
+from shardopt.errors import InputError
+from shardopt.slices import Layout, Slice, local_tensor
+
+# Writing alone is meant where there is no process group. A filter for the whole process, because the warning
+# may come from the background thread, where warnings cannot be caught without touching other threads.
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to"
+)
+
+PARTS = ("codes", "scales")  # of a block format, in the order of Slice.tensors
+
+# How long a rank may wait in the background for the slowest other rank's disk.
+_WRITE_TIMEOUT = timedelta(hours=2)
+
+
+class Entry(NamedTuple):
+    """What a rank says about one of its slices to the rank that writes the document."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    ranges: tuple[tuple[int, int, int], ...] | None  # of a block format, which belongs to one layout
+
+
+Entries = dict[tuple[str, str], Entry]  # by parameter name and kind
+Scalars = dict[str, dict[str, Any]]  # by parameter name
+Parameters = dict[str, dict[str, Any]]  # as in the document, see folders.read_document
+
+
+def vector_key(name: str, kind: str) -> str:
+    return f"{name}/{kind}"
+
+
+def block_keys(name: str, kind: str, ranges: tuple[tuple[int, int, int], ...]) -> list[str]:
+    """Where the codes and scales of one layout are kept; equal layouts (replicas) share them."""
+    where = ",".join(f"{start}:{local}:{length}" for start, local, length in ranges)
+    return [f"{name}/{kind}.{part}@{where}" for part in PARTS]
+
+
+def extra_key(key: str) -> str:
+    return f"/extras/{key}"  # a parameter's key does not begin with a slash
+
+
+def save(
+    folder: Path, slices: list[Slice], extras: dict[str, Tensor], document: dict[str, Any], ranks: Ranks
+) -> None:
+    """Write a checkpoint to `folder`, complete when this returns. A collective.
+
+    It is written beside `folder` and takes its name once every rank's data is on the disk, so a checkpoint
+    that is there already is replaced whole or not at all. All ranks must see the same file system.
+
+    Args:
+        folder: for instance runs/x/checkpoints/step-00000100.
+        slices: what this rank holds. Elements that several ranks hold are written once.
+        extras: whole tensors of any shape beside them, by key; this rank's own under a key that says so
+            ("rng/rank-00000/torch"), while equal keys on several ranks must mean equal values.
+        document: JSON to keep with it (the run's step, the steps of parameters, the config), of which rank
+            0's is kept; but "scalars" ({parameter name: {"step": 3, ...}}) is put together from all ranks, each
+            of which may know its own parameters only. The key "checkpoint" is ours.
+
+    Raises:
+        InputError: the folder cannot be written, on every rank; or the disk is full.
+        ValueError: an element that no rank holds, ranks that disagree, a document that is not JSON.
+            (On the other ranks a RuntimeError that quotes it, where one rank alone found it.)
+    """
+    _write(folder, slices, extras, document, ranks, group=None, after=None)
+
+
+class Saver:
+    """Saves under `root`/step-NNNNNNNN, in the background if `asynchronous`, and deletes old checkpoints.
+
+    Args:
+        root: for instance runs/x/checkpoints.
+        keep: how many complete checkpoints to keep at least; an older one is deleted only when a newer one is
+            complete.
+        ranks: all of them make a Saver, and call its methods together.
+        asynchronous: `save` returns once the slices are copied to the CPU; an error of the background write
+            is raised by the next `save`, `wait` or `close`.
+
+    Raises:
+        InputError: `root` cannot be written, or `keep` is less than 1.
+    """
+
+    def __init__(self, root: Path, keep: int, ranks: Ranks, asynchronous: bool) -> None:
+        self.root, self.keep, self.ranks, self.asynchronous = root, keep, ranks, asynchronous
+        self._cleaned = False
+        self._pending: tuple[Path, Future] | None = None
+
+        def check() -> None:
+            if keep < 1:
+                raise InputError(f"checkpoint.keep must be at least 1, got {keep}")
+            if ranks.is_main:
+                folders.begin(root / "probe").rmdir()
+
+        ranks.together(check)
+        # The background thread's collectives must not mix with the training's.
+        self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT) if ranks.distributed else None
+
+    def save(
+        self, step: int, slices: list[Slice], extras: dict[str, Tensor], document: dict[str, Any]
+    ) -> None:
+        """As the function `save`, to the folder of `step`, after the save before it has ended. A collective.
+
+        The tensors may change as soon as this returns.
+        """
+        self.wait()
+        # Not at construction: a resuming run may still be reading one that was caught mid-replacement.
+        if not self._cleaned:
+            self.ranks.together(lambda: folders.clean(self.root) if self.ranks.is_main else None)
+            self._cleaned = True
+        folder = folders.step_folder(self.root, step)
+        future = _write(
+            folder, slices, extras, document, self.ranks,
+            group=self._group,
+            after=lambda: folders.prune(self.root, self.keep, folder),
+            asynchronous=self.asynchronous,
+        )  # fmt: skip
+        if future is not None:
+            self._pending = folder, future
+
+    def wait(self) -> None:
+        """Return when what was saved is complete on the disk.
+
+        Raises:
+            InputError, RuntimeError: the background write failed, on every rank; said once.
+        """
+        if self._pending is not None:
+            (folder, future), self._pending = self._pending, None
+            try:
+                future.result()
+            except CheckpointException as error:
+                _give_up(folder, error, self.ranks)
+
+    def close(self) -> None:
+        """Wait, and leave the process group of the background writes. Call it once."""
+        try:
+            self.wait()
+        finally:
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+                self._group = None
+
+
+def _write(
+    folder: Path,
+    slices: list[Slice],
+    extras: dict[str, Tensor],
+    document: dict[str, Any],
+    ranks: Ranks,
+    *,
+    group: dist.ProcessGroup | None,
+    after: Callable[[], None] | None,
+    asynchronous: bool = False,
+) -> Future | None:
+    partial = folders.partial_of(folder)
+
+    def prepare() -> tuple[dict[str, Tensor], Entries]:
+        state, entries = _gather(slices, extras, copy=asynchronous)
+        if "checkpoint" in document:
+            raise ValueError('the document has a key "checkpoint", which is ours')
+        json.dumps(document, allow_nan=False)  # better now, on this line, than in the background
+        if ranks.is_main:
+            folders.begin(folder)
+        return state, entries
+
+    state, entries = ranks.together(prepare)
+    planner = _Planner(entries, document.get("scalars", {}))
+
+    def publish(files: dict[str, int]) -> None:
+        for name, size in files.items():
+            path = partial / name
+            if not path.is_file() or path.stat().st_size < size:
+                raise InputError(
+                    f"{path}, written by another rank, is not there: run.dir must be on a file system "
+                    f"that all nodes share"
+                )
+        written = {
+            "format": folders.FORMAT,
+            "torch": torch.__version__,
+            "world_size": ranks.world_size,
+            "parameters": planner.parameters,
+            "extras": planner.extras,
+            "files": files,
+        }
+        folders.write_json(
+            partial / folders.DOCUMENT, {**document, "scalars": planner.scalars, "checkpoint": written}
+        )
+        folders.publish(partial, folder, folders.is_complete)
+        if after is not None:
+            after()
+
+    options: dict[str, Any] = {
+        "storage_writer": _Writer(partial, publish),
+        "planner": planner,
+        "process_group": group,
+        "no_dist": not ranks.distributed,
+    }
+    if asynchronous:
+        future = dcp.async_save(state, async_stager=_Staged(), **options)
+        assert isinstance(future, Future)
+        return future
+    try:
+        dcp.save(state, **options)
+    except CheckpointException as error:
+        _give_up(folder, error, ranks)
+    return None
+
+
+def _gather(slices: list[Slice], extras: dict[str, Tensor], copy: bool) -> tuple[dict[str, Tensor], Entries]:
+    """What DCP is to write, and what the document is to say. With `copy`, tensors of its own on the CPU."""
+
+    def staged(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=True) if copy else tensor.detach()
+
+    state: dict[str, Tensor] = {}
+    entries: Entries = {}
+
+    def add(key: str, tensor: Tensor) -> None:
+        if key in state:
+            raise ValueError(f"{key!r} is given twice")
+        state[key] = tensor
+
+    for s in slices:
+        parts = tuple(local_tensor(t) for t in s.tensors)
+        dtypes = tuple(dtype_name(t.dtype) for t in parts)
+        if (s.name, s.kind) in entries:
+            raise ValueError(f"{vector_key(s.name, s.kind)!r} is given twice")
+        ranges = None if len(parts) == 1 else tuple(tuple(r) for r in s.layout.ranges)
+        entries[s.name, s.kind] = Entry(tuple(s.layout.shape), dtypes, ranges)  # type: ignore[arg-type]
+        if not s.layout.ranges:
+            continue
+        if len(parts) == 1:
+            chunks = {start: staged(c) for start, c in chunks_of(s.layout, parts[0]).items()}
+            add(vector_key(s.name, s.kind), FlatShard(s.layout.numel, parts[0].dtype, chunks))
+        else:
+            for key, part in zip(block_keys(s.name, s.kind, s.layout.ranges), parts, strict=True):
+                add(key, staged(part))
+    for key, tensor in extras.items():
+        add(extra_key(key), staged(tensor))
+    return state, entries
+
+
+class _Planner(DefaultSavePlanner):
+    """Also tells rank 0 what every rank's slices are, and refuses them where they leave a gap."""
+
+    def __init__(self, entries: Entries, scalars: Scalars) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.entries, self.scalars = entries, scalars
+        self.parameters: Parameters = {}
+        self.extras: list[str] = []
+
+    def create_local_plan(self) -> SavePlan:
+        return replace(super().create_local_plan(), planner_data=(self.entries, self.scalars))
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        self.parameters = _merge([plan.planner_data[0] for plan in all_plans])
+        self.scalars = _merge_scalars([plan.planner_data[1] for plan in all_plans])
+        # DCP looks for gaps itself, but not when a rank writes alone, and it names bounds without ranges.
+        chunks: dict[str, set[tuple[int, int]]] = {}
+        for item in (item for plan in all_plans for item in plan.items):
+            if len(item.tensor_data.size) == 1:  # type: ignore[union-attr]
+                chunk = item.tensor_data.chunk  # type: ignore[union-attr]
+                chunks.setdefault(item.index.fqn, set()).add((chunk.offsets[0], chunk.sizes[0]))
+        check_coverage(self.parameters, chunks)
+        prefix = extra_key("")
+        self.extras = sorted(
+            {
+                i.index.fqn.removeprefix(prefix)
+                for p in all_plans
+                for i in p.items
+                if i.index.fqn.startswith(prefix)
+            }
+        )
+        return super().create_global_plan([replace(plan, planner_data=None) for plan in all_plans])
+
+
+def _merge(plans: list[Entries]) -> Parameters:
+    parameters: Parameters = {}
+    for (name, kind), entry in (pair for entries in plans for pair in entries.items()):
+        parameter = parameters.setdefault(name, {"shape": list(entry.shape), "kinds": {}})
+        stored = parameter["kinds"].setdefault(kind, {"dtypes": list(entry.dtypes)})
+        if parameter["shape"] != list(entry.shape) or stored["dtypes"] != list(entry.dtypes):
+            here, there = (parameter["shape"], stored["dtypes"]), (list(entry.shape), list(entry.dtypes))
+            raise ValueError(
+                f"{vector_key(name, kind)}: ranks disagree, {here} on one and {there} on another"
+            )
+        if entry.ranges is not None:
+            layouts = stored.setdefault("layouts", [])
+            as_lists = [list(r) for r in entry.ranges]
+            if as_lists and as_lists not in layouts:
+                layouts.append(as_lists)
+    return parameters
+
+
+def _merge_scalars(plans: list[Scalars]) -> Scalars:
+    together: Scalars = {}
+    for name, scalars in (pair for plan in plans for pair in plan.items()):
+        if together.setdefault(name, scalars) != scalars:
+            raise ValueError(f"{name}: ranks disagree, {together[name]} on one and {scalars} on another")
+    return together
+
+
+def check_coverage(parameters: Parameters, chunks: dict[str, set[tuple[int, int]]]) -> None:
+    """That every element of every slice is there exactly once.
+
+    Args:
+        parameters: as in the document.
+        chunks: (start, length) pairs by vector key.
+
+    Raises:
+        ValueError: an element is missing or there twice.
+    """
+    errors = {}
+    for name, parameter in parameters.items():
+        numel = Layout.whole(name, parameter["shape"]).numel
+        for kind, stored in parameter["kinds"].items():
+            key = vector_key(name, kind)
+            if len(stored["dtypes"]) == 1:
+                held = chunks.get(key, set())
+            else:
+                held = {(r[0], r[2]) for ranges in stored["layouts"] for r in ranges}
+            if error := coverage_error(numel, held):
+                errors[key] = error
+    if errors:
+        raise ValueError("incomplete: " + few(f"{key}: {error}" for key, error in errors.items()))
+
+
+class _Staged(AsyncStager):
+    """Hands on the copies that were made before; DCP's own stager cannot copy a FlatShard."""
+
+    _synchronize_after_execute = False
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return state_dict
+
+    def synchronize_staging(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Ends, on rank 0 once all ranks have written, with `publish({file: bytes})`; its errors reach all."""
+
+    def __init__(self, folder: Path, publish: Callable[[dict[str, int]], None]) -> None:
+        super().__init__(folder, sync_files=True)
+        self._publish = publish
+
+    def storage_meta(self) -> StorageMeta:
+        # Without the path: it is the temporary folder's, and a path cannot be read back without running code.
+        return StorageMeta(save_id=self.save_id)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        files: dict[str, int] = {}
+        for place in (r.storage_data for rank in results for r in rank):
+            files[place.relative_path] = max(files.get(place.relative_path, 0), place.offset + place.length)
+        self._publish(files)
+
+
+def _give_up(folder: Path, error: CheckpointException, ranks: Ranks) -> NoReturn:
+    """Raise DCP's error, which every rank has, as what it was where it arose; drop what was written."""
+    if ranks.is_main:
+        folders.abandon(folder)
+    rank, (cause, _) = min(error.failures.items())
+    if isinstance(cause, OSError):
+        raise InputError(
+            f"cannot write checkpoint {folder} (rank {rank}: {cause}); free some space or change run.dir"
+        ) from error
+    if isinstance(cause, InputError):
+        raise InputError(str(cause)) from error
+    if isinstance(cause, ValueError):
+        raise ValueError(f"checkpoint {folder}: {cause}") from error
+    if not isinstance(cause, Exception):  # Ctrl-C
+        raise cause
+    raise RuntimeError(
+        f"checkpoint {folder} was not written: rank {rank}: {type(cause).__name__}: {cause}"
+    ) from error
