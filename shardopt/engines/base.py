@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -87,6 +87,24 @@ class Engine(abc.ABC):
         The state is there after `init_state`. Replicas (DDP, HSDP) each return theirs.
         """
 
+    def scalar_state(self) -> dict[str, dict[str, int | float]]:
+        """Step counts and other numbers of the optimizer by parameter name, of the parameters held here."""
+        return states.scalar_state(self.optimizer)
+
+    def load_scalar_state(self, scalars: dict[str, dict[str, int | float]]) -> None:
+        """Take over what `scalar_state` gave (of all ranks together), after `init_state`."""
+        states.load_scalar_state(self.optimizer, scalars)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """This rank's sums of squares of m1, m2 and the update; empty for an optimizer without them."""
+        measure = getattr(self.optimizer, "statistics", None)
+        return measure() if measure is not None else {}
+
+    def schedule_values(self) -> dict[str, float]:
+        """alpha and beta3 of the latest step; empty for an optimizer without them."""
+        read = getattr(self.optimizer, "schedule_values", None)
+        return read() if read is not None else {}
+
     @abc.abstractmethod
     def gradient_bytes(self) -> int:
         """Bytes of gradients that this process holds when backward has ended."""
@@ -119,16 +137,12 @@ class ModuleEngine(Engine):
         self.ranks, self.group = inputs.ranks, group
         self.optimizer = inputs.optimizer.build(inputs.model)
         self._named = named_parameters(inputs.model)
-        self._compute_dtype = compute_dtype
+        if compute_dtype != torch.float32:
+            autocast_forward(inputs.model, inputs.ranks.device, compute_dtype)
 
     def backward(self, loss: Tensor) -> None:
         # DDP and FSDP2 average over ranks; the engine's contract is a sum.
         (loss * self.ranks.world_size).backward()
-
-    def autocast(self) -> AbstractContextManager[None]:
-        if self._compute_dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.ranks.device.type, self._compute_dtype)
 
     def _local_grads(self) -> list[Tensor]:
         return [local_tensor(p.grad) for _, p in self._named if p.grad is not None]
@@ -177,6 +191,11 @@ class ModuleEngine(Engine):
         for name, param in self._named:
             whole = param.full_tensor() if isinstance(param, DTensor) else param.detach()
             yield name, whole.cpu() if self.ranks.is_main else None
+
+
+def autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Make `model`'s forward run under autocast; backward, which follows the forward's dtypes, stays outside."""
+    model.forward = torch.autocast(device.type, dtype)(model.forward)  # type: ignore[method-assign]
 
 
 def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

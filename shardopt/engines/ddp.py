@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,7 +47,5 @@ class DdpEngine(ModuleEngine):
         )
         super().__init__(inputs, None, compute_dtype(config.compute_dtype, device))
 
-    @contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
-        with self.autocast(), nullcontext() if last else self._ddp.no_sync():
-            yield
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if last else self._ddp.no_sync()

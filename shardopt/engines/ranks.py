@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -84,6 +84,14 @@ class Ranks:
         """Whether `flag` is true on any rank. A collective."""
         return self.sum([float(flag)])[0] > 0
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank (pickled between ranks of one job). A collective."""
+        if not self.distributed:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def from_main(self, value: T) -> T:
         """Rank 0's value on every rank (pickled between ranks of one job). A collective."""
         if not self.distributed:
@@ -112,9 +120,7 @@ class Ranks:
                 raise error
             return result
         mine = None if error is None else (isinstance(error, InputError), f"{type(error).__name__}: {error}")
-        reports: list[tuple[bool, str] | None] = [None] * self.world_size
-        dist.all_gather_object(reports, mine)
-        failures = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
+        failures = [(rank, *report) for rank, report in enumerate(self.gather(mine)) if report is not None]
         if error is not None:
             raise error
         if failures:

@@ -1,0 +1,71 @@
+"""The command line: `shardopt pretrain CONFIG [key.sub=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from shardopt import __version__
+from shardopt.errors import InputError, MissingExtraError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 0 done or stopped on request, 2 bad input, 1 anything else."""
+    parser = argparse.ArgumentParser(prog="shardopt", description="Sharded AdEMAMix for language-model pretraining.")
+    parser.add_argument("--version", action="version", version=f"shardopt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="pretrain a language model",
+        description="Pretrain a language model. Under torchrun every rank runs this; with --nproc-per-node it "
+        "starts torchrun itself.",
+    )
+    pretrain.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
+    pretrain.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
+    pretrain.add_argument("--nproc-per-node", metavar="N", help="start N ranks here (a number, or gpu)")
+    pretrain.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        return _pretrain(arguments)
+    except (InputError, MissingExtraError) as e:
+        # Every rank has the same error, and one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"shardopt: {e}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    if arguments.nproc_per_node is not None and "RANK" not in os.environ:
+        ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        rest = [a for a in ("--print-config",) if arguments.print_config]
+        os.execv(
+            sys.executable,
+            [*ranks, "--nproc_per_node", arguments.nproc_per_node, "-m", "shardopt", "pretrain", *rest]
+            + [arguments.config, *arguments.overrides],
+        )
+    try:
+        from shardopt.pretrain import config as configuration
+    except ModuleNotFoundError as e:
+        raise MissingExtraError(e.name or "a package", "pretrain") from e
+    config = configuration.load(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        if os.environ.get("RANK", "0") == "0":
+            print(config.as_yaml(), end="")
+        return 0
+    from shardopt.pretrain.loop import NonFiniteError, pretrain
+
+    try:
+        pretrain(config)
+    except NonFiniteError as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"shardopt: {e}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""A run's whole configuration: YAML plus dotted overrides, typed and refused before anything is started."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from shardopt.engines import EngineConfig, FsdpConfig
+from shardopt.errors import InputError
+from shardopt.optim import registry
+from shardopt.pretrain.data.config import DataConfig
+from shardopt.pretrain.model import ModelConfig
+from shardopt.pretrain.schedule import ScheduleConfig
+from shardopt.pretrain.section import Section
+from shardopt.pretrain.tracking import TrackingConfig
+
+
+class RunConfig(Section):
+    """Where the run lives and what starts it."""
+
+    name: str = Field("quickstart", pattern=r"^[\w.+-]+$")
+    """The run's folder inside `dir`, and its name in W&B."""
+    dir: Path = Path("runs")
+    """Folder of all runs."""
+    seed: int = Field(0, ge=0)
+    """Of the weights, the order of the data and stochastic rounding."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: go on from the newest checkpoint if there is one; never: refuse a folder with a run; must: refuse
+    one without a checkpoint."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs where torch sees any."""
+    timeout_minutes: float = Field(10, gt=0)
+    """How long a rank waits for the others in a collective before the run fails."""
+
+
+class OptimizerConfig(Section):
+    """`name` from the registry, and that optimizer's own hyper-parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = "ademamix"
+    """ademamix, adamw, ...: see shardopt.optim.registry."""
+
+    def spec(self, steps: int, seed: int) -> registry.OptimizerSpec:
+        """The optimizer for a run of `steps`; "total" as a value means `steps`, and the run's seed is its own.
+
+        Raises:
+            InputError: an unknown name, key or value.
+        """
+        given = dict(self.model_extra or {})
+        for key, value in given.items():
+            if value == "total":
+                given[key] = steps
+            elif isinstance(value, list):
+                given[key] = tuple(value)
+        if self.name == "ademamix":
+            given.setdefault("seed", seed)
+        return registry.spec(self.name, **given)
+
+
+class TrainConfig(Section):
+    """How long, and in what portions."""
+
+    steps: int = Field(300, ge=1)
+    """Optimizer steps of the whole run."""
+    global_batch: int = Field(32, ge=1)
+    """Sequences a step over all ranks."""
+    micro_batch: int = Field(8, ge=1)
+    """Sequences a rank puts through forward at once."""
+    grad_clip: float | None = Field(1.0, gt=0)
+    """Largest L2 norm of the whole gradient; null for none."""
+    activation_checkpointing: bool = False
+    """Recompute the activations of each block in backward (non-reentrant)."""
+    max_nonfinite_steps: int = Field(10, ge=0)
+    """Steps in a row that may be skipped because the loss or the gradient is not finite, before the run stops."""
+
+
+class EvalConfig(Section):
+    """Loss on held-out text."""
+
+    every: int = Field(100, ge=1)
+    """Steps between evaluations; there is always one after the last step."""
+    batches: int = Field(16, ge=1)
+    """Global batches an evaluation (fewer where the held-out text is shorter)."""
+    sample_tokens: int = Field(96, ge=0)
+    """Tokens of text generated at the end; 0 for none."""
+
+
+class CheckpointConfig(Section):
+    """What is kept to go on from."""
+
+    every: int = Field(100, ge=1)
+    """Steps between checkpoints; there is always one after the last step and when the run is told to stop."""
+    keep: int = Field(3, ge=1)
+    """Newest complete checkpoints to keep."""
+    asynchronous: bool = Field(True, alias="async")
+    """Write in the background from a copy in CPU memory."""
+    export: bool = True
+    """At the end, write the model as safetensors that transformers loads, with its tokenizer."""
+
+
+Engine = Annotated[EngineConfig, Field(discriminator="name")]
+
+
+class Config(Section):
+    """Everything a run is made from."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: Engine = FsdpConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _engine(cls, value: Any) -> Any:
+        # Engine configs are plain dataclasses, which strict mode would take only as instances.
+        if not isinstance(value, dict):
+            return value
+        names = {member().name: member for member in get_args(EngineConfig)}
+        chosen = names.get(value.get("name", "fsdp"))
+        if chosen is None:
+            near = difflib.get_close_matches(str(value["name"]), names, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"engine.name: {value['name']!r} is not one of {', '.join(names)}{hint}")
+        return TypeAdapter(chosen).validate_python(value)
+
+    @model_validator(mode="after")
+    def _together(self) -> Config:
+        train, schedule = self.train, self.schedule
+        if train.global_batch % train.micro_batch:
+            raise InputError(
+                f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch = {train.micro_batch}"
+            )
+        if schedule.warmup > train.steps:
+            raise InputError(f"schedule.warmup: {schedule.warmup} is longer than train.steps = {train.steps}")
+        if schedule.cooldown is not None:
+            if schedule.name != "wsd":
+                raise InputError(f"schedule.cooldown: belongs to schedule.name=wsd, not to {schedule.name}")
+            if schedule.warmup + schedule.cooldown > train.steps:
+                raise InputError(
+                    f"schedule.cooldown: warmup {schedule.warmup} + cooldown {schedule.cooldown} is longer than "
+                    f"train.steps = {train.steps}"
+                )
+        self.optimizer.spec(train.steps, self.run.seed)
+        return self
+
+    def check_ranks(self, world_size: int) -> None:
+        """Raise InputError where `world_size` ranks cannot share the global batch evenly."""
+        a_round = world_size * self.train.micro_batch
+        if self.train.global_batch % a_round:
+            raise InputError(
+                f"train.global_batch: {self.train.global_batch} cannot be cut into micro-batches of "
+                f"{self.train.micro_batch} over {world_size} ranks; make it a multiple of {a_round}, or change "
+                f"train.micro_batch"
+            )
+
+    @property
+    def folder(self) -> Path:
+        return self.run.dir / self.run.name
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, every default filled in; `Config.model_validate` of it gives this config again."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def as_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+# What may differ between a run and its resumption; everything else changes what the run computes.
+MAY_CHANGE = (
+    "run.dir", "run.resume", "run.device", "run.timeout_minutes", "engine", "train.micro_batch",
+    "train.activation_checkpointing", "train.max_nonfinite_steps", "eval", "checkpoint", "tracking", "data.cache",
+)  # fmt: skip
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """"key: old → new" for each key that differs and must not (`MAY_CHANGE`), of two `Config.as_dict()`."""
+    a, b = _flat(old), _flat(new)
+    keys = [k for k in a | b if a.get(k) != b.get(k)]
+    return [
+        f"{k}: {a.get(k)} → {b.get(k)}"
+        for k in keys
+        if not any(k == free or k.startswith(free + ".") for free in MAY_CHANGE)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number, as YAML 1.2 and everybody but YAML 1.1 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with `key.sub=value` overrides whose values are YAML too.
+
+    Raises:
+        InputError: a missing file, bad YAML, an unknown key (with the nearest known one), a wrong type, or a
+            combination that cannot run. All problems of the file are listed at once.
+    """
+    try:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        known = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        hint = f"; there are: {', '.join(known)}" if known else ""
+        raise InputError(f"no config file {path}{hint}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot read the config file {path}: {e}") from e
+    except yaml.YAMLError as e:
+        raise InputError(f"{path} is not valid YAML: {e}") from e
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} must hold sections (run:, model:, data:, ...)")
+    for override in overrides:
+        _override(tree, override)
+    return parse(tree)
+
+
+def parse(tree: dict[str, Any]) -> Config:
+    """The config that nested plain data describes; see `load` for the errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        raise InputError("\n".join(_explain(error) for error in e.errors())) from None
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {text!r}: write it as key.sub=value, such as train.steps=50")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise InputError(f"override {text!r}: {parent} is a value, not a section")
+    try:
+        node[leaf] = yaml.load(value, _Loader)
+    except yaml.YAMLError as e:
+        raise InputError(f"override {text!r}: the value is not valid YAML: {e}") from e
+
+
+def _explain(error: Any) -> str:
+    """One problem that pydantic found, as one line that names the key."""
+    if isinstance(cause := error.get("ctx", {}).get("error"), InputError):
+        return str(cause)
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _keys_at(Config, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, 1)
+        prefix = ".".join([*location[:-1], ""])
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+        return f"{key}: there is no such key; {hint}"
+    if error["type"] == "missing":
+        return f"{key}: is required"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{key}: {message}, got {error['input']!r}"
+
+
+def _keys_at(annotation: Any, location: Sequence[str]) -> set[str]:
+    """The keys that the config knows at `location` (a union member's tag in it is passed over)."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, types.UnionType, list, tuple):
+        return set().union(*(_keys_at(member, location) for member in get_args(annotation)))
+    fields: dict[str, Any] = {}
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = {f.alias or n: f.annotation for n, f in annotation.model_fields.items()}
+    elif hasattr(annotation, "__dataclass_fields__"):
+        fields = dict.fromkeys(annotation.__dataclass_fields__, None)
+    if not location:
+        return set(fields)
+    if location[0] in fields:
+        return _keys_at(fields[location[0]], location[1:])
+    return _keys_at(annotation, location[1:])

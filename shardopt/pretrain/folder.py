@@ -1,0 +1,75 @@
+"""The run folder: whose it is, and where to go on from."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import IO
+
+import yaml
+
+from shardopt import checkpoint
+from shardopt.errors import InputError
+from shardopt.pretrain.config import Config, differences
+
+
+class RunFolder:
+    """runs/NAME, held by rank 0 for as long as the run lasts.
+
+    Args:
+        config: of this run.
+
+    Raises:
+        InputError: the folder cannot be written, is not a run's, holds another run, is in use, or does not fit
+            `run.resume`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path = config.folder
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._hold()
+        except OSError as e:
+            raise InputError(f"run.dir: cannot write the run folder {self.path}: {e.strerror or e}") from e
+        recorded = self.path / "config.yaml"
+        strangers = {p.name for p in self.path.iterdir()} - {".lock"}
+        self.resume_from = checkpoint.latest(self.path / "checkpoints")
+        if recorded.exists():
+            self._check_same(recorded, config)
+        elif strangers:
+            raise InputError(
+                f"run.name: {self.path} exists, and holds no run of shardopt ({', '.join(sorted(strangers)[:3])}): "
+                f"choose another run.name or run.dir"
+            )
+        if config.run.resume == "must" and self.resume_from is None:
+            raise InputError(f"run.resume: must, but {self.path} holds no complete checkpoint")
+        temporary = recorded.with_suffix(".tmp")
+        temporary.write_text(config.as_yaml(), encoding="utf-8")
+        temporary.replace(recorded)
+
+    def _hold(self) -> IO[str]:
+        lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise InputError(f"run.name: another process is running {self.path} right now") from None
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        return lock
+
+    def _check_same(self, recorded: Path, config: Config) -> None:
+        changed = differences(yaml.safe_load(recorded.read_text(encoding="utf-8")), config.as_dict())
+        began = self.resume_from is not None or (self.path / "metrics.jsonl").exists()
+        if changed and began:  # a run that failed before its first step leaves nothing to lose
+            listed = "\n  ".join(changed[:8])
+            raise InputError(
+                f"run.name: {self.path} already holds another run; these keys differ:\n  {listed}\n"
+                f"Set them back to go on with it, or choose another run.name."
+            )
+        if config.run.resume == "never" and began:
+            raise InputError(f"run.resume: never, but {self.path} already holds this run: choose another run.name")
+
+    def release(self) -> None:
+        self._lock.close()
