@@ -1,0 +1,344 @@
+"""Which samples a step sees: a function of (seed, step) alone, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from shardopt.pretrain.data.packing import Blocks, is_held_out
+from shardopt.pretrain.data.sources import document
+from shardopt.pretrain.data.tokenizers import SavedTokenizer
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+# Divisible by 1000 and by 3, 7 and 9: proportions written with three decimals, or as thirds, are met exactly.
+_PERIOD = 252_000
+_STREAM_CHARACTERS = 1 << 18
+
+
+def _keys(count: int, *what: object) -> np.ndarray:
+    """`count` 64-bit numbers that `what` alone decides."""
+    return np.frombuffer(hashlib.shake_128(repr(what).encode()).digest(8 * count), "<u8")
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): a bijection of 64-bit integers."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(index: np.ndarray, n: int, *key: object) -> np.ndarray:
+    """Where a permutation of range(n), chosen by `key`, takes each of `index`; no memory, no order of asking.
+
+    A balanced Feistel network over the next power of four, walked until it falls below n (Black and Rogaway,
+    Ciphers with Arbitrary Finite Domains, 2002), which takes fewer than four walks on average.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    rounds = _keys(8, *key)
+    out = index.astype(np.uint64)
+    todo = np.arange(len(out))
+    while len(todo):
+        left, right = out[todo] >> half, out[todo] & low
+        for round_key in rounds:
+            left, right = right, left ^ (_mix(right + round_key) & low)
+        out[todo] = (left << half) | right
+        todo = todo[out[todo] >= n]
+    return out.astype(np.int64)
+
+
+class Mixture:
+    """Which source each sample of a run is drawn from, and how many came from that source before it.
+
+    Samples are numbered over the whole run. The choice repeats after `_PERIOD` samples and is spread evenly
+    within: a source's k-th sample lies at a hashed place in the k-th of equal parts, so any stretch of
+    samples has nearly the asked proportions, and the period has them to 1 / _PERIOD.
+    """
+
+    def __init__(self, weights: list[float], seed: int) -> None:
+        if len(weights) == 1:
+            self._counts, self._order = np.ones(1, np.int64), np.zeros(1, np.int64)
+        else:
+            share = np.asarray(weights) / np.sum(weights) * _PERIOD
+            self._counts = share.astype(np.int64)
+            # The largest remainders get what flooring left over; nobody is left with none.
+            missing = _PERIOD - int(self._counts.sum())
+            self._counts[np.argsort(self._counts - share, kind="stable")[:missing]] += 1
+            self._counts[np.argmax(self._counts)] -= np.count_nonzero(self._counts == 0)
+            self._counts = np.maximum(self._counts, 1)
+            place = []
+            for source, count in enumerate(self._counts):
+                k = np.arange(count, dtype=np.uint64)
+                jitter = _mix(k + _keys(1, "mixture", seed, source)) / 2.0**64
+                place.append((k + jitter) / count)
+            owner = np.repeat(np.arange(len(weights)), self._counts)
+            self._order = owner[np.argsort(np.concatenate(place), kind="stable")]
+        # How many of the same source stand before each place of the period.
+        self._before = np.empty_like(self._order)
+        for source, count in enumerate(self._counts):
+            self._before[self._order == source] = np.arange(count)
+
+    def __call__(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each sample, and its number among that source's samples."""
+        period, place = np.divmod(sample, len(self._order))
+        source = self._order[place]
+        return source, period * self._counts[source] + self._before[place]
+
+    def count(self, source: int, samples: int) -> int:
+        """How many of the first `samples` samples come from `source`."""
+        period, place = divmod(samples, len(self._order))
+        return period * int(self._counts[source]) + int(np.count_nonzero(self._order[:place] == source))
+
+
+class Source(Protocol):
+    """What a run draws from: its samples, numbered from 0 over all epochs."""
+
+    def rows(self, number: np.ndarray) -> np.ndarray: ...
+
+    def advance(self, first: int, last: int) -> None:
+        """Samples first..last are what the step needs."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Shuffled:
+    """Packed blocks, in another order every epoch."""
+
+    def __init__(self, blocks: Blocks, *key: object) -> None:
+        self._blocks, self._key = blocks, key
+
+    def rows(self, number: np.ndarray) -> np.ndarray:
+        n = self._blocks.n_blocks
+        epoch, place = np.divmod(number, n)
+        index = np.empty_like(place)
+        for one in np.unique(epoch):
+            index[epoch == one] = permute(place[epoch == one], n, *self._key, int(one))
+        return self._blocks.rows(index)
+
+    def advance(self, first: int, last: int) -> None:
+        """Nothing to do: any block can be read at any time."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do: the step says everything."""
+
+
+class Stream:
+    """Blocks of a dataset that is read in order, over and over. Every rank reads all of it.
+
+    The state is the dataset's place before the piece of text that holds the next block's first token, and how
+    far into that piece it lies; the piece is read and tokenised again on resuming. Without a state (or for a
+    step before it) the stream is read from its start.
+    """
+
+    def __init__(
+        self,
+        open_: Callable[[], datasets.IterableDataset],
+        column: str,
+        where: str,
+        tokenizer: SavedTokenizer,
+        holdout: float,
+        block_size: int,
+    ) -> None:
+        self._open, self._column, self._where = open_, column, where
+        self._tokenizer, self._holdout, self._size = tokenizer, holdout, block_size
+        self._encode = tokenizer.encoder()
+        self._window, self._window_start = np.empty((0, block_size + 1), tokenizer.dtype), 0
+        self._seek({"row": 0, "epoch": 0, "place": None, "offset": 0})
+
+    def rows(self, number: np.ndarray) -> np.ndarray:
+        return self._window[number - self._window_start]
+
+    def advance(self, first: int, last: int) -> None:
+        if self._window_start == first and len(self._window) == last - first and self._row == last:
+            return
+        if first < self._row:
+            self._seek({"row": 0, "epoch": 0, "place": None, "offset": 0})
+        while self._row < first:
+            self._next_block()
+        window = [self._next_block() for _ in range(last - first)]
+        self._window_start = first
+        self._window = np.stack(window) if window else self._window[:0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values; the place after the step that was drawn last."""
+        state = self._pieces[0][0] if self._pieces else self._state_here()
+        return {"row": self._row, "offset": self._offset, **state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._seek(state)
+
+    def _seek(self, state: dict[str, Any]) -> None:
+        self._row, self._offset, self._epoch = state["row"], state["offset"], state["epoch"]
+        self._pieces: list[tuple[dict[str, Any], np.ndarray]] = []
+        self._window = self._window[:0]
+        self._start(state["place"])
+
+    def _start(self, place: dict[str, Any] | None) -> None:
+        self._dataset, self._place = self._open(), place
+        if place is not None:
+            self._dataset.load_state_dict(place)
+        self._texts = self._read(iter(self._dataset))
+
+    def _state_here(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "place": self._place}
+
+    def _read(self, rows: Iterator[dict[str, Any]]) -> Iterator[list[str]]:
+        """Training texts in pieces that depend only on where reading began, noting the place after each."""
+        texts: list[str] = []
+        size = 0
+        for row in rows:
+            text = document(row, self._column, self._where)
+            if not text:
+                continue
+            size += len(text)
+            if not is_held_out(text, self._holdout):
+                texts.append(text)
+            if size >= _STREAM_CHARACTERS:
+                self._place = self._dataset.state_dict()
+                yield texts
+                texts, size = [], 0
+        if texts:
+            self._place = self._dataset.state_dict()
+            yield texts
+
+    def _next_block(self) -> np.ndarray:
+        need = self._offset + self._size + 1
+        while sum(len(ids) for _, ids in self._pieces) < need:
+            self._pieces.append(self._next_piece())
+        first = self._pieces[0][1]
+        whole = first if len(first) >= need else np.concatenate([ids for _, ids in self._pieces])
+        out = whole[self._offset : need]
+        self._offset += self._size
+        while self._pieces and self._offset >= len(self._pieces[0][1]):
+            self._offset -= len(self._pieces.pop(0)[1])
+        self._row += 1
+        return out
+
+    def _next_piece(self) -> tuple[dict[str, Any], np.ndarray]:
+        for _ in range(2):
+            state = self._state_here()
+            texts = next(self._texts, None)
+            if texts is not None:
+                end = np.asarray([self._tokenizer.eos], self._tokenizer.dtype)
+                ids = [part for text_ids in self._encode(texts) for part in (text_ids, end)]
+                return state, np.concatenate([np.empty(0, self._tokenizer.dtype), *ids])
+            self._epoch += 1
+            self._start(None)
+        raise RuntimeError(f"{self._where}: the stream gave documents before and now gives none")
+
+
+class TrainData:
+    """The training samples.
+
+    Attributes:
+        block_size: target tokens of a sample, which holds one token more.
+        vocab_size: number of token ids.
+        bytes_per_token: UTF-8 bytes of text a token stands for, ends of documents counted as tokens, weighted
+            as the sources are (estimated from the documents scanned where a source streams).
+        n_blocks, tokens: of one epoch over all sources; None where a source streams.
+        fingerprint: hash of the tokens and of how they are mixed and cut; equal means equal samples for equal
+            (seed, step, global batch).
+        corpora: for each source what was read, for logs: its place in the config, its key, documents, tokens,
+            bytes, held-out documents and tokens, skipped files.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        weights: list[float],
+        tokenizer: SavedTokenizer,
+        *,
+        block_size: int,
+        seed: int,
+        global_batch: int,
+        bytes_per_token: float,
+        n_blocks: int | None,
+        tokens: int | None,
+        fingerprint: str,
+        corpora: list[dict[str, Any]],
+    ) -> None:
+        self.block_size, self.vocab_size = block_size, tokenizer.vocab_size
+        self.bytes_per_token, self.n_blocks, self.tokens = bytes_per_token, n_blocks, tokens
+        self.fingerprint, self.corpora = fingerprint, corpora
+        self._sources, self._mixture = sources, Mixture(weights, seed)
+        self._tokenizer, self._global_batch = tokenizer, global_batch
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """A fresh copy, with `save_pretrained`, `decode` and `eos_token_id`."""
+        return self._tokenizer.load()
+
+    def batch(self, step: int, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop of the global batch of `step` (from 0): int64, [stop - start, block_size + 1].
+
+        Inputs are [:, :-1], targets [:, 1:]; every target counts. Any split into rows gives the same rows.
+        """
+        if not 0 <= start <= stop <= self._global_batch or step < 0:
+            raise IndexError(
+                f"rows {start}..{stop} of step {step}, but a batch has {self._global_batch} rows"
+            )
+        first = step * self._global_batch
+        for index, source in enumerate(self._sources):
+            source.advance(
+                self._mixture.count(index, first), self._mixture.count(index, first + self._global_batch)
+            )
+        which, number = self._mixture(np.arange(first + start, first + stop))
+        out = np.empty((stop - start, self.block_size + 1), np.int64)
+        for index in np.unique(which):
+            mine = which == index
+            out[mine] = self._sources[index].rows(number[mine])
+        return torch.from_numpy(out)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values, the same on every rank; empty unless a source streams. Take it between two steps."""
+        states = {str(index): source.state_dict() for index, source in enumerate(self._sources)}
+        return {index: state for index, state in states.items() if state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for index, one in state.items():
+            self._sources[int(index)].load_state_dict(one)
+
+
+class HoldoutData:
+    """The held-out blocks of all sources, in one fixed order mixed over them, the same for every seed.
+
+    Attributes:
+        n_blocks: how many there are.
+        tokens: how many tokens they were cut from.
+        bytes_per_token: as in `TrainData`, over all held-out text. A loss in nats per token is
+            loss / ln 2 / bytes_per_token bits per byte.
+    """
+
+    def __init__(self, blocks: list[Blocks], block_size: int, tokens: int, bytes_per_token: float) -> None:
+        self._blocks, self._size = blocks, block_size
+        self._starts = np.cumsum([0, *(one.n_blocks for one in blocks)])
+        self.n_blocks = int(self._starts[-1])
+        self.tokens, self.bytes_per_token = tokens, bytes_per_token
+
+    def batch(self, start: int, stop: int) -> torch.Tensor:
+        """Blocks start..stop: int64, [stop - start, block_size + 1]; the first are a fair sample of all."""
+        if not 0 <= start <= stop <= self.n_blocks:
+            raise IndexError(f"held-out blocks {start}..{stop}, but there are {self.n_blocks}")
+        index = permute(np.arange(start, stop), self.n_blocks, "holdout")
+        which = np.searchsorted(self._starts, index, side="right") - 1
+        out = np.empty((stop - start, self._size + 1), np.int64)
+        for source in np.unique(which):
+            mine = which == source
+            out[mine] = self._blocks[source].rows(index[mine] - self._starts[source])
+        return torch.from_numpy(out)
+
+    def block(self, i: int) -> torch.Tensor:
+        """Block i: int64, [block_size + 1]."""
+        return self.batch(i, i + 1)[0]

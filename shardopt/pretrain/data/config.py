@@ -1,0 +1,145 @@
+"""The `data:` section: which text, which tokenizer, how it is cut."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from shardopt.pretrain.section import Section
+
+
+class _Source(Section):
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the samples drawn from this source, relative to the other sources' weights."""
+
+
+class StdlibSource(_Source):
+    """The Python sources of the running interpreter's standard library, without its test folders."""
+
+    source: Literal["stdlib"] = "stdlib"
+
+
+class _FileSource(_Source):
+    paths: tuple[str, ...] = Field(min_length=1)
+    """Files, folders (searched whole) and globs (`**` crosses folders); one string, or a list of them."""
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class TextSource(_FileSource):
+    """Plain UTF-8 text. A file that is not UTF-8 is skipped and counted."""
+
+    source: Literal["text"] = "text"
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    """What one document is: a whole file, a paragraph (split at blank lines), or a line."""
+
+
+class JsonlSource(_FileSource):
+    """One JSON object a line, or a JSON array of objects. A file that is not UTF-8 is skipped and counted."""
+
+    source: Literal["jsonl"] = "jsonl"
+    column: str = "text"
+    """The key that holds a document's text."""
+
+
+class ParquetSource(_FileSource):
+    """Parquet files, one document a row."""
+
+    source: Literal["parquet"] = "parquet"
+    column: str = "text"
+    """The column that holds a document's text."""
+
+
+class HfSource(_Source):
+    """A dataset of the Hugging Face hub, or a local folder laid out like one."""
+
+    source: Literal["hf"] = "hf"
+    name: str
+    """Name on the hub (`owner/name`), or a folder."""
+    subset: str | None = None
+    """Configuration of the dataset, where it has several."""
+    split: str = "train"
+    """Split to read."""
+    revision: str | None = None
+    """Branch, tag or commit; None is the newest."""
+    column: str = "text"
+    """The column that holds a document's text."""
+    streaming: bool = False
+    """Read documents in order while training, instead of downloading and packing all of them first. Every
+    rank reads and tokenises the whole stream and keeps its own rows; the order is the dataset's own."""
+    scan: int = Field(default=10_000, ge=1)
+    """Streaming only: how many documents are read ahead, once, for held-out text, for training a bpe
+    tokenizer and for the bytes per token."""
+
+
+class ByteTokenizer(Section):
+    """One token a UTF-8 byte, and one for the end of a document: 257 tokens."""
+
+    type: Literal["byte"] = "byte"
+
+
+class BpeTokenizer(Section):
+    """Byte-level byte-pair encoding, trained on the training documents and kept in the cache."""
+
+    type: Literal["bpe"] = "bpe"
+    vocab_size: int = Field(default=4096, ge=257)
+    """Tokens at most; fewer where the corpus has too few pairs to merge."""
+    train_mb: int = Field(default=512, ge=1)
+    """Megabytes of text to train on, shared among the sources by weight; each source's first documents."""
+
+
+class PathTokenizer(Section):
+    """A transformers tokenizer."""
+
+    type: Literal["path"] = "path"
+    path: str
+    """A folder, or a name on the hub."""
+
+
+class DataConfig(Section):
+    """What the model is trained and evaluated on."""
+
+    sources: tuple[
+        Annotated[
+            StdlibSource | TextSource | JsonlSource | ParquetSource | HfSource, Field(discriminator="source")
+        ],
+        ...,
+    ] = Field(default=(StdlibSource(),), min_length=1)
+    """Where the text comes from; several are mixed by weight."""
+    tokenizer: Annotated[ByteTokenizer | BpeTokenizer | PathTokenizer, Field(discriminator="type")] = (
+        ByteTokenizer()
+    )
+    """`byte`, `bpe`, `{bpe: VOCAB_SIZE}`, or a transformers tokenizer: its folder or its name on the hub."""
+    block_size: int = Field(default=256, ge=1)
+    """Target tokens of a sequence; a block has one more, because targets are the inputs shifted by one."""
+    holdout: float = Field(default=0.01, gt=0, lt=1)
+    """Share of the documents kept out of training, chosen by a hash of their text."""
+    cache: Path | None = None
+    """Where tokenizers and packed tokens are kept; None is $XDG_CACHE_HOME/shardopt/data, or
+    ~/.cache/shardopt/data without that variable."""
+
+    @field_validator("tokenizer", mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"type": value} if value in ("byte", "bpe") else {"type": "path", "path": value}
+        if isinstance(value, dict) and "type" not in value:
+            if value.keys() == {"bpe"}:
+                return {"type": "bpe", "vocab_size": value["bpe"]}
+            if value.keys() == {"path"}:
+                return {"type": "path", "path": value["path"]}
+            raise ValueError("must be byte, bpe, {bpe: VOCAB_SIZE}, or {path: FOLDER_OR_NAME}")
+        return value
+
+    @property
+    def cache_folder(self) -> Path:
+        if self.cache is not None:
+            return self.cache
+        root = os.environ.get("XDG_CACHE_HOME")
+        return (Path(root) if root else Path.home() / ".cache") / "shardopt" / "data"

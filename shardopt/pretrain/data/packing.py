@@ -1,0 +1,205 @@
+"""Documents to flat streams of token ids on disk, and back as blocks through a memory map."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardopt.errors import InputError
+from shardopt.pretrain.data.tokenizers import SavedTokenizer
+
+# Part of every key: raise it when the code gives other tokens for the same corpus.
+FORMAT = 1
+_CHUNK_CHARACTERS = 4 << 20
+_ABANDONED_SECONDS = 24 * 3600
+
+Tick = Callable[[int], None]
+
+
+def is_held_out(text: str, holdout: float) -> bool:
+    """Whether a document is kept out of training: by its text alone, whatever the corpus, seed or order.
+
+    So exact copies always fall on the same side, in one source or in several.
+    """
+    hashed = hashlib.blake2b(text.encode(), digest_size=8, person=b"holdout").digest()
+    return int.from_bytes(hashed, "little") < holdout * 2**64
+
+
+@dataclass(frozen=True)
+class Side:
+    """The train or the held-out half of a packed source. `bytes` counts UTF-8 bytes of text."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed source in the cache: train.bin and holdout.bin, flat token ids, `eos` after each document."""
+
+    folder: Path
+    corpus: str
+    skipped: int
+    skipped_examples: tuple[str, ...]
+    dtype: str
+    train: Side
+    holdout: Side
+
+    def blocks(self, side: str, block_size: int) -> Blocks:
+        return Blocks(
+            self.folder / f"{side}.bin", np.dtype(self.dtype), getattr(self, side).tokens, block_size
+        )
+
+
+class Blocks:
+    """Windows of block_size + 1 tokens, block_size apart, over a memory-mapped file.
+
+    Neighbouring blocks share one token, the target of the first and the input of the second, so every token
+    but the file's first is a target once. The tail that fills no block is left out.
+
+    Raises:
+        InputError: the file is missing or has another size than was written.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, tokens: int, block_size: int) -> None:
+        self.n_blocks = max(0, (tokens - 1) // block_size)
+        self._size = block_size
+        if not path.exists() or path.stat().st_size != tokens * dtype.itemsize:
+            raise damaged(path.parent)
+        ids = np.memmap(path, dtype, "r") if tokens else np.empty(0, dtype)
+        self._windows = (
+            np.lib.stride_tricks.sliding_window_view(ids, block_size + 1)[::block_size]
+            if self.n_blocks
+            else None
+        )
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        """Blocks `index`, shape [n, block_size + 1], in the dtype on disk."""
+        if self._windows is None:
+            raise IndexError("there is no block")
+        return self._windows[index]
+
+
+def pack(
+    documents: Iterable[str], tokenizer: SavedTokenizer, holdout: float, folder: Path, tick: Tick
+) -> dict[str, Side]:
+    """Tokenise each document once and write both sides; returns what each holds."""
+    encode = tokenizer.encoder()
+    writers = {side: _Writer(folder / f"{side}.bin", tokenizer) for side in ("train", "holdout")}
+    with contextlib.ExitStack() as stack:
+        for writer in writers.values():
+            stack.enter_context(writer.file)
+        for texts in chunks(documents, _CHUNK_CHARACTERS):
+            for text, ids in zip(texts, encode(texts), strict=True):
+                writers["holdout" if is_held_out(text, holdout) else "train"].add(text, ids)
+            tick(len(texts))
+    return {side: writer.side() for side, writer in writers.items()}
+
+
+class _Writer:
+    def __init__(self, path: Path, tokenizer: SavedTokenizer) -> None:
+        self.file = path.open("wb")
+        self._dtype = tokenizer.dtype
+        self._end = np.asarray([tokenizer.eos], self._dtype)
+        self._documents = self._tokens = self._bytes = 0
+        self._sha = hashlib.sha256()
+
+    def add(self, text: str, ids: np.ndarray) -> None:
+        data = np.concatenate([ids.astype(self._dtype, copy=False), self._end]).tobytes()
+        self.file.write(data)
+        self._sha.update(data)
+        self._documents += 1
+        self._tokens += len(ids) + 1
+        self._bytes += len(text.encode())
+
+    def side(self) -> Side:
+        return Side(self._documents, self._tokens, self._bytes, self._sha.hexdigest())
+
+
+def chunks(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """The documents in lists of at least `characters` in all, the last one shorter."""
+    texts: list[str] = []
+    size = 0
+    for text in documents:
+        texts.append(text)
+        size += len(text)
+        if size >= characters:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
+
+
+def write_meta(folder: Path, meta: Any) -> None:
+    (folder / "meta.json").write_text(json.dumps(meta if isinstance(meta, dict) else asdict(meta), indent=1))
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """What was written beside a finished build, None where there is none.
+
+    Raises:
+        InputError: the folder is there, but not what was written to it.
+    """
+    try:
+        return json.loads((folder / "meta.json").read_text())
+    except FileNotFoundError:
+        if folder.exists():
+            raise damaged(folder) from None
+        return None
+    except ValueError:
+        raise damaged(folder) from None
+
+
+def damaged(folder: Path) -> InputError:
+    return InputError(f"data.cache: {folder} is damaged; remove that folder")
+
+
+def read_packed(folder: Path) -> Packed | None:
+    meta = read_meta(folder)
+    if meta is None:
+        return None
+    sides: dict[str, Any] = {side: Side(**meta.pop(side)) for side in ("train", "holdout")}
+    meta["skipped_examples"] = tuple(meta["skipped_examples"])
+    return Packed(folder=folder, **meta, **sides)
+
+
+@contextlib.contextmanager
+def aside(folder: Path) -> Iterator[Path]:
+    """A fresh folder beside `folder` that takes its place at the end, unless another process was first.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    building = folder.parent / f".building-{uuid.uuid4().hex}"
+    try:
+        building.mkdir(parents=True)
+        _remove_abandoned(folder.parent)
+        yield building
+        # Renaming fails if somebody was first, and theirs is as good.
+        if read_meta(folder) is None:
+            with contextlib.suppress(FileExistsError):
+                building.rename(folder)
+    except OSError as error:
+        raise InputError(f"data.cache: cannot write {folder} ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove what killed builds left; one still alive has written within the day."""
+    for old in parent.glob(".building-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - max(path.stat().st_mtime for path in [old, *old.iterdir()]) > _ABANDONED_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,328 @@
+"""From the config to the data of a run: build what the cache lacks once, then open it on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shardopt.engines.ranks import Ranks
+from shardopt.errors import InputError
+from shardopt.pretrain.data.batches import HoldoutData, Shuffled, Source, Stream, TrainData
+from shardopt.pretrain.data.config import BpeTokenizer, ByteTokenizer, DataConfig, HfSource
+from shardopt.pretrain.data.packing import (
+    FORMAT,
+    Packed,
+    Tick,
+    aside,
+    is_held_out,
+    pack,
+    read_meta,
+    read_packed,
+    write_meta,
+)
+from shardopt.pretrain.data.sources import Corpus, digest
+from shardopt.pretrain.data.tokenizers import (
+    SavedTokenizer,
+    byte_tokenizer,
+    describe,
+    load_path,
+    save,
+    train_bpe,
+)
+
+logger = logging.getLogger("shardopt.data")
+
+T = TypeVar("T")
+
+
+def prepare(config: DataConfig, ranks: Ranks, seed: int, global_batch: int) -> tuple[TrainData, HoldoutData]:
+    """Tokenise and pack what the cache lacks, and open it. A collective.
+
+    Rank 0 builds. A node that does not see rank 0's cache folder builds its own, by its first rank. The
+    others wait, however long it takes: the waiting is many short collectives, not one long one.
+
+    Args:
+        config: the `data:` section.
+        ranks: this process among the others.
+        seed: decides the order of the samples and how sources are mixed, not what is held out.
+        global_batch: sequences a step, over all ranks.
+
+    Raises:
+        InputError: on every rank; the message names the key to change.
+    """
+    built = _while_others_wait(ranks, (lambda: _build(config, progress=True)) if ranks.is_main else None)
+    folders = ranks.from_main(built)
+    assert folders is not None
+    if ranks.any(not folders.visible()):
+        lacking = not folders.visible()
+        builds = lacking and ranks.local_rank == 0
+        _while_others_wait(ranks, (lambda: _build(config, progress=False)) if builds else None)
+        if lacking:
+            # Finds what this node's first rank has just built.
+            folders = ranks.together(lambda: _build(config, progress=False))
+        else:
+            ranks.together(lambda: None)
+    opened = ranks.together(lambda: _open(config, folders, seed, global_batch))
+    wanted = ranks.from_main(opened[0].fingerprint)
+
+    def agree() -> None:
+        if opened[0].fingerprint != wanted:
+            raise InputError(
+                f"data.sources: rank {ranks.rank}'s machine holds other text, or another tokenizer, than "
+                f"rank 0's; copy the same files to every machine"
+            )
+
+    ranks.together(agree)
+    if ranks.is_main:
+        for corpus in opened[0].corpora:
+            if corpus["skipped"]:
+                logger.warning(
+                    "%s: skipped %d files that are not UTF-8 (%s)",
+                    corpus["where"],
+                    corpus["skipped"],
+                    ", ".join(corpus["skipped_examples"]),
+                )
+    return opened
+
+
+@dataclass(frozen=True)
+class _Folders:
+    """What a build gives: where the tokenizer and each source's packed tokens lie."""
+
+    tokenizer: Path
+    sources: tuple[Path, ...]
+
+    def visible(self) -> bool:
+        return all((folder / "meta.json").exists() for folder in (self.tokenizer, *self.sources))
+
+
+def _while_others_wait(ranks: Ranks, action: Callable[[], T] | None) -> T | None:
+    """Run `action` on the ranks that have one, while all meet so often that no collective times out.
+
+    Raises:
+        InputError, RuntimeError: as `Ranks.together`, on every rank.
+    """
+    if not ranks.distributed:
+        return action() if action else None
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        assert action is not None
+        try:
+            results.append(action())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True) if action else None
+    if thread:
+        thread.start()
+    pause = 0.01
+    while ranks.any(thread is not None and thread.is_alive()):
+        if thread:
+            thread.join(pause)
+        else:
+            time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+
+    def finish() -> T | None:
+        if errors:
+            raise errors[0]
+        return results[0] if results else None
+
+    return ranks.together(finish)
+
+
+def _build(config: DataConfig, progress: bool) -> _Folders:
+    """Everything that the cache lacks for `config`."""
+    corpora = [Corpus(config, index) for index in range(len(config.sources))]
+    tokenizer = _build_tokenizer(config, corpora, progress)
+    return _Folders(
+        tokenizer.folder, tuple(_build_packed(config, corpus, tokenizer, progress) for corpus in corpora)
+    )
+
+
+def _build_tokenizer(config: DataConfig, corpora: list[Corpus], progress: bool) -> SavedTokenizer:
+    root = config.cache_folder / "tokenizers"
+    shape = config.tokenizer
+    if isinstance(shape, (ByteTokenizer, BpeTokenizer)):
+        what = shape.model_dump(mode="json")
+        trained_on = [
+            config.holdout,
+            [(one.key, one.source.model_dump(include={"weight", "scan"})) for one in corpora],
+        ]
+        folder = root / digest(FORMAT, what, trained_on if isinstance(shape, BpeTokenizer) else None)
+        make = (
+            byte_tokenizer
+            if isinstance(shape, ByteTokenizer)
+            else lambda: _train(config, shape, corpora, progress)
+        )
+    else:
+        loaded = load_path(shape)
+        folder = root / digest(FORMAT, _content_key(root, loaded))
+        make = lambda: loaded  # noqa: E731
+    if read_meta(folder) is None:
+        with aside(folder) as building:
+            tokenizer = make()
+            write_meta(building, {"key": save(tokenizer, building), **describe(shape, tokenizer)})
+    return _saved_tokenizer(folder)
+
+
+def _content_key(root: Path, tokenizer: Any) -> str:
+    """What `save` returns, without keeping what it writes."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="shardopt-") as scratch:
+        return save(tokenizer, Path(scratch))
+
+
+def _saved_tokenizer(folder: Path) -> SavedTokenizer:
+    meta = read_meta(folder)
+    assert meta is not None
+    return SavedTokenizer(folder=folder, **meta)
+
+
+def _train(config: DataConfig, shape: BpeTokenizer, corpora: list[Corpus], progress: bool) -> Any:
+    total_weight = sum(corpus.source.weight for corpus in corpora)
+
+    def texts(tick: Tick) -> Iterator[str]:
+        for corpus in corpora:
+            left = shape.train_mb * 1e6 * corpus.source.weight / total_weight
+            for text in corpus.documents():
+                if left <= 0:
+                    break
+                if not is_held_out(text, config.holdout):
+                    left -= len(text.encode())
+                    tick(1)
+                    yield text
+
+    with _progress(f"training a bpe tokenizer of {shape.vocab_size}", progress) as tick:
+        return train_bpe(texts(tick), shape.vocab_size)
+
+
+def _build_packed(config: DataConfig, corpus: Corpus, tokenizer: SavedTokenizer, progress: bool) -> Path:
+    scan = corpus.source.scan if isinstance(corpus.source, HfSource) and corpus.source.streaming else None
+    key = digest(FORMAT, corpus.key, tokenizer.key, config.holdout, scan)
+    folder = config.cache_folder / "packed" / key
+    if read_meta(folder) is None:
+        with aside(folder) as building, _progress(f"tokenising {corpus.source.source}", progress) as tick:
+            sides = pack(corpus.documents(), tokenizer, config.holdout, building, tick)
+            write_meta(
+                building,
+                {
+                    "corpus": corpus.key,
+                    "skipped": len(corpus.skipped),
+                    "skipped_examples": [str(path) for path in corpus.skipped[:3]],
+                    "dtype": tokenizer.dtype.name,
+                    **{side: asdict(one) for side, one in sides.items()},
+                },
+            )
+    return folder
+
+
+@contextlib.contextmanager
+def _progress(label: str, shown: bool) -> Iterator[Tick]:
+    """A bar on stderr that counts documents; how many there are is not known before they are read."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,} documents"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda documents: bar.advance(task, documents)
+        bar.update(task, total=bar.tasks[0].completed)
+
+
+def _open(
+    config: DataConfig, folders: _Folders, seed: int, global_batch: int
+) -> tuple[TrainData, HoldoutData]:
+    tokenizer = _saved_tokenizer(folders.tokenizer)
+    packed: list[Packed] = []
+    for folder in folders.sources:
+        one = read_packed(folder)
+        assert one is not None
+        packed.append(one)
+    sources: list[Source] = []
+    n_blocks = tokens = 0
+    streaming = False
+    for index, (shape, one) in enumerate(zip(config.sources, packed, strict=True)):
+        where = f"data.sources[{index}]"
+        blocks = one.blocks("train", config.block_size)
+        if blocks.n_blocks == 0:
+            if one.train.tokens + one.holdout.tokens <= config.block_size:
+                raise InputError(
+                    f"{where}: the corpus is shorter than one block ({one.train.tokens + one.holdout.tokens} "
+                    f"tokens; a block takes {config.block_size + 1}); lower data.block_size or add text"
+                )
+            raise InputError(
+                f"data.holdout: {config.holdout} leaves {where} {one.train.tokens} tokens in "
+                f"{one.train.documents} documents to train on, less than a block of {config.block_size + 1}; "
+                f"lower data.holdout or data.block_size, or cut documents smaller (a text source's sample_by)"
+            )
+        if isinstance(shape, HfSource) and shape.streaming:
+            streaming = True
+            corpus = Corpus(config, index)
+            sources.append(
+                Stream(corpus.stream, shape.column, where, tokenizer, config.holdout, config.block_size)
+            )
+        else:
+            n_blocks, tokens = n_blocks + blocks.n_blocks, tokens + one.train.tokens
+            sources.append(Shuffled(blocks, seed, index))
+    holdout_tokens = sum(one.holdout.tokens for one in packed)
+    holdout = HoldoutData(
+        [one.blocks("holdout", config.block_size) for one in packed],
+        config.block_size,
+        holdout_tokens,
+        sum(one.holdout.bytes for one in packed) / max(1, holdout_tokens),
+    )
+    if holdout.n_blocks == 0:
+        documents = sum(one.train.documents + one.holdout.documents for one in packed)
+        raise InputError(
+            f"data.holdout: {config.holdout} of {documents} documents gives {holdout_tokens} tokens, less "
+            f"than a block of {config.block_size + 1}; raise data.holdout, lower data.block_size, or cut "
+            f"documents smaller (a text source's sample_by)"
+        )
+    weights = [shape.weight for shape in config.sources]
+    shares = [weight / sum(weights) for weight in weights]
+    contents = [(one.train.sha256, one.holdout.sha256, one.corpus) for one in packed]
+    train = TrainData(
+        sources,
+        weights,
+        tokenizer,
+        block_size=config.block_size,
+        seed=seed,
+        global_batch=global_batch,
+        bytes_per_token=sum(
+            share * one.train.bytes / one.train.tokens for share, one in zip(shares, packed, strict=True)
+        ),
+        n_blocks=None if streaming else n_blocks,
+        tokens=None if streaming else tokens,
+        fingerprint=digest(contents, weights, tokenizer.key, config.block_size),
+        corpora=[
+            {
+                "where": f"data.sources[{index}]",
+                "source": shape.source,
+                "fingerprint": one.corpus,
+                "documents": one.train.documents,
+                "tokens": one.train.tokens,
+                "bytes": one.train.bytes,
+                "holdout_documents": one.holdout.documents,
+                "holdout_tokens": one.holdout.tokens,
+                "skipped": one.skipped,
+                "skipped_examples": list(one.skipped_examples),
+            }
+            for index, (shape, one) in enumerate(zip(config.sources, packed, strict=True))
+        ],
+    )
+    return train, holdout

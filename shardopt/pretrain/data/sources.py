@@ -1,0 +1,283 @@
+"""Where documents come from: each source as files or a hub dataset, its key, and its documents."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import functools
+import glob
+import hashlib
+import json
+import lzma
+import sysconfig
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardopt.errors import InputError
+from shardopt.pretrain.data.config import DataConfig, HfSource, StdlibSource, TextSource
+
+if TYPE_CHECKING:
+    import datasets
+
+# Up to here a corpus is known by its content, so that a copy or a `touch` changes nothing; a larger one,
+# which would take long to read at every start, by its files' paths, sizes and times.
+CONTENT_KEY_BYTES = 256 << 20
+_TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_SUFFIXES = {"text": (), "jsonl": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet",)}
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+_COMPRESSED = ("", ".gz", ".bz2", ".xz", ".zst")
+
+
+def digest(*parts: Any) -> str:
+    """A hash of JSON values, as 32 hexadecimal digits."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class Corpus:
+    """One source of the config, found and identified but not yet read.
+
+    Attributes:
+        where: its place in the config, for messages.
+        key: hash of everything that decides which documents it gives.
+        files: what it reads, in order; empty for a hub dataset.
+        skipped: the files left out because they are not UTF-8 (known once `documents` was asked for).
+
+    Raises:
+        InputError: nothing is there, or the hub cannot be reached.
+    """
+
+    def __init__(self, config: DataConfig, index: int) -> None:
+        self.source = config.sources[index]
+        self.where = f"data.sources[{index}]"
+        self.skipped: list[Path] = []
+        self.files: list[Path] = []
+        self._hub_cache = config.cache_folder / "hf"
+        shape = self.source.model_dump(mode="json", exclude={"weight", "paths", "scan", "streaming"})
+        if isinstance(self.source, HfSource):
+            self.total_bytes: int | None = None
+            self.key = digest(shape, self._hub_key())
+            return
+        if isinstance(self.source, StdlibSource):
+            root = Path(sysconfig.get_path("stdlib"))
+            self.files = sorted(
+                path
+                for path in root.rglob("*.py")
+                if not _TEST_FOLDERS.intersection(path.relative_to(root).parts) and path.is_file()
+            )
+            names = [path.relative_to(root).as_posix() for path in self.files]
+            if not self.files:
+                raise InputError(
+                    f"{self.where}: this Python has no library sources in {root}; use source: text"
+                )
+        else:
+            self.files = _find(self.source.source, self.source.paths, f"{self.where}.paths")
+            names = [path.name for path in self.files]
+        self.total_bytes = sum(path.stat().st_size for path in self.files)
+        if self.total_bytes == 0:
+            raise InputError(f"{self.where}: every file is empty ({_some(self.files)})")
+        self.key = digest(shape, _files_key(self.files, names, self.total_bytes))
+
+    def documents(self) -> Iterator[str]:
+        """The non-empty documents in order, once.
+
+        Raises:
+            InputError: no document, a malformed file, or a column that is missing or is not text.
+        """
+        column = getattr(self.source, "column", "text")
+        empty = True
+        with self._errors(), self._open() as rows:
+            if rows.column_names and column in rows.column_names:
+                rows = rows.select_columns([column])
+            for row in rows:
+                text = document(row, column, self.where)
+                if text:
+                    empty = False
+                    yield text
+        if empty:
+            raise InputError(f"{self.where}: the corpus holds no text")
+
+    def stream(self) -> datasets.IterableDataset:
+        """A hub dataset's rows in order; its `state_dict` is the place after the last row it gave."""
+        assert isinstance(self.source, HfSource)
+        with self._errors(), _quiet():
+            return self._builder.as_streaming_dataset(split=self.source.split)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        import datasets
+
+        if isinstance(self.source, HfSource):
+            with _quiet():
+                if self.source.streaming:
+                    rows = self._builder.as_streaming_dataset(split=self.source.split).take(self.source.scan)
+                else:
+                    self._builder.download_and_prepare()
+                    rows = self._builder.as_dataset(split=self.source.split)
+            yield rows
+            return
+        if isinstance(self.source, TextSource) and self.source.sample_by == "document":
+            for path in self.files:
+                if path.stat().st_size >= 2**31:
+                    raise InputError(
+                        f"{self.where}: {path} is over 2 GiB, too large for one document; set sample_by to "
+                        f"paragraph or line"
+                    )
+        kind = {"stdlib": "text", "text": "text", "jsonl": "json", "parquet": "parquet"}[self.source.source]
+        self.skipped = [] if kind == "parquet" else [path for path in self.files if not _is_utf8(path)]
+        files = [path for path in self.files if path not in set(self.skipped) and path.stat().st_size]
+        if not files:
+            raise InputError(f"{self.where}: no file is UTF-8 text ({_some(self.skipped)})")
+        extra = {"sample_by": getattr(self.source, "sample_by", "document")} if kind == "text" else {}
+        # datasets leaves a lock file in its cache even where it caches nothing.
+        with tempfile.TemporaryDirectory(prefix="shardopt-") as scratch, _quiet():
+            yield datasets.load_dataset(
+                kind,
+                data_files={"train": [glob.escape(str(path)) for path in files]},
+                split="train",
+                streaming=True,
+                cache_dir=scratch,
+                **extra,
+            )
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        import datasets
+
+        source = self.source
+        assert isinstance(source, HfSource)
+        try:
+            with _quiet():
+                builder = datasets.load_dataset_builder(
+                    source.name, source.subset, revision=source.revision, cache_dir=str(self._hub_cache)
+                )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{self.where}.name: cannot open {source.name!r} ({_first_line(error)}); check name, subset "
+                f"and revision, that this machine is online, and that HF_HUB_OFFLINE and HF_DATASETS_OFFLINE "
+                f"are unset"
+            ) from error
+        splits = builder.info.splits or builder.config.data_files
+        if splits and source.split.split("[")[0] not in {str(split) for split in splits}:
+            raise InputError(
+                f"{self.where}.split: {source.name!r} has no split {source.split!r}; "
+                f"it has {', '.join(map(str, splits))}"
+            )
+        return builder
+
+    def _hub_key(self) -> list[Any]:
+        assert isinstance(self.source, HfSource)
+        builder = self._builder
+        # A hub dataset's hash is its commit; a folder's leaves out when its files were written.
+        local = Path(self.source.name).is_dir() and builder.config.data_files
+        times = [list(files.origin_metadata) for files in builder.config.data_files.values()] if local else []
+        return [builder.config_id, builder.hash, times]
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        import datasets
+        import pyarrow
+
+        try:
+            yield
+        except InputError:
+            raise
+        except (*_UNREADABLE, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+            cause = error.__cause__ or error
+            raise InputError(f"{self.where}: cannot be read ({_first_line(cause)})") from error
+
+
+def document(row: dict[str, Any], column: str, where: str) -> str:
+    """The text of one row, "" where it is null.
+
+    Raises:
+        InputError: the row has no such column, or it is not text.
+    """
+    if column not in row:
+        raise InputError(f"{where}.column: there is no column {column!r}; there are {', '.join(sorted(row))}")
+    text = row[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise InputError(f"{where}.column: {column!r} holds {type(text).__name__}, not text")
+    return text
+
+
+def _find(kind: str, paths: tuple[str, ...], where: str) -> list[Path]:
+    suffixes = tuple(suffix + packed for suffix in _SUFFIXES[kind] for packed in _COMPRESSED)
+    found: dict[Path, None] = {}
+    for text in paths:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            matches = [
+                file
+                for file in path.rglob("*")
+                if file.is_file()
+                and not any(part.startswith(".") for part in file.relative_to(path).parts)
+                and (not suffixes or file.name.endswith(suffixes))
+            ]
+            if not matches:
+                raise InputError(f"{where}: the folder {text} holds no {kind} file")
+        elif path.exists():
+            matches = [path]
+        else:
+            # Path.glob takes no absolute pattern.
+            names = glob.glob(str(path), recursive=True)  # noqa: PTH207
+            matches = [file for file in map(Path, names) if file.is_file()]
+            if not matches:
+                raise InputError(
+                    f"{where}: {text} {'matches no file' if glob.has_magic(text) else 'does not exist'}"
+                )
+        found.update(dict.fromkeys(file.resolve() for file in sorted(matches)))
+    return list(found)
+
+
+def _files_key(files: list[Path], names: list[str], total_bytes: int) -> list[Any]:
+    if total_bytes > CONTENT_KEY_BYTES:
+        stats = [(path, path.stat()) for path in files]
+        return [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
+    return [
+        (name, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest())
+        for name, path in zip(names, files, strict=True)
+    ]
+
+
+def _is_utf8(path: Path) -> bool:
+    import fsspec
+
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with fsspec.open(str(path), "rb", compression="infer") as file:
+        try:
+            while chunk := file.read(1 << 20):
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without datasets' own progress bars: they count files, ours counts documents."""
+    import datasets
+
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _some(paths: list[Path]) -> str:
+    return ", ".join(str(path) for path in paths[:3]) + (
+        f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    )

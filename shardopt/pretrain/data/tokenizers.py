@@ -1,0 +1,163 @@
+"""The tokenizer of a run: bytes, BPE trained on the corpus, or one of transformers'; kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shardopt.errors import InputError
+from shardopt.pretrain.data.config import ByteTokenizer, PathTokenizer
+from shardopt.pretrain.data.sources import digest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+
+Encode = Callable[[list[str]], list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class SavedTokenizer:
+    """A tokenizer in the cache, loaded when it is first needed.
+
+    Attributes:
+        folder: what `transformers.AutoTokenizer.from_pretrained` loads.
+        key: hash of everything that decides the ids it gives.
+        vocab_size: one more than the largest id.
+        eos: id of the token that ends a document.
+        is_bytes: ids are UTF-8 bytes.
+    """
+
+    folder: Path
+    key: str
+    vocab_size: int
+    eos: int
+    is_bytes: bool
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    def load(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def encoder(self) -> Encode:
+        """A function from texts to arrays of ids, on all cores (the tokenizers library's threads).
+
+        Special tokens spelled out in the text are text: a document cannot end itself. None is added.
+        """
+        if self.is_bytes:
+            return lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts]
+        tokenizer: Any = self.load()
+        if not tokenizer.is_fast:
+
+            def encode_slowly(texts: list[str]) -> list[np.ndarray]:
+                ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                return [np.asarray(row, self.dtype) for row in ids]
+
+            return encode_slowly
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+
+        def encode(texts: list[str]) -> list[np.ndarray]:
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
+
+        return encode
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """Id b is the byte b, 256 ends a document."""
+    from tokenizers import models, pre_tokenizers
+
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    # GPT-2's spelling of bytes, which ByteLevel uses: printable ones are themselves, others from U+0100 on.
+    spelled = {byte: chr(byte) for byte in printable}
+    others = (byte for byte in range(256) if byte not in spelled)
+    spelled |= {byte: chr(256 + place) for place, byte in enumerate(others)}
+    assert set(spelled.values()) == set(pre_tokenizers.ByteLevel.alphabet())
+    model = models.BPE(vocab={char: byte for byte, char in spelled.items()}, merges=[])
+    return _transformers(_backend(model, use_regex=False))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE of at most `vocab_size` tokens, the end of a document among them."""
+    from tokenizers import models, pre_tokenizers, trainers
+
+    backend = _backend(models.BPE(), use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _transformers(backend)
+
+
+def load_path(config: PathTokenizer) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        InputError: there is no such tokenizer, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.path)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"data.tokenizer: {config.path!r} is neither byte nor bpe, and transformers loads no tokenizer "
+            f"from it ({str(error).strip().splitlines()[0]})"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"data.tokenizer: {config.path!r} has no end-of-sequence token to put between documents"
+        )
+    return tokenizer
+
+
+def save(tokenizer: Any, folder: Path) -> str:
+    """Write the tokenizer and return a hash of what decides its ids."""
+    tokenizer.save_pretrained(folder)
+    # tokenizer_config.json also holds paths and versions; a fast tokenizer is wholly in tokenizer.json.
+    fast = folder / "tokenizer.json"
+    files = [fast] if fast.exists() else sorted(path for path in folder.iterdir() if path.is_file())
+    content = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    return digest(content, tokenizer.eos_token_id)
+
+
+def describe(config: Any, tokenizer: Any) -> dict[str, Any]:
+    """What `SavedTokenizer` says of a tokenizer without loading it."""
+    return {
+        "vocab_size": max([len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values())]),
+        "eos": tokenizer.eos_token_id,
+        "is_bytes": isinstance(config, ByteTokenizer),
+    }
+
+
+def _backend(model: models.Model, use_regex: bool) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _transformers(backend: Tokenizer) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )

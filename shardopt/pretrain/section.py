@@ -1,0 +1,66 @@
+"""What every section of the config is: typed, immutable, and without unknown keys."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+
+class Section(BaseModel):
+    """One section of a run's config; each field is documented where it stands, by a docstring below it.
+
+    Types are strict: an int takes no "3", no 3.0 and no true. What YAML cannot write otherwise is fitted
+    first: a list to a tuple, a string to a Path, and "1e-3" to a float, which PyYAML reads as a string.
+
+    Raises:
+        pydantic.ValidationError: an unknown key, a missing one, or a value of the wrong type.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        fields = cls.model_fields
+        return {
+            key: _fit(fields[key].annotation, value) if key in fields else value
+            for key, value in data.items()
+        }
+
+
+def _fit(annotation: Any, value: Any) -> Any:
+    """`value` as the Python object that `annotation` wants, where YAML has another for it; else unchanged."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _fit(args[0], value)
+    if origin in (Union, types.UnionType):
+        # A string stays a string where the field takes strings: only then is the choice of a member unclear.
+        if isinstance(value, str) and str in args:
+            return value
+        for member in args:
+            fitted = _fit(member, value)
+            if fitted is not value:
+                return fitted
+        return value
+    if isinstance(value, str):
+        if annotation is Path:
+            return Path(value).expanduser()
+        if annotation is float:
+            try:
+                return float(value)
+            except ValueError:
+                return value
+    if isinstance(value, (list, tuple)) and origin in (list, tuple) and args:
+        variadic = origin is list or args[-1] is Ellipsis
+        members = [args[0]] * len(value) if variadic else [*args, *[Any] * len(value)][: len(value)]
+        return origin(_fit(member, item) for member, item in zip(members, value, strict=True))
+    if isinstance(value, dict) and origin is dict and len(args) == 2:
+        return {key: _fit(args[1], item) for key, item in value.items()}
+    return value
