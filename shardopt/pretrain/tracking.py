@@ -11,9 +11,10 @@ import json
 import math
 import netrc
 import os
+import secrets
+import string
 import struct
 import sys
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +34,9 @@ EVAL_LOSS = "eval_loss"
 
 # wandb itself reports 255 for a run that was interrupted, so that its page says so.
 _EXIT_CODES: dict[Status, int] = {"finished": 0, "interrupted": 255, "failed": 1}
-# A dead network must not keep a finished job on its nodes; what was not sent stays on disk for `wandb sync`.
+# A dead network must not keep a job from starting, nor a finished one on its nodes; what was not sent stays
+# on disk for `wandb sync`.
+_INIT_TIMEOUT_SECONDS = 30.0
 _FINISH_TIMEOUT_SECONDS = 300.0
 # WANDB_MODE's own words, old ones included.
 _ENVIRONMENT_MODES = {
@@ -244,7 +247,7 @@ class Tracker:
             kept = folder / "run-id"
             if kept.exists():
                 self._run_id = kept.read_text(encoding="utf-8").strip() or self._run_id
-            self._run_id = self._run_id or os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
+            self._run_id = self._run_id or os.environ.get("WANDB_RUN_ID") or _new_id()
             folder.mkdir(exist_ok=True)
             kept.write_text(self._run_id + "\n", encoding="utf-8")
         except OSError as error:
@@ -257,6 +260,8 @@ class Tracker:
             except Exception as error:
                 then = "the run is logged offline" if attempt != "offline" else "training goes on without it"
                 self._warn(f"W&B could not be started {attempt}, {then}: {_cause(error)}")
+                if attempt != "offline":
+                    self._attempt("W&B", wandb.teardown)  # its service still holds the id otherwise
         return None
 
     def _cut_offline(self, resume_step: int | None) -> None:
@@ -271,10 +276,8 @@ class Tracker:
             else:
                 os.truncate(log, end)  # reads as a run that ended there
 
-    def _init_wandb(
-        self, wandb: ModuleType, mode: str, config: TrackingConfig, run_config: Mapping[str, Any]
-    ) -> Any:
-        options: dict[str, Any] = {"silent": True, "console": "off"}
+    def _init_wandb(self, wandb: ModuleType, mode: str, config: TrackingConfig, run_config: Mapping[str, Any]) -> Any:
+        options: dict[str, Any] = {"silent": True, "console": "off", "init_timeout": _INIT_TIMEOUT_SECONDS}
         if "finish_timeout" in wandb.Settings.model_fields:  # newer than the oldest wandb that we support
             options.update(finish_timeout=_FINISH_TIMEOUT_SECONDS, finish_timeout_raises=True)
         if mode != "offline" and (key := _api_key(wandb)):
@@ -338,9 +341,7 @@ def draw_loss(metrics: Path, target: Path, title: str) -> None:
         steps, losses = [step for step, _ in train], [loss for _, loss in train]
         smooth = _smooth(losses, max(1.0, len(losses) / 50))
         marker = "o" if len(train) == 1 else ""
-        axes.plot(
-            steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, marker=marker, label="train, raw"
-        )
+        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, marker=marker, label="train, raw")
         axes.plot(steps, smooth, color="tab:blue", linewidth=1.8, label="train, smoothed")
     if held_out:
         axes.plot(
@@ -375,8 +376,9 @@ def _end_of_step(log: Path, step: int) -> int | None:
     The file is a LevelDB log: a header of 7 bytes, then 32 KiB blocks of records (crc32, 16-bit length, kind;
     whole or in first, middle and last parts), each a protobuf message; a killed run's file ends anywhere.
     """
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
 
+    messages: Any = wandb_internal_pb2  # its classes are made when it is imported: no types
     data = log.read_bytes()
     if not data.startswith(b":W&B"):
         raise ValueError(f"{log} is not in the format that is known here")
@@ -391,7 +393,7 @@ def _end_of_step(log: Path, step: int) -> int | None:
         message += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4) and at <= len(data):  # whole, last
-            record = Record.FromString(message)
+            record = messages.Record.FromString(message)
             if record.HasField("history") and record.history.step.num > step:
                 return start
     return None
@@ -404,6 +406,11 @@ def _smooth(values: list[float], span: float) -> list[float]:
         weight = decay * weight + (1 - decay)
         smoothed.append(average / weight)
     return smoothed
+
+
+def _new_id() -> str:
+    """Of wandb's own kind; not from the seeded generators, which every run of a config would share."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
 def _plain(value: float | int) -> float | int | None:

@@ -1,0 +1,372 @@
+"""What a person sees on the console: what each rank holds, how the run goes, what came of it.
+
+Rank 0 alone prints. On a terminal there is a progress bar; elsewhere (a log file, CI) plain lines. Whatever
+came from outside, such as generated text, is printed without its control characters and never read as markup.
+"""
+
+from __future__ import annotations
+
+import time
+import unicodedata
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+from rich import box
+from rich.console import Console, RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from shardopt.engines.ranks import Ranks
+from shardopt.slices import Slice
+
+# Shown first and in this order; a kind that is not listed comes after them under its own name.
+_LABELS = {
+    "weight": "weights",
+    "gradient": "gradients",
+    "master": "master weights",
+    "master_low": "master weights, low bits",
+    "m1": "m1, fast average",
+    "m2": "m2, slow average",
+    "nu": "nu, second moment",
+    "average": "averaged weights",
+}
+_MOST_RANK_COLUMNS = 4
+_LABEL_WIDTH = 14
+_SAMPLE_CHARACTERS = 800
+# A terminal need not be drawn more often, and a step may be short.
+_REDRAW_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Bytes by kind ("weight", "gradient", "m1", ...): on each rank, and what one process alone would hold.
+
+    A kind that is absent takes no bytes.
+    """
+
+    per_rank: tuple[Mapping[str, int], ...]
+    unsharded: Mapping[str, int]
+
+    @property
+    def kinds(self) -> list[str]:
+        """In the order in which they are shown."""
+        order = {kind: place for place, kind in enumerate(_LABELS)}
+        present = {kind for sizes in (self.unsharded, *self.per_rank) for kind in sizes}
+        return sorted(present, key=lambda kind: (order.get(kind, len(order)), kind))
+
+
+def holdings(slices: list[Slice], gradient_bytes: int, ranks: Ranks) -> Holdings:
+    """What every rank holds, from the slices themselves. A collective.
+
+    The unsharded size of a tensor is its number of elements times the bytes an element takes where its first
+    element is held. A gradient counts as large as its weight.
+
+    Args:
+        slices: `Engine.slices()`, once the state exists.
+        gradient_bytes: `Engine.gradient_bytes()`.
+    """
+    held: dict[str, int] = {"gradient": gradient_bytes}
+    whole: dict[tuple[str, str], int] = {}
+    for piece in slices:
+        held[piece.kind] = held.get(piece.kind, 0) + piece.nbytes
+        layout = piece.layout
+        # Only who holds the first element reports, so that a sharded model is not listed once a rank.
+        if layout.ranges and layout.ranges[0].global_start == 0:
+            whole[piece.kind, piece.name] = round(piece.nbytes * layout.numel / layout.local_numel)
+    reports: list[tuple[dict[str, int], dict[tuple[str, str], int]]] = [(held, whole)] * ranks.world_size
+    if ranks.distributed:
+        dist.all_gather_object(reports, (held, whole))
+    # Replicas report the same tensor; it counts once.
+    merged = {key: size for _, sizes in reports for key, size in sizes.items()}
+    unsharded: dict[str, int] = {}
+    for (kind, _), size in merged.items():
+        unsharded[kind] = unsharded.get(kind, 0) + size
+    unsharded["gradient"] = unsharded.get("weight", 0)
+    return Holdings(tuple(held for held, _ in reports), unsharded)
+
+
+def render(held: Holdings) -> Table:
+    """`held` as a table of at most 80 columns: a column a rank up to 4 ranks, beyond that the least and most.
+
+    The share is what the rank that holds most holds of the unsharded size.
+    """
+    world_size = len(held.per_rank)
+    few = world_size <= _MOST_RANK_COLUMNS
+    totals, whole = [sum(sizes.values()) for sizes in held.per_rank], sum(held.unsharded.values())
+    unit, name = _unit(max(*totals, whole))
+
+    def cells(by_rank: list[int], unsharded: int) -> list[str]:
+        shown = [*(by_rank if few else (min(by_rank), max(by_rank))), unsharded]
+        share = f"{100 * max(by_rank) / unsharded:.1f} %" if unsharded else ""
+        return [*(f"{size / unit:,.2f}" for size in shown), share]
+
+    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, show_footer=True, footer_style="bold")
+    table.add_column(f"{name} held", footer="total", no_wrap=True)
+    columns = [f"rank {rank}" for rank in range(world_size)] if few else ["least", "most"]
+    styles = {"unsharded": "dim", "share": "cyan"}
+    for header, footer in zip([*columns, *styles], cells(totals, whole), strict=True):
+        table.add_column(header, footer=footer, justify="right", no_wrap=True, style=styles.get(header))
+    for kind in held.kinds:
+        sizes = [rank.get(kind, 0) for rank in held.per_rank]
+        table.add_row(_LABELS.get(kind, kind), *cells(sizes, held.unsharded.get(kind, 0)))
+    return table
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is said of a run before its first step."""
+
+    run_name: str
+    folder: Path
+    parameters: int
+    engine: str
+    world_size: int
+    device: str
+    optimizer: str
+    kernel: str
+    data_fingerprint: str
+    data_tokens: int
+    resume_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run; what is None is not shown."""
+
+    run_name: str
+    status: str
+    folder: Path
+    step: int
+    tokens: int
+    seconds: float
+    loss: float | None = None
+    eval_loss: float | None = None
+    eval_bits_per_byte: float | None = None
+    skipped_steps: int = 0
+    checkpoint: Path | None = None
+    plot: Path | None = None
+    export: Path | None = None
+    tracking: str | None = None
+    prompt: str = ""
+    sample: str | None = None
+
+
+class Report:
+    """The console of a run; on ranks other than 0 every method does nothing.
+
+    Args:
+        is_main: whether this is rank 0.
+        console: where to print; by default standard output, as wide as the terminal, else 80 columns.
+        clock: seconds, for the rate and the time left.
+    """
+
+    def __init__(
+        self,
+        is_main: bool,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._is_main = is_main
+        self.console = console or Console(highlight=False)
+        self._clock = clock
+
+    def say(self, message: str) -> None:
+        """One line, which may come from outside; above the progress bar where there is one."""
+        self._line(Text(self._safe(message)))
+
+    def warn(self, message: str) -> None:
+        """One line that must not be missed."""
+        self._line(Text.assemble(("warning: ", "bold yellow"), self._safe(message)))
+
+    def start(self, head: Head, held: Holdings) -> None:
+        """Say what is about to run and what each rank holds of it."""
+        where = f"{head.engine}, {head.world_size} rank{'s' * (head.world_size != 1)} on {head.device}"
+        note = "" if head.resume_step is None else f"resumed at step {head.resume_step:,}"
+        self._title(head.run_name, note)
+        self._pair("model", f"{_count(head.parameters)} parameters")
+        self._pair("engine", where)
+        self._pair("optimizer", f"{head.optimizer}, {head.kernel} kernel")
+        self._pair("data", f"{_count(head.data_tokens)} tokens, fingerprint {head.data_fingerprint}")
+        self._pair("run folder", head.folder)
+        self._line(Text())
+        self._print(render(held))
+        self._line(Text())
+
+    def evaluated(self, step: int, loss: float, bits_per_byte: float | None = None) -> None:
+        """One line with the held-out loss at `step`."""
+        self.say(f"step {step:,}: held-out loss {_held_out(loss, bits_per_byte)}")
+
+    def training(self, total: int, start: int = 0) -> Training:
+        """The progress of steps `start` + 1 .. `total`, as a context manager."""
+        return Training(self, total, start)
+
+    def end(self, outcome: Outcome) -> None:
+        """Say what came of the run and where it lies."""
+        self._title(outcome.run_name, outcome.status)
+        if outcome.loss is not None:
+            self._pair("train loss", f"{outcome.loss:.4f} at step {outcome.step:,}")
+        if outcome.eval_loss is not None:
+            self._pair("held-out loss", _held_out(outcome.eval_loss, outcome.eval_bits_per_byte))
+        self._pair("tokens seen", f"{_count(outcome.tokens)} in {_duration(outcome.seconds)}")
+        if outcome.skipped_steps:
+            self._pair("skipped steps", f"{outcome.skipped_steps:,}: their loss or gradient was not finite")
+        self._pair("run folder", outcome.folder)
+        for label, value in (
+            ("checkpoint", outcome.checkpoint),
+            ("loss curve", outcome.plot),
+            ("export", outcome.export),
+            ("W&B", outcome.tracking),
+        ):
+            if value is not None:
+                self._pair(label, value)
+        if outcome.sample is not None:
+            text = outcome.sample
+            if len(text) > _SAMPLE_CHARACTERS:
+                text = text[:_SAMPLE_CHARACTERS] + " ..."
+            body = Text.assemble((self._safe(outcome.prompt), "bold"), self._safe(text), overflow="fold")
+            self._print(Panel(body, title="sample", title_align="left", border_style="dim", box=box.ROUNDED))
+
+    def _title(self, run_name: str, note: str) -> None:
+        title = Text(self._safe(run_name), style="bold", overflow="fold")
+        if note:
+            title.append(f" {self._safe(note)}", style="not bold")
+        self._print(Rule(title, align="left", style="dim"))
+
+    def _pair(self, label: str, value: object) -> None:
+        self._line(Text.assemble((f"{label:<{_LABEL_WIDTH}} ", "cyan"), self._safe(str(value))))
+
+    def _line(self, text: Text) -> None:
+        # The terminal wraps, not we: a path stays in one piece for whoever copies or greps it.
+        if self._is_main:
+            self.console.print(text, soft_wrap=True)
+
+    def _print(self, what: RenderableType) -> None:
+        if self._is_main:
+            self.console.print(what)
+
+    def _safe(self, text: str) -> str:
+        return printable(text, self.console.encoding)
+
+
+class Training(AbstractContextManager["Training"]):
+    """The steps of a run as they pass: a bar on a terminal, elsewhere a line a logged step. See `Report`."""
+
+    def __init__(self, report: Report, total: int, start: int) -> None:
+        self._report, self._total, self._clock = report, total, report._clock
+        self._loss: float | None = None
+        self._rate: float | None = None
+        now = self._clock()
+        # Recent steps tell the time left: a start that compiles, or a pause to evaluate, is soon forgotten.
+        self._passed: deque[tuple[float, int]] = deque([(now, start)], maxlen=64)
+        self._drawn = float("-inf")
+        self._bar: Progress | None = None
+        if report._is_main and report.console.is_interactive and report.console.is_terminal:
+            self._bar = Progress(
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}", markup=False),
+                console=report.console,
+                # No thread of its own: the loop forks workers and its step must not wait for a lock.
+                auto_refresh=False,
+                expand=True,
+            )
+            self._task = self._bar.add_task(self._describe(start), total=total, completed=start)
+
+    def __enter__(self) -> Training:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.stop()
+
+    def step(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
+        """Step `step` is done; the loss and the rate where this step is logged, else those before stand.
+
+        Elsewhere than on a terminal, a step with a loss is printed.
+        """
+        if not self._report._is_main:
+            return
+        now = self._clock()
+        self._passed.append((now, step))
+        self._loss = self._loss if loss is None else loss
+        self._rate = self._rate if tokens_per_second is None else tokens_per_second
+        if self._bar is None:
+            if loss is not None:
+                self._report.say(self._describe(step))
+        elif now - self._drawn >= _REDRAW_SECONDS or step == self._total:
+            self._drawn = now
+            self._bar.update(self._task, completed=step, description=self._describe(step), refresh=True)
+
+    def _describe(self, step: int) -> str:
+        width = len(f"{self._total:,}")
+        parts = [f"step {step:>{width},}/{self._total:,}"]
+        if self._loss is not None:
+            parts.append(f"loss {self._loss:.4f}")
+        if self._rate is not None:
+            parts.append(f"{_rate(self._rate):>6} tokens/s")
+        (then, first), (now, last) = self._passed[0], self._passed[-1]
+        if last > first and step < self._total:
+            parts.append(f"{_duration((self._total - step) * (now - then) / (last - first))} left")
+        return "  ".join(parts)
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """`text` with every control, format or unassigned character but newline and tab written as an escape.
+
+    What `encoding` cannot hold becomes a question mark.
+    """
+    kept = "".join(
+        character
+        if character in "\n\t" or not unicodedata.category(character).startswith("C")
+        else character.encode("unicode_escape").decode()
+        for character in text.replace("\r\n", "\n")
+    )
+    return kept.encode(encoding, "replace").decode(encoding)
+
+
+def _unit(largest: int) -> tuple[int, str]:
+    """One unit for a whole table, so that its columns compare at a glance."""
+    for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB")):
+        # 10 of it, so that the small rows keep their digits.
+        if largest >= 10 * 1024**power:
+            return 1024**power, name
+    return (1024**2, "MiB") if largest >= 1024**2 else (1024, "KiB")
+
+
+def _count(number: int) -> str:
+    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.2f} {name}"
+    return f"{number:,}"
+
+
+def _rate(number: float) -> str:
+    for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{name}"
+    return f"{number:.0f}"
+
+
+def _held_out(loss: float, bits_per_byte: float | None) -> str:
+    return f"{loss:.4f}" if bits_per_byte is None else f"{loss:.4f}, {bits_per_byte:.3f} bits per byte"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
