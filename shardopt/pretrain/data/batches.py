@@ -315,6 +315,7 @@ class HoldoutData:
     """The held-out blocks of all sources, in one fixed order mixed over them, the same for every seed.
 
     Attributes:
+        block_size: target tokens of a block, which holds one token more.
         n_blocks: how many there are.
         tokens: how many tokens they were cut from.
         bytes_per_token: as in `TrainData`, over all held-out text. A loss in nats per token is
@@ -322,7 +323,7 @@ class HoldoutData:
     """
 
     def __init__(self, blocks: list[Blocks], block_size: int, tokens: int, bytes_per_token: float) -> None:
-        self._blocks, self._size = blocks, block_size
+        self._blocks, self.block_size = blocks, block_size
         self._starts = np.cumsum([0, *(one.n_blocks for one in blocks)])
         self.n_blocks = int(self._starts[-1])
         self.tokens, self.bytes_per_token = tokens, bytes_per_token
@@ -333,7 +334,7 @@ class HoldoutData:
             raise IndexError(f"held-out blocks {start}..{stop}, but there are {self.n_blocks}")
         index = permute(np.arange(start, stop), self.n_blocks, "holdout")
         which = np.searchsorted(self._starts, index, side="right") - 1
-        out = np.empty((stop - start, self._size + 1), np.int64)
+        out = np.empty((stop - start, self.block_size + 1), np.int64)
         for source in np.unique(which):
             mine = which == source
             out[mine] = self._blocks[source].rows(index[mine] - self._starts[source])
