@@ -40,13 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _pretrain(arguments: argparse.Namespace) -> int:
     if arguments.nproc_per_node is not None and "RANK" not in os.environ:
-        ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        rest = [a for a in ("--print-config",) if arguments.print_config]
-        os.execv(
-            sys.executable,
-            [*ranks, "--nproc_per_node", arguments.nproc_per_node, "-m", "shardopt", "pretrain", *rest]
-            + [arguments.config, *arguments.overrides],
-        )
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", arguments.nproc_per_node]
+        flags = ["--print-config"] if arguments.print_config else []
+        command = ["-m", "shardopt", "pretrain", *flags, arguments.config, *arguments.overrides]
+        os.execv(sys.executable, [sys.executable, *torchrun, *command])
     try:
         from shardopt.pretrain import config as configuration
     except ModuleNotFoundError as e:

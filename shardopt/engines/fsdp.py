@@ -67,7 +67,10 @@ class FsdpEngine(ModuleEngine):
             )
         # The root is needed again as soon as backward starts, so it stays gathered.
         fully_shard(
-            model, mesh=shard if config.replicate == 1 else mesh, reshard_after_forward=False, mp_policy=policy
+            model,
+            mesh=shard if config.replicate == 1 else mesh,
+            reshard_after_forward=False,
+            mp_policy=policy,
         )
         inputs.initialise(model)
         self.model = model

@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from shardopt.engines import EngineConfig, FsdpConfig
 from shardopt.errors import InputError
 from shardopt.optim import registry
 from shardopt.pretrain.data.config import DataConfig
-from shardopt.pretrain.model import ModelConfig
+from shardopt.pretrain.model import ModelConfig, transformers_config
 from shardopt.pretrain.schedule import ScheduleConfig
 from shardopt.pretrain.section import Section
 from shardopt.pretrain.tracking import TrackingConfig
@@ -135,6 +143,14 @@ class Config(Section):
             near = difflib.get_close_matches(str(value["name"]), names, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"engine.name: {value['name']!r} is not one of {', '.join(names)}{hint}")
+        known = chosen.__dataclass_fields__
+        for key in value.keys() - known.keys():
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean engine.{near[0]}?" if near else f"known: {', '.join(known)}"
+            raise InputError(
+                f"engine.{key}: the engine {chosen().name} has no such key; {hint} (to change the engine and its keys "
+                f"at once, write engine='{{name: ...}}')"
+            )
         return TypeAdapter(chosen).validate_python(value)
 
     @model_validator(mode="after")
@@ -155,6 +171,8 @@ class Config(Section):
                     f"train.steps = {train.steps}"
                 )
         self.optimizer.spec(train.steps, self.run.seed)
+        # The tokenizer comes later; all but the size of its vocabulary can be checked now.
+        transformers_config(self.model, 257, 256, self.data.block_size)
         return self
 
     def check_ranks(self, world_size: int) -> None:
@@ -187,7 +205,7 @@ MAY_CHANGE = (
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """"key: old → new" for each key that differs and must not (`MAY_CHANGE`), of two `Config.as_dict()`."""
+    """ "key: old → new" for each key that differs and must not (`MAY_CHANGE`), of two `Config.as_dict()`."""
     a, b = _flat(old), _flat(new)
     keys = [k for k in a | b if a.get(k) != b.get(k)]
     return [

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import math
 import resource
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from shardopt import checkpoint, engines
-from shardopt.engines.base import Engine, EngineInputs
+from shardopt.engines.base import EngineInputs
 from shardopt.engines.ranks import Ranks
 from shardopt.errors import InputError
 from shardopt.pretrain import data, model, report, rng
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.folder import RunFolder
 from shardopt.pretrain.schedule import lr_factor
+from shardopt.pretrain.scoring import HeldOut, generate, held_out, token_loss_sum
+from shardopt.pretrain.signals import Stop, stop_signals
 from shardopt.pretrain.tracking import Tracker
 
 FORMAT = "shardopt.pretrain/1"
@@ -83,7 +80,9 @@ class _Run:
 
     def __init__(self, config: Config, ranks: Ranks, stack: ExitStack) -> None:
         self.config, self.ranks = config, ranks
-        self.progress = Progress()
+        self.progress, self.window = Progress(), _Window()
+        self.report = report.Report(ranks.is_main)
+        self.began = time.monotonic()
         rng.seed_all(config.run.seed, ranks.rank)
         # Cheap checks of the optimizer and the run folder come before data and model are touched.
         spec = config.optimizer.spec(config.train.steps, config.run.seed)
@@ -92,12 +91,10 @@ class _Run:
             stack.callback(folder.release)
         resume_from = ranks.from_main(folder.resume_from if folder is not None else None)
 
-        self.train_data, self.holdout = data.prepare(
-            config.data, ranks, config.run.seed, config.train.global_batch
-        )
+        self.train_data, self.holdout = data.prepare(config.data, ranks, config.run.seed, config.train.global_batch)
         tokenizer = self.train_data.tokenizer
         self.model_config = ranks.together(
-            lambda: model.model_config(
+            lambda: model.transformers_config(
                 config.model, self.train_data.vocab_size, tokenizer.eos_token_id, config.data.block_size
             )
         )
@@ -122,7 +119,6 @@ class _Run:
         root = config.folder / "checkpoints"
         self.saver = checkpoint.Saver(root, config.checkpoint.keep, ranks, config.checkpoint.asynchronous)
         stack.callback(self.saver.close)
-        self.last_checkpoint = resume_from
         self.tracker = ranks.together(
             lambda: Tracker(
                 config.folder,
@@ -132,49 +128,41 @@ class _Run:
                 self.progress.step if document else None,
                 run_id=document.get("wandb_id"),
                 is_main=ranks.is_main,
+                warn=self.report.warn,
             )
         )
         stack.push(self._close_tracker)
-        self.console = report.Console(config.run.name, config.train.steps, is_main=ranks.is_main)
-        stack.callback(self.console.close)
-        self._report_start(resume_from)
+        self._report_start()
 
     # ---------------------------------------------------------------- a run, step by step
 
     def train(self) -> Result:
         config, progress = self.config, self.progress
-        self.window = _Window()
-        result_loss: float | None = None
-        holdout: _Held | None = None
+        steps = config.train.steps
+        loss: float | None = None
+        holdout: HeldOut | None = None
         stopped = False
-        with _stop_signals() as stop:
-            while progress.step < config.train.steps and not stopped:
-                began = time.perf_counter()
-                loss, norm, stopped = self._step(stop)
-                self.window.add(loss, norm, time.perf_counter() - began)
-                if not progress.skipped_in_row:
-                    result_loss = loss
-                step, last = progress.step, progress.step == config.train.steps
-                holdout = None
-                if last or step % config.eval.every == 0:
-                    holdout = self._evaluate()
-                if last or holdout is not None or step % config.tracking.log_every == 0:
-                    self._log(holdout)
-                self.console.advance(step)
-                if last or stopped or step % config.checkpoint.every == 0:
-                    self._save()
+        with stop_signals() as stop, self.report.training(steps, progress.step) as bar:
+            while progress.step < steps and not stopped:
+                loss, stopped = self._step(stop)
+                step, last = progress.step, progress.step == steps
+                holdout = self._evaluate() if last or step % config.eval.every == 0 else None
+                if last or stopped or holdout is not None or step % config.tracking.log_every == 0:
+                    metrics = self._log(holdout)
+                    bar.step(step, metrics["loss"], metrics["tokens_per_second"])
+                else:
+                    bar.step(step)
                 if progress.skipped_in_row > config.train.max_nonfinite_steps:
                     self._give_up()
+                # Weights that are about to be given up are not saved over the last good ones.
+                if last or stopped or (step % config.checkpoint.every == 0 and not progress.skipped_in_row):
+                    self._save()
             self.saver.wait()
-            self.last_checkpoint = self.ranks.from_main(checkpoint.latest(config.folder / "checkpoints"))
-            finished = progress.step >= config.train.steps
-            if finished and holdout is None:
-                holdout = self._evaluate()
-            result = self._finish("finished" if finished else "stopped", result_loss, holdout, stop)
-        return result
+        return self._finish(loss, holdout or (self._evaluate() if progress.step >= steps else None), stop)
 
-    def _step(self, stop: _Stop) -> tuple[float, float, bool]:
-        """One optimizer step: its loss over the global batch, its gradient norm, and whether to stop."""
+    def _step(self, stop: Stop) -> tuple[float, bool]:
+        """One optimizer step: its loss over the global batch, and whether any rank was asked to stop."""
+        began = time.perf_counter()
         config, engine, ranks = self.config, self.engine, self.ranks
         train = config.train
         factor = lr_factor(self.progress.step + 1, train.steps, config.schedule)
@@ -198,41 +186,31 @@ class _Run:
         else:
             self.progress.skipped += 1
             self.progress.skipped_in_row += 1
+            self.report.warn(
+                f"step {self.progress.step + 1} is skipped on all ranks: loss {summed}, gradient norm {norm}"
+            )
         engine.zero_grad()
         self.progress.step += 1
-        return summed, norm, stops > 0
+        self.window.add(summed, norm, time.perf_counter() - began)
+        return summed, stops > 0
 
-    @torch.no_grad()
-    def _evaluate(self) -> _Held:
-        """Mean loss over the same held-out blocks on any number of ranks. A collective."""
-        config, ranks, micro = self.config, self.ranks, self.config.train.micro_batch
-        blocks = min(self.holdout.n_blocks, config.eval.batches * config.train.global_batch)
-        self.engine.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        a_round = ranks.world_size * micro
-        for start in range(0, blocks, a_round):
-            mine = min(start + ranks.rank * micro, blocks)
-            # Every rank goes through every forward: sharded weights are gathered in it.
-            tokens = self.holdout.batch(min(mine, blocks - 1), max(min(mine + micro, blocks), 1))
-            loss = token_loss_sum(self.engine, tokens.to(ranks.device))
-            total += loss.double() * (mine < blocks)
-        self.engine.model.train()
-        nats = ranks.sum([total.item()])[0] / (blocks * config.data.block_size)
-        return _Held(nats, nats / math.log(2) / self.holdout.bytes_per_token)
+    def _evaluate(self) -> HeldOut:
+        blocks = self.config.eval.batches * self.config.train.global_batch
+        return held_out(self.engine, self.holdout, blocks, self.config.train.micro_batch)
 
     # ---------------------------------------------------------------- what is kept and shown
 
-    def _log(self, holdout: _Held | None) -> None:
+    def _log(self, holdout: HeldOut | None) -> dict[str, float]:
+        """Write a row of metrics on the steps since the last one; the row. A collective."""
         engine, step = self.engine, self.progress.step
         local = {name: value.item() for name, value in engine.statistics().items()}
         squares = self.ranks.sum(list(local.values()))
         norms = {
-            f"{name}_norm": math.sqrt(square / engine.replicas())
-            for name, square in zip(local, squares, strict=True)
+            f"{name}_norm": math.sqrt(square / engine.replicas()) for name, square in zip(local, squares, strict=True)
         }
         tokens_a_step = self.config.train.global_batch * self.config.data.block_size
         loss, norm, seconds, steps = self.window.take()
-        metrics: dict[str, float | int | None] = {
+        metrics: dict[str, float] = {
             "tokens": step * tokens_a_step,
             "loss": loss,
             "bits_per_byte": loss / math.log(2) / self.train_data.bytes_per_token,
@@ -247,18 +225,15 @@ class _Run:
         if holdout is not None:
             metrics |= {"holdout_loss": holdout.loss, "holdout_bits_per_byte": holdout.bits_per_byte}
         self.tracker.log(step, metrics)
-        self.console.log(step, metrics)
+        return metrics
 
     def _save(self) -> None:
-        scalars: dict[str, dict[str, int | float]] = {}
-        for part in self.ranks.gather(self.engine.scalar_state()):
-            scalars |= part
         document = {
             "format": FORMAT,
             "step": self.progress.step,
             "skipped": self.progress.skipped,
             "skipped_in_row": self.progress.skipped_in_row,
-            "optimizer": {"name": self.config.optimizer.name, "parameters": scalars},
+            "scalars": self.engine.scalar_state(),
             "data": self.train_data.state_dict(),
             "data_fingerprint": self.train_data.fingerprint,
             "wandb_id": self.tracker.run_id,
@@ -278,7 +253,7 @@ class _Run:
                 f"on where it stopped; restore it, or choose another run.name"
             )
         checkpoint.load(folder, engine.slices(), ranks)
-        engine.load_scalar_state(document["optimizer"]["parameters"])
+        engine.load_scalar_state(document["scalars"])
         engine.after_load()
         self.train_data.load_state_dict(document["data"])
         self.progress = Progress(document["step"], document["skipped"], document["skipped_in_row"])
@@ -291,65 +266,81 @@ class _Run:
 
     def _give_up(self) -> None:
         self.saver.wait()
+        good = self.ranks.from_main(checkpoint.latest(self.config.folder / "checkpoints"))
         raise NonFiniteError(
             f"{self.progress.skipped_in_row} steps in a row, up to step {self.progress.step}, had a loss or a gradient "
             f"that is not finite. Lower optimizer.lr or train.grad_clip; the last good checkpoint is "
-            f"{self.last_checkpoint or 'none: the run never reached one'}"
+            f"{good or 'none: the run never reached one'}"
         )
 
-    def _report_start(self, resume_from: Path | None) -> None:
+    def _report_start(self) -> None:
+        config, engine, progress = self.config, self.engine, self.progress
+        held = report.holdings(engine.slices(), engine.gradient_bytes(), self.ranks)
+        head = report.Head(
+            run_name=config.run.name,
+            folder=config.folder,
+            parameters=sum(p.numel() for p in engine.model.parameters()),
+            engine=engine.name,
+            world_size=self.ranks.world_size,
+            device=self.ranks.device.type,
+            optimizer=config.optimizer.name,
+            kernel=getattr(engine.optimizer, "kernel", "torch"),
+            data_fingerprint=self.train_data.fingerprint[:12],
+            data_tokens=self.train_data.tokens,
+            resume_step=progress.step or None,
+        )
+        self.report.start(head, held)
+
+    def _finish(self, loss: float | None, holdout: HeldOut | None, stop: Stop) -> Result:
         config, engine = self.config, self.engine
-        holdings = report.holdings(engine.slices(), engine.gradient_bytes(), self.ranks)
-        self.console.start(
-            holdings,
-            {
-                "parameters": f"{sum(p.numel() for p in engine.model.parameters()):,}",
-                "engine": f"{engine.name} on {self.ranks.world_size} × {self.ranks.device.type}",
-                "optimizer": f"{config.optimizer.name}, kernel {getattr(engine.optimizer, 'kernel', 'torch')}",
-                "data": f"{self.train_data.tokens:,} tokens, fingerprint {self.train_data.fingerprint[:12]}",
-                "run": f"{config.folder}" + (f", from {resume_from.name}" if resume_from else ""),
-                "tracking": self.tracker.where or "metrics.jsonl",
-            },
-        )
-
-    def _finish(self, status: Any, loss: float | None, holdout: _Held | None, stop: _Stop) -> Result:
-        config = self.config
+        finished = self.progress.step >= config.train.steps
         export = sample = None
-        if status == "finished":
-            if config.checkpoint.export:
-                export = config.folder / "export"
-                checkpoint.export_safetensors(export, self.engine.full_parameters(), self.ranks)
-                if self.ranks.is_main:
-                    self.model_config.save_pretrained(export)
-                    self.train_data.tokenizer.save_pretrained(export)
-            if config.eval.sample_tokens:
-                sample = generate(
-                    self.engine, self.train_data.tokenizer, config.eval.sample_tokens, config.data.block_size
-                )
+        if finished and config.checkpoint.export:
+            export = config.folder / "export"
+            checkpoint.export_safetensors(export, engine.full_parameters(), self.ranks, complete=self._export_rest)
+        if finished and config.eval.sample_tokens:
+            sample = generate(engine, self.train_data.tokenizer, config.eval.sample_tokens, config.data.block_size)
         result = Result(
-            status=status,
+            status="finished" if finished else "stopped",
             folder=config.folder,
             step=self.progress.step,
             loss=loss,
             holdout_loss=holdout.loss if holdout else None,
             holdout_bits_per_byte=holdout.bits_per_byte if holdout else None,
             skipped=self.progress.skipped,
-            checkpoint=self.last_checkpoint,
+            checkpoint=self.ranks.from_main(checkpoint.latest(config.folder / "checkpoints")),
             export=export,
             sample=sample,
         )
-        self.tracker.close()
-        self.console.finish(result, stop.asked)
+        where = self.tracker.where
+        self.tracker.close("finished" if finished else "interrupted")
+        self.report.end(
+            report.Outcome(
+                run_name=config.run.name,
+                status="finished" if finished else f"stopped by {stop.asked or 'another rank'}; run it again to go on",
+                folder=config.folder,
+                step=self.progress.step,
+                tokens=self.progress.step * config.train.global_batch * config.data.block_size,
+                seconds=time.monotonic() - self.began,
+                loss=loss,
+                eval_loss=result.holdout_loss,
+                eval_bits_per_byte=result.holdout_bits_per_byte,
+                skipped_steps=self.progress.skipped,
+                checkpoint=result.checkpoint,
+                plot=self.tracker.plot_path,
+                export=export,
+                tracking=where,
+                sample=sample,
+            )
+        )
         return result
+
+    def _export_rest(self, folder: Path) -> None:
+        self.model_config.save_pretrained(folder)
+        self.train_data.tokenizer.save_pretrained(folder)
 
     def _close_tracker(self, kind: type[BaseException] | None, *_: object) -> None:
         self.tracker.close("finished" if kind is None else "failed")
-
-
-@dataclass(frozen=True)
-class _Held:
-    loss: float
-    bits_per_byte: float
 
 
 @dataclass
@@ -372,58 +363,8 @@ class _Window:
         return out
 
 
-def token_loss_sum(engine: Engine, tokens: Tensor) -> Tensor:
-    """Sum of the next-token cross-entropy in nats, fp32, of `tokens` (sequences, block_size + 1)."""
-    logits = engine.model(input_ids=tokens[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
-
-
-@torch.no_grad()
-def generate(engine: Engine, tokenizer: Any, tokens: int, context: int, temperature: float = 0.8) -> str:
-    """Text that the model goes on with from the end of a document. A collective, as the weights are sharded."""
-    device = engine.ranks.device
-    draw = torch.Generator().manual_seed(0)  # the same tokens on every rank
-    ids = torch.tensor([[tokenizer.eos_token_id]], device=device)
-    engine.model.eval()
-    for _ in range(tokens):
-        logits = engine.model(input_ids=ids[:, -context:], use_cache=False).logits[0, -1].float().cpu()
-        chosen = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=draw)
-        ids = torch.cat([ids, engine.ranks.from_main(chosen).to(device)[None]], dim=1)
-    engine.model.train()
-    return tokenizer.decode(ids[0, 1:].tolist(), skip_special_tokens=True)
-
-
 def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held so far: of the GPU's memory, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@dataclass
-class _Stop:
-    asked: str | None = None
-    at: float = 0.0
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """SIGINT and SIGTERM ask the run to stop after its step; a second SIGINT, 2 s later or more, interrupts it.
-
-    torchrun passes on the Ctrl-C that the terminal has already sent to every process, hence the two seconds.
-    """
-    stop = _Stop()
-
-    def ask(number: int, _: FrameType | None) -> None:
-        now = time.monotonic()
-        if stop.asked is not None and number == signal.SIGINT and now - stop.at > 2:
-            raise KeyboardInterrupt
-        if stop.asked is None:
-            stop.asked, stop.at = signal.Signals(number).name, now
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

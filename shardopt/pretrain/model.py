@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -40,9 +40,7 @@ class ModelConfig(Section):
     """A local folder. Its safetensors weights are loaded if it has any, else only its config is used."""
 
 
-def model_config(
-    section: ModelConfig, vocab_size: int, eos_token_id: int, block_size: int
-) -> PretrainedConfig:
+def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int, block_size: int) -> PretrainedConfig:
     """The transformers configuration that `section` describes, checked against the tokenizer and the data.
 
     Args:
@@ -55,9 +53,7 @@ def model_config(
     """
     given = dict(section.model_extra or {})
     if (section.model_type is None) == (section.path is None):
-        raise InputError(
-            "model: give either model_type (such as llama) or path (a folder with a config.json)"
-        )
+        raise InputError("model: give either model_type (such as llama) or path (a folder with a config.json)")
     if section.path is not None:
         if not (Path(section.path) / "config.json").is_file():
             raise InputError(f"model.path: {section.path} holds no config.json")
@@ -176,7 +172,7 @@ class _DrawWhole(TorchDispatchMode):
 
 
 @torch.no_grad()
-def initialise(model: PreTrainedModel, device: torch.device, seed: int, weights: str | None = None) -> None:
+def initialise(model: nn.Module, device: torch.device, seed: int, weights: str | None = None) -> None:
     """Give `model` (meta or sharded meta) storage on `device` and its first weights, in place.
 
     Args:
@@ -189,10 +185,10 @@ def initialise(model: PreTrainedModel, device: torch.device, seed: int, weights:
     give_storage(model, device)
     # transformers takes a class that FSDP2 has renamed for custom code, and then skips modules without parameters
     # of their own (GPT-2's residual scaling is in one of those).
-    with mock.patch.object(model, "is_custom_code", lambda: False), torch.random.fork_rng(devices=[]):
+    with mock.patch.object(model, "is_custom_code", return_value=False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with _DrawWhole(seed):
-            model.initialize_weights()
+            cast(PreTrainedModel, model).initialize_weights()
     if weights is not None and (files := sorted(Path(weights).glob("*.safetensors"))):
         _load_safetensors(model, files)
 

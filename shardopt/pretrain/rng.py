@@ -27,9 +27,9 @@ def capture(rank: int) -> dict[str, Tensor]:
     assert name == "MT19937"
     state = {
         "torch": torch.get_rng_state(),
-        # random.getstate()'s third member is a pending gauss() or None.
+        # A pending gauss(), of which there need not be one.
         "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
         "numpy": torch.tensor([*keys, position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
     }
@@ -42,11 +42,9 @@ def restore(rank: int, saved: dict[str, Tensor]) -> None:
     """Set the generators from what `capture` gave."""
     state = {key.rsplit("/", 1)[1]: value for key, value in saved.items() if f"/rank-{rank:05d}/" in key}
     torch.set_rng_state(state["torch"])
-    gauss = state["python_gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
-    *keys, position, has_gauss = state["numpy"].tolist()
-    np.random.set_state(
-        ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item())
-    )
+    has_gauss, gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
+    *keys, position, pending = state["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, pending, state["numpy_gauss"].item()))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,62 @@
+"""What the model makes of text: its loss on tokens, held-out loss, and text of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardopt.engines.base import Engine
+from shardopt.pretrain.data import HoldoutData
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Mean loss on held-out text, in nats a token and in bits a UTF-8 byte."""
+
+    loss: float
+    bits_per_byte: float
+
+
+def token_loss_sum(engine: Engine, tokens: Tensor) -> Tensor:
+    """Sum of the next-token cross-entropy in nats, fp32, of `tokens` (sequences, block_size + 1)."""
+    logits = engine.model(input_ids=tokens[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
+
+
+@torch.no_grad()
+def generate(engine: Engine, tokenizer: Any, tokens: int, context: int, temperature: float = 0.8) -> str:
+    """Text that the model goes on with from the end of a document. A collective, as the weights are sharded."""
+    device = engine.ranks.device
+    draw = torch.Generator().manual_seed(0)  # the same tokens on every rank
+    ids = torch.tensor([[tokenizer.eos_token_id]], device=device)
+    engine.model.eval()
+    for _ in range(tokens):
+        logits = engine.model(input_ids=ids[:, -context:], use_cache=False).logits[0, -1].float().cpu()
+        chosen = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=draw)
+        ids = torch.cat([ids, engine.ranks.from_main(chosen).to(device)[None]], dim=1)
+    engine.model.train()
+    return tokenizer.decode(ids[0, 1:].tolist(), skip_special_tokens=True)
+
+
+@torch.no_grad()
+def held_out(engine: Engine, holdout: HoldoutData, blocks: int, micro_batch: int) -> HeldOut:
+    """Loss on the first `blocks` held-out blocks, whatever the number of ranks. A collective."""
+    ranks = engine.ranks
+    blocks = min(blocks, holdout.n_blocks)
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    engine.model.eval()
+    for start in range(0, blocks, ranks.world_size * micro_batch):
+        first = start + ranks.rank * micro_batch
+        last = min(first + micro_batch, blocks)
+        # A rank that has run out goes through the forward all the same: sharded weights are gathered in it.
+        tokens = holdout.batch(first, last) if first < last else holdout.batch(0, 1)
+        loss = token_loss_sum(engine, tokens.to(ranks.device)).double()
+        total += loss if first < last else 0.0
+    engine.model.train()
+    nats = ranks.sum([total.item()])[0] / (blocks * holdout.block_size)
+    return HeldOut(nats, nats / math.log(2) / holdout.bytes_per_token)
