@@ -15,17 +15,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0 done or stopped on request, 2 bad input, 1 anything else."""
     parser = argparse.ArgumentParser(prog="shardopt", description="Sharded AdEMAMix for language-model pretraining.")
     parser.add_argument("--version", action="version", version=f"shardopt {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    pretrain = commands.add_parser(
-        "pretrain",
-        help="pretrain a language model",
-        description="Pretrain a language model. Under torchrun every rank runs this; with --nproc-per-node it "
-        "starts torchrun itself.",
+    parser.add_argument("command", choices=["pretrain"], help="pretrain a language model")
+    parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
+    parser.add_argument(
+        "--nproc-per-node", metavar="N", help="start N ranks here (a number, or gpu); not needed under torchrun"
     )
-    pretrain.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
-    pretrain.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
-    pretrain.add_argument("--nproc-per-node", metavar="N", help="start N ranks here (a number, or gpu)")
-    pretrain.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
     arguments = parser.parse_intermixed_args(argv)
     try:
         return _pretrain(arguments)

@@ -195,7 +195,7 @@ class ModuleEngine(Engine):
 
 def autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Make `model`'s forward run under autocast; backward, which follows the forward's dtypes, stays outside."""
-    model.forward = torch.autocast(device.type, dtype)(model.forward)  # type: ignore[method-assign]
+    model.forward = torch.autocast(device.type, dtype)(model.forward)
 
 
 def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

@@ -125,7 +125,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1]
     if not lists:
         raise InputError(f"model: {type(model).__name__} has no list of transformer blocks to shard")
-    return list(max(lists, key=len))
+    return list(max(lists, key=lambda blocks: len(blocks)))
 
 
 def give_storage(model: nn.Module, device: torch.device) -> None:

@@ -133,7 +133,7 @@ class Head:
     optimizer: str
     kernel: str
     data_fingerprint: str
-    data_tokens: int
+    data_tokens: int | None
     resume_step: int | None = None
 
 
@@ -194,7 +194,8 @@ class Report:
         self._pair("model", f"{_count(head.parameters)} parameters")
         self._pair("engine", where)
         self._pair("optimizer", f"{head.optimizer}, {head.kernel} kernel")
-        self._pair("data", f"{_count(head.data_tokens)} tokens, fingerprint {head.data_fingerprint}")
+        tokens = "a stream" if head.data_tokens is None else f"{_count(head.data_tokens)} tokens"
+        self._pair("data", f"{tokens}, fingerprint {head.data_fingerprint}")
         self._pair("run folder", head.folder)
         self._line(Text())
         self._print(render(held))

@@ -49,6 +49,7 @@ def held_out(engine: Engine, holdout: HoldoutData, blocks: int, micro_batch: int
     ranks = engine.ranks
     blocks = min(blocks, holdout.n_blocks)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    targets = blocks * (holdout.batch(0, 1).shape[1] - 1)
     engine.model.eval()
     for start in range(0, blocks, ranks.world_size * micro_batch):
         first = start + ranks.rank * micro_batch
@@ -58,5 +59,5 @@ def held_out(engine: Engine, holdout: HoldoutData, blocks: int, micro_batch: int
         loss = token_loss_sum(engine, tokens.to(ranks.device)).double()
         total += loss if first < last else 0.0
     engine.model.train()
-    nats = ranks.sum([total.item()])[0] / (blocks * holdout.block_size)
+    nats = ranks.sum([total.item()])[0] / targets
     return HeldOut(nats, nats / math.log(2) / holdout.bytes_per_token)

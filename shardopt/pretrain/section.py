@@ -29,10 +29,7 @@ class Section(BaseModel):
         if not isinstance(data, dict):
             return data
         fields = cls.model_fields
-        return {
-            key: _fit(fields[key].annotation, value) if key in fields else value
-            for key, value in data.items()
-        }
+        return {key: _fit(fields[key].annotation, value) if key in fields else value for key, value in data.items()}
 
 
 def _fit(annotation: Any, value: Any) -> Any:

@@ -155,7 +155,8 @@ class Tracker:
         if self._run is None:
             return None
         if self._run.offline:
-            return f"wandb sync {self._folder / 'wandb'}/offline-run-*-{self._run_id}"
+            # The last star: a second start within one second gets a suffix.
+            return f"wandb sync {self._folder / 'wandb'}/offline-run-*-{self._run_id}*"
         return self._run.url
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
@@ -267,7 +268,7 @@ class Tracker:
     def _cut_offline(self, resume_step: int | None) -> None:
         """Cut the rows beyond the checkpoint from this run's offline folders; all rows at a fresh start."""
         last = -1 if resume_step is None else resume_step
-        for log in sorted(self._folder.glob(f"wandb/offline-run-*-{self._run_id}/*.wandb")):
+        for log in sorted(self._folder.glob(f"wandb/offline-run-*/run-{self._run_id}.wandb")):
             end = _end_of_step(log, last)
             if end is None:
                 continue

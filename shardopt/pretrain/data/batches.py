@@ -286,14 +286,10 @@ class TrainData:
         Inputs are [:, :-1], targets [:, 1:]; every target counts. Any split into rows gives the same rows.
         """
         if not 0 <= start <= stop <= self._global_batch or step < 0:
-            raise IndexError(
-                f"rows {start}..{stop} of step {step}, but a batch has {self._global_batch} rows"
-            )
+            raise IndexError(f"rows {start}..{stop} of step {step}, but a batch has {self._global_batch} rows")
         first = step * self._global_batch
         for index, source in enumerate(self._sources):
-            source.advance(
-                self._mixture.count(index, first), self._mixture.count(index, first + self._global_batch)
-            )
+            source.advance(self._mixture.count(index, first), self._mixture.count(index, first + self._global_batch))
         which, number = self._mixture(np.arange(first + start, first + stop))
         out = np.empty((stop - start, self.block_size + 1), np.int64)
         for index in np.unique(which):

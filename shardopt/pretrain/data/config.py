@@ -106,15 +106,11 @@ class DataConfig(Section):
     """What the model is trained and evaluated on."""
 
     sources: tuple[
-        Annotated[
-            StdlibSource | TextSource | JsonlSource | ParquetSource | HfSource, Field(discriminator="source")
-        ],
+        Annotated[StdlibSource | TextSource | JsonlSource | ParquetSource | HfSource, Field(discriminator="source")],
         ...,
     ] = Field(default=(StdlibSource(),), min_length=1)
     """Where the text comes from; several are mixed by weight."""
-    tokenizer: Annotated[ByteTokenizer | BpeTokenizer | PathTokenizer, Field(discriminator="type")] = (
-        ByteTokenizer()
-    )
+    tokenizer: Annotated[ByteTokenizer | BpeTokenizer | PathTokenizer, Field(discriminator="type")] = ByteTokenizer()
     """`byte`, `bpe`, `{bpe: VOCAB_SIZE}`, or a transformers tokenizer: its folder or its name on the hub."""
     block_size: int = Field(default=256, ge=1)
     """Target tokens of a sequence; a block has one more, because targets are the inputs shifted by one."""

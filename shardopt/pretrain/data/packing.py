@@ -58,9 +58,7 @@ class Packed:
     holdout: Side
 
     def blocks(self, side: str, block_size: int) -> Blocks:
-        return Blocks(
-            self.folder / f"{side}.bin", np.dtype(self.dtype), getattr(self, side).tokens, block_size
-        )
+        return Blocks(self.folder / f"{side}.bin", np.dtype(self.dtype), getattr(self, side).tokens, block_size)
 
 
 class Blocks:
@@ -80,9 +78,7 @@ class Blocks:
             raise damaged(path.parent)
         ids = np.memmap(path, dtype, "r") if tokens else np.empty(0, dtype)
         self._windows = (
-            np.lib.stride_tricks.sliding_window_view(ids, block_size + 1)[::block_size]
-            if self.n_blocks
-            else None
+            np.lib.stride_tricks.sliding_window_view(ids, block_size + 1)[::block_size] if self.n_blocks else None
         )
 
     def rows(self, index: np.ndarray) -> np.ndarray:

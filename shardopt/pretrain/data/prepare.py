@@ -143,9 +143,7 @@ def _build(config: DataConfig, progress: bool) -> _Folders:
     """Everything that the cache lacks for `config`."""
     corpora = [Corpus(config, index) for index in range(len(config.sources))]
     tokenizer = _build_tokenizer(config, corpora, progress)
-    return _Folders(
-        tokenizer.folder, tuple(_build_packed(config, corpus, tokenizer, progress) for corpus in corpora)
-    )
+    return _Folders(tokenizer.folder, tuple(_build_packed(config, corpus, tokenizer, progress) for corpus in corpora))
 
 
 def _build_tokenizer(config: DataConfig, corpora: list[Corpus], progress: bool) -> SavedTokenizer:
@@ -158,11 +156,7 @@ def _build_tokenizer(config: DataConfig, corpora: list[Corpus], progress: bool) 
             [(one.key, one.source.model_dump(include={"weight", "scan"})) for one in corpora],
         ]
         folder = root / digest(FORMAT, what, trained_on if isinstance(shape, BpeTokenizer) else None)
-        make = (
-            byte_tokenizer
-            if isinstance(shape, ByteTokenizer)
-            else lambda: _train(config, shape, corpora, progress)
-        )
+        make = byte_tokenizer if isinstance(shape, ByteTokenizer) else lambda: _train(config, shape, corpora, progress)
     else:
         loaded = load_path(shape)
         folder = root / digest(FORMAT, _content_key(root, loaded))
@@ -244,9 +238,7 @@ def _progress(label: str, shown: bool) -> Iterator[Tick]:
         bar.update(task, total=bar.tasks[0].completed)
 
 
-def _open(
-    config: DataConfig, folders: _Folders, seed: int, global_batch: int
-) -> tuple[TrainData, HoldoutData]:
+def _open(config: DataConfig, folders: _Folders, seed: int, global_batch: int) -> tuple[TrainData, HoldoutData]:
     tokenizer = _saved_tokenizer(folders.tokenizer)
     packed: list[Packed] = []
     for folder in folders.sources:
@@ -273,9 +265,7 @@ def _open(
         if isinstance(shape, HfSource) and shape.streaming:
             streaming = True
             corpus = Corpus(config, index)
-            sources.append(
-                Stream(corpus.stream, shape.column, where, tokenizer, config.holdout, config.block_size)
-            )
+            sources.append(Stream(corpus.stream, shape.column, where, tokenizer, config.holdout, config.block_size))
         else:
             n_blocks, tokens = n_blocks + blocks.n_blocks, tokens + one.train.tokens
             sources.append(Shuffled(blocks, seed, index))

@@ -69,9 +69,7 @@ class Corpus:
             )
             names = [path.relative_to(root).as_posix() for path in self.files]
             if not self.files:
-                raise InputError(
-                    f"{self.where}: this Python has no library sources in {root}; use source: text"
-                )
+                raise InputError(f"{self.where}: this Python has no library sources in {root}; use source: text")
         else:
             self.files = _find(self.source.source, self.source.paths, f"{self.where}.paths")
             names = [path.name for path in self.files]
@@ -227,9 +225,7 @@ def _find(kind: str, paths: tuple[str, ...], where: str) -> list[Path]:
             names = glob.glob(str(path), recursive=True)  # noqa: PTH207
             matches = [file for file in map(Path, names) if file.is_file()]
             if not matches:
-                raise InputError(
-                    f"{where}: {text} {'matches no file' if glob.has_magic(text) else 'does not exist'}"
-                )
+                raise InputError(f"{where}: {text} {'matches no file' if glob.has_magic(text) else 'does not exist'}")
         found.update(dict.fromkeys(file.resolve() for file in sorted(matches)))
     return list(found)
 
@@ -278,6 +274,4 @@ def _first_line(error: BaseException) -> str:
 
 
 def _some(paths: list[Path]) -> str:
-    return ", ".join(str(path) for path in paths[:3]) + (
-        f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    )
+    return ", ".join(str(path) for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

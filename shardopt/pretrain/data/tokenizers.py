@@ -121,9 +121,7 @@ def load_path(config: PathTokenizer) -> PreTrainedTokenizerBase:
             f"from it ({str(error).strip().splitlines()[0]})"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"data.tokenizer: {config.path!r} has no end-of-sequence token to put between documents"
-        )
+        raise InputError(f"data.tokenizer: {config.path!r} has no end-of-sequence token to put between documents")
     return tokenizer
 
 
@@ -158,6 +156,4 @@ def _backend(model: models.Model, use_regex: bool) -> Tokenizer:
 def _transformers(backend: Tokenizer) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
