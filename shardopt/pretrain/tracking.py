@@ -12,6 +12,7 @@ import math
 import netrc
 import os
 import secrets
+import shlex
 import string
 import struct
 import sys
@@ -156,7 +157,7 @@ class Tracker:
             return None
         if self._run.offline:
             # The last star: a second start within one second gets a suffix.
-            return f"wandb sync {self._folder / 'wandb'}/offline-run-*-{self._run_id}*"
+            return f"wandb sync {shlex.quote(str(self._folder / 'wandb'))}/offline-run-*-{self._run_id}*"
         return self._run.url
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
