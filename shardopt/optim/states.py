@@ -61,7 +61,8 @@ def _rebased(layout: Layout) -> tuple[int, int, Layout]:
     """First local element, one past the last, and the layout counted from that first element."""
     if not layout.ranges:
         return 0, 0, layout
-    first, last = layout.ranges[0].local_start, layout.ranges[-1].local_start + layout.ranges[-1].length
+    first = layout.ranges[0].local_start
+    last = layout.ranges[-1].local_start + layout.ranges[-1].length
     if first == 0:
         return first, last, layout
     ranges = tuple(Range(r.global_start, r.local_start - first, r.length) for r in layout.ranges)

@@ -1,0 +1,148 @@
+"""Kernels: what one step does to a table of segments. The arithmetic is optim/reference.py's, everywhere.
+
+The interface
+-------------
+The optimizer hands a kernel one `Table` a step, with everything on one device:
+
+* `table.rows`, a numpy array of `SEGMENT`, one row a contiguous local range of one parameter. Pointers are to the
+  row's FIRST element (not to the tensor's), `start` is that element's index in the whole parameter (the counter of
+  the random bits), `key` is `precision.base_key(seed, name_key)`. A block format's blocks of 128 start at the
+  row's first element, and its scale pointer is to that block's scale. Rows with `flags & SKIP` are left alone.
+* `table.entries` and `table.row_entry`: the tensors that the rows point into, for kernels that take tensors, with
+  `table.row_local` (the first element's place in the local tensor) and `table.row_scale` (its block's).
+
+A kernel is an object with
+    name        what `optimizer.kernel` shows
+    refusal(weight)   why it cannot take this parameter (a clause for a message), or None
+    run(table)        one step, in place
+
+`run` does, for every row that is not skipped: decode the state (formats and master as in precision.py), the update
+of reference.py in fp32 with the row's doubles rounded to fp32 once (`1.0 - beta` is formed in double first, beta2
+is split in two by `reference.split_beta`), encode with the row's random bits. With lr = 0 neither the weight nor
+its master is written. Where there is no m1 (`m1_format` NONE), the gradient takes its place.
+
+Capturable tables (`table.capturable`) are for replayed CUDA graphs. Host scalars that depend on the step (`lr`,
+`beta3`, `alpha`, `unbias1`, `unbias2`, `average_rate`, `step`) are then stale; the kernel computes them itself, in
+double, from
+    step_pointer      float32 scalar on the device, already counted up for this step
+    schedule_pointer  the same for the schedules, 0 where the step itself is meant
+    lr_pointer        float32 scalar on the device, or 0: then `lr` holds (a host number cannot change in a graph)
+    alpha_final, beta3_final, alpha_warmup, beta3_warmup (0: none), beta1, beta2, average_rate (of steps after the
+    first)
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardopt.errors import InputError
+
+SEGMENT = np.dtype(
+    [(k, np.uint64) for k in ("weight", "grad", "m1", "m2", "nu", "master", "average")]
+    + [(k, np.uint64) for k in ("m1_scale", "m2_scale", "nu_scale", "average_scale")]
+    + [("length", np.int64), ("start", np.int64), ("key", np.uint64), ("step", np.int64)]
+    + [(k, np.float64) for k in ("lr", "beta1", "beta2", "beta3", "alpha", "unbias1", "unbias2", "eps")]
+    + [(k, np.float64) for k in ("eps_root", "weight_decay", "average_rate")]
+    + [(k, np.float64) for k in ("alpha_final", "beta3_final", "alpha_warmup", "beta3_warmup")]
+    + [(k, np.uint64) for k in ("step_pointer", "schedule_pointer", "lr_pointer")]
+    + [(k, np.uint8) for k in ("weight_type", "grad_type", "m1_format", "m2_format", "nu_format")]
+    + [(k, np.uint8) for k in ("average_format", "master_kind", "flags")],
+    align=True,
+)
+# weight_type, grad_type
+TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 5, torch.float64: 6}
+NONE = 0  # a state tensor's format, beside precision.FORMATS
+MASTERS = {None: 0, "fp32": 1, "split": 2}
+SKIP, MAXIMIZE, YOGI = 1, 2, 4  # flags
+
+
+@dataclass(slots=True)
+class Entry:
+    """One parameter's local tensors; state tensors by their key ("m1", "m1_scale", "master", ...)."""
+
+    param: Tensor
+    group: int
+    weight: Tensor
+    grad: Tensor | None
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+    plain: bool = True  # an ordinary tensor, not a DTensor
+
+
+@dataclass
+class Table:
+    device: torch.device
+    entries: list[Entry]
+    rows: np.ndarray
+    row_entry: np.ndarray
+    row_local: np.ndarray
+    row_scale: np.ndarray
+    capturable: bool = False
+    cache: dict[str, Any] = field(default_factory=dict)  # a kernel's own; lives as long as the rows' shape
+
+
+class Kernel(Protocol):
+    name: str
+
+    def refusal(self, weight: Tensor) -> str | None: ...
+
+    def run(self, table: Table) -> None: ...
+
+
+KERNELS = ("auto", "c", "triton", "torch")
+
+
+@cache
+def _load(name: str) -> Kernel | InputError:
+    """A kernel, or why it cannot be had; tried once a process."""
+    try:
+        if name == "torch":
+            from shardopt.optim.kernels.eager import EagerKernel
+
+            return EagerKernel()
+        if name == "c":
+            from shardopt.optim.kernels.cpu import CpuKernel
+
+            return CpuKernel()
+        from shardopt.optim.kernels.triton import TritonKernel  # type: ignore[import-not-found,unused-ignore]
+
+        return TritonKernel()
+    except InputError as e:
+        return e
+    except ImportError as e:
+        return InputError(f"{name} cannot be imported: {e}")
+
+
+def choose(name: str, weight: Tensor) -> Kernel:
+    """The kernel for a parameter: the one asked for, or the fastest that can take it.
+
+    Raises:
+        InputError: a kernel that was asked for by name cannot take the parameter or be built.
+    """
+    if name != "auto":
+        kernel = _load(name)
+        reason = str(kernel) if isinstance(kernel, InputError) else kernel.refusal(weight)
+        if isinstance(kernel, InputError) or reason is not None:
+            raise InputError(f"kernel={name!r} cannot be used: {reason}; kernel='auto' takes another")
+        return kernel
+    fastest = {"cpu": "c", "cuda": "triton"}.get(weight.device.type, "torch")
+    kernel = _load(fastest)
+    if isinstance(kernel, InputError):
+        _warn_once(fastest, str(kernel))
+    elif kernel.refusal(weight) is None:
+        return kernel
+    plain = _load("torch")
+    assert not isinstance(plain, InputError)
+    return plain
+
+
+@cache
+def _warn_once(name: str, reason: str) -> None:
+    warnings.warn(f"shardopt's {name} kernel is not available, using plain torch: {reason}", stacklevel=2)

@@ -1,0 +1,379 @@
+/* One AdEMAMix step over a table of segments: one pass over memory, OpenMP over chunks of all of them.
+ *
+ * The arithmetic is that of optim/reference.py, operation for operation, and the formats and random bits are those
+ * of optim/precision.py. Compile with -ffp-contract=off: a contracted multiply-add rounds once where the reference
+ * rounds twice. Plain C99 with pointers as 64-bit integers; the loops are written for the auto-vectoriser. */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+/* the same fields in the same order as kernels.SEGMENT */
+typedef struct {
+    uint64_t weight, grad, m1, m2, nu, master, average;
+    uint64_t m1_scale, m2_scale, nu_scale, average_scale;
+    int64_t length, start;
+    uint64_t key;
+    int64_t step;
+    double lr, beta1, beta2, beta3, alpha, unbias1, unbias2, eps, eps_root, weight_decay, average_rate;
+    double alpha_final, beta3_final, alpha_warmup, beta3_warmup;
+    uint64_t step_pointer, schedule_pointer, lr_pointer;
+    uint8_t weight_type, grad_type, m1_format, m2_format, nu_format, average_format, master_kind, flags;
+} Segment;
+
+enum { NONE = 0, FP32 = 1, BF16 = 2, BLOCK16 = 3, INT8 = 4, FP16 = 5 }; /* formats; types are FP32, BF16, FP16 */
+enum { NO_MASTER = 0, FP32_MASTER = 1, SPLIT_MASTER = 2 };
+enum { SKIP = 1, MAXIMIZE = 2, YOGI = 4 };
+#define BLOCK 128
+#define TILE 1024
+#define INLINE static inline __attribute__((always_inline))
+
+int64_t shardopt_segment_size(void) { return (int64_t)sizeof(Segment); }
+
+/* -- random bits ---------------------------------------------------------------------------------------- */
+
+static uint64_t mix64(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+
+typedef struct { uint32_t a[3], b[3]; } Keys; /* one pair of keys for each pair of tensors */
+
+static Keys keys_at(const Segment *s, uint64_t high) {
+    Keys keys;
+    for (int pair = 0; pair < 3; pair++) {
+        uint64_t stream = mix64(s->key + (4 * (uint64_t)s->step + (uint64_t)pair) * 0x9E3779B97F4A7C15ull);
+        uint64_t key = mix64(stream + high * 0xD1B54A32D192ED03ull);
+        keys.a[pair] = (uint32_t)key;
+        keys.b[pair] = (uint32_t)(key >> 32);
+    }
+    return keys;
+}
+
+INLINE uint32_t word(uint32_t index, uint32_t a, uint32_t b) {
+    uint32_t x = index ^ a;
+    x ^= x >> 16;
+    x *= 0x7FEB352Du;
+    x ^= x >> 15;
+    x += b;
+    x *= 0x846CA68Bu;
+    return x ^ (x >> 16);
+}
+
+/* -- single values -------------------------------------------------------------------------------------- */
+
+INLINE uint32_t to_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+INLINE float from_bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+INLINE float from_bf16(uint16_t u) { return from_bits((uint32_t)u << 16); }
+
+INLINE uint16_t to_bf16(float x, uint32_t bits) {
+    uint32_t raw = to_bits(x), rounded = (raw + bits) >> 16;
+    return (uint16_t)((raw & 0x7FFFFFFFu) > 0x7F800000u ? ((raw >> 16) | 0x40u) : rounded);
+}
+
+/* -- the update ----------------------------------------------------------------------------------------- */
+
+typedef struct {
+    float rate1, rate3, beta2_high, beta2_low, rate2, alpha, unbias1, unbias2, eps, eps_root, lr, weight_decay;
+    float average_rate, sign;
+} Scalars;
+
+static Scalars scalars_of(const Segment *s) {
+    Scalars c;
+    c.rate1 = (float)(1.0 - s->beta1);
+    c.rate3 = (float)(1.0 - s->beta3);
+    c.rate2 = (float)(1.0 - s->beta2);
+    c.beta2_high = (float)s->beta2; /* rounded down, so that the low part is positive: reference.split_beta */
+    if (s->beta2 > 0.0 && (double)c.beta2_high >= s->beta2) c.beta2_high = nextafterf(c.beta2_high, 0.0f);
+    c.beta2_low = (float)(s->beta2 - (double)c.beta2_high);
+    c.alpha = (float)s->alpha;
+    c.unbias1 = (float)s->unbias1;
+    c.unbias2 = (float)s->unbias2;
+    c.eps = (float)s->eps;
+    c.eps_root = (float)s->eps_root;
+    c.lr = (float)s->lr;
+    c.weight_decay = (float)s->weight_decay;
+    c.average_rate = (float)s->average_rate;
+    c.sign = (s->flags & MAXIMIZE) ? -1.0f : 1.0f;
+    return c;
+}
+
+INLINE float second_moment(float nu, float g, const Scalars *c, int yogi) {
+    float squared = g * g;
+    if (yogi) {
+        float d = nu - squared, by = squared * c->rate2;
+        return nu - (d > 0.0f ? by : d < 0.0f ? -by : 0.0f);
+    }
+    return nu * c->beta2_high + (nu * c->beta2_low + squared * c->rate2);
+}
+
+INLINE float moved(float w, float m1, float m2, float nu, const Scalars *c) {
+    float u = (m1 * c->unbias1 + m2 * c->alpha) / (sqrtf(nu * c->unbias2 + c->eps_root) + c->eps);
+    return w - (u + w * c->weight_decay) * c->lr;
+}
+
+/* -- the common formats, one fused loop each -------------------------------------------------------------- */
+
+INLINE void fused(const Segment *s, int64_t from, int64_t n, int weight_type, int master, int grad_type, int format) {
+    const Scalars c = scalars_of(s);
+    const Keys k = keys_at(s, (uint64_t)(s->start + from) >> 32);
+    const uint32_t index = (uint32_t)(uint64_t)(s->start + from);
+    float *restrict wf = (float *)(uintptr_t)s->weight + from;
+    uint16_t *restrict wh = (uint16_t *)(uintptr_t)s->weight + from;
+    float *restrict master32 = (float *)(uintptr_t)s->master + from;
+    int16_t *restrict low = (int16_t *)(uintptr_t)s->master + from;
+    const float *restrict gf = (const float *)(uintptr_t)s->grad + from;
+    const uint16_t *restrict gh = (const uint16_t *)(uintptr_t)s->grad + from;
+    float *restrict m1f = (float *)(uintptr_t)s->m1 + from, *restrict m2f = (float *)(uintptr_t)s->m2 + from;
+    float *restrict nuf = (float *)(uintptr_t)s->nu + from;
+    uint16_t *restrict m1h = (uint16_t *)(uintptr_t)s->m1 + from, *restrict m2h = (uint16_t *)(uintptr_t)s->m2 + from;
+    uint16_t *restrict nuh = (uint16_t *)(uintptr_t)s->nu + from;
+    const int rounds_state = format == BF16, rounds_weight = weight_type == BF16 && master == NO_MASTER;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) {
+        float g = (grad_type == FP32 ? gf[i] : from_bf16(gh[i])) * c.sign, w;
+        if (master == FP32_MASTER) w = master32[i];
+        else if (master == SPLIT_MASTER) w = from_bits(((uint32_t)wh[i] << 16) + (uint32_t)(int32_t)low[i]);
+        else w = weight_type == FP32 ? wf[i] : from_bf16(wh[i]);
+        float m1 = format == FP32 ? m1f[i] : from_bf16(m1h[i]);
+        float m2 = format == FP32 ? m2f[i] : from_bf16(m2h[i]);
+        float nu = format == FP32 ? nuf[i] : from_bf16(nuh[i]);
+        m1 = m1 + (g - m1) * c.rate1;
+        m2 = m2 + (g - m2) * c.rate3;
+        nu = second_moment(nu, g, &c, 0);
+        w = moved(w, m1, m2, nu, &c);
+        uint32_t r0 = rounds_state ? word(index + (uint32_t)i, k.a[0], k.b[0]) : 0;
+        uint32_t r1 = rounds_state || rounds_weight ? word(index + (uint32_t)i, k.a[1], k.b[1]) : 0;
+        if (format == FP32) {
+            m1f[i] = m1;
+            m2f[i] = m2;
+            nuf[i] = nu;
+        } else {
+            m1h[i] = to_bf16(m1, r0 & 0xFFFFu);
+            m2h[i] = to_bf16(m2, r0 >> 16);
+            nuh[i] = to_bf16(nu, r1 & 0xFFFFu);
+        }
+        if (weight_type == FP32) wf[i] = w;
+        else if (rounds_weight) wh[i] = to_bf16(w, r1 >> 16);
+        else {
+            uint16_t high = to_bf16(w, 0x8000u);
+            wh[i] = high;
+            if (master == FP32_MASTER) master32[i] = w;
+            else low[i] = (int16_t)(uint16_t)(to_bits(w) - ((uint32_t)high << 16));
+        }
+    }
+}
+
+/* -- every other combination: tiles in fp32 --------------------------------------------------------------- */
+
+static void load_values(float *restrict out, const void *from, int64_t at, int n, int type) {
+    if (type == FP32) memcpy(out, (const float *)from + at, (size_t)n * 4);
+    else if (type == BF16) {
+        const uint16_t *restrict p = (const uint16_t *)from + at;
+        for (int i = 0; i < n; i++) out[i] = from_bf16(p[i]);
+    } else {
+#ifdef __FLT16_MAX__
+        const _Float16 *restrict p = (const _Float16 *)from + at;
+        for (int i = 0; i < n; i++) out[i] = (float)p[i];
+#endif
+    }
+}
+
+static void load_state(float *restrict out, uint64_t codes, uint64_t scales, int64_t at, int n, int format, int is_nu) {
+    const float *restrict scale = (const float *)(uintptr_t)scales + at / BLOCK;
+    if (format == BLOCK16) {
+        const uint16_t *restrict p = (const uint16_t *)(uintptr_t)codes + at;
+        const uint32_t mask = is_nu ? 0xFFFFu : 0x7FFFu;
+        for (int from = 0; from < n; from += BLOCK) {
+            const float by = scale[from / BLOCK];
+            const int to = from + BLOCK < n ? from + BLOCK : n;
+            for (int i = from; i < to; i++) {
+                float x = from_bits((p[i] & mask) << 12) * 0x1p112f * by;
+                out[i] = !is_nu && (p[i] & 0x8000u) ? -x : x;
+            }
+        }
+    } else if (format == INT8) {
+        const int8_t *restrict p = (const int8_t *)(uintptr_t)codes + at;
+        const uint8_t *restrict q = (const uint8_t *)p;
+        for (int from = 0; from < n; from += BLOCK) {
+            const float by = scale[from / BLOCK];
+            const int to = from + BLOCK < n ? from + BLOCK : n;
+            if (is_nu) for (int i = from; i < to; i++) out[i] = (float)q[i] * (float)q[i] * by;
+            else for (int i = from; i < to; i++) out[i] = (float)p[i] * by;
+        }
+    } else load_values(out, (const void *)(uintptr_t)codes, at, n, format);
+}
+
+static float largest_of(const float *x, int n) {
+    float largest = 0.0f;
+    for (int i = 0; i < n; i++) {
+        float a = fabsf(x[i]);
+        largest = a > largest ? a : largest;
+    }
+    return largest;
+}
+
+static void store_state(const float *restrict x, uint64_t codes, uint64_t scales, int64_t at, int n, int format, int is_nu,
+                        const uint32_t *restrict words, int shift) {
+    float *scale = (float *)(uintptr_t)scales + at / BLOCK;
+    if (format == FP32) memcpy((float *)(uintptr_t)codes + at, x, (size_t)n * 4);
+    else if (format == BF16) {
+        uint16_t *restrict p = (uint16_t *)(uintptr_t)codes + at;
+        for (int i = 0; i < n; i++) p[i] = to_bf16(x[i], (words[i] >> shift) & 0xFFFFu);
+    } else if (format == BLOCK16) {
+        uint16_t *restrict p = (uint16_t *)(uintptr_t)codes + at;
+        const uint32_t top = is_nu ? 31u : 15u, limit = is_nu ? 0xFFFFu : 0x7FFFu;
+        for (int from = 0; from < n; from += BLOCK) {
+            const int to = from + BLOCK < n ? from + BLOCK : n;
+            uint32_t exponent = to_bits(largest_of(x + from, to - from)) >> 23;
+            exponent = exponent < top ? top : exponent > 253u ? 253u : exponent;
+            const float inverse = from_bits((254u - exponent + (top - 15u)) << 23);
+            scale[from / BLOCK] = from_bits((exponent - (top - 15u)) << 23);
+            for (int i = from; i < to; i++) {
+                uint32_t raw = to_bits(x[i] * inverse * 0x1p-112f);
+                uint32_t code = ((raw & 0x7FFFFFFFu) + (((words[i] >> shift) & 0xFFFFu) >> 4)) >> 12;
+                code = code > limit ? limit : code;
+                if (is_nu) code = code == 0 && x[i] > 0.0f ? 1u : code;
+                else code |= (raw >> 16) & 0x8000u;
+                p[i] = (uint16_t)code;
+            }
+        }
+    } else {
+        int8_t *restrict p = (int8_t *)(uintptr_t)codes + at;
+        uint8_t *restrict q = (uint8_t *)p;
+        const float per_step = is_nu ? (float)(1.0 / (255.0 * 255.0)) : (float)(1.0 / 127.0);
+        for (int from = 0; from < n; from += BLOCK) {
+            const int to = from + BLOCK < n ? from + BLOCK : n;
+            const float most = largest_of(x + from, to - from), by = (most > 0x1.fffffep127f ? 0x1.fffffep127f : most) * per_step;
+            const float inverse = by >= 0x1p-126f ? 1.0f / by : 0.0f;
+            scale[from / BLOCK] = by;
+            if (is_nu) {
+                for (int i = from; i < to; i++) {
+                    float v = x[i] * inverse, below = floorf(sqrtf(v));
+                    float uniform = (float)(int32_t)((words[i] >> shift) & 0xFFFFu) * 0x1p-16f;
+                    float code = below + (v - below * below > uniform * (2.0f * below + 1.0f) ? 1.0f : 0.0f);
+                    code = code < 255.0f ? code : 255.0f;
+                    code = code == 0.0f && x[i] > 0.0f ? 1.0f : code;
+                    q[i] = (uint8_t)(int32_t)code;
+                }
+            } else {
+                for (int i = from; i < to; i++) {
+                    float uniform = (float)(int32_t)((words[i] >> shift) & 0xFFFFu) * 0x1p-16f;
+                    float code = floorf(x[i] * inverse + uniform);
+                    code = code < 127.0f ? code : 127.0f;
+                    code = code > -127.0f ? code : -127.0f;
+                    p[i] = (int8_t)(int32_t)code;
+                }
+            }
+        }
+    }
+}
+
+static void fill_words(uint32_t *restrict words, const Segment *s, int64_t at, int n, int pair) {
+    const uint64_t index = (uint64_t)(s->start + at), until = 0x100000000ull - (index & 0xFFFFFFFFull);
+    const int cut = until < (uint64_t)n ? (int)until : n; /* the keys change at a multiple of 2^32 */
+    const Keys here = keys_at(s, index >> 32);
+    for (int i = 0; i < cut; i++) words[i] = word((uint32_t)index + (uint32_t)i, here.a[pair], here.b[pair]);
+    if (cut == n) return;
+    const Keys next = keys_at(s, (index >> 32) + 1);
+    for (int i = cut; i < n; i++) words[i] = word((uint32_t)index + (uint32_t)i, next.a[pair], next.b[pair]);
+}
+
+static void tiled(const Segment *s, int64_t from, int64_t n) {
+    const Scalars c = scalars_of(s);
+    void *weight = (void *)(uintptr_t)s->weight, *master = (void *)(uintptr_t)s->master;
+    const int yogi = (s->flags & YOGI) != 0, has_m1 = s->m1_format != NONE, moves = s->lr != 0.0;
+    float w[TILE], g[TILE], m1[TILE], m2[TILE], nu[TILE], average[TILE];
+    uint32_t words[TILE];
+    for (int64_t at = from; at < from + n; at += TILE) {
+        const int count = (int)(from + n - at < TILE ? from + n - at : TILE);
+        if (s->master_kind == FP32_MASTER) load_values(w, master, at, count, FP32);
+        else if (s->master_kind == SPLIT_MASTER) {
+            const uint16_t *high = (const uint16_t *)weight + at;
+            const int16_t *low = (const int16_t *)master + at;
+            for (int i = 0; i < count; i++) w[i] = from_bits(((uint32_t)high[i] << 16) + (uint32_t)(int32_t)low[i]);
+        } else load_values(w, weight, at, count, s->weight_type);
+        load_values(g, (const void *)(uintptr_t)s->grad, at, count, s->grad_type);
+        if (has_m1) load_state(m1, s->m1, s->m1_scale, at, count, s->m1_format, 0);
+        load_state(m2, s->m2, s->m2_scale, at, count, s->m2_format, 0);
+        load_state(nu, s->nu, s->nu_scale, at, count, s->nu_format, 1);
+        for (int i = 0; i < count; i++) g[i] *= c.sign;
+        if (has_m1) for (int i = 0; i < count; i++) m1[i] = m1[i] + (g[i] - m1[i]) * c.rate1;
+        for (int i = 0; i < count; i++) m2[i] = m2[i] + (g[i] - m2[i]) * c.rate3;
+        if (yogi) for (int i = 0; i < count; i++) nu[i] = second_moment(nu[i], g[i], &c, 1);
+        else for (int i = 0; i < count; i++) nu[i] = second_moment(nu[i], g[i], &c, 0);
+        const float *fast = has_m1 ? m1 : g;
+        if (moves) for (int i = 0; i < count; i++) w[i] = moved(w[i], fast[i], m2[i], nu[i], &c);
+        if (s->average_format != NONE) {
+            load_state(average, s->average, s->average_scale, at, count, s->average_format, 0);
+            for (int i = 0; i < count; i++) average[i] = average[i] + (w[i] - average[i]) * c.average_rate;
+            fill_words(words, s, at, count, 2);
+            store_state(average, s->average, s->average_scale, at, count, s->average_format, 0, words, 0);
+        }
+        fill_words(words, s, at, count, 0);
+        if (has_m1) store_state(m1, s->m1, s->m1_scale, at, count, s->m1_format, 0, words, 0);
+        store_state(m2, s->m2, s->m2_scale, at, count, s->m2_format, 0, words, 16);
+        fill_words(words, s, at, count, 1);
+        store_state(nu, s->nu, s->nu_scale, at, count, s->nu_format, 1, words, 0);
+        if (!moves) continue;
+        if (s->master_kind == FP32_MASTER) memcpy((float *)master + at, w, (size_t)count * 4);
+        if (s->weight_type == FP32) memcpy((float *)weight + at, w, (size_t)count * 4);
+        else if (s->weight_type == BF16) {
+            uint16_t *high = (uint16_t *)weight + at;
+            int16_t *low = (int16_t *)master + at;
+            if (s->master_kind == NO_MASTER) for (int i = 0; i < count; i++) high[i] = to_bf16(w[i], words[i] >> 16);
+            else for (int i = 0; i < count; i++) high[i] = to_bf16(w[i], 0x8000u);
+            if (s->master_kind == SPLIT_MASTER)
+                for (int i = 0; i < count; i++) low[i] = (int16_t)(uint16_t)(to_bits(w[i]) - ((uint32_t)high[i] << 16));
+        } else {
+#ifdef __FLT16_MAX__
+            _Float16 *half = (_Float16 *)weight + at;
+            for (int i = 0; i < count; i++) half[i] = (_Float16)w[i];
+#endif
+        }
+    }
+}
+
+static void chunk(const Segment *s, int64_t from, int64_t n) {
+    const int f = s->m1_format;
+    const int plain = (f == FP32 || f == BF16) && s->m2_format == f && s->nu_format == f && s->average_format == NONE
+        && !(s->flags & YOGI) && s->lr != 0.0;
+    const int64_t until = (int64_t)(0x100000000ull - ((uint64_t)(s->start + from) & 0xFFFFFFFFull));
+#define CASE(W, M, G, F)                                                                                     \
+    if (plain && s->weight_type == W && s->master_kind == M && s->grad_type == G && f == F) {                \
+        const int64_t first = n < until ? n : until; /* the keys change at a multiple of 2^32 */             \
+        fused(s, from, first, W, M, G, F);                                                                   \
+        if (first < n) fused(s, from + first, n - first, W, M, G, F);                                        \
+        return;                                                                                              \
+    }
+    CASE(FP32, NO_MASTER, FP32, FP32)
+    CASE(FP32, NO_MASTER, FP32, BF16)
+    CASE(BF16, NO_MASTER, BF16, FP32)
+    CASE(BF16, NO_MASTER, BF16, BF16)
+    CASE(BF16, FP32_MASTER, BF16, FP32)
+    CASE(BF16, FP32_MASTER, BF16, BF16)
+    CASE(BF16, SPLIT_MASTER, BF16, FP32)
+    CASE(BF16, SPLIT_MASTER, BF16, BF16)
+#undef CASE
+    tiled(s, from, n);
+}
+
+/* Segment i takes chunks ends[i - 1] .. ends[i], each of `chunk_length` elements (a multiple of BLOCK). */
+void shardopt_step(const Segment *segments, const int64_t *ends, int64_t count, int64_t chunk_length, int threads) {
+    const int64_t total = count ? ends[count - 1] : 0;
+    (void)threads; /* a compiler without OpenMP runs this on one thread */
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t piece = 0; piece < total; piece++) {
+        int64_t lo = 0, hi = count - 1;
+        while (lo < hi) { /* the first segment that ends after this piece */
+            const int64_t mid = (lo + hi) / 2;
+            if (ends[mid] > piece) hi = mid;
+            else lo = mid + 1;
+        }
+        const Segment *s = segments + lo;
+        if (s->flags & SKIP) continue;
+        const int64_t from = (piece - (lo ? ends[lo - 1] : 0)) * chunk_length;
+        chunk(s, from, s->length - from < chunk_length ? s->length - from : chunk_length);
+    }
+}
