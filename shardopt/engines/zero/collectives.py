@@ -1,0 +1,251 @@
+"""The one door to the process group: reduce a bucket onto its owners, hand the owners' parts round again.
+
+gloo gets pairwise exchanges: every rank sends each other rank that rank's part and adds what it receives, in
+rank order and in fp32 whatever is on the wire. That is several times faster than gloo's reduce-scatter, lets
+gradients be sent from where autograd left them, and makes the sum independent of how buckets are cut. NCCL and
+other backends get their native collectives.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Messages for one rank, in order: together they are that rank's part of a bucket.
+Part = Sequence[Tensor]
+_STRETCH = 1 << 17  # elements; half a MiB in fp32
+
+
+class PeerError(RuntimeError):
+    """Another rank did not take part in a collective: it died, raised, or went another way through the code."""
+
+
+class Reduction(abc.ABC):
+    """A bucket on its way to its owners."""
+
+    @abc.abstractmethod
+    def finish(self, out: Tensor, accumulate: bool) -> None:
+        """Wait, and write the sum over ranks of this rank's part to `out` (or add it); 1-D, fp32 or wider.
+
+        Raises:
+            PeerError: a rank did not send its part in time.
+        """
+
+    @abc.abstractmethod
+    def held_bytes(self) -> int:
+        """Bytes that this reduction keeps alive: what is being sent, and where it is received."""
+
+    def not_finite(self) -> list[int]:
+        """After `finish`: the ranks that sent something not finite; none where they cannot be told apart."""
+        return []
+
+
+class Collectives(abc.ABC):
+    """What ZeRO needs of one process group.
+
+    Args:
+        group: None for one process alone.
+        timeout: of a wait; None takes the process group's own.
+
+    `reduce_bytes` and `gather_bytes` count what this rank has sent.
+    """
+
+    # Whether a part may be handed over as several messages, or must be one stretch of a flat bucket.
+    takes_messages: bool
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout: timedelta | None) -> None:
+        self.group, self.timeout = group, timeout
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self.reduce_bytes = self.gather_bytes = 0
+
+    @abc.abstractmethod
+    def reduce_scatter(self, parts: Sequence[Part]) -> Reduction:
+        """Start sending part r to rank r for every r; the tensors must not change until it is finished."""
+
+    @abc.abstractmethod
+    def all_gather(self, flat: Tensor) -> Callable[[], None]:
+        """Start filling `flat` in place from its owners' parts; returns what waits for it."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks of a few values, in place; the same bits on every rank."""
+        if self.size > 1:
+            wait(
+                dist.all_reduce(values, group=self.group, async_op=True),
+                self.timeout,
+                "the agreement on gradients",
+            )
+        return values
+
+    def peers(self) -> list[int]:
+        """The other ranks, nearest first, so that no rank is everybody's first choice."""
+        return [(self.rank + i) % self.size for i in range(1, self.size)]
+
+
+def wait(work: dist.Work | None, timeout: timedelta | None, what: str) -> None:
+    """Wait for `work`; its failure becomes a PeerError that says what was being waited for."""
+    if work is None:
+        return
+    try:
+        if timeout is None:
+            work.wait()
+        else:
+            work.wait(timeout)
+    except RuntimeError as error:
+        raise PeerError(f"{what} failed: {error}") from error
+
+
+def sum_parts(parts: Sequence[Tensor], out: Tensor, accumulate: bool) -> None:
+    """out (+)= parts[0] + parts[1] + ..., added in that order in out's dtype; the parts are left as they are."""
+    if not accumulate:
+        _add_up(parts, out)
+        return
+    # The sum of the parts comes first, so that it does not depend on what was there: on the CPU a stretch at a
+    # time, so that it never leaves the cache.
+    stretch = _STRETCH if out.device.type == "cpu" else max(1, out.numel())
+    total = torch.empty_like(out[:stretch])
+    for start in range(0, out.numel(), stretch):
+        target = out[start : start + stretch]
+        piece = total[: target.numel()]
+        _add_up([p[start : start + stretch] for p in parts], piece)
+        target.add_(piece)
+
+
+def _add_up(parts: Sequence[Tensor], out: Tensor) -> None:
+    if len(parts) > 1 and parts[0].dtype == parts[1].dtype == out.dtype:
+        torch.add(parts[0], parts[1], out=out)
+        rest = parts[2:]
+    else:
+        out.copy_(parts[0])
+        rest = parts[1:]
+    for part in rest:
+        out.add_(part)
+
+
+class _Exchange(Reduction):
+    def __init__(self, door: Pairwise, parts: Sequence[Part]) -> None:
+        mine = parts[door.rank]
+        self.door, self.sent, self.mine = door, parts, mine
+        total = sum(m.numel() for m in mine)
+        peers = door.peers()
+        self.received = {peer: mine[0].new_empty(total) for peer in peers}
+        self.receives: dict[int, list[dist.Work | None]] = {}
+        self.sends: list[tuple[int, dist.Work | None]] = []
+        for peer in peers:
+            lengths = [m.numel() for m in mine]
+            self.receives[peer] = [
+                dist.irecv(chunk, group=door.group, group_src=peer) for chunk in self.received[peer].split(lengths)
+            ]
+        for peer in peers:
+            for message in parts[peer]:
+                self.sends.append((peer, dist.isend(message, group_dst=peer, group=door.group)))
+                door.reduce_bytes += message.nbytes
+
+    def held_bytes(self) -> int:
+        return sum(m.nbytes for part in self.sent for m in part) + sum(r.nbytes for r in self.received.values())
+
+    def finish(self, out: Tensor, accumulate: bool) -> None:
+        door = self.door
+        for peer, works in self.receives.items():
+            for work in works:
+                wait(work, door.timeout, f"receiving from rank {peer}")
+        for message, start, end in self._stretches():
+            parts = [message if r == door.rank else self.received[r][start:end] for r in range(door.size)]
+            sum_parts(parts, out[start:end], accumulate)
+        for peer, work in self.sends:
+            wait(work, door.timeout, f"sending to rank {peer}")
+
+    def not_finite(self) -> list[int]:
+        bad = [peer for peer, received in self.received.items() if not received.isfinite().all()]
+        mine = any(not message.isfinite().all() for message in self.mine)
+        return sorted([*bad, self.door.rank] if mine else bad)
+
+    def _stretches(self) -> Iterator[tuple[Tensor, int, int]]:
+        at = 0
+        for message in self.mine:
+            yield message, at, at + message.numel()
+            at += message.numel()
+
+
+class Pairwise(Collectives):
+    """Every rank exchanges with every other one. Also one process alone."""
+
+    takes_messages = True
+
+    def reduce_scatter(self, parts: Sequence[Part]) -> Reduction:
+        return _Exchange(self, parts)
+
+    def all_gather(self, flat: Tensor) -> Callable[[], None]:
+        parts = flat.view(self.size, -1)
+        works = []
+        for peer in self.peers():
+            works.append((f"receiving from rank {peer}", dist.irecv(parts[peer], group=self.group, group_src=peer)))
+        for peer in self.peers():
+            work = dist.isend(parts[self.rank], group_dst=peer, group=self.group)
+            works.append((f"sending to rank {peer}", work))
+            self.gather_bytes += parts[self.rank].nbytes
+
+        def finish() -> None:
+            for what, work in works:
+                wait(work, self.timeout, what)
+
+        return finish
+
+
+class _NativeReduction(Reduction):
+    def __init__(self, door: Native, flat: Tensor, accumulate_dtype: torch.dtype) -> None:
+        self.door, self.flat = door, flat
+        # A native sum in 16 bits would round at every hop: exchange instead, and add in fp32 here.
+        self.exchanged = flat.dtype != accumulate_dtype
+        if self.exchanged:
+            self.received = torch.empty_like(flat)
+            self.work = dist.all_to_all_single(self.received, flat, group=door.group, async_op=True)
+        else:
+            self.received = flat.new_empty(flat.numel() // door.size)
+            self.work = dist.reduce_scatter_tensor(self.received, flat, group=door.group, async_op=True)
+        door.reduce_bytes += flat.nbytes // door.size * (door.size - 1)
+
+    def held_bytes(self) -> int:
+        return self.flat.nbytes + self.received.nbytes
+
+    def finish(self, out: Tensor, accumulate: bool) -> None:
+        wait(self.work, self.door.timeout, "the reduce-scatter")
+        if self.exchanged:
+            parts = list(self.received.view(self.door.size, -1))
+            sum_parts(parts, out, accumulate)
+        elif accumulate:
+            out.add_(self.received)
+        else:
+            out.copy_(self.received)
+
+
+class Native(Collectives):
+    """The backend's own reduce-scatter and all-gather; both run on the backend's own stream on CUDA."""
+
+    takes_messages = False
+
+    def reduce_scatter(self, parts: Sequence[Part]) -> Reduction:
+        first = parts[0][0]
+        flat = first.as_strided((first.numel() * self.size,), (1,))
+        return _NativeReduction(self, flat, torch.promote_types(flat.dtype, torch.float32))
+
+    def all_gather(self, flat: Tensor) -> Callable[[], None]:
+        part = flat.numel() // self.size
+        own = flat[self.rank * part : (self.rank + 1) * part]
+        work = dist.all_gather_into_tensor(flat, own, group=self.group, async_op=True)
+        self.gather_bytes += own.nbytes * (self.size - 1)
+        return lambda: wait(work, self.timeout, "the all-gather")
+
+
+def collectives(group: dist.ProcessGroup | None, device: torch.device, timeout: timedelta | None) -> Collectives:
+    """The door for tensors on `device`; `group` None is one process alone."""
+    if group is None or dist.get_world_size(group) == 1:
+        return Pairwise(group, timeout)
+    # "cpu:gloo,cuda:nccl"
+    named = dict(pair.split(":") for pair in str(dist.get_backend_config(group)).split(","))
+    return Pairwise(group, timeout) if named.get(device.type) == "gloo" else Native(group, timeout)
