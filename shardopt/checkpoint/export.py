@@ -75,14 +75,12 @@ def export_safetensors(
                 if path.is_file():
                     folders.sync_file(path)
             folders.publish(files.folder, folder, _is_export)
-        except BaseException:
-            folders.abandon(folder)
-            raise
+        except OSError as error:
+            raise InputError(f"cannot write {folder}: {error}") from error
+        finally:
+            folders.abandon(folder)  # nothing is left to abandon where it has its name
 
-    try:
-        ranks.together(end)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error}") from error
+    ranks.together(end)
 
 
 class _Files:

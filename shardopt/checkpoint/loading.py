@@ -18,7 +18,15 @@ from torch.distributed.checkpoint.planner import ReadItem
 from shardopt.checkpoint.flat import FlatShard, chunks_of, dtype_name, few, flat
 from shardopt.checkpoint.folders import read_document
 from shardopt.checkpoint.metadata import DTYPES, read_metadata
-from shardopt.checkpoint.saving import Parameters, block_keys, check_coverage, extra_key, vector_key
+from shardopt.checkpoint.saving import (
+    Parameters,
+    block_keys,
+    check_coverage,
+    describe,
+    extra_key,
+    merge,
+    vector_key,
+)
 from shardopt.engines.ranks import Ranks
 from shardopt.errors import InputError
 from shardopt.slices import Layout, Range, Slice, local_tensor
@@ -35,9 +43,7 @@ class Codec(Protocol):
         """The values that (codes, scales) stand for. Their dtypes tell the formats apart."""
         ...
 
-    def encode(
-        self, kind: str, layout: Layout, values: Tensor, like: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+    def encode(self, kind: str, layout: Layout, values: Tensor, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """(codes, scales) for `values`, with the shapes and dtypes of `like`, which must be left alone."""
         ...
 
@@ -82,9 +88,7 @@ def load(
 
     ranks.together(check)
     ranks.together(lambda: _read(folder, metadata, stored, slices, codec))
-    document["checkpoint"]["not_loaded"] = sorted(
-        vector_key(name, kind) for name, kind in _keys(live) - _keys(stored)
-    )
+    document["checkpoint"]["not_loaded"] = sorted(vector_key(name, kind) for name, kind in _keys(live) - _keys(stored))
     return document
 
 
@@ -109,22 +113,13 @@ def load_extras(folder: Path, keys: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _union(slices: list[Slice], ranks: Ranks) -> Parameters:
-    """What all ranks together hold, in the document's form."""
-    mine: Parameters = {}
-    for s in slices:
-        parameter = mine.setdefault(s.name, {"shape": list(s.layout.shape), "kinds": {}})
-        dtypes = [dtype_name(t.dtype) for t in s.tensors]
-        parameter["kinds"][s.kind] = {"dtypes": dtypes}
-    if not ranks.distributed:
-        return mine
-    gathered: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(gathered, mine)
-    everyone: Parameters = {}
-    for parameters in gathered:
-        for name, parameter in parameters.items():
-            known = everyone.setdefault(name, {"shape": parameter["shape"], "kinds": {}})
-            known["kinds"].update(parameter["kinds"])
-    return everyone
+    """What all ranks together hold, in the document's form. A collective."""
+    mine = ranks.together(lambda: describe(slices))
+    everyone: list[Any] = [mine]
+    if ranks.distributed:
+        everyone = [None] * ranks.world_size
+        dist.all_gather_object(everyone, mine)
+    return merge(everyone)
 
 
 def _keys(parameters: Parameters) -> set[tuple[str, str]]:
@@ -172,9 +167,7 @@ def _check_match(folder: Path, stored: Parameters, live: Parameters, *, strict: 
         problems.append("it was written by another model")
     differ = {n for n in shared if stored[n]["shape"] != live[n]["shape"]}
     if differ:
-        shapes = few(
-            f"{n} ({tuple(stored[n]['shape'])} there, {tuple(live[n]['shape'])} here)" for n in differ
-        )
+        shapes = few(f"{n} ({tuple(stored[n]['shape'])} there, {tuple(live[n]['shape'])} here)" for n in differ)
         problems.append(f"shapes differ: {shapes}; set model as it was")
     wanted = {(n, kind) for n in shared for kind in live[n]["kinds"]}
     there = {(n, kind) for n in shared for kind in stored[n]["kinds"]}
@@ -231,9 +224,7 @@ def _direct(s: Slice, entry: dict[str, Any]) -> bool:
     )
 
 
-def _read(
-    folder: Path, metadata: Metadata, stored: Parameters, slices: list[Slice], codec: Codec | None
-) -> None:
+def _read(folder: Path, metadata: Metadata, stored: Parameters, slices: list[Slice], codec: Codec | None) -> None:
     state: dict[str, Tensor] = {}
     for s in slices:
         entry = stored.get(s.name, {"kinds": {}})["kinds"].get(s.kind)
@@ -244,9 +235,7 @@ def _read(
             _recode(folder, metadata, entry, s, codec)
         elif len(s.tensors) == 1:
             key = vector_key(s.name, s.kind)
-            state[key] = FlatShard(
-                s.layout.numel, DTYPES[entry["dtypes"][0]], chunks_of(s.layout, s.tensors[0])
-            )
+            state[key] = FlatShard(s.layout.numel, DTYPES[entry["dtypes"][0]], chunks_of(s.layout, s.tensors[0]))
         else:
             for key, tensor in zip(block_keys(s.name, s.kind, s.layout.ranges), s.tensors, strict=True):
                 state[key] = local_tensor(tensor).detach()

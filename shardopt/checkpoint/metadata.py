@@ -110,12 +110,13 @@ def read_metadata(folder: Path) -> Metadata:
 def _metadata(folder: Path, record: Any) -> Metadata:
     fields = _state(record, "Metadata")
     tensors, storage = _typed(fields["state_dict_metadata"], dict), _typed(fields["storage_data"], dict)
+    for key, value in tensors.items():
+        if isinstance(value, _Record) and value.what == "BytesStorageMetadata":
+            raise _Malformed(f"{key!r} is a pickled object; a checkpoint of ours holds tensors only")
     places = {_index(index): _place(info) for index, info in storage.items()}
     sizes = {name: (folder / name).stat().st_size for name in {p.relative_path for p in places.values()}}
     entries: dict[str, Any] = {}
     for key, value in tensors.items():
-        if isinstance(value, _Record) and value.what == "BytesStorageMetadata":
-            raise _Malformed(f"{key!r} is a pickled object; a checkpoint of ours holds tensors only")
         entry = _tensor(value)
         for chunk in entry.chunks:
             place = places.get(MetadataIndex(_typed(key, str), chunk.offsets))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -26,7 +26,7 @@ from shardopt.checkpoint import folders
 from shardopt.checkpoint.flat import FlatShard, chunks_of, coverage_error, dtype_name, few
 from shardopt.engines.ranks import Ranks
 from shardopt.errors import InputError
-from shardopt.slices import Layout, Slice, local_tensor
+from shardopt.slices import Layout, Range, Slice, local_tensor
 
 # Writing alone is meant where there is no process group. A filter for the whole process, because the warning
 # may come from the background thread, where warnings cannot be caught without touching other threads.
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
-    ranges: tuple[tuple[int, int, int], ...] | None  # of a block format, which belongs to one layout
+    ranges: tuple[Range, ...] | None  # of a block format, which belongs to one layout
 
 
 Entries = dict[tuple[str, str], Entry]  # by parameter name and kind
@@ -57,7 +57,7 @@ def vector_key(name: str, kind: str) -> str:
     return f"{name}/{kind}"
 
 
-def block_keys(name: str, kind: str, ranges: tuple[tuple[int, int, int], ...]) -> list[str]:
+def block_keys(name: str, kind: str, ranges: tuple[Range, ...]) -> list[str]:
     """Where the codes and scales of one layout are kept; equal layouts (replicas) share them."""
     where = ",".join(f"{start}:{local}:{length}" for start, local, length in ranges)
     return [f"{name}/{kind}.{part}@{where}" for part in PARTS]
@@ -67,9 +67,7 @@ def extra_key(key: str) -> str:
     return f"/extras/{key}"  # a parameter's key does not begin with a slash
 
 
-def save(
-    folder: Path, slices: list[Slice], extras: dict[str, Tensor], document: dict[str, Any], ranks: Ranks
-) -> None:
+def save(folder: Path, slices: list[Slice], extras: dict[str, Tensor], document: dict[str, Any], ranks: Ranks) -> None:
     """Write a checkpoint to `folder`, complete when this returns. A collective.
 
     It is written beside `folder` and takes its name once every rank's data is on the disk, so a checkpoint
@@ -81,8 +79,8 @@ def save(
         extras: whole tensors of any shape beside them, by key; this rank's own under a key that says so
             ("rng/rank-00000/torch"), while equal keys on several ranks must mean equal values.
         document: JSON to keep with it (the run's step, the steps of parameters, the config), of which rank
-            0's is kept; but "scalars" ({parameter name: {"step": 3, ...}}) is put together from all ranks, each
-            of which may know its own parameters only. The key "checkpoint" is ours.
+            0's is kept; but "scalars" ({parameter name: {"step": 3, ...}}) is put together from all ranks,
+            each of which may know its own parameters only. The key "checkpoint" is ours.
 
     Raises:
         InputError: the folder cannot be written, on every rank; or the disk is full.
@@ -122,9 +120,7 @@ class Saver:
         # The background thread's collectives must not mix with the training's.
         self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT) if ranks.distributed else None
 
-    def save(
-        self, step: int, slices: list[Slice], extras: dict[str, Tensor], document: dict[str, Any]
-    ) -> None:
+    def save(self, step: int, slices: list[Slice], extras: dict[str, Tensor], document: dict[str, Any]) -> None:
         """As the function `save`, to the folder of `step`, after the save before it has ended. A collective.
 
         The tensors may change as soon as this returns.
@@ -181,13 +177,13 @@ def _write(
     partial = folders.partial_of(folder)
 
     def prepare() -> tuple[dict[str, Tensor], Entries]:
-        state, entries = _gather(slices, extras, copy=asynchronous)
+        entries = describe(slices)
         if "checkpoint" in document:
             raise ValueError('the document has a key "checkpoint", which is ours')
         json.dumps(document, allow_nan=False)  # better now, on this line, than in the background
         if ranks.is_main:
             folders.begin(folder)
-        return state, entries
+        return _state(slices, extras, copy=asynchronous), entries
 
     state, entries = ranks.together(prepare)
     planner = _Planner(entries, document.get("scalars", {}))
@@ -208,9 +204,7 @@ def _write(
             "extras": planner.extras,
             "files": files,
         }
-        folders.write_json(
-            partial / folders.DOCUMENT, {**document, "scalars": planner.scalars, "checkpoint": written}
-        )
+        folders.write_json(partial / folders.DOCUMENT, {**document, "scalars": planner.scalars, "checkpoint": written})
         folders.publish(partial, folder, folders.is_complete)
         if after is not None:
             after()
@@ -232,38 +226,39 @@ def _write(
     return None
 
 
-def _gather(slices: list[Slice], extras: dict[str, Tensor], copy: bool) -> tuple[dict[str, Tensor], Entries]:
-    """What DCP is to write, and what the document is to say. With `copy`, tensors of its own on the CPU."""
+def describe(slices: list[Slice]) -> Entries:
+    """What this rank holds.
+
+    Raises:
+        ValueError: two slices of the same name and kind.
+    """
+    entries: Entries = {}
+    for s in slices:
+        if (s.name, s.kind) in entries:
+            raise ValueError(f"{vector_key(s.name, s.kind)!r} is given twice")
+        dtypes = tuple(dtype_name(t.dtype) for t in s.tensors)
+        ranges = s.layout.ranges if len(s.tensors) > 1 else None
+        entries[s.name, s.kind] = Entry(s.layout.shape, dtypes, ranges)
+    return entries
+
+
+def _state(slices: list[Slice], extras: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
+    """What DCP is to write. With `copy`, tensors of its own on the CPU."""
 
     def staged(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=True) if copy else tensor.detach()
 
     state: dict[str, Tensor] = {}
-    entries: Entries = {}
-
-    def add(key: str, tensor: Tensor) -> None:
-        if key in state:
-            raise ValueError(f"{key!r} is given twice")
-        state[key] = tensor
-
     for s in slices:
         parts = tuple(local_tensor(t) for t in s.tensors)
-        dtypes = tuple(dtype_name(t.dtype) for t in parts)
-        if (s.name, s.kind) in entries:
-            raise ValueError(f"{vector_key(s.name, s.kind)!r} is given twice")
-        ranges = None if len(parts) == 1 else tuple(tuple(r) for r in s.layout.ranges)
-        entries[s.name, s.kind] = Entry(tuple(s.layout.shape), dtypes, ranges)  # type: ignore[arg-type]
-        if not s.layout.ranges:
-            continue
-        if len(parts) == 1:
+        if s.layout.ranges and len(parts) == 1:
             chunks = {start: staged(c) for start, c in chunks_of(s.layout, parts[0]).items()}
-            add(vector_key(s.name, s.kind), FlatShard(s.layout.numel, parts[0].dtype, chunks))
-        else:
+            state[vector_key(s.name, s.kind)] = FlatShard(s.layout.numel, parts[0].dtype, chunks)
+        elif s.layout.ranges:
             for key, part in zip(block_keys(s.name, s.kind, s.layout.ranges), parts, strict=True):
-                add(key, staged(part))
-    for key, tensor in extras.items():
-        add(extra_key(key), staged(tensor))
-    return state, entries
+                state[key] = staged(part)
+    state.update((extra_key(key), staged(tensor)) for key, tensor in extras.items())
+    return state
 
 
 class _Planner(DefaultSavePlanner):
@@ -279,7 +274,7 @@ class _Planner(DefaultSavePlanner):
         return replace(super().create_local_plan(), planner_data=(self.entries, self.scalars))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        self.parameters = _merge([plan.planner_data[0] for plan in all_plans])
+        self.parameters = merge([plan.planner_data[0] for plan in all_plans])
         self.scalars = _merge_scalars([plan.planner_data[1] for plan in all_plans])
         # DCP looks for gaps itself, but not when a rank writes alone, and it names bounds without ranges.
         chunks: dict[str, set[tuple[int, int]]] = {}
@@ -290,26 +285,20 @@ class _Planner(DefaultSavePlanner):
         check_coverage(self.parameters, chunks)
         prefix = extra_key("")
         self.extras = sorted(
-            {
-                i.index.fqn.removeprefix(prefix)
-                for p in all_plans
-                for i in p.items
-                if i.index.fqn.startswith(prefix)
-            }
+            {i.index.fqn.removeprefix(prefix) for p in all_plans for i in p.items if i.index.fqn.startswith(prefix)}
         )
         return super().create_global_plan([replace(plan, planner_data=None) for plan in all_plans])
 
 
-def _merge(plans: list[Entries]) -> Parameters:
+def merge(plans: list[Entries]) -> Parameters:
+    """What all ranks hold, in the document's form; a ValueError where they disagree."""
     parameters: Parameters = {}
     for (name, kind), entry in (pair for entries in plans for pair in entries.items()):
         parameter = parameters.setdefault(name, {"shape": list(entry.shape), "kinds": {}})
         stored = parameter["kinds"].setdefault(kind, {"dtypes": list(entry.dtypes)})
         if parameter["shape"] != list(entry.shape) or stored["dtypes"] != list(entry.dtypes):
             here, there = (parameter["shape"], stored["dtypes"]), (list(entry.shape), list(entry.dtypes))
-            raise ValueError(
-                f"{vector_key(name, kind)}: ranks disagree, {here} on one and {there} on another"
-            )
+            raise ValueError(f"{vector_key(name, kind)}: ranks disagree, {here} on one and {there} on another")
         if entry.ranges is not None:
             layouts = stored.setdefault("layouts", [])
             as_lists = [list(r) for r in entry.ranges]
@@ -377,6 +366,16 @@ class _Writer(dcp.FileSystemWriter):
         # Without the path: it is the temporary folder's, and a path cannot be read back without running code.
         return StorageMeta(save_id=self.save_id)
 
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # torch.save answers a full disk with "unexpected pos", and keeps the reason as the context.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
+
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
         files: dict[str, int] = {}
@@ -400,6 +399,4 @@ def _give_up(folder: Path, error: CheckpointException, ranks: Ranks) -> NoReturn
         raise ValueError(f"checkpoint {folder}: {cause}") from error
     if not isinstance(cause, Exception):  # Ctrl-C
         raise cause
-    raise RuntimeError(
-        f"checkpoint {folder} was not written: rank {rank}: {type(cause).__name__}: {cause}"
-    ) from error
+    raise RuntimeError(f"checkpoint {folder} was not written: rank {rank}: {type(cause).__name__}: {cause}") from error

@@ -1,0 +1,283 @@
+"""In the background, replacing, keeping, failing and being killed: the last good checkpoint stays."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shardopt import checkpoint
+from shardopt.checkpoint import folders, saving
+from shardopt.checkpoint.saving import Saver
+from shardopt.errors import InputError
+from shardopt.slices import Layout, Slice
+from tests.checkpoint import made
+from tests.distributed.pool import RankError, on_ranks
+
+LAYOUT = Layout.whole("w", (4096,))
+
+
+def _slice(number: float) -> tuple[list[Slice], torch.Tensor]:
+    tensor = torch.full((4096,), float(number))
+    return [Slice("w", "m1", LAYOUT, (tensor,))], tensor
+
+
+def _number(folder: Path) -> float:
+    given, tensor = _slice(-1)
+    checkpoint.load(folder, given, made.ranks_here())
+    assert (tensor == tensor[0]).all()
+    return tensor[0].item()
+
+
+def _names(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir())
+
+
+def _snapshots(rank: int, world_size: int, root: Path) -> None:
+    saver = Saver(root, 2, made.ranks_here(rank, world_size), asynchronous=True)
+    given = made.slices(made.flat, rank, world_size)
+    extra = torch.tensor([1, 2], dtype=torch.uint8)
+    for step in (1, 2, 3):
+        saver.save(step, given, {"rng": extra} if rank == 0 else {}, {"step": step})
+        # Training goes on, and changes everything in place.
+        for s in given:
+            s.tensors[0].fill_(3)
+        extra.fill_(0)
+        if step < 3:
+            for s, right in zip(given, made.slices(made.flat, rank, world_size), strict=True):
+                s.tensors[0].copy_(right.tensors[0])
+            extra.copy_(torch.tensor([1, 2]))
+    saver.close()
+
+
+def test_the_background_writes_what_was_there_at_the_call(tmp_path: Path) -> None:
+    root = tmp_path / "new" / "checkpoints"
+    on_ranks(3, _snapshots, root)
+    assert _names(root) == ["step-00000002", "step-00000003"]
+    assert checkpoint.latest(root) == root / "step-00000003"
+    for documents in on_ranks(2, made.load, root / "step-00000003", made.rows):
+        assert documents["step"] == 3
+    assert checkpoint.load_extras(root / "step-00000003", ["rng"])["rng"].tolist() == [1, 2]
+
+
+class _Held(saving._Writer):
+    """Writes when told to."""
+
+    gate: Path
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        while not self.gate.exists():
+            time.sleep(0.01)
+        return super().write_data(*args, **kwargs)
+
+
+def test_saving_returns_before_the_disk_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "_Writer", _Held)
+    monkeypatch.setattr(_Held, "gate", tmp_path / "gate", raising=False)
+    root = tmp_path / "root"
+    saver = Saver(root, 1, made.ranks_here(), asynchronous=True)
+    given, tensor = _slice(1)
+    saver.save(1, given, {}, {})
+    tensor.fill_(2)
+    assert _names(root) == [".step-00000001.partial"]
+    assert checkpoint.latest(root) is None
+    (tmp_path / "gate").touch()
+    saver.close()
+    assert _names(root) == ["step-00000001"]
+    assert _number(root / "step-00000001") == 1
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_newest_are_kept_and_the_one_just_written(tmp_path: Path, asynchronous: bool) -> None:
+    saver = Saver(tmp_path, 2, made.ranks_here(), asynchronous)
+    for step in (10, 20, 30, 5):  # the last by a run that went back
+        saver.save(step, _slice(step)[0], {}, {})
+    saver.close()
+    assert _names(tmp_path) == ["step-00000005", "step-00000020", "step-00000030"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000030"
+    assert _number(tmp_path / "step-00000005") == 5
+
+
+def test_the_same_step_is_replaced(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, 1, made.ranks_here(), asynchronous=False)
+    for number in (1, 2):
+        saver.save(7, _slice(number)[0], {}, {})
+    assert _names(tmp_path) == ["step-00000007"]
+    assert _number(tmp_path / "step-00000007") == 2
+
+
+def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="holds something else"):
+        checkpoint.save(tmp_path / "a", _slice(1)[0], {}, {}, made.ranks_here())
+    assert _names(tmp_path) == ["a"]
+    assert _names(tmp_path / "a") == ["thesis.tex"]
+
+
+def test_leftovers_are_ignored_and_cleaned_away_by_the_next_run(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "step-00000001", _slice(1)[0], {}, {}, made.ranks_here())
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000009.partial")
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000008.deleting")
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000007")
+    (tmp_path / "step-00000007" / "checkpoint.json").unlink()  # by hand, or by a copy that was cut short
+    (tmp_path / ".notes.partial").mkdir()  # not ours
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000001"
+    Saver(tmp_path, 3, made.ranks_here(), asynchronous=False).save(2, _slice(2)[0], {}, {})
+    assert _names(tmp_path) == [".notes.partial", "step-00000001", "step-00000002", "step-00000007"]
+
+
+def test_latest_of_nothing(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "missing") is None
+
+
+def _fail(rank: int, world_size: int, root: Path, asynchronous: bool) -> str:
+    """Rank 1's disk takes no more than a few bytes in a file, for one checkpoint."""
+    saver = Saver(root, 1, made.ranks_here(rank, world_size), asynchronous)
+    layout = Layout.contiguous("w", (4096,), 2048 * rank, 2048)
+    given = [Slice("w", "m1", layout, (torch.full((2048,), 1.0),))]
+    saver.save(1, given, {}, {})
+    saver.wait()
+    given[0].tensors[0].fill_(2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(InputError) as caught:
+            _save_and_wait(saver, 2, given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    saver.ranks.barrier()
+    assert _names(root) == ["step-00000001"]
+    assert _number_by_halves(root / "step-00000001", layout, saver.ranks) == 1
+    # Said once: the next one goes through.
+    saver.save(3, given, {}, {})
+    saver.close()
+    assert _number_by_halves(root / "step-00000003", layout, saver.ranks) == 2
+    return str(caught.value)
+
+
+def _save_and_wait(saver: Saver, step: int, given: list[Slice]) -> None:
+    saver.save(step, given, {}, {})
+    saver.wait()
+
+
+def _number_by_halves(folder: Path, layout: Layout, ranks: Any) -> float:
+    target = torch.zeros(2048)
+    checkpoint.load(folder, [Slice("w", "m1", layout, (target,))], ranks)
+    assert (target == target[0]).all()
+    return target[0].item()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_on_one_rank_is_an_error_on_all(tmp_path: Path, asynchronous: bool) -> None:
+    for message in on_ranks(2, _fail, tmp_path, asynchronous):
+        assert re.search(r"cannot write checkpoint .*/step-00000002 \(rank 1: .*File too large\); free some", message)
+    assert _names(tmp_path) == ["step-00000003"]
+
+
+def _unwritable(rank: int, world_size: int, root: Path) -> None:
+    ranks = made.ranks_here(rank, world_size)
+    with pytest.raises(InputError, match=r"cannot write to .*Not a directory; change run.dir"):
+        Saver(root, 1, ranks, asynchronous=True)
+    with pytest.raises(InputError, match=r"change run.dir"):
+        checkpoint.save(root / "step-00000001", [], {}, {}, ranks)
+    with pytest.raises(InputError, match=r"checkpoint.keep must be at least 1, got 0"):
+        Saver(root.parent.parent / "good", 0, ranks, asynchronous=True)
+
+
+def test_an_unwritable_folder_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    on_ranks(2, _unwritable, tmp_path / "file" / "checkpoints")
+
+
+def _alone(rank: int, world_size: int, root: Path) -> None:
+    """Rank 1 looks at a disk of its own, as where nodes share no file system."""
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(folders, "partial_of", lambda folder: root / "mine")
+        with pytest.raises(InputError, match=r"run.dir must be on a file system that all nodes share"):
+            made.save(rank, world_size, root / "a", made.rows)
+
+
+def test_nodes_with_disks_of_their_own_are_told(tmp_path: Path) -> None:
+    on_ranks(2, _alone, tmp_path)
+    assert _names(tmp_path) == ["mine"]
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed_writing(rank: int, world_size: int, root: Path) -> None:
+    saver = Saver(root, 1, made.ranks_here(rank, world_size), asynchronous=True)
+    saver.save(1, made.slices(made.rows, rank, world_size), {}, {})
+    saver.wait()
+    if rank == 1:
+        saving._Writer.write_data = lambda *_: _die()  # type: ignore[assignment,method-assign]
+    saver.save(2, made.slices(made.rows, rank, world_size), {}, {})
+    saver.wait()
+
+
+def test_a_rank_killed_while_writing_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="the process died") as caught:
+        on_ranks(2, _killed_writing, tmp_path, fresh=True)
+    assert "no answer" not in str(caught.value)  # rank 0 does not wait for ever
+    assert _names(tmp_path) == [".step-00000002.partial", "step-00000001"]
+    assert (tmp_path / ".step-00000002.partial" / "__0_0.distcp").stat().st_size > 0
+    latest = checkpoint.latest(tmp_path)
+    assert latest == tmp_path / "step-00000001"
+    made.load(0, 1, latest, made.whole)
+
+
+def _killed_renaming(rank: int, world_size: int, root: Path) -> None:
+    rename = Path.rename
+
+    def kill_at_the_second(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            _die()
+        return rename(path, target)
+
+    Path.rename = kill_at_the_second  # type: ignore[method-assign,assignment]
+    checkpoint.save(root / "step-00000001", _slice(2)[0], {}, {}, made.ranks_here(rank, world_size))
+
+
+def _killed_deleting(rank: int, world_size: int, root: Path) -> None:
+    def kill_after_one_file(path: Path) -> None:
+        next(iter(path.glob("__*"))).unlink()
+        _die()
+
+    folders.shutil.rmtree = kill_after_one_file  # type: ignore[assignment]
+    Saver(root, 1, made.ranks_here(rank, world_size), asynchronous=False).save(2, _slice(2)[0], {}, {})
+
+
+def test_killed_between_the_two_renames_the_old_one_is_there(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "step-00000001", _slice(1)[0], {}, {}, made.ranks_here())
+    with pytest.raises(RankError, match="the process died"):
+        on_ranks(1, _killed_renaming, tmp_path, fresh=True)
+    assert _names(tmp_path) == [".step-00000001.partial", ".step-00000001.previous"]
+    latest = checkpoint.latest(tmp_path)
+    assert latest is not None
+    assert _number(latest) == 1
+    # The next run's first save puts it back, and keeps it as any other.
+    Saver(tmp_path, 2, made.ranks_here(), asynchronous=False).save(2, _slice(2)[0], {}, {})
+    assert _names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert _number(tmp_path / "step-00000001") == 1
+
+
+def test_killed_while_deleting_the_new_one_is_there(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "step-00000001", _slice(1)[0], {}, {}, made.ranks_here())
+    with pytest.raises(RankError, match="the process died"):
+        on_ranks(1, _killed_deleting, tmp_path, fresh=True)
+    assert _names(tmp_path) == [".step-00000001.deleting", "step-00000002"]
+    assert _number(tmp_path / "step-00000002") == 2

@@ -1,0 +1,372 @@
+"""Any cut to any cut, any number of ranks to any other; what does not fit is refused untouched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardopt import checkpoint
+from shardopt.checkpoint import folders, saving
+from shardopt.checkpoint.metadata import read_metadata
+from shardopt.errors import InputError
+from shardopt.slices import Layout, Slice, layout_of
+from tests.checkpoint import made
+from tests.distributed.pool import on_ranks
+
+
+@pytest.mark.parametrize(
+    ("writers", "written", "readers", "read"),
+    [
+        (3, made.rows, 2, made.flat),
+        (3, made.flat, 2, made.strided),
+        (2, made.strided, 3, made.rows),
+        (2, made.whole, 3, made.flat),
+        (3, made.hybrid, 2, made.rows),
+        (3, made.strided, 1, made.whole),
+        (1, made.whole, 3, made.hybrid),
+        (1, made.whole, 1, made.whole),
+    ],
+)
+def test_any_cut_is_read_as_any_other(
+    tmp_path: Path, writers: int, written: made.Cut, readers: int, read: made.Cut
+) -> None:
+    folder = tmp_path / "step-00000003"
+    if writers == 1:  # no process group at all
+        made.save(0, 1, folder, written, {"step": 3})
+    else:
+        on_ranks(writers, made.save, folder, written, {"step": 3})
+    documents = on_ranks(readers, made.load, folder, read) if readers > 1 else [made.load(0, 1, folder, read)]
+    for document in documents:
+        assert document["step"] == 3
+        assert document["checkpoint"]["world_size"] == writers
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+
+
+def test_the_document_says_what_was_written(tmp_path: Path) -> None:
+    on_ranks(2, made.save, tmp_path / "a", made.rows, {"step": 5, "config": {"lr": 1e-3}})
+    document = checkpoint.read_document(tmp_path / "a")
+    assert document["config"] == {"lr": 1e-3}
+    written = document["checkpoint"]
+    assert (written["format"], written["torch"]) == (1, torch.__version__)
+    assert {name: tuple(p["shape"]) for name, p in written["parameters"].items()} == made.SHAPES
+    kinds = written["parameters"]["norm.weight"]["kinds"]
+    assert kinds == {
+        "weight": {"dtypes": ["float32"]}, "m1": {"dtypes": ["bfloat16"]}, "m2": {"dtypes": ["float32"]}
+    }  # fmt: skip
+
+
+def test_replicas_are_written_once_and_by_turns(tmp_path: Path) -> None:
+    on_ranks(2, made.save, tmp_path / "a", made.whole)
+    metadata = read_metadata(tmp_path / "a")
+    assert all(len(t.chunks) == 1 for t in metadata.state_dict_metadata.values())  # type: ignore[union-attr]
+    assert {p.relative_path for p in metadata.storage_data.values()} == {"__0_0.distcp", "__1_0.distcp"}
+
+
+def _save_fsdp(rank: int, world_size: int, folder: Path) -> dict[str, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1))
+    fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    given = [Slice(n, "weight", layout_of(p, n), (p,)) for n, p in model.named_parameters()]
+    checkpoint.save(folder, given, {}, {}, made.ranks_here(rank, world_size))
+    return {n: p.full_tensor().detach() for n, p in model.named_parameters()}  # type: ignore[attr-defined]
+
+
+def test_fsdp2_parameters_are_read_by_a_single_process(tmp_path: Path) -> None:
+    expected = on_ranks(3, _save_fsdp, tmp_path / "a")[0]
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1))
+    given = [Slice(n, "weight", Layout.whole(n, p.shape), (p,)) for n, p in model.named_parameters()]
+    assert not any(torch.equal(p, expected[n]) for n, p in model.named_parameters())
+    checkpoint.load(tmp_path / "a", given, made.ranks_here())
+    assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
+
+
+def _save_own(rank: int, world_size: int, folder: Path) -> None:
+    """As under DeepSpeed: each rank has some of the parameters and says nothing of the others."""
+    given = [s for i, s in enumerate(made.slices(made.whole)) if i // len(made.KINDS) % world_size == rank]
+    here = made.ranks_here(rank, world_size)
+    scalars = [{"a": {"step": 3}, "b": {"step": 2}}, {"b": {"step": 2}, "c": {"step": 1}}][rank]
+    checkpoint.save(folder / "a", given, {}, {"scalars": scalars}, here)
+    with pytest.raises(ValueError, match="b: ranks disagree"):
+        checkpoint.save(folder / "b", given, {}, {"scalars": {"b": {"step": rank}}}, here)
+
+
+def test_ranks_that_know_only_their_parameters_make_one_checkpoint(tmp_path: Path) -> None:
+    on_ranks(2, _save_own, tmp_path)
+    document = made.load(0, 1, tmp_path / "a", made.whole)
+    assert document["scalars"] == {"a": {"step": 3}, "b": {"step": 2}, "c": {"step": 1}}
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def _save_rng(rank: int, world_size: int, folder: Path) -> None:
+    extras = {f"rng/rank-{rank:05d}": torch.tensor([rank, 9], dtype=torch.uint8), "both": torch.tensor(True)}
+    checkpoint.save(folder, made.slices(made.rows, rank, world_size), extras, {}, made.ranks_here(rank, world_size))
+
+
+def test_extras_are_read_by_key_and_absent_ones_left_out(tmp_path: Path) -> None:
+    on_ranks(2, _save_rng, tmp_path / "a")
+    found = checkpoint.load_extras(tmp_path / "a", ["rng/rank-00001", "rng/rank-00002", "both"])
+    assert {key: (t.dtype, t.tolist()) for key, t in found.items()} == {
+        "rng/rank-00001": (torch.uint8, [1, 9]),
+        "both": (torch.bool, True),
+    }
+    extras = checkpoint.read_document(tmp_path / "a")["checkpoint"]["extras"]
+    assert extras == ["both", "rng/rank-00000", "rng/rank-00001"]
+
+
+def test_a_parameter_without_elements_is_kept(tmp_path: Path) -> None:
+    given = [Slice("empty", "weight", Layout.whole("empty", (0, 3)), (torch.empty(0, 3),))]
+    checkpoint.save(tmp_path / "a", given, {}, {}, made.ranks_here())
+    checkpoint.load(tmp_path / "a", given, made.ranks_here())
+
+
+def _refused(rank: int, world_size: int, folder: Path, cut: made.Cut, skip_rank: int, reason: str) -> None:
+    """A save in which `skip_rank` keeps its elements to itself must fail on every rank."""
+    given = made.slices(cut, rank, world_size)
+    if rank == skip_rank:
+        given = [replace(s, layout=replace(s.layout, ranges=())) for s in given]
+    with pytest.raises(ValueError, match=reason):
+        checkpoint.save(folder, given, {}, {}, made.ranks_here(rank, world_size))
+
+
+def test_a_gap_is_not_saved(tmp_path: Path) -> None:
+    on_ranks(3, _refused, tmp_path / "a", made.flat, 1, "elements .* are held by no rank")
+    # Alone, where DCP's own check does not look.
+    layout = Layout.contiguous("w", (10,), 0, 9)
+    with pytest.raises(ValueError, match="w/m1: elements 9 to 10 of 10 are held by no rank"):
+        checkpoint.save(tmp_path / "a", [Slice("w", "m1", layout, (torch.ones(9),))], {}, {}, made.ranks_here())
+    assert list(tmp_path.iterdir()) == []
+
+
+def _save_bounds(rank: int, world_size: int, folder: Path, bounds: list[tuple[int, int]]) -> None:
+    layout = Layout.contiguous("w", (10,), *bounds[rank])
+    given = [Slice("w", "m1", layout, (torch.ones(bounds[rank][1]),))]
+    with pytest.raises(ValueError, match="elements 4 to 6 of 10 are held in two ranges"):
+        checkpoint.save(folder, given, {}, {}, made.ranks_here(rank, world_size))
+
+
+def test_replicas_with_other_bounds_are_not_saved(tmp_path: Path) -> None:
+    on_ranks(2, _save_bounds, tmp_path / "a", [(0, 6), (4, 6)])
+
+
+@pytest.mark.parametrize(
+    ("document", "reason"),
+    [
+        ({"loss": float("nan")}, "JSON"),
+        ({"config": Path("x")}, "not JSON serializable"),
+        ({"checkpoint": 1}, "which is ours"),
+    ],
+)
+def test_a_document_that_json_cannot_hold_is_refused(tmp_path: Path, document: dict[str, Any], reason: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=reason):
+        made.save(0, 1, tmp_path / "a", made.whole, document)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'embed.weight/weight' is given twice"):
+        checkpoint.save(tmp_path / "a", made.slices(made.whole) * 2, {}, {}, made.ranks_here())
+
+
+def _live(case: str) -> list[Slice]:
+    given = made.slices(made.whole, filled=False)
+    if case == "names":
+        return [replace(s, name=s.name.replace("mlp", "ffn")) for s in given]
+    if case == "shape":
+        turned = Layout.whole("layers.0.mlp.weight", (3, 7))
+        return [replace(s, layout=turned) if s.name == turned.name else s for s in given]
+    if case == "kind too many":
+        return [*given, replace(given[0], kind="nu")]
+    if case == "kind too few":
+        return [s for s in given if s.kind != "m1"]
+    assert case == "dtype"
+    return [replace(s, tensors=(s.tensors[0].to(torch.bfloat16),)) if s.kind == "m2" else s for s in given]
+
+
+MISMATCHES = {
+    "names": r"has no layers.0.ffn.weight; the model has no layers.0.mlp.weight; .* by another model",
+    "shape": r"shapes differ: layers.0.mlp.weight \(\(7, 3\) there, \(3, 7\) here\); set model",
+    "kind too many": r"has no embed.weight/nu; set optimizer",
+    "kind too few": r"nothing here takes its embed.weight/m1, layers.0.bias/m1, .*/m1; set optimizer",
+    "dtype": r"m2 is float32 there and bfloat16 here, in embed.weight.*set optimizer.state_dtype \(of m2\)",
+}
+
+
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_what_does_not_fit_is_refused_before_anything_is_touched(tmp_path: Path, case: str) -> None:
+    made.save(0, 1, tmp_path / "a", made.whole)
+    live = _live(case)
+    with pytest.raises(InputError, match=MISMATCHES[case]):
+        checkpoint.load(tmp_path / "a", live, made.ranks_here())
+    assert all((s.tensors[0] == 7).all() for s in live)
+
+
+def _load_unlike(rank: int, world_size: int, folder: Path) -> None:
+    given = made.slices(made.rows, rank, world_size, filled=False)
+    if rank == 1:
+        given = [replace(s, name="other") if s.name == "norm.weight" else s for s in given]
+    with pytest.raises(InputError, match=r"the checkpoint has no other"):
+        checkpoint.load(folder, given, made.ranks_here(rank, world_size))
+    assert all((s.tensors[0] == 7).all() for s in given)
+
+
+def test_a_mismatch_on_one_rank_is_refused_on_all(tmp_path: Path) -> None:
+    made.save(0, 1, tmp_path / "a", made.whole)
+    on_ranks(2, _load_unlike, tmp_path / "a")
+
+
+def test_a_long_list_of_names_is_cut(tmp_path: Path) -> None:
+    given = [Slice(f"w{i:02d}", "weight", Layout.whole(f"w{i:02d}", (1,)), (torch.ones(1),)) for i in range(20)]
+    checkpoint.save(tmp_path / "a", given, {}, {}, made.ranks_here())
+    with pytest.raises(InputError, match=r"the model has no w00, w01, w02, w03, w04 and 15 more;"):
+        checkpoint.load(tmp_path / "a", [], made.ranks_here())
+
+
+def test_not_strict_takes_what_there_is(tmp_path: Path) -> None:
+    made.save(0, 1, tmp_path / "a", made.whole)
+    live = [
+        *_live("kind too few"),
+        *(replace(s, name="new") for s in made.slices(made.whole, filled=False)[:1]),
+    ]
+    document = checkpoint.load(tmp_path / "a", live, made.ranks_here(), strict=False)
+    assert made.wrong(live[:-1]) == []
+    assert (live[-1].tensors[0] == 7).all()
+    assert document["checkpoint"]["not_loaded"] == ["new/weight"]
+
+
+def test_convert_changes_the_dtype(tmp_path: Path) -> None:
+    made.save(0, 1, tmp_path / "a", made.whole)
+    live = _live("dtype")
+    checkpoint.load(tmp_path / "a", live, made.ranks_here(), convert=True)
+    for s in live:
+        torch.testing.assert_close(
+            s.tensors[0].view(s.layout.shape), made.value(s.name, s.kind).to(s.tensors[0].dtype),
+            rtol=0, atol=0, equal_nan=True,
+        )  # fmt: skip
+
+
+def test_a_stored_gap_is_found_before_anything_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout.contiguous("w", (10,), 0, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "check_coverage", lambda *_: None)
+        checkpoint.save(tmp_path / "a", [Slice("w", "m1", layout, (torch.ones(6),))], {}, {}, made.ranks_here())
+    assert folders.is_complete(tmp_path / "a")
+    live = torch.full((10,), 7.0)
+    given = [Slice("w", "m1", Layout.whole("w", (10,)), (live,))]
+    with pytest.raises(InputError, match="w/m1: elements 6 to 10 of 10 are held by no rank"):
+        checkpoint.load(tmp_path / "a", given, made.ranks_here())
+    assert (live == 7).all()
+
+
+class Int8:
+    """A toy block format: 4 elements a block, cut within each range, codes and scale beside each other."""
+
+    @staticmethod
+    def _blocks(layout: Layout) -> list[tuple[int, int]]:
+        return [(r.local_start + at, min(4, r.length - at)) for r in layout.ranges for at in range(0, r.length, 4)]
+
+    def encode(self, kind: str, layout: Layout, values: Tensor, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        codes, scales = torch.zeros_like(like[0]), torch.zeros_like(like[1])
+        for at, (start, length) in enumerate(self._blocks(layout)):
+            block = values[start : start + length]
+            scales[at] = block.abs().max() / 127
+            codes[start : start + length] = (block / scales[at]).round().to(torch.int8)
+        return codes, scales
+
+    def decode(self, kind: str, layout: Layout, tensors: tuple[Tensor, ...]) -> Tensor:
+        codes, scales = tensors
+        values = torch.zeros(codes.numel())
+        for at, (start, length) in enumerate(self._blocks(layout)):
+            values[start : start + length] = codes[start : start + length] * scales[at]
+        return values
+
+    def empty(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        end = max((r.local_start + r.length for r in layout.ranges), default=0)
+        return torch.zeros(end, dtype=torch.int8), torch.zeros(len(self._blocks(layout)))
+
+
+NUMBERS = torch.linspace(-1, 1, 52).view(13, 4)
+
+
+def _blocks(cut: made.Cut, rank: int, world_size: int, *, filled: bool) -> list[Slice]:
+    layout = cut("embed.weight", rank, world_size)
+    tensors: tuple[Tensor, ...] = Int8().empty(layout)
+    if filled:
+        values = torch.zeros(tensors[0].numel())
+        layout.copy_from_whole(values, NUMBERS)
+        tensors = Int8().encode("m2", layout, values, tensors)
+    return [Slice("embed.weight", "m2", layout, tensors)]
+
+
+def _save_blocks(rank: int, world_size: int, folder: Path, cut: made.Cut) -> None:
+    checkpoint.save(folder, _blocks(cut, rank, world_size, filled=True), {}, {}, made.ranks_here(rank, world_size))
+
+
+def _load_blocks_exactly(rank: int, world_size: int, folder: Path, cut: made.Cut) -> None:
+    (live,), (expected,) = (_blocks(cut, rank, world_size, filled=f) for f in (False, True))
+    if expected.layout.ranges:
+        assert not torch.equal(live.tensors[0], expected.tensors[0])
+    checkpoint.load(folder, [live], made.ranks_here(rank, world_size))
+    for there, here in zip(expected.tensors, live.tensors, strict=True):
+        assert torch.equal(there, here)
+
+
+def _load_blocks_elsewhere(rank: int, world_size: int, folder: Path, cut: made.Cut) -> None:
+    (live,) = _blocks(cut, rank, world_size, filled=False)
+    with pytest.raises(InputError, match=r"embed.weight/m2: its blocks were cut for another layout"):
+        checkpoint.load(folder, [live], made.ranks_here(rank, world_size))
+    checkpoint.load(folder, [live], made.ranks_here(rank, world_size), codec=Int8())
+    values, expected = Int8().decode("m2", live.layout, live.tensors), torch.zeros(live.tensors[0].numel())
+    live.layout.copy_from_whole(expected, NUMBERS)
+    # Rounded twice, each time by at most half a step of 1/127 of a block's largest.
+    torch.testing.assert_close(values, expected, rtol=0, atol=1.01 / 127)
+
+
+@pytest.mark.parametrize("cut", [made.rows, made.strided, made.whole])
+def test_a_block_format_is_exact_on_its_layout(tmp_path: Path, cut: made.Cut) -> None:
+    on_ranks(2, _save_blocks, tmp_path / "a", cut)
+    on_ranks(2, _load_blocks_exactly, tmp_path / "a", cut)
+
+
+def test_a_block_format_goes_through_fp32_to_another_layout(tmp_path: Path) -> None:
+    on_ranks(3, _save_blocks, tmp_path / "a", made.strided)
+    on_ranks(2, _load_blocks_elsewhere, tmp_path / "a", made.flat)
+
+
+def test_a_format_changes_only_on_demand(tmp_path: Path) -> None:
+    _save_blocks(0, 1, tmp_path / "int8", made.whole)
+    layout = Layout.whole("embed.weight", (13, 4))
+    plain = Slice("embed.weight", "m2", layout, (torch.zeros(13, 4),))
+    here = made.ranks_here()
+    with pytest.raises(InputError, match=r"m2 is int8\+float32 there and float32 here.*optimizer.state_dtype"):
+        checkpoint.load(tmp_path / "int8", [plain], here, codec=Int8())
+    with pytest.raises(InputError, match="or load with a codec"):
+        checkpoint.load(tmp_path / "int8", [plain], here, convert=True)
+    checkpoint.load(tmp_path / "int8", [plain], here, convert=True, codec=Int8())
+    torch.testing.assert_close(plain.tensors[0], NUMBERS, rtol=0, atol=0.51 / 127)
+
+    checkpoint.save(tmp_path / "fp32", [replace(plain, tensors=(NUMBERS,))], {}, {}, here)
+    (live,), (expected,) = (_blocks(made.whole, 0, 1, filled=f) for f in (False, True))
+    checkpoint.load(tmp_path / "fp32", [live], here, convert=True, codec=Int8())
+    assert torch.equal(live.tensors[0], expected.tensors[0])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_gpu_tensor_is_staged(tmp_path: Path, asynchronous: bool) -> None:
+    layout, here = Layout.whole("w", (1 << 20,)), made.ranks_here()
+    source = torch.randn(1 << 20, device="cuda")
+    expected, target = source.clone(), torch.zeros_like(source)
+    saver = checkpoint.Saver(tmp_path, 1, here, asynchronous)
+    saver.save(1, [Slice("w", "m1", layout, (source,))], {}, {})
+    source.zero_()
+    saver.close()
+    checkpoint.load(tmp_path / "step-00000001", [Slice("w", "m1", layout, (target,))], here)
+    assert torch.equal(target, expected)
