@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 from shardopt.engines.ddp import DdpConfig
 from shardopt.engines.fsdp import FsdpConfig
 from shardopt.engines.single import SingleConfig
+from shardopt.engines.zero.engine import ZeroConfig
 
 if TYPE_CHECKING:
     from shardopt.engines.base import Engine, EngineInputs
 
-EngineConfig = SingleConfig | DdpConfig | FsdpConfig
+EngineConfig = SingleConfig | DdpConfig | ZeroConfig | FsdpConfig
 
 # The class that each configuration builds, imported when it is chosen.
 _ENGINES = {
     SingleConfig: "shardopt.engines.single:SingleEngine",
     DdpConfig: "shardopt.engines.ddp:DdpEngine",
+    ZeroConfig: "shardopt.engines.zero:ZeroEngine",
     FsdpConfig: "shardopt.engines.fsdp:FsdpEngine",
 }
 

@@ -43,7 +43,8 @@ class ZeroOptimizer(Optimizer):
     Parameters become views of flat buckets (Rajbhandari et al., arXiv 1910.02054), so do not move or replace
     them afterwards (`.to()`, `.half()`). Gradients are averaged over ranks, as DistributedDataParallel does, and
     live in this optimizer: `.grad` is None after the last micro-batch. A parameter that got no gradient on any
-    rank is skipped. Ranks start from rank 0's parameters (frozen ones too) and buffers; buffers are not kept in step afterwards.
+    rank is skipped. Ranks start from rank 0's parameters (frozen ones too) and buffers; buffers are not kept in
+    step afterwards.
 
     Every method but `zero_grad` and `add_hook` is a collective: all ranks call it, in the same order.
 
