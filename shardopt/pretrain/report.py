@@ -32,7 +32,7 @@ _LABELS = {
     "weight": "weights",
     "gradient": "gradients",
     "master": "master weights",
-    "master_low": "master weights, low bits",
+    "master_low": "master, low bits",
     "m1": "m1, fast average",
     "m2": "m2, slow average",
     "nu": "nu, second moment",
@@ -102,14 +102,15 @@ def render(held: Holdings) -> Table:
     few = world_size <= _MOST_RANK_COLUMNS
     totals, whole = [sum(sizes.values()) for sizes in held.per_rank], sum(held.unsharded.values())
     unit, name = _unit(max(*totals, whole))
+    decimals = 2 if max(*totals, whole) < 1000 * unit else 1  # 8 characters at most
 
     def cells(by_rank: list[int], unsharded: int) -> list[str]:
         shown = [*(by_rank if few else (min(by_rank), max(by_rank))), unsharded]
         share = f"{100 * max(by_rank) / unsharded:.1f} %" if unsharded else ""
-        return [*(f"{size / unit:,.2f}" for size in shown), share]
+        return [*(f"{size / unit:,.{decimals}f}" for size in shown), share]
 
-    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, show_footer=True, footer_style="bold")
-    table.add_column(f"{name} held", footer="total", no_wrap=True)
+    table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0), show_footer=True, footer_style="bold")
+    table.add_column(f"{name} held", footer="total", overflow="fold")
     columns = [f"rank {rank}" for rank in range(world_size)] if few else ["least", "most"]
     styles = {"unsharded": "dim", "share": "cyan"}
     for header, footer in zip([*columns, *styles], cells(totals, whole), strict=True):
