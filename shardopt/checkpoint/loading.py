@@ -81,7 +81,10 @@ def load(
     live = _union(slices, ranks)
 
     def check() -> None:
-        _check_stored(folder, stored, metadata)
+        try:
+            _check_stored(folder, stored, metadata)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise InputError(f"{folder} has a document that is not of this format ({error!r})") from error
         _check_match(folder, stored, live, strict=strict, convert=convert)
         for s in slices:
             _check_slice(folder, s, stored, codec)

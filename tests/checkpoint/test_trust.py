@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import warnings
@@ -213,6 +214,15 @@ def test_a_truncated_data_file_is_refused(folder: Path) -> None:
 def test_another_document_is_refused(folder: Path, content: str, reason: str) -> None:
     (folder / "checkpoint.json").write_text(content)
     _load_refused(folder, reason)
+
+
+@pytest.mark.parametrize("parameters", [[], {"w": {}}, {"w": {"shape": "3", "kinds": {"m1": {"dtypes": [[]]}}}}])
+def test_a_document_of_another_form_is_refused(folder: Path, parameters: Any) -> None:
+    document = checkpoint.read_document(folder)
+    document["checkpoint"]["parameters"] = parameters
+    (folder / "checkpoint.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="has a document that is not of this format"):
+        checkpoint.load(folder, [], made.ranks_here())
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
