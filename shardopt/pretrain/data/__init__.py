@@ -1,7 +1,7 @@
 """Text to batches: sources, tokenizer, packed blocks, and the samples of a step."""
 
 from shardopt.pretrain.data.batches import HoldoutData, TrainData
+from shardopt.pretrain.data.build import prepare
 from shardopt.pretrain.data.config import DataConfig
-from shardopt.pretrain.data.prepare import prepare
 
 __all__ = ["DataConfig", "HoldoutData", "TrainData", "prepare"]

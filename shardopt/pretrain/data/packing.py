@@ -156,6 +156,8 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         raise damaged(folder) from None
+    except OSError as error:
+        raise InputError(f"data.cache: cannot read {folder} ({error.strerror})") from error
 
 
 def damaged(folder: Path) -> InputError:

@@ -43,7 +43,7 @@ class Corpus:
         where: its place in the config, for messages.
         key: hash of everything that decides which documents it gives.
         files: what it reads, in order; empty for a hub dataset.
-        skipped: the files left out because they are not UTF-8 (known once `documents` was asked for).
+        total_bytes: of the files; None for a hub dataset.
 
     Raises:
         InputError: nothing is there, or the hub cannot be reached.
@@ -52,7 +52,6 @@ class Corpus:
     def __init__(self, config: DataConfig, index: int) -> None:
         self.source = config.sources[index]
         self.where = f"data.sources[{index}]"
-        self.skipped: list[Path] = []
         self.files: list[Path] = []
         self._hub_cache = config.cache_folder / "hf"
         shape = self.source.model_dump(mode="json", exclude={"weight", "paths", "scan", "streaming"})
@@ -97,6 +96,14 @@ class Corpus:
         if empty:
             raise InputError(f"{self.where}: the corpus holds no text")
 
+    @functools.cached_property
+    def skipped(self) -> list[Path]:
+        """The files left out because they are not UTF-8. Reads them all."""
+        if self.source.source in ("parquet", "hf"):
+            return []
+        with self._errors():
+            return [path for path in self.files if not _is_utf8(path)]
+
     def stream(self) -> datasets.IterableDataset:
         """A hub dataset's rows in order; its `state_dict` is the place after the last row it gave."""
         assert isinstance(self.source, HfSource)
@@ -124,8 +131,8 @@ class Corpus:
                         f"paragraph or line"
                     )
         kind = {"stdlib": "text", "text": "text", "jsonl": "json", "parquet": "parquet"}[self.source.source]
-        self.skipped = [] if kind == "parquet" else [path for path in self.files if not _is_utf8(path)]
-        files = [path for path in self.files if path not in set(self.skipped) and path.stat().st_size]
+        skipped = set(self.skipped)
+        files = [path for path in self.files if path not in skipped and path.stat().st_size]
         if not files:
             raise InputError(f"{self.where}: no file is UTF-8 text ({_some(self.skipped)})")
         extra = {"sample_by": getattr(self.source, "sample_by", "document")} if kind == "text" else {}
