@@ -139,9 +139,7 @@ def spec(name: str, **kwargs: Any) -> OptimizerSpec:
                 f"optimizer {name}: {key} must be a number, got the text {value!r} "
                 f"(YAML reads 1e-3 as text, 1.0e-3 as a number)"
             )
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in (entry.preset | kwargs).items()
-    }
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (entry.preset | kwargs).items()}
     try:
         cls([("trial", nn.Parameter(torch.zeros(1, 1)))], **values)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -175,7 +173,8 @@ def _simplified_ademamix() -> type[Optimizer]:
 register("ademamix", _ademamix)
 register("yogi", _yogi)
 register("simplified_ademamix", _simplified_ademamix)
-# One pass over memory where torch has one that takes DTensors too; its fused SGD does not.
+# One pass over memory where torch has one that takes DTensors too (its fused SGD does not). On a CPU its last bit
+# depends on where a tensor ends, so shards agree with the whole bit for bit only with fused=False.
 register("adamw", torch.optim.AdamW, preset={"fused": True})
 register("adam", torch.optim.Adam, preset={"fused": True})
 register("amsgrad", torch.optim.Adam, preset={"fused": True, "amsgrad": True})
@@ -188,6 +187,4 @@ register(
     elementwise=False,
     reason="it averages squared gradients over whole rows and columns",
 )
-register(
-    "muon", torch.optim.Muon, elementwise=False, reason="it orthogonalises the momentum of a whole matrix"
-)
+register("muon", torch.optim.Muon, elementwise=False, reason="it orthogonalises the momentum of a whole matrix")
