@@ -19,6 +19,7 @@ def arguments(description: str, *, steps: int, lr: float) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # networks this small lose time to every further one
     return args
 
 
