@@ -18,12 +18,14 @@ A word serves two tensors: its low half rounds the first of the pair, its high h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from shardopt.errors import InputError
+from shardopt.optim.reference import square_root
+from shardopt.slices import Slice, local_tensor
 
 BLOCK = 128  # elements that share a scale
 FORMATS = {"fp32": 1, "bf16": 2, "bf16_block": 3, "int8": 4}
@@ -220,7 +222,7 @@ def _encode_int8(kind: str, values: Tensor, bits: Tensor, codes: Tensor, scale: 
     x = values * inverse.repeat_interleave(BLOCK)[: values.numel()]
     uniform = bits.float() * 2.0**-16
     if kind == "nu":
-        below = torch.floor(torch.sqrt(x))
+        below = torch.floor(square_root(x))
         # between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself
         above = (x - below * below) > uniform * (2.0 * below + 1.0)
         code = (below + above.float()).clamp(0.0, 255.0)
@@ -228,3 +230,32 @@ def _encode_int8(kind: str, values: Tensor, bits: Tensor, codes: Tensor, scale: 
     else:
         code = torch.floor(x + uniform).clamp(-127.0, 127.0)
     codes.copy_(code.to(codes.dtype))
+
+
+# -- slices: what checkpoints read and write ------------------------------------------------------------------
+
+
+def read_slice(piece: Slice) -> Tensor:
+    """The values of a slice as a flat fp32 (or fp64) tensor of `layout.local_numel` elements, in global order."""
+    parts = [decode(piece.kind, codes, scale) for codes, scale in _slice_ranges(piece)]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def write_slice(piece: Slice, values: Tensor) -> None:
+    """Store what `read_slice` returned, in the slice's own format, rounded to nearest."""
+    done = 0
+    for codes, scale in _slice_ranges(piece):
+        encode(piece.kind, values[done : done + codes.numel()].to(codes.device), None, codes, scale)
+        done += codes.numel()
+
+
+def _slice_ranges(piece: Slice) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Codes and scales (views) of each range; a block format's blocks start anew in every range."""
+    values = local_tensor(piece.tensors[0]).view(-1)
+    block = 0
+    for r in piece.layout.ranges:
+        scale = None
+        if len(piece.tensors) > 1:
+            scale = local_tensor(piece.tensors[1]).narrow(0, block, blocks(r.length))
+            block += blocks(r.length)
+        yield values.narrow(0, r.local_start, r.length), scale

@@ -66,7 +66,7 @@ def _rebased(layout: Layout) -> tuple[int, int, Layout]:
     if first == 0:
         return first, last, layout
     ranges = tuple(Range(r.global_start, r.local_start - first, r.length) for r in layout.ranges)
-    return first, last.local_start + last.length, Layout(layout.name, layout.shape, ranges)
+    return first, last, Layout(layout.name, layout.shape, ranges)
 
 
 def _pieces(tensor: Tensor, layouts: tuple[Layout, ...]) -> Iterator[tuple[Layout, Tensor]]:

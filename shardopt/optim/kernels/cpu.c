@@ -75,7 +75,7 @@ INLINE uint16_t to_bf16(float x, uint32_t bits) {
 /* -- the update ----------------------------------------------------------------------------------------- */
 
 typedef struct {
-    float rate1, rate3, beta2_high, beta2_low, rate2, alpha, unbias1, unbias2, eps, eps_root, lr, weight_decay;
+    float rate1, rate2, rate3, alpha, unbias1, unbias2, eps, eps_root, lr, weight_decay;
     float average_rate, sign;
 } Scalars;
 
@@ -84,9 +84,6 @@ static Scalars scalars_of(const Segment *s) {
     c.rate1 = (float)(1.0 - s->beta1);
     c.rate3 = (float)(1.0 - s->beta3);
     c.rate2 = (float)(1.0 - s->beta2);
-    c.beta2_high = (float)s->beta2; /* rounded down, so that the low part is positive: reference.split_beta */
-    if (s->beta2 > 0.0 && (double)c.beta2_high >= s->beta2) c.beta2_high = nextafterf(c.beta2_high, 0.0f);
-    c.beta2_low = (float)(s->beta2 - (double)c.beta2_high);
     c.alpha = (float)s->alpha;
     c.unbias1 = (float)s->unbias1;
     c.unbias2 = (float)s->unbias2;
@@ -101,11 +98,12 @@ static Scalars scalars_of(const Segment *s) {
 
 INLINE float second_moment(float nu, float g, const Scalars *c, int yogi) {
     float squared = g * g;
+    squared = squared > 0x1p127f ? 0x1p127f : squared; /* reference.LARGEST_SQUARE */
     if (yogi) {
         float d = nu - squared, by = squared * c->rate2;
         return nu - (d > 0.0f ? by : d < 0.0f ? -by : 0.0f);
     }
-    return nu * c->beta2_high + (nu * c->beta2_low + squared * c->rate2);
+    return nu + (squared - nu) * c->rate2;
 }
 
 INLINE float moved(float w, float m1, float m2, float nu, const Scalars *c) {

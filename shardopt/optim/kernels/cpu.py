@@ -52,7 +52,9 @@ class CpuKernel:
         ends = table.cache.get("ends")
         if ends is None:
             ends = table.cache["ends"] = np.cumsum(-(-table.rows["length"] // _CHUNK)).astype(np.int64)
-        self._step(table.rows.ctypes.data, ends.ctypes.data, len(ends), _CHUNK, torch.get_num_threads())
+        if len(ends):
+            threads = min(torch.get_num_threads(), int(ends[-1]))
+            self._step(table.rows.ctypes.data, ends.ctypes.data, len(ends), _CHUNK, threads)
 
 
 def cache_folder() -> Path:

@@ -39,7 +39,7 @@ class EagerKernel:
 def _scalars(row: np.void) -> Scalars:
     doubles = {name: float(row[name]) for name in Scalars._fields[:11]}
     flags = int(row["flags"])
-    return Scalars(**doubles, yogi=bool(flags & YOGI), maximize=bool(flags & MAXIMIZE))  # type: ignore[arg-type]
+    return Scalars(**doubles, yogi=bool(flags & YOGI), maximize=bool(flags & MAXIMIZE))
 
 
 def _tile(entry: Entry, row: np.void, s: Scalars, local: int, scale: int, done: int, count: int) -> None:

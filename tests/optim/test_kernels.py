@@ -1,0 +1,277 @@
+"""Every kernel against the reference: the same bits, whatever is stored how."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import shardopt
+from shardopt.errors import InputError
+from shardopt.optim import kernels, precision
+from shardopt.optim.kernels import cpu
+from shardopt.slices import Layout, Range
+
+# Not multiples of a tile, a vector or a block; one below them all.
+SIZES = (1, 127, 40_001)
+
+
+def run(kernel: str, *, weight=torch.float32, grad=None, steps=2, sizes=SIZES, layouts=None, lr=1e-2, **options):
+    """Weights and state after some steps on fixed data."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(n, generator=generator).to(weight)) for n in sizes]
+    optimizer = shardopt.AdEMAMix(
+        [(f"p{i}", p) for i, p in enumerate(params)], lr=lr, weight_decay=0.1, kernel=kernel, **options
+    )
+    for param, layout in zip(params, layouts or (), strict=False):
+        optimizer.set_layout(param, layout)
+    for _ in range(steps):
+        for param in params:
+            scale = torch.randn(param.shape, generator=generator).exp()
+            value = (torch.randn(param.shape, generator=generator) * scale).to(grad or weight)
+            if grad is None or grad == weight:
+                param.grad = value
+            else:
+                param.grad_dtype = grad
+                param.grad = value
+        optimizer.step()
+    assert optimizer.kernel == kernel
+    return [{"weight": p.detach()} | {k: v for k, v in optimizer.state[p].items() if k != "step"} for p in params]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and np.array_equal(
+        a.contiguous().view(torch.uint8).numpy(), b.contiguous().view(torch.uint8).numpy()
+    )
+
+
+def assert_same(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert same_bits(a[key], b[key]), f"{key}: {(a[key] != b[key]).sum()} of {a[key].numel()} differ"
+
+
+STATES = ("fp32", "bf16", "bf16_block", "int8")
+WEIGHTS = [
+    (torch.float32, None),
+    (torch.bfloat16, None),
+    (torch.bfloat16, "fp32"),
+    (torch.bfloat16, "split"),
+    (torch.float16, "fp32"),
+]
+
+
+@pytest.mark.parametrize(("weight", "master"), WEIGHTS)
+@pytest.mark.parametrize("state", STATES)
+def test_c_equals_torch_in_every_format(state, weight, master):
+    options = {"state_dtype": state, "master_weights": master, "weight": weight}
+    assert_same(run("c", **options), run("torch", **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"betas": (0.0, 0.99, 0.9999), "state_dtype": "bf16"},
+        {"second_moment": "yogi"},
+        {"second_moment": "yogi", "state_dtype": "bf16", "maximize": True},
+        {"maximize": True, "alpha_warmup": 7, "beta3_warmup": 9},
+        {"average_decay": 0.99, "state_dtype": {"m2": "bf16", "average": "bf16"}},
+        {"average_decay": 0.99, "state_dtype": "int8"},
+        {"eps_root": 1e-3, "eps": 0.0, "alpha": 0.0},
+        {"lr": 0.0, "state_dtype": "bf16", "average_decay": 0.9},
+        {"grad": torch.bfloat16, "state_dtype": "bf16"},
+        {"grad": torch.float16},
+        {"grad": torch.float32, "weight": torch.bfloat16, "state_dtype": "bf16_block"},
+        {"state_dtype": {"nu": "bf16", "m1": "int8", "m2": "bf16_block"}},
+    ],
+    ids=str,
+)
+def test_c_equals_torch_with_every_option(options):
+    assert_same(run("c", **options), run("torch", **options))
+
+
+def test_extreme_values_keep_their_bits():
+    # Subnormals, huge values whose square overflows, signed zeros: each kernel does the same with them.
+    values = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1e-30, 1e-20, 1.0, -1e19, 1e25, 3e38, -3e38, 65504.0]).repeat(30)
+    outcomes = []
+    for kernel, state in itertools.product(("c", "torch"), ("fp32", "bf16", "bf16_block")):
+        param = torch.nn.Parameter(values.clone())
+        optimizer = shardopt.AdEMAMix([("p", param)], kernel=kernel, state_dtype=state, lr=1e-3)
+        for _ in range(3):
+            param.grad = values.flip(0).clone()
+            optimizer.step()
+        outcomes.append(
+            [{"weight": param.detach(), **{k: v for k, v in optimizer.state[param].items() if k != "step"}}]
+        )
+    for c, plain in zip(outcomes[:3], outcomes[3:], strict=True):
+        assert_same(c, plain)
+    for outcome in outcomes:  # a square beyond fp32 is held below infinity
+        assert outcome[0]["weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", ["c", "torch"])
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_any_cut_of_a_parameter_gives_the_bits_of_the_whole(kernel, state):
+    size = 9001
+    whole = run(kernel, sizes=(size,), state_dtype=state, weight=torch.bfloat16, steps=1)[0]
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = torch.randn(size, generator=generator).bfloat16(), None
+    scale = torch.randn(size, generator=generator).exp()
+    grad = (torch.randn(size, generator=generator) * scale).bfloat16()
+    # Two cuts that two ranks may hold, and a flat partition that holds the pieces in another order with padding.
+    for cuts in ([(0, 4500), (4500, size)], [(0, 1), (1, 129), (129, 7000), (7000, size)]):
+        for first, last in cuts:
+            param = torch.nn.Parameter(weight[first:last].clone())
+            optimizer = shardopt.AdEMAMix([("p0", param)], lr=1e-2, weight_decay=0.1, kernel=kernel, state_dtype=state)
+            optimizer.set_layout(param, Layout.contiguous("p0", (size,), first, last - first))
+            param.grad = grad[first:last].clone()
+            optimizer.step()
+            assert same_bits(param.detach(), whole["weight"][first:last])
+            assert same_bits(optimizer.state[param]["nu"], whole["nu"][first:last])
+    flat = torch.nn.Parameter(torch.cat([weight[6000:], weight[:1000], torch.ones(7).bfloat16()]))
+    optimizer = shardopt.AdEMAMix([flat], lr=1e-2, weight_decay=0.1, kernel=kernel, state_dtype=state)
+    parts = [Layout("p0", (size,), (Range(6000, 0, 3001),)), Layout("p0", (size,), (Range(0, 3001, 1000),))]
+    optimizer.set_layout(flat, parts)
+    flat.grad = torch.cat([grad[6000:], grad[:1000], torch.ones(7).bfloat16()])
+    optimizer.step()
+    assert same_bits(flat.detach()[:3001], whole["weight"][6000:])
+    assert same_bits(optimizer.state[flat]["m2"][3001:4001], whole["m2"][:1000])
+    assert torch.equal(flat.detach()[4001:], torch.ones(7).bfloat16())  # padding is left alone
+
+
+def test_indices_beyond_32_bits_have_bits_of_their_own():
+    # A shard in the middle of a parameter of 3 * 2^32 elements, across a multiple of 2^32.
+    start, length = (1 << 33) - 3000, 6000
+    layout = Layout.contiguous("p0", (3 << 32,), start, length)
+    both = [
+        run(k, sizes=(length,), layouts=[layout], state_dtype="bf16", weight=w, steps=2)
+        for w in (torch.float32, torch.bfloat16)
+        for k in ("c", "torch")
+    ]
+    assert_same(both[0], both[1])
+    assert_same(both[2], both[3])
+    tiled = [run(k, sizes=(length,), layouts=[layout], state_dtype="int8", steps=2) for k in ("c", "torch")]
+    assert_same(*tiled)
+    low = Layout.contiguous("p0", (3 << 32,), start - (1 << 32), length)
+    other = run("c", sizes=(length,), layouts=[low], state_dtype="bf16", steps=2)
+    assert not same_bits(other[0]["m2"], both[0][0]["m2"])
+
+
+@pytest.mark.parametrize("kernel", ["c", "torch"])
+@pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
+def test_strided_weights_and_gradients(kernel, state):
+    """Transposed and channels-last weights get the numbers of their contiguous twins."""
+    torch.manual_seed(0)
+    outcomes = []
+    weight, grad = torch.randn(40, 33, 5, 5), torch.randn(40, 33, 5, 5)
+    for weight_format, grad_format in itertools.product((torch.contiguous_format, torch.channels_last), repeat=2):
+        param = torch.nn.Parameter(weight.clone(memory_format=weight_format))
+        optimizer = shardopt.AdEMAMix([("p", param)], kernel=kernel, state_dtype=state, average_decay=0.9)
+        for _ in range(2):
+            param.grad = grad.clone(memory_format=grad_format)
+            optimizer.step()
+        assert param.stride() == weight.clone(memory_format=weight_format).stride()
+        assert optimizer.state[param]["m2"].is_contiguous()
+        outcomes.append([{"weight": param.detach(), "m2": optimizer.state[param]["m2"]}])
+    for other in outcomes[1:]:
+        assert_same(outcomes[0], other)
+
+
+def test_strided_weights_are_copied_in_parts(monkeypatch):
+    monkeypatch.setattr("shardopt.optim.ademamix._TILE", 500)
+    outcomes = []
+    torch.manual_seed(0)
+    weight, grad = torch.randn(70, 90), torch.randn(70, 90)
+    for transposed in (False, True):
+        param = torch.nn.Parameter(weight.t().contiguous().t() if transposed else weight.clone())
+        optimizer = shardopt.AdEMAMix([("p", param)], state_dtype="bf16")
+        param.grad = grad.clone()
+        optimizer.step()
+        outcomes.append([{"weight": param.detach(), "nu": optimizer.state[param]["nu"]}])
+    assert_same(*outcomes)
+
+
+def test_storage_that_moves_between_steps_is_noticed():
+    param, twin = (torch.nn.Parameter(torch.ones(100)) for _ in range(2))
+    moved, still = (shardopt.AdEMAMix([("p", p)], lr=0.1) for p in (param, twin))
+    for step in range(3):
+        if step == 1:
+            param.data = param.data.clone()  # what gathering into a flat buffer does
+            moved.state[param]["m2"].data = moved.state[param]["m2"].clone()
+        if step == 2:
+            moved.state[param]["nu"] = moved.state[param]["nu"].clone()
+        for p, optimizer in ((param, moved), (twin, still)):
+            p.grad = torch.full((100,), 0.5)
+            optimizer.step()
+    assert same_bits(param.detach(), twin.detach())
+    assert same_bits(moved.state[param]["nu"], still.state[twin]["nu"])
+
+
+def test_kernel_is_visible_and_can_be_forced(monkeypatch):
+    param = torch.nn.Parameter(torch.ones(3))
+    assert shardopt.AdEMAMix([param]).kernel == "c"
+    assert shardopt.AdEMAMix([param], kernel="torch").kernel == "torch"
+    assert shardopt.AdEMAMix([torch.nn.Parameter(torch.ones(3).double())]).kernel == "torch"
+    with pytest.raises(InputError, match="kernel must be one of auto, c, triton, torch, got 'cuda'"):
+        shardopt.AdEMAMix([param], kernel="cuda")
+    with pytest.raises(InputError, match="kernel='c' cannot be used: the C kernel takes fp32, bf16 and fp16"):
+        _ = shardopt.AdEMAMix([torch.nn.Parameter(torch.ones(3).double())], kernel="c").kernel
+
+
+@pytest.fixture
+def fresh_kernels():
+    kernels._load.cache_clear()
+    kernels._warn_once.cache_clear()
+    yield
+    kernels._load.cache_clear()
+    kernels._warn_once.cache_clear()
+
+
+def test_without_a_compiler_torch_takes_over_with_one_warning(fresh_kernels, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    param = torch.nn.Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="c kernel is not available, using plain torch: no C compiler") as caught:
+        assert shardopt.AdEMAMix([param]).kernel == "torch"
+        assert shardopt.AdEMAMix([param]).kernel == "torch"
+    assert len(caught) == 1
+    with pytest.raises(InputError, match="no C compiler found"):
+        _ = shardopt.AdEMAMix([param], kernel="c").kernel
+
+
+def test_a_compiler_that_fails_is_named(fresh_kernels, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(InputError, match="the C compiler 'false' does not run"):
+        cpu.build()
+
+
+def test_the_build_is_cached_and_only_ours_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = cpu.build()
+    assert library.parent == tmp_path / "shardopt"
+    assert library.parent.stat().st_mode & 0o777 == 0o700
+    written = library.stat().st_mtime_ns
+    assert cpu.build() == library
+    assert library.stat().st_mtime_ns == written
+    assert list(library.parent.iterdir()) == [library]  # nothing half-built is left
+    library.parent.chmod(0o777)
+    with pytest.raises(InputError, match="other users can write to .* chmod go-w"):
+        cpu.build()
+    library.parent.chmod(0o700)
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    with pytest.raises(InputError, match="not a folder of this user"):
+        cpu.build()
+
+
+def test_source_machine_and_compiler_choose_the_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = cpu.build()
+    monkeypatch.setattr(cpu, "_processor", lambda: "another machine")
+    assert cpu.build() != first
+
+
+def test_formats_agree_on_their_numbers():
+    assert precision.formats_of("bf16") == dict.fromkeys(("m1", "m2", "nu", "average"), "bf16")
+    assert precision.formats_of({"m2": "int8"})["nu"] == "fp32"
