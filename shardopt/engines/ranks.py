@@ -25,6 +25,7 @@ class Ranks:
     local_rank: int
     device: torch.device
     distributed: bool
+    owns_group: bool = False  # whether `start` made the process group, so that `stop` ends it
 
     @property
     def is_main(self) -> bool:
@@ -55,17 +56,18 @@ class Ranks:
         else:
             where = torch.device(device)
         distributed = "RANK" in os.environ
-        if distributed and not dist.is_initialized():
+        owns_group = distributed and not dist.is_initialized()
+        if owns_group:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo",
                 timeout=timedelta(minutes=timeout_minutes),
                 device_id=where if where.type == "cuda" else None,
             )
-        return cls(rank, world_size, local_rank, where, distributed)
+        return cls(rank, world_size, local_rank, where, distributed, owns_group)
 
     def stop(self) -> None:
-        """Leave the process group; harmless when there is none."""
-        if self.distributed and dist.is_initialized():
+        """Leave the process group that `start` made."""
+        if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
     def barrier(self) -> None:

@@ -223,7 +223,8 @@ class _Run:
             "skipped_steps": self.progress.skipped,
         }
         if holdout is not None:
-            metrics |= {"holdout_loss": holdout.loss, "holdout_bits_per_byte": holdout.bits_per_byte}
+            metrics |= {"eval_loss": holdout.loss, "eval_bits_per_byte": holdout.bits_per_byte}
+            self.report.evaluated(step, holdout.loss, holdout.bits_per_byte)
         self.tracker.log(step, metrics)
         return metrics
 

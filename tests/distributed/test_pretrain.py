@@ -1,0 +1,227 @@
+"""The loop on real ranks: the same numbers however it is split, and nothing lost when it is stopped or killed."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from shardopt.pretrain.tracking import read_metrics
+from tests.distributed.pool import on_ranks
+from tests.pretrain import tiny
+
+STEPS = 50
+
+
+def losses(folder, name="tiny"):
+    return [row["loss"] for row in read_metrics(folder / "runs" / name / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrain")
+    tiny.corpus(folder / "text")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def control(folder):
+    """The losses and held-out loss of the run on one process."""
+    result = tiny.run(0, 1, folder, run__name="control", engine="{name: single}", train__steps=STEPS)
+    curve = losses(folder, "control")
+    assert curve[-1] < 0.7 * curve[0]
+    return curve, result.holdout_loss
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "changes"),
+    [
+        ("fsdp", 2, {}),
+        ("fsdp-whole", 2, {"engine": "{name: fsdp, reshard_after_forward: false}", "train__micro_batch": 4}),
+        ("fsdp-recompute", 2, {"train__activation_checkpointing": "true"}),
+        ("hsdp", 4, {"engine": "{name: fsdp, replicate: 2}", "train__micro_batch": 1}),
+        ("ddp", 2, {"engine": "{name: ddp}", "train__micro_batch": 1}),
+    ],
+)
+def test_the_loss_curve_does_not_depend_on_engine_ranks_or_micro_batches(folder, control, name, ranks, changes):
+    changes = {"engine": "{name: fsdp}", "train__micro_batch": 2} | changes
+    results = on_ranks(ranks, tiny.run, folder, run__name=name, train__steps=STEPS, **changes)
+    assert losses(folder, name) == pytest.approx(control[0], rel=1e-4)
+    assert len({r.holdout_loss for r in results}) == 1
+    assert results[0].holdout_loss == pytest.approx(control[1], rel=1e-4)
+
+
+def test_bf16_compute_learns_with_fp32_shards(folder):
+    on_ranks(2, tiny.run, folder, run__name="bf16", train__steps=20, engine="{name: fsdp, compute_dtype: bf16}")
+    curve = losses(folder, "bf16")
+    assert curve[-1] < 0.9 * curve[0]
+
+
+def _holdings(rank, world_size, folder):
+    """Elements of each kind on this rank, counted on the live tensors, and whether any state is whole."""
+    from contextlib import ExitStack
+
+    from torch.distributed.tensor import DTensor
+
+    from shardopt.engines.ranks import Ranks
+    from shardopt.pretrain.loop import _Run
+
+    with ExitStack() as stack:
+        run = _Run(tiny.config(folder, run__name="holdings", train__steps=2), Ranks.start("cpu"), stack)
+        run.train()
+        held = {}
+        for s in run.engine.slices():
+            held[s.kind] = held.get(s.kind, 0) + sum(t.numel() for t in s.tensors)
+        state = run.engine.optimizer.state
+        sharded = all(isinstance(state[p][k], DTensor) for p in state for k in ("m1", "m2", "nu"))
+        whole = sum(p.numel() for p in run.engine.model.parameters())
+    return held, sharded, whole
+
+
+def test_each_of_two_ranks_holds_half_of_every_state(folder):
+    reports = on_ranks(2, _holdings, folder)
+    whole = reports[0][2]
+    for kind in ("weight", "m1", "m2", "nu"):
+        shares = [held[kind] for held, _, _ in reports]
+        assert sum(shares) == whole
+        assert max(shares) <= 0.505 * whole
+    assert all(sharded for _, sharded, _ in reports)
+
+
+def weights(folder, name):
+    """Hash of the exported weights."""
+    return hashlib.sha256((folder / "runs" / name / "export" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def torchrun(folder, name, *overrides, ranks=2, **changes):
+    """A real job in processes of its own."""
+    config = folder / f"{name}.yaml"
+    config.write_text(json.dumps(tiny.tree(folder, run__name=name, **changes)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return subprocess.Popen(
+        [*command, "launch/pretrain.py", str(config), *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(folder, name, step, process):
+    path = folder / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not path.exists() or len(read_metrics(path)) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+KILLED = {
+    "train__steps": 150,
+    "checkpoint__every": 10,
+    "checkpoint__export": "true",
+    "model__attention_dropout": 0.1,  # so that the generators matter
+    "optimizer__state_dtype": "bf16",
+}
+
+
+def test_killed_and_resumed_is_bit_identical_to_never_killed(folder):
+    on_ranks(2, tiny.run, folder, run__name="whole", **KILLED)
+    process = torchrun(folder, "killed", **KILLED)
+    wait_for_step(folder, "killed", 12 + os.getpid() % 40, process)
+    # torchrun's workers have sessions of their own, so a signal to its group would not reach them.
+    job = psutil.Process(process.pid)
+    for one in [job, *job.children(recursive=True)]:
+        one.kill()
+    process.communicate()
+    written = read_metrics(folder / "runs" / "killed" / "metrics.jsonl")
+    assert written[-1]["step"] < 150
+    on_ranks(2, tiny.run, folder, run__name="killed", **KILLED)
+    resumed = read_metrics(folder / "runs" / "killed" / "metrics.jsonl")
+    assert [row["step"] for row in resumed] == list(range(1, 151))
+    assert losses(folder, "killed") == losses(folder, "whole")
+    assert weights(folder, "killed") == weights(folder, "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_with_a_checkpoint_and_the_run_goes_on(folder, number):
+    name = f"stopped-{number.name}"
+    process = torchrun(folder, name, train__steps=3000)
+    wait_for_step(folder, name, 4, process)
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert f"stopped by {number.name}" in output
+    assert "Traceback" not in output.split("torch/distributed")[0]
+    last = read_metrics(folder / "runs" / name / "metrics.jsonl")[-1]["step"]
+    assert (folder / "runs" / name / "checkpoints" / f"step-{last:08d}").is_dir()
+
+
+def test_a_stopped_worker_exits_with_status_zero(folder):
+    """Without torchrun in between, whose own status after a signal is not ours to set."""
+    config = folder / "alone.yaml"
+    config.write_text(json.dumps(tiny.tree(folder, run__name="alone", engine="{name: single}", train__steps=3000)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shardopt", "pretrain", str(config)], stdout=subprocess.PIPE, text=True
+    )
+    wait_for_step(folder, "alone", 2, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "run it again to go on" in output
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_engine(folder):
+    changes = {"train__steps": 12, "checkpoint__every": 6}
+    on_ranks(2, tiny.run, folder, run__name="moved", **changes)
+    expected = losses(folder, "moved")
+    for path in (folder / "runs" / "moved" / "checkpoints").iterdir():
+        if path.name != "step-00000006":
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+    tiny.run(0, 1, folder, run__name="moved", engine="{name: single}", **changes)
+    moved = losses(folder, "moved")
+    assert moved[:6] == expected[:6]
+    assert moved == pytest.approx(expected, rel=1e-5)
+    # And a loss that had started again from nothing would be far from it.
+    assert moved[6] < 0.95 * moved[0]
+
+
+def test_a_finished_run_started_again_changes_nothing(folder):
+    changes = {"run__name": "twice", "engine": "{name: single}"}
+    first = tiny.run(0, 1, folder, **changes)
+    before = (folder / "runs" / "twice" / "metrics.jsonl").read_text()
+    second = tiny.run(0, 1, folder, **changes)
+    assert (second.step, second.loss) == (first.step, None)
+    assert second.holdout_loss == first.holdout_loss
+    assert (folder / "runs" / "twice" / "metrics.jsonl").read_text() == before
+
+
+def test_the_export_loads_in_transformers_and_computes_the_same(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = on_ranks(2, tiny.run, folder, run__name="export", checkpoint__export="true", eval__sample_tokens=8)[0]
+    model = AutoModelForCausalLM.from_pretrained(result.export)
+    tokenizer = AutoTokenizer.from_pretrained(result.export)
+    text = "abc dé"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert ids.shape[1] == len(text.encode())
+    assert tokenizer.decode(ids[0]) == text
+    from shardopt.engines.ranks import Ranks
+    from shardopt.pretrain import data
+
+    config = tiny.config(folder)
+    alone = Ranks(0, 1, 0, torch.device("cpu"), False)
+    _, holdout = data.prepare(config.data, alone, 0, 8)
+    tokens = holdout.batch(0, min(8, holdout.n_blocks))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(result.holdout_loss, rel=1e-5)
+    assert isinstance(result.sample, str)

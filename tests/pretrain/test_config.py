@@ -1,0 +1,135 @@
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shardopt.engines import DdpConfig, FsdpConfig
+from shardopt.errors import InputError
+from shardopt.pretrain.config import differences, load, parse
+from shardopt.pretrain.model import meta_model, transformers_config
+from shardopt.pretrain.schedule import ScheduleConfig, lr_factor
+from tests.pretrain import tiny
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+PARAMETERS = {"llama-124m": 124e6, "llama-350m": 350e6, "llama-1.3b": 1.3e9, "apertus-8b": 8e9, "quickstart": 3.3e6}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_preset_parses_and_builds_on_the_meta_device(path):
+    config = load(path)
+    vocab_size = (config.model.model_extra or {}).get("vocab_size", 257)
+    model = meta_model(transformers_config(config.model, vocab_size, 0, config.data.block_size))
+    assert all(p.is_meta for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    assert total == pytest.approx(PARAMETERS[path.stem], rel=0.05)
+
+
+def test_what_is_printed_is_the_same_config_again():
+    config = load("configs/llama-124m.yaml", ["train.steps=5000", "engine={name: ddp}"])
+    assert parse(yaml.safe_load(config.as_yaml())) == config
+    assert config.engine == DdpConfig()
+    assert config.train.steps == 5000
+
+
+def test_overrides_are_yaml_and_1e_3_is_a_number():
+    config = load("configs/quickstart.yaml", ["optimizer.lr=1e-3", "train.grad_clip=null", "run.name=other"])
+    assert config.optimizer.model_extra["lr"] == 1e-3
+    assert config.train.grad_clip is None
+    assert config.engine == FsdpConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", r"train\.stepz: there is no such key; did you mean train\.steps\?"),
+        ("trian={}", r"trian: there is no such key; did you mean train\?"),
+        ("model.hidden_sise=3", r"model\.hidden_sise: .* did you mean model\.hidden_size\?"),
+        ("model.model_type=lama", r"transformers knows no 'lama'; did you mean llama\?"),
+        ("model.path=/nowhere", "give either model_type .* or path"),
+        ("model.num_attention_heads=7", "model: llama refuses this configuration"),
+        ("optimizer.lrr=3", r"no 'lrr' \(did you mean 'lr'\?\)"),
+        ("optimizer.name=ademamixx", "did you mean 'ademamix'"),
+        ("optimizer.alpha=-1", r"alpha.*-1"),
+        ("engine.name=fsdq", r"engine\.name: 'fsdq' .*; did you mean fsdp\?"),
+        (
+            "engine.reshard_after=true",
+            r"engine\.reshard_after: the engine fsdp has no such key; did you mean engine\.resh",
+        ),
+        ("engine.replicate=0", r"engine\.replicate: 0 must be at least 1"),
+        ("engine.compute_dtype=fp8", r"engine\.compute_dtype"),
+        ("train.steps=abc", r"train\.steps: .*integer, got 'abc'"),
+        ("train.steps=0", r"train\.steps: .*greater than or equal to 1, got 0"),
+        ("train.global_batch=7", r"train\.global_batch: 7 is not a multiple of train\.micro_batch = 8"),
+        ("data.block_size=512", r"data\.block_size: 512 is over this model's limit, model\.max_position_embeddings"),
+        ("data.sources=[{source: txt}]", r"data\.sources"),
+        ("schedule.warmup=1000", r"schedule\.warmup: 1000 is longer than train\.steps"),
+        ("schedule.cooldown=10", r"schedule\.cooldown: belongs to schedule\.name=wsd"),
+        ("run.name=a/b", r"run\.name"),
+        ("train.steps", "write it as key.sub=value"),
+        ("train.steps.x=1", r"train\.steps\.x|steps is a value, not a section"),
+    ],
+)
+def test_a_mistake_is_refused_with_the_key_to_change(override, message):
+    with pytest.raises(InputError, match=message):
+        load("configs/quickstart.yaml", [override])
+
+
+def test_all_mistakes_of_a_file_are_listed_at_once(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("model: {model_type: llama}\ndata: {}\ntrain: {steps: x, micro: 3}\n")
+    with pytest.raises(InputError) as caught:
+        load(path)
+    assert "train.steps" in str(caught.value)
+    assert "train.micro" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "\tx: 1"])
+def test_a_file_that_is_no_config_is_refused(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"bad\.yaml"):
+        load(path)
+
+
+def test_a_missing_file_names_the_ones_there_are():
+    with pytest.raises(InputError, match=r"no config file nowhere\.yaml; there are: .*quickstart"):
+        load("nowhere.yaml")
+
+
+def test_ranks_that_cannot_share_the_batch_are_told_what_would_do(tmp_path):
+    config = tiny.config(tmp_path, train__global_batch=8, train__micro_batch=4)
+    config.check_ranks(2)
+    with pytest.raises(InputError, match=r"train\.global_batch: 8 .* 3 ranks; make it a multiple of 12"):
+        config.check_ranks(3)
+
+
+def test_a_resumed_run_may_change_how_it_runs_but_not_what_it_computes(tmp_path):
+    old = tiny.config(tmp_path).as_dict()
+    free = tiny.config(tmp_path, engine="{name: ddp}", train__micro_batch=4, tracking__log_every=7, eval__every=3)
+    assert differences(old, free.as_dict()) == []
+    bound = tiny.config(tmp_path, optimizer__lr=1, train__steps=9, model__hidden_size=64)
+    assert [d.split(":")[0] for d in differences(old, bound.as_dict())] == [
+        "model.hidden_size",
+        "optimizer.lr",
+        "train.steps",
+    ]
+
+
+def test_schedules_have_the_shapes_they_are_named_after():
+    def factors(**kwargs):
+        config = ScheduleConfig(warmup=4, min_lr_ratio=0.1, **kwargs)
+        return [lr_factor(s, 20, config) for s in range(1, 21)]
+
+    for name in ("cosine", "linear", "constant", "wsd"):
+        assert factors(name=name)[:4] == [0.25, 0.5, 0.75, 1.0]
+    cosine, linear, constant = factors(name="cosine"), factors(name="linear"), factors(name="constant")
+    assert cosine[11] == pytest.approx(0.55)  # half-way down
+    assert linear[11] == pytest.approx(0.55)
+    assert cosine[-1] == linear[-1] == pytest.approx(0.1)
+    assert set(constant[3:]) == {1.0}
+    wsd = factors(name="wsd", cooldown=4)
+    assert set(wsd[3:16]) == {1.0}
+    assert wsd[16:] == pytest.approx([0.1 + 0.9 * (1 - (k / 4) ** 0.5) for k in (1, 2, 3, 4)])
+    assert lr_factor(1, 10, ScheduleConfig(warmup=0)) > 0.9
+    assert all(a >= b for a, b in pairwise(cosine[3:]))

@@ -1,0 +1,61 @@
+"""A run small enough for a test: a two-layer Llama on a few kilobytes of made text."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from shardopt.pretrain.config import Config, _override, parse
+from shardopt.pretrain.loop import Result, pretrain
+
+
+def corpus(folder: Path, documents: int = 60) -> Path:
+    """Text files of words over a small alphabet, enough for some hundred blocks of 32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(40)]
+    for i in range(documents):
+        text = " ".join(draw.choices(words, k=draw.randint(60, 120)))
+        (folder / f"{i:03d}.txt").write_text(text)
+    return folder
+
+
+def tree(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The config as plain data; `changes` are dotted keys with __ for the dot, and YAML text or values."""
+    config: dict[str, Any] = {
+        "run": {"name": "tiny", "dir": str(folder / "runs"), "device": "cpu"},
+        "model": {
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 64,
+        },
+        "data": {
+            "sources": [{"source": "text", "paths": [str(folder / "text")]}],
+            "block_size": 32,
+            "holdout": 0.1,
+            "cache": str(folder / "cache"),
+        },
+        "optimizer": {"name": "ademamix", "lr": 3e-3, "alpha_warmup": "total", "beta3_warmup": "total"},
+        "schedule": {"warmup": 2},
+        "engine": {"name": "fsdp"},
+        "train": {"steps": 6, "global_batch": 8, "micro_batch": 2},
+        "eval": {"every": 100, "batches": 1, "sample_tokens": 0},
+        "checkpoint": {"every": 100, "export": False},
+        "tracking": {"log_every": 1, "wandb": {"mode": "disabled"}},
+    }
+    for key, value in changes.items():
+        _override(config, f"{key.replace('__', '.')}={value}")
+    return config
+
+
+def config(folder: Path, **changes: Any) -> Config:
+    return parse(tree(folder, **changes))
+
+
+def run(rank: int, world_size: int, folder: Path, **changes: Any) -> Result:
+    """For `on_ranks`: the run on every rank of a pool, or alone with world_size 1 (`run(0, 1, ...)`)."""
+    return pretrain(config(folder, **changes))
