@@ -364,6 +364,7 @@ class AdEMAMix(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = self.__dict__.get("state", {})
+        copies: list[tuple[Tensor, Tensor]] = []  # made last, so that a refusal changes nothing
         super().__setstate__(state)
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -373,7 +374,10 @@ class AdEMAMix(Optimizer):
             for param in group["params"]:
                 saved = self.state.get(param)
                 if isinstance(saved, _Box):
-                    self.state[param] = self._adopt(param, group, saved.state, held.get(param, {}))
+                    self.state[param] = self._adopt(param, group, saved.state, held.get(param, {}), copies)
+        with torch.no_grad():
+            for target, source in copies:
+                target.copy_(source)
         self._plan = None
         self._averaged = False
 
@@ -386,14 +390,23 @@ class AdEMAMix(Optimizer):
         Raises:
             InputError: names, shapes or state keys that do not fit, saying which.
         """
+        before = self.state, self.param_groups
         handle = self.register_load_state_dict_pre_hook(_box_states)
         try:
             super().load_state_dict(state_dict)
+        except Exception:
+            self.state, self.param_groups = before  # nothing has been copied yet
+            raise
         finally:
             handle.remove()
 
+    @staticmethod
     def _adopt(
-        self, param: Tensor, group: dict[str, Any], saved: dict[str, Any], held: dict[str, Any]
+        param: Tensor,
+        group: dict[str, Any],
+        saved: dict[str, Any],
+        held: dict[str, Any],
+        copies: list[tuple[Tensor, Tensor]],
     ) -> dict[str, Any]:
         """A parameter's saved state as this process's own, in the storage it has already where that fits."""
         unknown = sorted(set(saved) - _STATE_KEYS)
@@ -419,7 +432,7 @@ class AdEMAMix(Optimizer):
             old_local = None if old is None else local_tensor(old)
             if old_local is not None and (old_local.dtype, old_local.shape) == (tensor.dtype, tensor.shape):
                 if old_local.data_ptr() != tensor.data_ptr():
-                    old_local.copy_(tensor)
+                    copies.append((old_local, tensor))
                 state[key] = old
             else:
                 copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=local.device).copy_(tensor)

@@ -17,8 +17,9 @@ A kernel is an object with
     run(table)        one step, in place
 
 `run` does, for every row that is not skipped: decode the state (formats and master as in precision.py), the update
-of reference.py in fp32 with the row's doubles rounded to fp32 once (`1.0 - beta` is formed in double first), encode with the row's random bits. With lr = 0 neither the weight nor
-its master is written. Where there is no m1 (`m1_format` NONE), the gradient takes its place.
+of reference.py in fp32 with the row's doubles rounded to fp32 once (`1.0 - beta` is formed in double first),
+encode with the row's random bits. With lr = 0 neither the weight nor its master is written. Where there is no m1
+(`m1_format` NONE), the gradient takes its place.
 
 Capturable tables (`table.capturable`) are for replayed CUDA graphs. Host scalars that depend on the step (`lr`,
 `beta3`, `alpha`, `unbias1`, `unbias2`, `average_rate`, `step`) are then stale; the kernel computes them itself, in
