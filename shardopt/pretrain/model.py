@@ -9,12 +9,13 @@ of its own and only the elements held here kept. So initial weights do not depen
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
 import torch
-from accelerate import init_empty_weights
 from pydantic import ConfigDict
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -24,8 +25,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from shardopt.errors import InputError
 from shardopt.pretrain.section import Section
-from shardopt.slices import canonical_name, layout_of, local_tensor, name_key
+from shardopt.slices import canonical_name, layout_of, local_tensor, name_key, named_parameters
 
+# A parameter with a value of its own from the constructor is a scalar or a vector.
+_MOST_CONSTRUCTED = 2**20
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 
 
@@ -105,7 +108,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
         InputError: transformers has no causal language model of this type, or refuses to build this one.
     """
     try:
-        with init_empty_weights(include_buffers=False):
+        with _constructing() as constructed:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as e:
         raise InputError(f"model: transformers cannot build this {config.model_type}: {e}") from e
@@ -113,7 +116,48 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
         if hasattr(module, "_is_hf_initialized"):
             del module._is_hf_initialized
     model.tie_weights()
+    model._constructed = {
+        canonical_name(name): constructed[param] for name, param in model.named_parameters() if param in constructed
+    }
     return model
+
+
+class _Writes(TorchDispatchMode):
+    """Notes which tensors in-place operations wrote to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: set[Tensor] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor):
+            self.written.add(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _constructing() -> Iterator[dict[Tensor, Tensor]]:
+    """Parameters go to the meta device as modules register them; yields the values that small ones had then.
+
+    Some parameters get their first value from the constructor alone (the slopes of Apertus' activation), and
+    transformers' initialisation leaves them be. A value that the constructor overwrote later is not kept.
+    """
+    register = nn.Module.register_parameter
+    constructed: dict[Tensor, Tensor] = {}
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None and not param.is_meta:
+            moved = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+            module._parameters[name] = moved
+            if param.numel() <= _MOST_CONSTRUCTED:
+                constructed[moved] = param.detach()
+
+    writes = _Writes()
+    with mock.patch.object(nn.Module, "register_parameter", register_on_meta), writes:
+        yield constructed
+    for param in writes.written & constructed.keys():
+        del constructed[param]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -122,10 +166,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     Raises:
         InputError: the model has no such list.
     """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1]
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1]
     if not lists:
         raise InputError(f"model: {type(model).__name__} has no list of transformer blocks to shard")
-    return list(max(lists, key=lambda blocks: len(blocks)))
+    return max(lists, key=len)
 
 
 def give_storage(model: nn.Module, device: torch.device) -> None:
@@ -143,7 +187,7 @@ def give_storage(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = buffer.to(device)
 
 
-class _DrawWhole(TorchDispatchMode):
+class _DrawWhole(_Writes):
     """In-place random ops draw the whole tensor on the CPU, each from a seed of its own, and keep the local part.
 
     DTensor's own random ops depend on the world size on the CPU, and a GPU's generator differs from the CPU's.
@@ -154,15 +198,15 @@ class _DrawWhole(TorchDispatchMode):
         self.seed, self.draws = seed, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         is_draw = torch.Tag.nondeterministic_seeded in func.tags and func._schema.name.endswith("_")
         if not is_draw:
-            return func(*args, **kwargs)
+            return super().__torch_dispatch__(func, types, args, kwargs)
         target = args[0]
+        self.written.add(target)
         generator = torch.Generator().manual_seed(name_key(f"{self.seed}/{self.draws}") >> 1)
         self.draws += 1
         whole = torch.empty(target.shape, dtype=torch.float32)
-        func(whole, *args[1:], **(kwargs | {"generator": generator}))
+        func(whole, *args[1:], **((kwargs or {}) | {"generator": generator}))
         local = local_tensor(target)
         if local.is_contiguous():
             layout_of(target, "a randomly initialised tensor").copy_from_whole(local, whole)
@@ -173,24 +217,37 @@ class _DrawWhole(TorchDispatchMode):
 
 @torch.no_grad()
 def initialise(model: nn.Module, device: torch.device, seed: int, weights: str | None = None) -> None:
-    """Give `model` (meta or sharded meta) storage on `device` and its first weights, in place.
+    """Give `model` (from `meta_model`, sharded or not) storage on `device` and its first weights, in place.
 
     Args:
         seed: of the random weights; the same seed gives the same weights on every engine and world size.
-        weights: a folder whose safetensors files are loaded instead (each rank reads only its own elements).
+        weights: a folder whose safetensors files are loaded instead (each rank keeps only its own elements).
 
     Raises:
-        InputError: the folder lacks a parameter of the model, or holds one of another shape.
+        InputError: the folder lacks a parameter of the model, or holds one of another shape; or the model type
+            does not say how one of its parameters is initialised.
     """
     give_storage(model, device)
+    if weights is not None and (files := sorted(Path(weights).glob("*.safetensors"))):
+        _load_safetensors(model, files)
+        return
+    draws = _DrawWhole(seed)
     # transformers takes a class that FSDP2 has renamed for custom code, and then skips modules without parameters
     # of their own (GPT-2's residual scaling is in one of those).
     with mock.patch.object(model, "is_custom_code", return_value=False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with _DrawWhole(seed):
+        with draws:
             cast(PreTrainedModel, model).initialize_weights()
-    if weights is not None and (files := sorted(Path(weights).glob("*.safetensors"))):
-        _load_safetensors(model, files)
+    constructed = cast(dict[str, Tensor], model._constructed)
+    for name, param in named_parameters(model):
+        if param in draws.written:
+            continue
+        if name not in constructed:
+            raise InputError(
+                f"model.model_type: transformers does not say how {name} of {type(model).__name__} is initialised; "
+                f"give model.path, a folder with first weights"
+            )
+        layout_of(param, name).copy_from_whole(local_tensor(param), constructed[name])
 
 
 def _load_safetensors(model: nn.Module, files: list[Path]) -> None:

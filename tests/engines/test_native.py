@@ -1,0 +1,267 @@
+"""The engines made of torch's own parts: single, ddp, fsdp."""
+
+import hashlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shardopt.engines import DdpConfig, FsdpConfig, SingleConfig, build
+from shardopt.engines.base import EngineInputs
+from shardopt.engines.ranks import Ranks
+from shardopt.errors import InputError
+from shardopt.optim import registry
+from shardopt.pretrain.model import ModelConfig, blocks_of, initialise, meta_model, transformers_config
+from tests.distributed.pool import on_ranks
+
+VOCABULARY, LENGTH = 61, 16
+MODELS = {
+    "llama": {"model_type": "llama", "num_key_value_heads": 2},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    # GPT-2 scales some weights from their parent module, and its Conv1D is not a Linear.
+    "gpt2": {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8},
+    "apertus": {"model_type": "apertus", "num_key_value_heads": 2},
+}
+COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_LIKE = COMMON | {"intermediate_size": 40}
+
+
+def meta(name, **changes):
+    shape = COMMON if name == "gpt2" else LLAMA_LIKE
+    section = ModelConfig(**(shape | MODELS[name] | changes))
+    return meta_model(transformers_config(section, VOCABULARY, 0, LENGTH))
+
+
+def engine(config, ranks, name="llama", optimizer="ademamix", weights=None, **kwargs):
+    model = meta(name)
+    spec = registry.spec(optimizer, **({"lr": 1e-2, "alpha_warmup": 10, "beta3_warmup": 10} | kwargs))
+    return build(
+        config,
+        EngineInputs(ranks, model, lambda m: initialise(m, ranks.device, 3, weights), spec, blocks_of(model)),
+    )
+
+
+def alone():
+    return Ranks(0, 1, 0, torch.device("cpu"), False)
+
+
+def batch(step, rows=4):
+    return torch.randint(0, VOCABULARY, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+
+
+def train(one, steps, micro=2, clip=None):
+    """Losses and norms of `steps` steps on 4 rows over all ranks, in `micro` micro-batches a rank."""
+    ranks, out = one.ranks, []
+    for step in range(steps):
+        mine = batch(step).chunk(ranks.world_size)[ranks.rank].chunk(micro)
+        total = 0.0
+        for i, tokens in enumerate(mine):
+            with one.accumulate(last=i == len(mine) - 1):
+                logits = one.model(input_ids=tokens[:, :-1]).logits
+                loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum") / (4 * LENGTH)
+                one.backward(loss)
+            total += loss.item()
+        norm = one.clip_grad_norm(clip)
+        one.step()
+        one.zero_grad()
+        out.append((ranks.sum([total])[0], norm))
+    return out
+
+
+def fingerprint(one):
+    return {n: hashlib.sha256(p.numpy().tobytes()).hexdigest() for n, p in one.full_parameters() if p is not None}
+
+
+def _fingerprint(rank, world_size, config, name):
+    return fingerprint(engine(config, Ranks.start("cpu"), name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_initial_weights_are_the_same_on_every_engine_and_world_size(name):
+    expected = fingerprint(engine(SingleConfig(), alone(), name))
+    for config, world_size in ((DdpConfig(), 2), (FsdpConfig(), 2), (FsdpConfig(), 3), (FsdpConfig(replicate=2), 4)):
+        assert on_ranks(world_size, _fingerprint, config, name)[0] == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_initialisation_is_what_transformers_does(name):
+    """The same distribution a tensor, the same constants, buffers and ties as a model built the ordinary way."""
+    from transformers import AutoModelForCausalLM
+
+    ours = meta(name)
+    initialise(ours, torch.device("cpu"), 3)
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(ours.config)
+    for (n, a), (m, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert n == m
+        if a.unique().numel() <= 1 or b.unique().numel() <= 1:
+            assert torch.equal(a, b), n
+        else:
+            # 4 standard errors of a standard deviation estimated from this many elements, on either side.
+            assert a.std().item() == pytest.approx(b.std().item(), rel=8 / (2 * a.numel()) ** 0.5), n
+            assert abs(a.mean().item()) < 5 * b.std().item() / a.numel() ** 0.5, n
+            assert not torch.equal(a, b)
+    assert dict(ours.named_buffers()).keys() == dict(theirs.named_buffers()).keys()
+    for n, buffer in ours.named_buffers():
+        assert torch.equal(buffer, dict(theirs.named_buffers())[n]), n
+    tied = ours.get_input_embeddings().weight is ours.get_output_embeddings().weight
+    assert tied == (theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight)
+
+
+def test_a_parameter_that_nothing_initialises_is_refused_by_name():
+    model = meta("llama")
+    model.model.norm.register_parameter("gain", torch.nn.Parameter(torch.empty(3, device="meta")))
+    with pytest.raises(InputError, match=r"does not say how model\.norm\.gain of LlamaForCausalLM is initialised"):
+        initialise(model, torch.device("cpu"), 0)
+
+
+def test_weights_of_a_folder_are_read_by_ranges(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    saved = AutoModelForCausalLM.from_config(meta("llama-tied").config)
+    saved.save_pretrained(tmp_path)
+    expected = {n: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest() for n, p in saved.named_parameters()}
+    assert on_ranks(3, _loaded, str(tmp_path))[0] == expected
+    saved.config.save_pretrained(tmp_path / "bare")
+    wider = transformers_config(ModelConfig(path=str(tmp_path), intermediate_size=48), VOCABULARY, 0, LENGTH)
+    with pytest.raises(InputError, match=r"model\.path: .*mlp.* of shape .*40.*, the model's is .*48"):
+        initialise(meta_model(wider), torch.device("cpu"), 0, str(tmp_path))
+    deeper = transformers_config(ModelConfig(path=str(tmp_path), num_hidden_layers=3), VOCABULARY, 0, LENGTH)
+    with pytest.raises(InputError, match=r"model\.path: no weights for model\.layers\.2"):
+        initialise(meta_model(deeper), torch.device("cpu"), 0, str(tmp_path))
+
+
+def _loaded(rank, world_size, path):
+    return fingerprint(engine(FsdpConfig(), Ranks.start("cpu"), "llama-tied", weights=path))
+
+
+def _whole_tensors_seen(rank, world_size):
+    """The largest total of live fp32 parameter storage while an FSDP2 engine is built, in parameters."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.device.type == "cpu" and not types:
+                sizes.append(out.numel())
+            return out
+
+    with Watch():
+        one = engine(FsdpConfig(), Ranks.start("cpu"))
+    total = sum(p.numel() for p in one.model.parameters())
+    held = sum(p.to_local().numel() for p in one.model.parameters())
+    return max(sizes), max(p.numel() for p in one.model.parameters()), held, total
+
+
+def test_no_rank_ever_makes_more_than_one_whole_parameter():
+    for largest_made, largest_parameter, held, total in on_ranks(2, _whole_tensors_seen):
+        assert largest_made <= largest_parameter
+        assert held <= 0.52 * total
+
+
+def _trained(rank, world_size, config, steps, micro, clip, name="llama", optimizer="ademamix", **kwargs):
+    one = engine(config, Ranks.start("cpu"), name, optimizer, **kwargs)
+    out = train(one, steps, micro, clip)
+    return out, fingerprint(one)
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16"])
+def test_fsdp_equals_ddp_bit_for_bit_on_two_ranks(state_dtype):
+    """A sum of two has one order, so nothing differs: fp32 without clipping, one micro-batch."""
+    ddp = on_ranks(2, _trained, DdpConfig(), 20, 1, None, state_dtype=state_dtype)
+    for config in (FsdpConfig(), FsdpConfig(reshard_after_forward=False)):
+        fsdp = on_ranks(2, _trained, config, 20, 1, None, state_dtype=state_dtype)
+        assert fsdp[0][1] == ddp[0][1]
+        assert [loss for loss, _ in fsdp[0][0]] == [loss for loss, _ in ddp[0][0]]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_clipped_norms_equal_the_single_process(name):
+    control = train(engine(SingleConfig(), alone(), name), 8, 2, 0.5)
+    assert max(norm for _, norm in control) > 0.5  # something was clipped
+    for config, world_size, micro in ((FsdpConfig(), 2, 1), (FsdpConfig(replicate=2), 4, 1), (DdpConfig(), 2, 2)):
+        for out, _ in on_ranks(world_size, _trained, config, 8, micro, 0.5, name):
+            for (loss, norm), (expected_loss, expected_norm) in zip(out, control, strict=True):
+                assert loss == pytest.approx(expected_loss, rel=1e-5)
+                assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def _fed(rank, world_size, rows, state_dtype):
+    """AdEMAMix on DTensors and on whole tensors, both given the same gradients, over uneven and empty shards."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from shardopt import AdEMAMix
+
+    mesh = init_device_mesh("cpu", (world_size,))
+    draw = torch.Generator().manual_seed(rows)
+    whole = torch.nn.Parameter(torch.randn(rows, 5, generator=draw))
+    shard = torch.nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, [Shard(0)]))
+    kwargs = {"lr": 1e-2, "weight_decay": 0.1, "alpha_warmup": 5, "beta3_warmup": 5, "state_dtype": state_dtype}
+    reference, sharded = AdEMAMix([("w", whole)], **kwargs), AdEMAMix([("w", shard)], **kwargs)
+    for _ in range(7):
+        whole.grad = torch.randn(rows, 5, generator=draw)
+        shard.grad = distribute_tensor(whole.grad, mesh, [Shard(0)])
+        reference.step()
+        sharded.step()
+    same = torch.equal(shard.full_tensor(), whole)
+    for key in ("m1", "m2", "nu"):
+        same &= torch.equal(sharded.state[shard][key].full_tensor(), reference.state[whole][key])
+    return same, sharded.state[shard]["m1"].to_local().numel()
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [1, 2, 4, 7])
+def test_sharded_state_equals_unsharded_bit_for_bit_given_the_same_gradients(rows, state_dtype):
+    results = on_ranks(3, _fed, rows, state_dtype)
+    assert all(same for same, _ in results)
+    assert sum(held for _, held in results) == rows * 5
+
+
+def _not_finite(rank, world_size):
+    one = engine(FsdpConfig(), Ranks.start("cpu"))
+    before = fingerprint(one)
+    with one.accumulate(True):
+        loss = one.model(input_ids=batch(0)[:, :-1]).logits.sum()
+        one.backward(loss * (float("nan") if rank == 1 else 1.0))
+    norm = one.clip_grad_norm(1.0)
+    one.zero_grad()
+    return norm, fingerprint(one) == before
+
+
+def test_one_ranks_nan_is_every_ranks_nan():
+    for norm, unchanged in on_ranks(2, _not_finite):
+        assert norm != norm
+        assert unchanged
+
+
+def test_engines_refuse_worlds_they_are_not_for():
+    with pytest.raises(InputError, match=r"engine\.name: fsdp needs torchrun"):
+        engine(FsdpConfig(), alone())
+    with pytest.raises(InputError, match=r"engine\.name: ddp needs torchrun"):
+        engine(DdpConfig(), alone())
+    with pytest.raises(InputError, match=r"engine\.bucket_mb: -1 must be"):
+        DdpConfig(bucket_mb=-1)
+    with pytest.raises(InputError, match=r"engine\.reduce_dtype: 'fp8' is not one of fp32, bf16"):
+        FsdpConfig(reduce_dtype="fp8")
+
+
+def _bf16(rank, world_size, config):
+    one = engine(config, Ranks.start("cpu"))
+    out = train(one, 6, 1, 1.0)
+    return [loss for loss, _ in out], {s.tensors[0].dtype for s in one.slices() if s.kind == "weight"}
+
+
+@pytest.mark.parametrize(
+    "config", [FsdpConfig(compute_dtype="bf16", reduce_dtype="bf16"), DdpConfig(compute_dtype="bf16")]
+)
+def test_bf16_compute_follows_fp32_and_keeps_fp32_weights(config):
+    control = [loss for loss, _ in train(engine(SingleConfig(), alone()), 6, 1, 1.0)]
+    for losses, dtypes in on_ranks(2, _bf16, config):
+        assert losses == pytest.approx(control, rel=0.02)
+        assert losses != control
+        assert dtypes == {torch.float32}
