@@ -1,4 +1,4 @@
-"""AdEMAMix as a torch optimizer: hyper-parameters, state and bookkeeping. The arithmetic is in the kernels."""
+"""AdEMAMix as a torch optimizer: hyper-parameters and state. plan.py lays out a step, the kernels take it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from shardopt.errors import InputError
 from shardopt.optim import kernels, precision, reference, states
-from shardopt.optim.kernels import MAXIMIZE, SEGMENT, SKIP, TYPES, YOGI, Entry, Table
-from shardopt.optim.reference import Scalars, scalars_at
+from shardopt.optim.kernels import TYPES, Entry
+from shardopt.optim.plan import Plan, make_entry, placed_ranges, scalars_of
 from shardopt.optim.schedules import alpha_at, beta3_at
-from shardopt.slices import Layout, PlacementError, Range, layout_of, local_tensor, name_key
+from shardopt.slices import Layout, layout_of, local_tensor, name_key
 
 StateDtype = str | Mapping[str, str]
-# Doubles of a row that change from step to step, in the order of Scalars.
-_STEP_FIELDS = Scalars._fields[:11]
-_HYPER: tuple[str, ...] = ("betas", "alpha", "eps", "weight_decay", "alpha_warmup", "beta3_warmup", "eps_root")
-_HYPER += ("second_moment", "maximize", "average_decay")
 _STATE_KEYS = {"step", "schedule_step", "m1", "m2", "nu", "master", "master_low", "average"}
 _STATE_KEYS |= {"m1_scale", "m2_scale", "nu_scale", "average_scale"}
 _TILE = 1 << 20  # elements that a temporary may have, where a pass outside the kernels needs one
@@ -102,7 +97,7 @@ class AdEMAMix(Optimizer):
             raise InputError(f"kernel must be one of {', '.join(kernels.KERNELS)}, got {kernel!r}")
         self.explicit_layouts: dict[Tensor, Layout | Sequence[Layout]] = {}
         self._kernel_choice = kernel
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._averaged = False
         super().__init__(params, defaults)
 
@@ -164,11 +159,11 @@ class AdEMAMix(Optimizer):
         its place where that is still there.
         """
         sums = {key: torch.zeros((), dtype=torch.float64) for key in ("m1", "m2", "update")}
-        for entry, ranges in self._current_plan().held():
-            group = self.param_groups[entry.group]
-            if not entry.state["step"]:
+        for entry, _, ranges in self._current_plan().held():
+            step = int(entry.state["step"])
+            if not step:
                 continue
-            s = _scalars(group, entry.state)
+            s = scalars_of(self.param_groups[entry.group], step, int(entry.state.get("schedule_step", step)))
             grad = None if entry.param.grad is None else local_tensor(entry.param.grad)
             for local, scale, length in ranges:
                 for done in range(0, length, _TILE):
@@ -206,22 +201,22 @@ class AdEMAMix(Optimizer):
         self._averaged = True
         try:
             with torch.no_grad():
-                for entry, ranges in self._current_plan().held():
+                for entry, weight, ranges in self._current_plan().held():
                     if "average" not in entry.tensors or not entry.state["step"]:
                         continue
-                    kept.append((entry.weight, entry.weight.clone()))
-                    flat = entry.weight.reshape(-1)
+                    kept.append((weight, weight.clone()))
+                    flat = weight.reshape(-1)
                     for local, scale, length in ranges:
                         value = _decoded(entry, "average", local, scale, length)
                         assert value is not None
                         flat.narrow(0, local, length).copy_(value)
-                    if flat.data_ptr() != entry.weight.data_ptr():
-                        entry.weight.copy_(flat.view(entry.weight.shape))
+                    if flat.data_ptr() != weight.data_ptr():  # a strided weight has no flat view
+                        weight.copy_(flat.view(weight.shape))
             yield
         finally:
             with torch.no_grad():
-                for weight, value in kept:
-                    weight.copy_(value)
+                for target, value in kept:
+                    target.copy_(value)
             self._averaged = False
 
     @classmethod
@@ -273,9 +268,8 @@ class AdEMAMix(Optimizer):
                 state[key] = _like(param, source)
                 continue
             layouts = self._layouts(param, states.parameter_names(self)[param])
-            base = precision.base_key(group["seed"], name_key(layouts[0].name))
-            entry = _entry(param, 0, state)
-            for layout, r, scale in _ranges(layouts):
+            entry = make_entry(param, 0, state)
+            for layout, r, scale in placed_ranges(layouts):
                 base = precision.base_key(group["seed"], name_key(layout.name))
                 bits = precision.random_bits(key, base, step, r.global_start, r.length, source.device)
                 scales = entry.tensors.get(f"{key}_scale")
@@ -330,10 +324,12 @@ class AdEMAMix(Optimizer):
         self._plan = None
         return state
 
-    def _current_plan(self) -> _Plan:
-        params = [param for group in self.param_groups for param in group["params"]]
-        if self._plan is None or not self._plan.holds(params, self.state):
-            self._plan = _Plan(self, params)
+    def _current_plan(self, params: list[Tensor] | None = None) -> Plan:
+        if params is None:
+            params = [param for group in self.param_groups for param in group["params"]]
+        if self._plan is None or self._plan.groups is not self.param_groups or not self._plan.holds(params, self.state):
+            names = states.parameter_names(self)
+            self._plan = Plan(self.param_groups, params, names, self.state, self._layouts, self._kernel_choice)
         return self._plan
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -458,12 +454,20 @@ class AdEMAMix(Optimizer):
         if not self.state and self._only_creates_state():
             self.init_state()
             return loss
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None and param not in self.state:
-                    self._create_state(param, group)
-        self._current_plan().step()
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            if grad is not None and param not in self.state:
+                self._create_state(param, self._group_of(i))
+        self._current_plan(params).step(grads)
         return loss
+
+    def _group_of(self, position: int) -> dict[str, Any]:
+        for group in self.param_groups:
+            if position < len(group["params"]):
+                return group
+            position -= len(group["params"])
+        raise IndexError(position)
 
     def _only_creates_state(self) -> bool:
         """torch.distributed.checkpoint makes state by a step without state, lr = 0 and zero gradients."""
@@ -471,234 +475,6 @@ class AdEMAMix(Optimizer):
             return False
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         return bool(grads) and not any(bool(local_tensor(g).any()) for g in grads if not g.is_sparse)
-
-
-class _Plan:
-    """Tables for the kernels, good for as long as the same tensors hold the parameters and their state.
-
-    Storage may move under a tensor at any time (`.data`, offloading): pointers are read anew at every step.
-    """
-
-    def __init__(self, optimizer: AdEMAMix, params: list[Tensor]) -> None:
-        self.optimizer = optimizer
-        self.params = params
-        names = states.parameter_names(optimizer)
-        self.entries: list[Entry] = []
-        self.layouts: list[tuple[Layout, ...]] = []
-        self.kernels: list[kernels.Kernel] = []
-        seen: set[Tensor] = set()
-        for index, group in enumerate(optimizer.param_groups):
-            for param in group["params"]:
-                state = optimizer.state.get(param)
-                if param in seen or not state:  # tied weights in the list twice make one step
-                    continue
-                seen.add(param)
-                entry = _entry(param, index, state)
-                self.entries.append(entry)
-                self.layouts.append(self._resolve(optimizer, entry, names[param]))
-                self.kernels.append(kernels.choose(optimizer._kernel_choice, entry.weight))
-        self.states = [entry.state for entry in self.entries]
-        self.stored = [value for state in self.states for value in state.values() if isinstance(value, Tensor)]
-        self.entry_params = [entry.param for entry in self.entries]
-        self.types = [entry.weight.dtype for entry in self.entries]
-        self.tables: list[tuple[kernels.Kernel, Table]] | None = None
-        self.strided: frozenset[int] = frozenset()
-
-    @staticmethod
-    def _resolve(optimizer: AdEMAMix, entry: Entry, name: str) -> tuple[Layout, ...]:
-        try:
-            layouts = optimizer._layouts(entry.param, name)
-        except PlacementError as e:
-            rounded = any(
-                t.dtype not in (torch.float32, torch.float64)
-                for k, t in entry.tensors.items()
-                if k in precision.ROUNDED
-            ) or (entry.weight.dtype == torch.bfloat16 and "master" not in entry.tensors)
-            if rounded and "master_low" not in entry.tensors:
-                raise InputError(f"stochastic rounding cannot place {name}: {e}; use state_dtype='fp32'") from e
-            count = entry.weight.numel()  # nothing is rounded: where the elements belong does not matter
-            return (Layout.contiguous(name, (count,), 0, count),)
-        end = max((r.local_start + r.length for layout in layouts for r in layout.ranges), default=0)
-        if end > entry.weight.numel():
-            raise InputError(
-                f"the layout of {layouts[0].name} ends at element {end}, the local tensor has {entry.weight.numel()}"
-            )
-        return layouts
-
-    def holds(self, params: list[Tensor], state: Mapping[Tensor, Any]) -> bool:
-        """Whether the parameters and the tensors of their state are still the very same objects."""
-        if len(params) != len(self.params) or not all(map(_same, params, self.params)):
-            return False
-        found = [state.get(param) for param in self.entry_params]
-        if not all(map(_same, found, self.states)) or sum(map(bool, state.values())) != len(found):
-            return False
-        stored = [value for held in self.states for value in held.values() if isinstance(value, Tensor)]
-        if len(stored) != len(self.stored) or not all(map(_same, stored, self.stored)):
-            return False
-        return [param.dtype for param in self.entry_params] == self.types
-
-    def held(self) -> Iterator[tuple[Entry, list[tuple[int, int, int]]]]:
-        """Each entry with its ranges as (first local element, first block, length)."""
-        for entry, layouts in zip(self.entries, self.layouts, strict=True):
-            entry.weight = local_tensor(entry.param)
-            yield entry, [(r.local_start, scale, r.length) for _, r, scale in _ranges(layouts)]
-
-    def step(self) -> None:
-        entries = self.entries
-        active, strided = self._gather()
-        if not active:
-            return
-        if self.tables is None or strided != self.strided:
-            self.strided = strided
-            self.tables = self._tables(strided)
-        self._count([entries[i] for i in active])
-        # one row of scalars for each group and step count: nearly always as many as there are groups
-        combos: dict[tuple[int, int, int], int] = {}
-        rows: list[Scalars] = []
-        which = np.full(len(entries), -1, dtype=np.int64)
-        captured = [group["capturable"] for group in self.optimizer.param_groups]
-        for i in active:
-            entry = entries[i]
-            state = entry.state
-            if captured[entry.group] and entry.weight.device.type != "cpu":
-                key = (entry.group, -1, -1)
-            else:
-                step = int(state["step"])
-                key = (entry.group, step, int(state["schedule_step"]) if "schedule_step" in state else step)
-            at = combos.get(key)
-            if at is None:
-                at = combos[key] = len(rows)
-                rows.append(_scalars(self.optimizer.param_groups[entry.group], key[1:]))
-            which[i] = at
-        steps = np.array([key[1] for key in combos], dtype=np.int64)
-        flags = np.array([MAXIMIZE * s.maximize | YOGI * s.yogi for s in rows], dtype=np.uint8)
-        values = np.array([s[: len(_STEP_FIELDS)] for s in rows], dtype=np.float64)
-        for kernel, table in self.tables:
-            combo = which[table.cache["entry_index"]]
-            _refresh_pointers(table)
-            _set_scalars(table, combo, values, steps, flags)
-            kernel.run(table)
-        for i in sorted(strided):
-            if which[i] >= 0:
-                self._step_strided(i, values, steps, flags, which[i])
-
-    def _gather(self) -> tuple[list[int], frozenset[int]]:
-        """Weights and gradients as they are now; the entries that have one, and those not laid out in order."""
-        active = []
-        strided = []
-        for i, entry in enumerate(self.entries):
-            param = entry.param
-            grad = param.grad
-            weight = entry.weight = param if entry.plain else local_tensor(param)
-            if grad is not None:
-                if grad.layout is not torch.strided:
-                    raise InputError(
-                        f"the gradient of {self.layouts[i][0].name} is sparse: AdEMAMix needs dense ones "
-                        f"(nn.Embedding(sparse=False))"
-                    )
-                if not entry.plain:
-                    if getattr(grad, "placements", None) != param.placements:  # type: ignore[attr-defined]
-                        raise InputError(
-                            f"the gradient of {self.layouts[i][0].name} is placed as "
-                            f"{getattr(grad, 'placements', None)}, the parameter as {param.placements}: "  # type: ignore[attr-defined]
-                            f"redistribute it first"
-                        )
-                    grad = local_tensor(grad)
-                if grad.dtype not in TYPES or (grad.dtype == torch.float64) != (weight.dtype == torch.float64):
-                    grad = grad.to(weight.dtype)
-                active.append(i)
-            entry.grad = grad
-            if not weight.is_contiguous() or (grad is not None and not grad.is_contiguous()):
-                strided.append(i)
-        return active, frozenset(strided)
-
-    @staticmethod
-    def _count(entries: list[Entry]) -> None:
-        on_device: list[Tensor] = []
-        for entry in entries:
-            state = entry.state
-            for key in ("step", "schedule_step") if "schedule_step" in state else ("step",):
-                if isinstance(state[key], Tensor):
-                    on_device.append(state[key])
-                else:
-                    state[key] += 1
-        if on_device:
-            torch._foreach_add_(on_device, 1.0)
-
-    def _tables(self, strided: frozenset[int]) -> list[tuple[kernels.Kernel, Table]]:
-        members: dict[tuple[str, torch.device, bool], list[int]] = {}
-        for i, entry in enumerate(self.entries):
-            if i not in strided:
-                captured = bool(self.optimizer.param_groups[entry.group]["capturable"])
-                key = (self.kernels[i].name, entry.weight.device, captured and entry.weight.device.type != "cpu")
-                members.setdefault(key, []).append(i)
-        return [
-            (self.kernels[indices[0]], self._table(indices, [self.layouts[i] for i in indices], captured=key[2]))
-            for key, indices in members.items()
-        ]
-
-    def _table(
-        self,
-        indices: list[int],
-        layouts: list[tuple[Layout, ...]],
-        *,
-        entries: list[Entry] | None = None,
-        captured: bool = False,
-    ) -> Table:
-        entries = [self.entries[i] for i in indices] if entries is None else entries
-        seeds = [self.optimizer.param_groups[entry.group]["seed"] for entry in entries]
-        segments = [(i, layout, r, scale) for i, where in enumerate(layouts) for layout, r, scale in _ranges(where)]
-        rows = np.zeros(len(segments), dtype=SEGMENT)
-        owner = np.array([i for i, *_ in segments], dtype=np.int64)
-        rows["length"] = [r.length for *_, r, _ in segments]
-        rows["start"] = [r.global_start for *_, r, _ in segments]
-        keys = {(i, layout.name): precision.base_key(seeds[i], name_key(layout.name)) for i, layout, *_ in segments}
-        rows["key"] = np.array([keys[i, layout.name] for i, layout, *_ in segments], dtype=np.uint64)
-        codes = [_codes(entry) for entry in entries]
-        for name in ("weight_type", "m1_format", "m2_format", "nu_format", "average_format", "master_kind"):
-            rows[name] = np.array([code[name] for code in codes], dtype=np.uint8)[owner] if len(owner) else 0
-        table = Table(
-            device=entries[0].weight.device,
-            entries=entries,
-            rows=rows,
-            row_entry=owner,
-            row_local=np.array([r.local_start for *_, r, _ in segments], dtype=np.int64),
-            row_scale=np.array([scale for *_, scale in segments], dtype=np.int64),
-            capturable=captured,
-        )
-        table.cache["entry_index"] = np.array(indices, dtype=np.int64)
-        return table
-
-    def _step_strided(self, index: int, values: np.ndarray, steps: np.ndarray, flags: np.ndarray, combo: int) -> None:
-        """A weight or gradient that is not laid out in order: contiguous copies of some rows at a time."""
-        entry, layouts = self.entries[index], self.layouts[index]
-        weight, grad = entry.weight, entry.grad
-        assert grad is not None
-        whole = any(key.endswith("_scale") for key in entry.tensors) or weight.dim() == 0
-        row_numel = weight.numel() // weight.shape[0] if weight.dim() and weight.shape[0] else 1
-        some = weight.shape[0] if whole and weight.dim() else max(1, _TILE // max(1, row_numel))
-        for first in range(0, weight.shape[0] if weight.dim() else 1, max(1, some)):
-            part = weight if whole else weight[first : first + some]
-            copy = part.contiguous().clone() if part.is_contiguous() else part.contiguous()
-            start = 0 if whole else first * row_numel
-            clipped = tuple(_clipped(layout, start, copy.numel()) for layout in layouts)
-            piece = Entry(
-                entry.param,
-                entry.group,
-                copy,
-                (grad if whole else grad[first : first + some]).contiguous(),
-                entry.state,
-                {
-                    key: tensor if key.endswith("_scale") else tensor.view(-1).narrow(0, start, copy.numel())
-                    for key, tensor in entry.tensors.items()
-                },
-            )
-            table = self._table([index], [clipped], entries=[piece])
-            _refresh_pointers(table)
-            _set_scalars(table, np.array([combo]), values, steps, flags)
-            self.kernels[index].run(table)
-            if values[combo][0] != 0.0:  # lr
-                part.copy_(copy)
 
 
 class _Box:
@@ -730,10 +506,6 @@ def _box_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
     }
 
 
-def _same(a: object, b: object) -> bool:
-    return a is b
-
-
 def _counter(step: int, param: Tensor, group: dict[str, Any]) -> int | Tensor:
     """A step count: a number, or an fp32 scalar on the parameter's device for capturable groups."""
     if not group["capturable"]:
@@ -751,89 +523,6 @@ def _like(param: Tensor, local: Tensor) -> Tensor:
     return DTensor.from_local(
         local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=stride
     )
-
-
-def _entry(param: Tensor, group: int, state: dict[str, Any]) -> Entry:
-    tensors = {
-        key: local_tensor(value)
-        for key, value in state.items()
-        if isinstance(value, Tensor) and key not in ("step", "schedule_step")
-    }
-    weight = local_tensor(param.detach())
-    return Entry(param, group, weight, None, state, tensors, plain=not hasattr(param, "placements"))
-
-
-def _ranges(layouts: tuple[Layout, ...]) -> Iterator[tuple[Layout, Range, int]]:
-    """Each range with its layout and the number of its first block."""
-    scale = 0
-    for layout in layouts:
-        for r in layout.ranges:
-            yield layout, r, scale
-            scale += precision.blocks(r.length)
-
-
-def _clipped(layout: Layout, start: int, length: int) -> Layout:
-    """The part of a layout that lies in the local elements start .. start + length, counted from `start`."""
-    ranges = []
-    for r in layout.ranges:
-        first, last = max(r.local_start, start), min(r.local_start + r.length, start + length)
-        if first < last:
-            ranges.append(Range(r.global_start + first - r.local_start, first - start, last - first))
-    return Layout(layout.name, layout.shape, tuple(ranges))
-
-
-def _codes(entry: Entry) -> dict[str, int]:
-    codes = {"weight_type": TYPES[entry.weight.dtype], "master_kind": 0}
-    for key in precision.ROUNDED:
-        stored = entry.tensors.get(key)
-        codes[f"{key}_format"] = (
-            kernels.NONE
-            if stored is None
-            else precision.FORMATS[precision.format_of(key, stored, f"{key}_scale" in entry.tensors)]
-        )
-    for kind, key in (("fp32", "master"), ("split", "master_low")):
-        if key in entry.tensors:
-            codes["master_kind"] = kernels.MASTERS[kind]
-    return codes
-
-
-_POINTERS = ("m1", "m2", "nu", "average", "m1_scale", "m2_scale", "nu_scale", "average_scale")
-
-
-def _refresh_pointers(table: Table) -> None:
-    rows, entries, owner = table.rows, table.entries, table.row_entry
-
-    def put(field: str, tensors: list[Tensor | None], offset: np.ndarray) -> None:
-        base = np.array([0 if t is None else t.data_ptr() for t in tensors], dtype=np.uint64)
-        if base.any():
-            size = np.array([0 if t is None else t.element_size() for t in tensors], dtype=np.int64)
-            rows[field] = base[owner] + (offset * size[owner]).astype(np.uint64)
-
-    put("weight", [entry.weight for entry in entries], table.row_local)
-    grads = [entry.grad for entry in entries]
-    put("grad", grads, table.row_local)
-    rows["grad_type"] = np.array([0 if g is None else TYPES[g.dtype] for g in grads], dtype=np.uint8)[owner]
-    for key in _POINTERS:
-        put(key, [e.tensors.get(key) for e in entries], table.row_scale if "scale" in key else table.row_local)
-    put("master", [e.tensors.get("master", e.tensors.get("master_low")) for e in entries], table.row_local)
-
-
-def _set_scalars(table: Table, combo: np.ndarray, values: np.ndarray, steps: np.ndarray, flags: np.ndarray) -> None:
-    rows, of_row = table.rows, combo[table.row_entry]
-    rows["flags"] = np.where(of_row < 0, SKIP, flags[of_row])
-    rows["step"] = steps[of_row]
-    for i, name in enumerate(_STEP_FIELDS):
-        rows[name] = values[of_row, i]
-
-
-def _scalars(group: dict[str, Any], counts: Any) -> Scalars:
-    """A group's scalars at (step, schedule step), or at those of a parameter's state."""
-    if isinstance(counts, dict):
-        step = int(counts["step"])
-        counts = (step, int(counts.get("schedule_step", step)))
-    step, schedule_step = (max(1, count) for count in counts)
-    lr = group["lr"]
-    return scalars_at(step, schedule_step, lr=float(lr), **{key: group[key] for key in _HYPER})
 
 
 def _decoded(entry: Entry, key: str, local: int, scale: int, count: int) -> Tensor | None:

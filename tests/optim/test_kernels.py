@@ -180,7 +180,7 @@ def test_strided_weights_and_gradients(kernel, state):
 
 
 def test_strided_weights_are_copied_in_parts(monkeypatch):
-    monkeypatch.setattr("shardopt.optim.ademamix._TILE", 500)
+    monkeypatch.setattr("shardopt.optim.plan._TILE", 500)
     outcomes = []
     torch.manual_seed(0)
     weight, grad = torch.randn(70, 90), torch.randn(70, 90)

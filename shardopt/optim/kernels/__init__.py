@@ -8,8 +8,12 @@ The optimizer hands a kernel one `Table` a step, with everything on one device:
   row's FIRST element (not to the tensor's), `start` is that element's index in the whole parameter (the counter of
   the random bits), `key` is `precision.base_key(seed, name_key)`. A block format's blocks of 128 start at the
   row's first element, and its scale pointer is to that block's scale. Rows with `flags & SKIP` are left alone.
-* `table.entries` and `table.row_entry`: the tensors that the rows point into, for kernels that take tensors, with
-  `table.row_local` (the first element's place in the local tensor) and `table.row_scale` (its block's).
+* For kernels that take tensors: `table.entries[table.row_entry[i]]` has the state tensors that row i points into,
+  `table.weights` and `table.grads` (in the order of the entries, contiguous; None where there is no gradient) the
+  local weight and gradient, `table.row_local` the place of the row's first element in them, `table.row_block` that
+  of its first block in the scales. Weights and gradients are there during `run` only.
+* `table.cache` is a kernel's own, under keys that start with the kernel's name. Tables are kept from step to step
+  for as long as the layout of the rows is the same.
 
 A kernel is an object with
     name        what `optimizer.kernel` shows
@@ -65,15 +69,12 @@ SKIP, MAXIMIZE, YOGI = 1, 2, 4  # flags
 
 @dataclass(slots=True)
 class Entry:
-    """One parameter's local tensors; state tensors by their key ("m1", "m1_scale", "master", ...)."""
+    """One parameter and its local state tensors, by state key ("m1", "m1_scale", "master", ...)."""
 
     param: Tensor
     group: int
-    weight: Tensor
-    grad: Tensor | None
     state: dict[str, Any]
     tensors: dict[str, Tensor]
-    plain: bool = True  # an ordinary tensor, not a DTensor
 
 
 @dataclass
@@ -83,9 +84,11 @@ class Table:
     rows: np.ndarray
     row_entry: np.ndarray
     row_local: np.ndarray
-    row_scale: np.ndarray
+    row_block: np.ndarray
     capturable: bool = False
-    cache: dict[str, Any] = field(default_factory=dict)  # a kernel's own; lives as long as the rows' shape
+    weights: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor | None] = field(default_factory=list)
+    cache: dict[str, Any] = field(default_factory=dict)
 
 
 class Kernel(Protocol):

@@ -49,9 +49,9 @@ class CpuKernel:
         return None
 
     def run(self, table: Table) -> None:
-        ends = table.cache.get("ends")
+        ends = table.cache.get("c_ends")
         if ends is None:
-            ends = table.cache["ends"] = np.cumsum(-(-table.rows["length"] // _CHUNK)).astype(np.int64)
+            ends = table.cache["c_ends"] = np.cumsum(-(-table.rows["length"] // _CHUNK)).astype(np.int64)
         if len(ends):
             threads = min(torch.get_num_threads(), int(ends[-1]))
             self._step(table.rows.ctypes.data, ends.ctypes.data, len(ends), _CHUNK, threads)

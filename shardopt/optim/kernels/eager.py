@@ -26,14 +26,16 @@ class EagerKernel:
 
     def run(self, table: Table) -> None:
         tile = _TILE.get(table.device.type, _TILE_ELSEWHERE)
-        for row, owner, local, scale in zip(table.rows, table.row_entry, table.row_local, table.row_scale, strict=True):
+        for row, owner, local, block in zip(table.rows, table.row_entry, table.row_local, table.row_block, strict=True):
             if int(row["flags"]) & SKIP:
                 continue
-            entry = table.entries[owner]
+            entry, weight, grad = table.entries[owner], table.weights[owner], table.grads[owner]
+            assert grad is not None
             scalars = _scalars(row)
             for done in range(0, int(row["length"]), tile):
                 count = min(tile, int(row["length"]) - done)
-                _tile(entry, row, scalars, int(local) + done, int(scale) + done // precision.BLOCK, done, count)
+                where = int(local) + done, int(block) + done // precision.BLOCK, done, count
+                _tile(entry, weight, grad, row, scalars, *where)
 
 
 def _scalars(row: np.void) -> Scalars:
@@ -42,7 +44,17 @@ def _scalars(row: np.void) -> Scalars:
     return Scalars(**doubles, yogi=bool(flags & YOGI), maximize=bool(flags & MAXIMIZE))
 
 
-def _tile(entry: Entry, row: np.void, s: Scalars, local: int, scale: int, done: int, count: int) -> None:
+def _tile(
+    entry: Entry,
+    whole_weight: Tensor,
+    grad: Tensor,
+    row: np.void,
+    s: Scalars,
+    local: int,
+    block: int,
+    done: int,
+    count: int,
+) -> None:
     master = int(row["master_kind"])
     base, step, start = int(row["key"]), int(row["step"]), int(row["start"]) + done
 
@@ -51,12 +63,12 @@ def _tile(entry: Entry, row: np.void, s: Scalars, local: int, scale: int, done: 
 
     def scale_of(kind: str) -> Tensor | None:
         scales = entry.tensors.get(f"{kind}_scale")
-        return None if scales is None else scales.narrow(0, scale, precision.blocks(count))
+        return None if scales is None else scales.narrow(0, block, precision.blocks(count))
 
     def bits(kind: str) -> Tensor:
         return precision.random_bits(kind, base, step, start, count, weight.device)
 
-    weight = part(entry.weight)
+    weight = part(whole_weight)
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if master == MASTERS["fp32"]:
         exact = part(entry.tensors["master"])
@@ -64,7 +76,6 @@ def _tile(entry: Entry, row: np.void, s: Scalars, local: int, scale: int, done: 
         exact = precision.join_fp32(weight, part(entry.tensors["master_low"]))
     else:
         exact = weight.to(compute)
-    assert entry.grad is not None
     values: dict[str, Any] = {
         kind: precision.decode(kind, part(entry.tensors[kind]), scale_of(kind)).to(compute)
         for kind in _STATES
@@ -72,7 +83,7 @@ def _tile(entry: Entry, row: np.void, s: Scalars, local: int, scale: int, done: 
     }
     new_weight, m1, m2, nu, average = reference.update(
         exact,
-        part(entry.grad).to(compute),
+        part(grad).to(compute),
         values.get("m1"),
         values["m2"],
         values["nu"],

@@ -1,0 +1,419 @@
+"""Which segments a step touches: from parameters, gradients and state to the tables that kernels take.
+
+A plan holds for as long as the same tensor objects are parameters and state; it is made lazily, because hosts swap
+parameters between construction and the first step. Storage may move under a tensor at any time (`.data`,
+offloading), so pointers are read anew at every step. What is done for each parameter at each step is kept to a
+handful of attribute reads: the rest is numpy on whole tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from operator import is_
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardopt.errors import InputError
+from shardopt.optim import kernels, precision
+from shardopt.optim.kernels import MAXIMIZE, SEGMENT, SKIP, TYPES, YOGI, Entry, Kernel, Table
+from shardopt.optim.reference import Scalars, scalars_at
+from shardopt.slices import Layout, PlacementError, Range, local_tensor, name_key
+
+COUNTS = ("step", "schedule_step")
+_HYPER = ("betas", "alpha", "eps", "weight_decay", "alpha_warmup", "beta3_warmup", "eps_root")
+_HYPER_KEYS = (*_HYPER, "second_moment", "maximize", "average_decay")
+_STEP_FIELDS = Scalars._fields[:11]  # the doubles of a row that change from step to step
+_STATE_FIELDS = ("m1", "m2", "nu", "average", "m1_scale", "m2_scale", "nu_scale", "average_scale")
+_TILE = 1 << 20  # elements that a temporary may have where strided tensors are copied in parts
+_data_ptr = torch.Tensor.data_ptr
+
+
+def scalars_of(group: Mapping[str, Any], step: int, schedule_step: int) -> Scalars:
+    """A parameter group's scalars at a step (from 1). A step on the device (capturable) stands as 0."""
+    lr = group["lr"]
+    known = float(lr) if step or not isinstance(lr, Tensor) else 0.0  # reading a tensor would break a capture
+    return scalars_at(max(1, step), max(1, schedule_step), lr=known, **{key: group[key] for key in _HYPER_KEYS})
+
+
+def make_entry(param: Tensor, group: int, state: dict[str, Any]) -> Entry:
+    tensors = {k: local_tensor(v) for k, v in state.items() if isinstance(v, Tensor) and k not in COUNTS}
+    return Entry(param, group, state, tensors)
+
+
+def placed_ranges(layouts: Sequence[Layout]) -> Iterator[tuple[Layout, Range, int]]:
+    """Each range with its layout and the number of its first block."""
+    block = 0
+    for layout in layouts:
+        for r in layout.ranges:
+            yield layout, r, block
+            block += precision.blocks(r.length)
+
+
+class Plan:
+    """
+    Args:
+        groups: the optimizer's parameter groups.
+        params: their parameters, in order, those named twice included.
+        names: canonical name of each.
+        state: the optimizer's state; parameters without any are not in the plan.
+        layouts: what a parameter's local tensor holds, given the parameter and its name.
+        kernel: what `kernels.choose` is to be asked for.
+
+    Raises:
+        InputError: a layout that does not fit, or none where rounding needs one.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        params: list[Tensor],
+        names: Mapping[Tensor, str],
+        state: Mapping[Tensor, dict[str, Any]],
+        layouts: Callable[[Tensor, str], tuple[Layout, ...]],
+        kernel: str,
+    ) -> None:
+        self.groups = groups
+        self.params = params
+        self.entries: list[Entry] = []
+        self.layouts: list[tuple[Layout, ...]] = []
+        self.kernels: list[Kernel] = []
+        self.positions: list[int] = []  # of the entries in `params`
+        seen: set[Tensor] = set()
+        owners = [index for index, group in enumerate(groups) for _ in group["params"]]
+        for position, (param, group) in enumerate(zip(params, owners, strict=True)):
+            if param in seen or not state.get(param):  # a tied weight that is listed twice makes one step
+                continue
+            seen.add(param)
+            entry = make_entry(param, group, state[param])
+            weight = local_tensor(param.detach())
+            self.entries.append(entry)
+            self.positions.append(position)
+            self.layouts.append(_resolve(entry, weight, names[param], layouts))
+            self.kernels.append(kernels.choose(kernel, weight))
+        self._states = [entry.state for entry in self.entries]
+        self._stored = _tensors(self._states)
+        self._params = [entry.param for entry in self.entries]
+        self._placed = [hasattr(param, "placements") for param in self._params]
+        self._types = [param.dtype for param in self._params]
+        self._tables: list[Table] = []
+        self._table_kernels: list[Kernel] = []
+        self._strided: list[int] | None = None
+
+    def holds(self, params: list[Tensor], state: Mapping[Tensor, Any]) -> bool:
+        """Whether the parameters and the tensors of their state are still the very same objects."""
+        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
+            return False
+        if not all(map(is_, map(state.get, self._params), self._states)):
+            return False
+        if sum(map(bool, state.values())) != len(self.entries):
+            return False
+        stored = _tensors(self._states)
+        if len(stored) != len(self._stored) or not all(map(is_, stored, self._stored)):
+            return False
+        return [param.dtype for param in self._params] == self._types
+
+    def held(self) -> Iterator[tuple[Entry, Tensor, list[tuple[int, int, int]]]]:
+        """Each entry with its local weight and its ranges as (first local element, first block, length)."""
+        for entry, layouts in zip(self.entries, self.layouts, strict=True):
+            ranges = [(r.local_start, block, r.length) for _, r, block in placed_ranges(layouts)]
+            yield entry, local_tensor(entry.param), ranges
+
+    def step(self, gradients: list[Tensor | None]) -> None:
+        """One step; `gradients` are those of `params`, None where there is none.
+
+        Raises:
+            InputError: a gradient that is sparse or not placed like its parameter. Nothing has moved or counted.
+        """
+        weights, grads, strided = self._gather([gradients[i] for i in self.positions])
+        if strided != self._strided:
+            self._strided = strided
+            self._make_tables(frozenset(strided))
+        which, scalars, steps = self._count(grads)
+        if not scalars:
+            return
+        flags = np.array([MAXIMIZE * s.maximize | YOGI * s.yogi for s in scalars], dtype=np.uint8)
+        values = np.array([s[: len(_STEP_FIELDS)] for s in scalars], dtype=np.float64)
+        combos = np.array(which, dtype=np.int64)
+        for kernel, table in zip(self._table_kernels, self._tables, strict=True):
+            indices = table.cache["indices"]
+            whole = len(indices) == len(grads)
+            table.weights = weights if whole else [weights[i] for i in indices]
+            table.grads = grads if whole else [grads[i] for i in indices]
+            _set_pointers(table)
+            _set_scalars(table, combos[indices], values, steps, flags)
+            try:
+                kernel.run(table)
+            finally:
+                table.weights, table.grads = [], []  # or the gradients would outlive zero_grad
+        for i in strided:
+            if which[i] >= 0:
+                at = which[i]
+                self._step_strided(i, weights[i], grads[i], values[at : at + 1], steps[at : at + 1], flags[at : at + 1])
+
+    # -- each step, for each parameter ----------------------------------------------------------------------------
+
+    def _gather(self, grads: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None], list[int]]:
+        """Local weights and gradients, and the entries of which one is not laid out in order."""
+        weights = self._params
+        if any(self._placed):
+            weights = list(map(local_tensor, weights))
+            grads = [
+                self._local_gradient(i, grad) if placed and grad is not None else grad
+                for i, (grad, placed) in enumerate(zip(grads, self._placed, strict=True))
+            ]
+        strided = []
+        for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                raise InputError(
+                    f"the gradient of {self.layouts[i][0].name} is sparse: AdEMAMix needs dense ones "
+                    f"(nn.Embedding(sparse=False))"
+                )
+            kind = grad.dtype
+            if kind is not self._types[i] and (kind not in TYPES or torch.float64 in (kind, self._types[i])):
+                grads[i] = grad.to(self._types[i])
+            if not (grad.is_contiguous() and weight.is_contiguous()):
+                strided.append(i)
+        return weights, grads, strided
+
+    def _local_gradient(self, index: int, grad: Tensor) -> Tensor:
+        placements = self._params[index].placements  # type: ignore[attr-defined]
+        if getattr(grad, "placements", None) != placements:
+            raise InputError(
+                f"the gradient of {self.layouts[index][0].name} is placed as {getattr(grad, 'placements', None)}, its "
+                f"parameter as {placements}: redistribute it first"
+            )
+        return local_tensor(grad)
+
+    def _count(self, grads: list[Tensor | None]) -> tuple[list[int], list[Scalars], np.ndarray]:
+        """Count the step; each entry's place in the list of scalars (-1: no gradient), the list, its steps.
+
+        There is one place for each group and step count: nearly always as many as there are groups.
+        """
+        on_device: list[Tensor] = []
+        places: dict[tuple[int, int, int], int] = {}
+        which: list[int] = []
+        last: tuple[int, int, int] | None = None
+        place = -1
+        for entry, grad in zip(self.entries, grads, strict=True):
+            if grad is None:
+                which.append(-1)
+                continue
+            state = entry.state
+            step = state["step"]
+            scheduled = state.get("schedule_step")
+            if isinstance(step, int):
+                state["step"] = step = step + 1
+                if scheduled is None:
+                    scheduled = step
+                else:
+                    state["schedule_step"] = scheduled = scheduled + 1
+            elif step.device.type == "cpu":
+                step = int(step.add_(1.0))
+                scheduled = step if scheduled is None else int(scheduled.add_(1.0))
+            else:
+                on_device += [step] if scheduled is None else [step, scheduled]
+                step = scheduled = 0
+            key = (entry.group, step, scheduled)
+            if key != last:
+                place = places.setdefault(key, len(places))
+                last = key
+            which.append(place)
+        if on_device:
+            torch._foreach_add_(on_device, 1.0)
+        scalars = [scalars_of(self.groups[group], step, scheduled) for group, step, scheduled in places]
+        return which, scalars, np.array([step for _, step, _ in places], dtype=np.int64)
+
+    # -- tables -------------------------------------------------------------------------------------------------
+
+    def _make_tables(self, strided: frozenset[int]) -> None:
+        members: dict[tuple[str, torch.device, bool], list[int]] = {}
+        for i, entry in enumerate(self.entries):
+            if i not in strided:
+                device = self._params[i].device
+                captured = bool(self.groups[entry.group]["capturable"]) and device.type != "cpu"
+                members.setdefault((self.kernels[i].name, device, captured), []).append(i)
+        self._tables = [
+            self._table(indices, [self.entries[i] for i in indices], [self.layouts[i] for i in indices], captured)
+            for (_, _, captured), indices in members.items()
+        ]
+        self._table_kernels = [self.kernels[indices[0]] for indices in members.values()]
+
+    def _table(
+        self, indices: list[int], entries: list[Entry], layouts: list[tuple[Layout, ...]], captured: bool
+    ) -> Table:
+        segments = [(i, layout, r, block) for i, w in enumerate(layouts) for layout, r, block in placed_ranges(w)]
+        owner = np.array([i for i, *_ in segments], dtype=np.int64)
+        rows = np.zeros(len(segments), dtype=SEGMENT)
+        rows["length"] = [r.length for _, _, r, _ in segments]
+        rows["start"] = [r.global_start for _, _, r, _ in segments]
+        seeds = [self.groups[entry.group]["seed"] for entry in entries]
+        keys = {(i, layout.name): precision.base_key(seeds[i], name_key(layout.name)) for i, layout, *_ in segments}
+        rows["key"] = np.array([keys[i, layout.name] for i, layout, *_ in segments], dtype=np.uint64)
+        codes = [storage_codes(entry) for entry in entries]
+        for name in ("weight_type", "m1_format", "m2_format", "nu_format", "average_format", "master_kind"):
+            rows[name] = [codes[i][name] for i in owner]
+        table = Table(
+            device=entries[0].param.device,
+            entries=entries,
+            rows=rows,
+            row_entry=owner,
+            row_local=np.array([r.local_start for _, _, r, _ in segments], dtype=np.int64),
+            row_block=np.array([block for *_, block in segments], dtype=np.int64),
+            capturable=captured,
+        )
+        table.cache["indices"] = indices
+        table.cache["stored"] = [_StoredField(table, name) for name in (*_STATE_FIELDS, "master", "master_low")]
+        if captured:
+            self._describe_schedules(table)
+        return table
+
+    def _describe_schedules(self, table: Table) -> None:
+        """What a captured kernel computes its scalars from (kernels/__init__.py)."""
+        groups = [self.groups[entry.group] for entry in table.entries]
+        owner = table.row_entry
+        for name, values in (
+            ("alpha_final", [group["alpha"] for group in groups]),
+            ("beta3_final", [group["betas"][2] for group in groups]),
+            ("alpha_warmup", [group["alpha_warmup"] or 0 for group in groups]),
+            ("beta3_warmup", [group["beta3_warmup"] or 0 for group in groups]),
+            ("step_pointer", [entry.state["step"].data_ptr() for entry in table.entries]),
+            ("schedule_pointer", [entry.state["schedule_step"].data_ptr() if "schedule_step" in entry.state else 0
+                                  for entry in table.entries]),
+            ("lr_pointer", [group["lr"].data_ptr() if isinstance(group["lr"], Tensor)
+                            and group["lr"].device == table.device else 0 for group in groups]),
+        ):  # fmt: skip
+            table.rows[name] = np.array(values, dtype=table.rows[name].dtype)[owner]
+
+    def _step_strided(
+        self,
+        index: int,
+        weight: Tensor,
+        grad: Tensor | None,
+        values: np.ndarray,
+        steps: np.ndarray,
+        flags: np.ndarray,
+    ) -> None:
+        """A weight or gradient that is not laid out in order: contiguous copies of some rows at a time."""
+        assert grad is not None
+        entry, layouts = self.entries[index], self.layouts[index]
+        # blocks do not end where rows do, so block formats take the whole at once
+        rows = weight.shape[0]
+        some = rows if any(key.endswith("_scale") for key in entry.tensors) else max(1, _TILE * rows // weight.numel())
+        row_numel = weight.numel() // rows
+        for first in range(0, rows, some):
+            part = weight[first : first + some]
+            copy = part.contiguous()
+            start = first * row_numel
+            tensors = {
+                key: tensor if key.endswith("_scale") else tensor.view(-1).narrow(0, start, copy.numel())
+                for key, tensor in entry.tensors.items()
+            }
+            clipped = tuple(_clipped(layout, start, copy.numel()) for layout in layouts)
+            table = self._table([index], [replace(entry, tensors=tensors)], [clipped], captured=False)
+            table.weights, table.grads = [copy], [grad[first : first + some].contiguous()]
+            _set_pointers(table)
+            _set_scalars(table, np.zeros(1, dtype=np.int64), values, steps, flags)
+            self.kernels[index].run(table)
+            if values[0][0] != 0.0 and copy.data_ptr() != part.data_ptr():  # with lr = 0 no bit is to move
+                part.copy_(copy)
+
+
+class _StoredField:
+    """A pointer column of the rows: the tensors behind it and each row's offset in bytes."""
+
+    def __init__(self, table: Table, key: str) -> None:
+        self.field = "master" if key == "master_low" else key
+        self.tensors = [entry.tensors[key] for entry in table.entries if key in entry.tensors]
+        place = np.cumsum([key in entry.tensors for entry in table.entries]) - 1
+        has = np.array([key in entry.tensors for entry in table.entries], dtype=bool)
+        self.rows = np.nonzero(has[table.row_entry])[0]
+        self.owner = place[table.row_entry[self.rows]]
+        sizes = np.array([tensor.element_size() for tensor in self.tensors], dtype=np.int64)
+        offset = table.row_block if key.endswith("_scale") else table.row_local
+        self.bytes = (offset[self.rows] * sizes[self.owner]).astype(np.uint64) if self.tensors else None
+
+    def fill(self, rows: np.ndarray) -> None:
+        if self.bytes is not None:
+            base = np.array(list(map(_data_ptr, self.tensors)), dtype=np.uint64)
+            rows[self.field][self.rows] = base[self.owner] + self.bytes
+
+
+def _set_pointers(table: Table) -> None:
+    rows, owner = table.rows, table.row_entry
+    for stored in table.cache["stored"]:
+        stored.fill(rows)
+    base = np.array(list(map(_data_ptr, table.weights)), dtype=np.uint64)
+    sizes = table.cache.get("weight_sizes")
+    if sizes is None:
+        sizes = np.array([weight.element_size() for weight in table.weights], dtype=np.int64)[owner]
+        sizes = table.cache["weight_sizes"] = (sizes * table.row_local).astype(np.uint64)
+    rows["weight"] = base[owner] + sizes
+    base = np.array([0 if grad is None else grad.data_ptr() for grad in table.grads], dtype=np.uint64)
+    types = [0 if grad is None else TYPES[grad.dtype] for grad in table.grads]
+    if types != table.cache.get("grad_types"):
+        table.cache["grad_types"] = types
+        rows["grad_type"] = np.array(types, dtype=np.uint8)[owner]
+        sizes = np.array([0 if grad is None else grad.element_size() for grad in table.grads], dtype=np.int64)[owner]
+        table.cache["grad_bytes"] = (sizes * table.row_local).astype(np.uint64)
+    rows["grad"] = base[owner] + table.cache["grad_bytes"]
+
+
+def _set_scalars(table: Table, places: np.ndarray, values: np.ndarray, steps: np.ndarray, flags: np.ndarray) -> None:
+    rows, of_row = table.rows, places[table.row_entry]
+    rows["flags"] = np.where(of_row < 0, SKIP, flags[of_row])
+    rows["step"] = steps[of_row]
+    for i, name in enumerate(_STEP_FIELDS):
+        rows[name] = values[of_row, i]
+
+
+def storage_codes(entry: Entry) -> dict[str, int]:
+    """The type and format columns of an entry's rows, from the tensors that it has."""
+    codes = {"weight_type": TYPES[entry.param.dtype], "master_kind": 0}
+    for key in precision.ROUNDED:
+        codes[f"{key}_format"] = kernels.NONE
+        if key in entry.tensors:
+            fmt = precision.format_of(key, entry.tensors[key], f"{key}_scale" in entry.tensors)
+            codes[f"{key}_format"] = precision.FORMATS[fmt]
+    for kind, key in (("fp32", "master"), ("split", "master_low")):
+        if key in entry.tensors:
+            codes["master_kind"] = kernels.MASTERS[kind]
+    return codes
+
+
+def _tensors(states: list[dict[str, Any]]) -> list[Tensor]:
+    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+
+def _resolve(
+    entry: Entry, weight: Tensor, name: str, layouts: Callable[[Tensor, str], tuple[Layout, ...]]
+) -> tuple[Layout, ...]:
+    try:
+        found = layouts(entry.param, name)
+    except PlacementError as e:
+        codes = storage_codes(entry)
+        exact = (kernels.NONE, precision.FORMATS["fp32"])
+        rounded = any(codes[f"{key}_format"] not in exact for key in precision.ROUNDED)
+        if rounded or (weight.dtype == torch.bfloat16 and not codes["master_kind"]):
+            raise InputError(f"stochastic rounding cannot place {name}: {e}; use state_dtype='fp32'") from e
+        # nothing is rounded: where the elements belong does not matter
+        return (Layout.contiguous(name, (weight.numel(),), 0, weight.numel()),)
+    end = max((r.local_start + r.length for layout in found for r in layout.ranges), default=0)
+    if end > weight.numel():
+        raise InputError(f"the layout of {name} ends at element {end}, the local tensor has {weight.numel()}")
+    return found
+
+
+def _clipped(layout: Layout, start: int, length: int) -> Layout:
+    """The part of a layout that lies in the local elements start .. start + length, counted from `start`."""
+    ranges = []
+    for r in layout.ranges:
+        first, last = max(r.local_start, start), min(r.local_start + r.length, start + length)
+        if first < last:
+            ranges.append(Range(r.global_start + first - r.local_start, first - start, last - first))
+    return Layout(layout.name, layout.shape, tuple(ranges))
