@@ -72,15 +72,18 @@ def pretrain(config: Config) -> Result:
         ranks = Ranks.start(config.run.device, config.run.timeout_minutes)
         stack.callback(ranks.stop)
         config.check_ranks(ranks.world_size)
-        return _Run(config, ranks, stack).train()
+        return Run(config, ranks, stack).train()
 
 
-class _Run:
+class Run:
     """One process's part of a run, from an engine that is ready to the last checkpoint."""
 
     def __init__(self, config: Config, ranks: Ranks, stack: ExitStack) -> None:
         self.config, self.ranks = config, ranks
         self.progress, self.window = Progress(), _Window()
+        self.loss: float | None = None
+        self.holdout: HeldOut | None = None
+        self.stopped = False
         self.report = report.Report(ranks.is_main)
         self.began = time.monotonic()
         rng.seed_all(config.run.seed, ranks.rank)
@@ -91,7 +94,9 @@ class _Run:
             stack.callback(folder.release)
         resume_from = ranks.from_main(folder.resume_from if folder is not None else None)
 
-        self.train_data, self.holdout = data.prepare(config.data, ranks, config.run.seed, config.train.global_batch)
+        self.train_data, self.holdout_data = data.prepare(
+            config.data, ranks, config.run.seed, config.train.global_batch
+        )
         tokenizer = self.train_data.tokenizer
         self.model_config = ranks.together(
             lambda: model.transformers_config(
@@ -137,31 +142,32 @@ class _Run:
     # ---------------------------------------------------------------- a run, step by step
 
     def train(self) -> Result:
-        config, progress = self.config, self.progress
-        steps = config.train.steps
-        loss: float | None = None
-        holdout: HeldOut | None = None
-        stopped = False
+        progress, steps = self.progress, self.config.train.steps
         with stop_signals() as stop, self.report.training(steps, progress.step) as bar:
-            while progress.step < steps and not stopped:
-                loss, stopped = self._step(stop)
-                step, last = progress.step, progress.step == steps
-                holdout = self._evaluate() if last or step % config.eval.every == 0 else None
-                if last or stopped or holdout is not None or step % config.tracking.log_every == 0:
-                    metrics = self._log(holdout)
-                    bar.step(step, metrics["loss"], metrics["tokens_per_second"])
-                else:
-                    bar.step(step)
-                if progress.skipped_in_row > config.train.max_nonfinite_steps:
-                    self._give_up()
-                # Weights that are about to be given up are not saved over the last good ones.
-                if last or stopped or (step % config.checkpoint.every == 0 and not progress.skipped_in_row):
-                    self._save()
+            while progress.step < steps and not self.stopped:
+                self.advance(stop, bar)
             self.saver.wait()
-        return self._finish(loss, holdout or (self._evaluate() if progress.step >= steps else None), stop)
+        return self._finish(stop)
 
-    def _step(self, stop: Stop) -> tuple[float, bool]:
-        """One optimizer step: its loss over the global batch, and whether any rank was asked to stop."""
+    def advance(self, stop: Stop, bar: report.Training) -> None:
+        """One step, and the evaluation, the row of metrics and the checkpoint that are due after it."""
+        config, progress = self.config, self.progress
+        self.loss = self._step(stop)
+        step, last = progress.step, progress.step == config.train.steps
+        self.holdout = self._evaluate() if last or step % config.eval.every == 0 else None
+        if last or self.stopped or self.holdout is not None or step % config.tracking.log_every == 0:
+            metrics = self._log(self.holdout)
+            bar.step(step, metrics["loss"], metrics["tokens_per_second"])
+        else:
+            bar.step(step)
+        if progress.skipped_in_row > config.train.max_nonfinite_steps:
+            self._give_up()
+        # Weights that are about to be given up are not saved over the last good ones.
+        if last or self.stopped or (step % config.checkpoint.every == 0 and not progress.skipped_in_row):
+            self._save()
+
+    def _step(self, stop: Stop) -> float:
+        """One optimizer step: its loss over the global batch. Notes whether any rank was asked to stop."""
         began = time.perf_counter()
         config, engine, ranks = self.config, self.engine, self.ranks
         train = config.train
@@ -192,11 +198,12 @@ class _Run:
         engine.zero_grad()
         self.progress.step += 1
         self.window.add(summed, norm, time.perf_counter() - began)
-        return summed, stops > 0
+        self.stopped = stops > 0
+        return summed
 
     def _evaluate(self) -> HeldOut:
         blocks = self.config.eval.batches * self.config.train.global_batch
-        return held_out(self.engine, self.holdout, blocks, self.config.train.micro_batch)
+        return held_out(self.engine, self.holdout_data, blocks, self.config.train.micro_batch)
 
     # ---------------------------------------------------------------- what is kept and shown
 
@@ -292,9 +299,10 @@ class _Run:
         )
         self.report.start(head, held)
 
-    def _finish(self, loss: float | None, holdout: HeldOut | None, stop: Stop) -> Result:
-        config, engine = self.config, self.engine
+    def _finish(self, stop: Stop) -> Result:
+        config, engine, loss = self.config, self.engine, self.loss
         finished = self.progress.step >= config.train.steps
+        holdout = self.holdout or (self._evaluate() if finished else None)
         export = sample = None
         if finished and config.checkpoint.export:
             export = config.folder / "export"

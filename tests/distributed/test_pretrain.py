@@ -70,10 +70,10 @@ def _holdings(rank, world_size, folder):
     from torch.distributed.tensor import DTensor
 
     from shardopt.engines.ranks import Ranks
-    from shardopt.pretrain.loop import _Run
+    from shardopt.pretrain.loop import Run
 
     with ExitStack() as stack:
-        run = _Run(tiny.config(folder, run__name="holdings", train__steps=2), Ranks.start("cpu"), stack)
+        run = Run(tiny.config(folder, run__name="holdings", train__steps=2), Ranks.start("cpu"), stack)
         run.train()
         held = {}
         for s in run.engine.slices():
