@@ -456,10 +456,13 @@ class AdEMAMix(Optimizer):
             return loss
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
-        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            if grad is not None and param not in self.state:
-                self._create_state(param, self._group_of(i))
-        self._current_plan(params).step(grads)
+        plan = self._current_plan(params)
+        missing = [i for i in plan.absent if grads[i] is not None]
+        if missing:
+            for i in missing:
+                self._create_state(params[i], self._group_of(i))
+            plan = self._current_plan(params)
+        plan.step(grads)
         return loss
 
     def _group_of(self, position: int) -> dict[str, Any]:

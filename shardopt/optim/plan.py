@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -94,8 +94,17 @@ class Plan:
             self.positions.append(position)
             self.layouts.append(_resolve(entry, weight, names[param], layouts))
             self.kernels.append(kernels.choose(kernel, weight))
+        planned = set(self.positions)
+        self.absent = [i for i, param in enumerate(params) if i not in planned and param not in seen]
         self._states = [entry.state for entry in self.entries]
-        self._stored = _tensors(self._states)
+        self._all_states = list(state.values())
+        self._filled = sum(map(bool, self._all_states))
+        self._lengths = list(map(len, self._states))
+        keys = {key for entry in self.entries for key in entry.tensors}
+        self._columns = []  # for each state key the dicts that have it and the tensors that they should hold
+        for key in keys:
+            holders = [held for held in self._states if key in held]
+            self._columns.append((itemgetter(key), holders, [held[key] for held in holders]))
         self._params = [entry.param for entry in self.entries]
         self._placed = [hasattr(param, "placements") for param in self._params]
         self._types = [param.dtype for param in self._params]
@@ -107,13 +116,17 @@ class Plan:
         """Whether the parameters and the tensors of their state are still the very same objects."""
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
-        if not all(map(is_, map(state.get, self._params), self._states)):
+        now = state.values()
+        if len(now) != len(self._all_states) or not all(map(is_, now, self._all_states)):
             return False
-        if sum(map(bool, state.values())) != len(self.entries):
+        if sum(map(bool, now)) != self._filled or list(map(len, self._states)) != self._lengths:
             return False
-        stored = _tensors(self._states)
-        if len(stored) != len(self._stored) or not all(map(is_, stored, self._stored)):
-            return False
+        for get, holders, tensors in self._columns:
+            try:
+                if not all(map(is_, map(get, holders), tensors)):
+                    return False
+            except KeyError:
+                return False
         return [param.dtype for param in self._params] == self._types
 
     def held(self) -> Iterator[tuple[Entry, Tensor, list[tuple[int, int, int]]]]:
@@ -384,10 +397,6 @@ def storage_codes(entry: Entry) -> dict[str, int]:
         if key in entry.tensors:
             codes["master_kind"] = kernels.MASTERS[kind]
     return codes
-
-
-def _tensors(states: list[dict[str, Any]]) -> list[Tensor]:
-    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
 def _resolve(
