@@ -1,0 +1,194 @@
+"""DTensor shards: the same bits as unsharded, and state that torch.distributed.checkpoint treats like any other."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import shardopt
+from shardopt.errors import InputError
+from shardopt.optim import states
+from shardopt.slices import layout_of
+from tests.distributed.pool import on_ranks
+
+# Uneven on 2 and 3 ranks; one row leaves shards empty; a vector.
+SHAPES = {"a.weight": (7, 5), "b.weight": (1, 300), "c.weight": (13,), "d.weight": (4, 3, 2)}
+
+
+def whole(seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+
+
+def optimize(named, options, steps, place, start=0):
+    optimizer = shardopt.AdEMAMix(named.items(), lr=0.1, weight_decay=0.1, alpha_warmup=4, seed=5, **options)
+    for step in range(start, start + steps):
+        for name, grad in whole(100 + step, next(iter(named.values())).dtype).items():
+            named[name].grad = place(grad)
+        optimizer.step()
+    return optimizer
+
+
+def shard(rank, size):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (size,))
+    return lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)])
+
+
+def compare_with_unsharded(rank, size, options, dtype):
+    place = shard(rank, size)
+    ours = {name: nn.Parameter(place(value)) for name, value in whole(0, dtype).items()}
+    optimizer = optimize(ours, options, 3, place)
+    full = {name: nn.Parameter(value) for name, value in whole(0, dtype).items()}
+    expected = optimize(full, options, 3, lambda grad: grad)
+    for name, param in ours.items():
+        assert torch.equal(param.full_tensor(), full[name]), name
+        for key, value in optimizer.state[param].items():
+            other = expected.state[full[name]][key]
+            if not isinstance(value, torch.Tensor) or key == "step":
+                assert value == other
+                continue
+            assert type(value) is type(param.detach()), key
+            assert (value.dtype, value.shape) == (other.dtype, other.shape)
+            piece = torch.empty_like(value.to_local())  # not full_tensor(): no backend gathers int16
+            layout_of(param, name).copy_from_whole(piece, other)
+            assert torch.equal(value.to_local(), piece), (name, key)
+    # slices say where each local piece belongs
+    held = {(p.name, p.kind): p for p in states.state_slices(optimizer)}
+    mine = held["a.weight", "m2"]
+    target = torch.full((35,), float("nan"), dtype=mine.tensors[0].dtype)
+    mine.layout.copy_to_whole(mine.tensors[0], target)
+    there = ~target.isnan()
+    assert torch.equal(target[there], expected.state[full["a.weight"]]["m2"].view(-1)[there])
+    sums = torch.stack([optimizer.statistics()[key] for key in ("m1", "m2", "update")])
+    dist.all_reduce(sums)
+    reference = torch.stack([expected.statistics()[key] for key in ("m1", "m2", "update")])
+    torch.testing.assert_close(sums, reference)
+    return int(sum(t.to_local().numel() for t in ours.values()))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"state_dtype": "bf16"}, torch.float32),
+        ({"state_dtype": "bf16", "average_decay": 0.9, "kernel": "torch"}, torch.bfloat16),
+        ({"master_weights": "split"}, torch.bfloat16),
+        ({"capturable": True, "state_dtype": {"nu": "bf16"}}, torch.float32),
+    ],
+    ids=str,
+)
+def test_shards_have_the_bits_of_the_whole(size, options, dtype):
+    options = {**options}
+    assert sum(on_ranks(size, compare_with_unsharded, options, dtype)) == 35 + 300 + 13 + 24
+
+
+def fully_sharded_round_trip(rank, size):
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, init_device_mesh
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    inputs = torch.linspace(-1, 1, 20).view(4, 5)
+
+    def train(net, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            net(inputs).square().mean().backward()
+            optimizer.step()
+
+    def build():
+        net = copy.deepcopy(base)
+        fully_shard(net, mesh=init_device_mesh("cpu", (size,)))
+        return net, shardopt.AdEMAMix(net.named_parameters(), lr=0.05, state_dtype="bf16")
+
+    net, optimizer = build()
+    before = [p.full_tensor().clone() for p in net.parameters()]
+    get_optimizer_state_dict(net, optimizer)  # creates the state
+    assert {s["step"] for s in optimizer.state.values()} == {0}
+    assert all(torch.equal(p.full_tensor(), b) for p, b in zip(net.parameters(), before, strict=True))
+    train(net, optimizer, 3)
+    for full in (False, True):
+        options = StateDictOptions(full_state_dict=full)
+        saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer, options=options))
+        twin, other = build()
+        twin.load_state_dict(net.state_dict())
+        set_optimizer_state_dict(twin, other, saved, options=options)
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            assert isinstance(other.state[q]["m2"], DTensor)
+            assert other.state[q]["m2"].dtype == torch.bfloat16
+            assert torch.equal(other.state[q]["m2"].to_local(), optimizer.state[p]["m2"].to_local())
+            assert other.state[q]["step"] == 3
+    continued = [train(net, optimizer, 2), train(twin, other, 2)]
+    assert all(
+        torch.equal(p.to_local(), q.to_local()) for p, q in zip(net.parameters(), twin.parameters(), strict=True)
+    )
+    # an unsharded state dict is cut to the shard
+    plain = copy.deepcopy(base)
+    single = shardopt.AdEMAMix(plain.named_parameters(), lr=0.05, state_dtype="bf16")
+    train(plain, single, 2)
+    other.load_state_dict(single.state_dict())
+    for p, q in zip(plain.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(other.state[q]["nu"].full_tensor(), single.state[p]["nu"])
+    return len(continued)
+
+
+def test_fsdp2_and_distributed_checkpoint():
+    assert on_ranks(2, fully_sharded_round_trip) == [2, 2]
+
+
+def take_over_adamw(rank, size):
+    place = shard(rank, size)
+    params = {name: nn.Parameter(place(value)) for name, value in whole(0, torch.float32).items()}
+    full = {name: nn.Parameter(value) for name, value in whole(0, torch.float32).items()}
+    switched = []
+    for named, put in ((params, place), (full, lambda grad: grad)):
+        adamw = torch.optim.AdamW(named.items(), lr=0.1)
+        for name, grad in whole(1, torch.float32).items():
+            named[name].grad = put(grad)
+        adamw.step()
+        optimizer = shardopt.AdEMAMix.from_adamw(adamw, state_dtype="bf16", alpha_warmup=3)
+        for name, grad in whole(2, torch.float32).items():
+            named[name].grad = put(grad)
+        optimizer.step()
+        switched.append(optimizer)
+    for name, param in params.items():
+        assert torch.equal(param.full_tensor(), full[name])
+        assert torch.equal(switched[0].state[param]["nu"].full_tensor(), switched[1].state[full[name]]["nu"])
+        assert switched[0].state[param]["schedule_step"] == 1
+    return True
+
+
+def test_from_adamw_on_shards():
+    assert on_ranks(2, take_over_adamw) == [True, True]
+
+
+def refuse_columns(rank, size):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (size,))
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
+    param.grad = distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)])
+    rounded = shardopt.AdEMAMix([("w", param)], state_dtype="bf16")
+    with pytest.raises(InputError, match="stochastic rounding cannot place w: .* use state_dtype='fp32'"):
+        rounded.step()
+    exact = shardopt.AdEMAMix([("w", param)])
+    exact.step()  # nothing is rounded: where the elements belong does not matter
+    assert exact.state[param]["m1"].placements == (Shard(1),)
+    misplaced = shardopt.AdEMAMix([("w", param)])
+    param.grad = distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)])
+    with pytest.raises(InputError, match="gradient of w is placed as"):
+        misplaced.step()
+    return True
+
+
+def test_placements_that_cannot_be_described_are_refused_where_it_matters():
+    assert on_ranks(2, refuse_columns) == [True, True]
