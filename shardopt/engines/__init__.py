@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from shardopt.engines.ddp import DdpConfig
+from shardopt.engines.deepspeed.config import DeepspeedConfig
 from shardopt.engines.fsdp import FsdpConfig
 from shardopt.engines.single import SingleConfig
 from shardopt.engines.zero.engine import ZeroConfig
@@ -13,7 +14,7 @@ from shardopt.engines.zero.engine import ZeroConfig
 if TYPE_CHECKING:
     from shardopt.engines.base import Engine, EngineInputs
 
-EngineConfig = SingleConfig | DdpConfig | ZeroConfig | FsdpConfig
+EngineConfig = SingleConfig | DdpConfig | ZeroConfig | FsdpConfig | DeepspeedConfig
 
 # The class that each configuration builds, imported when it is chosen.
 _ENGINES = {
@@ -21,6 +22,7 @@ _ENGINES = {
     DdpConfig: "shardopt.engines.ddp:DdpEngine",
     ZeroConfig: "shardopt.engines.zero:ZeroEngine",
     FsdpConfig: "shardopt.engines.fsdp:FsdpEngine",
+    DeepspeedConfig: "shardopt.engines.deepspeed.engine:DeepspeedEngine",
 }
 
 

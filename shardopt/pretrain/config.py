@@ -184,6 +184,9 @@ class Config(Section):
                 f"{self.train.micro_batch} over {world_size} ranks; make it a multiple of {a_round}, or change "
                 f"train.micro_batch"
             )
+        check = getattr(self.engine, "check_run", None)
+        if check is not None:
+            check(self.train.global_batch, self.train.micro_batch, world_size)
 
     @property
     def folder(self) -> Path:

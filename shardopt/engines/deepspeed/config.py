@@ -1,0 +1,227 @@
+"""The deepspeed engine's section of a run's config, and the DeepSpeed configuration that comes of it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from shardopt.engines.base import DtypeName, check_choice
+from shardopt.errors import InputError, MissingExtraError
+
+# What a user's own configuration must not turn on, and what to do instead. A key that is absent, "auto" or off is
+# fine; `None` as the allowed value refuses the key whatever it says.
+_FORBIDDEN: dict[str, tuple[Any, str]] = {
+    "optimizer": (None, "DeepSpeed would put that one in the place of the run's: the optimizer section decides"),
+    "scheduler": (None, "the schedule section of the run decides the learning rate"),
+    "gradient_clipping": (0, "train.grad_clip decides, and this engine clips"),
+    "bf16.bf16_optimizer_states": (
+        False,
+        "it keeps state in bf16 without stochastic rounding or masters; optimizer.state_dtype: bf16 does it right",
+    ),
+    "bf16.bf16_master_weights_and_grads": (False, "masters and gradients are fp32 here"),
+    "zero_force_ds_cpu_optimizer": (False, "DeepSpeedCPUAdam would take the place of the run's optimizer"),
+    "zero_allow_untested_optimizer": (True, "DeepSpeed refuses every optimizer but its own without it"),
+    "data_types.grad_accum_dtype": ("fp32", "gradients are accumulated in fp32 here"),
+    "gradient_allreduce_op": ("mean", "the engine undoes the mean itself"),
+    "managed_gradient_accumulation": (True, "the engine drives the accumulation boundary"),
+    "fp16.enabled": (False, "use engine.compute_dtype: bf16, which needs no loss scaling"),
+    "amp.enabled": (False, "use engine.compute_dtype: bf16"),
+    "torch_autocast.enabled": (False, "use engine.compute_dtype: bf16"),
+    "zero_optimization.offload_optimizer.ratio": (1.0, "DeepSpeed would update the rest with an AdamW of its own"),
+    "zero_optimization.offload_optimizer.super_offload": (False, "it needs DeepSpeed's own Adam"),
+    "zero_optimization.offload_param.device": ("none", "offloaded weights are not supported; use more ranks"),
+    "zero_optimization.zenflow": (None, "it replaces the optimizer's step"),
+    "zero_optimization.zero_hpz_partition_size": (1, "secondary partitions are not supported"),
+    "zero_optimization.zero_quantized_weights": (False, "quantised weights are not supported"),
+    "zero_optimization.zero_quantized_nontrainable_weights": (False, "quantised weights are not supported"),
+    "zero_optimization.zero_quantized_gradients": (False, "quantised gradients are not supported"),
+    "tensor_parallel.autotp_size": (1, "tensor parallelism is not supported"),
+    "sequence_parallel_size": (1, "sequence parallelism is not supported"),
+    "hybrid_engine.enabled": (False, "it is for inference within training"),
+    "compression_training": (None, "it changes the weights between steps"),
+    "sparse_gradients": (False, "sparse gradients are not supported"),
+    "data_efficiency.enabled": (False, "the data section decides the order of the data"),
+    "curriculum_learning.enabled": (False, "the data section decides the order of the data"),
+}
+_BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+# DeepSpeed passes over a top-level key that it does not know, so that a typo would go unnoticed.
+_KNOWN = {
+    *(key.split(".")[0] for key in _FORBIDDEN), *_BATCHES, "zero_optimization", "bf16", "fp16", "amp", "data_types",
+    "communication_data_type", "seq_parallel_communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown",
+    "activation_checkpointing", "comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet",
+    "autotuning", "aio", "checkpoint", "compile", "timers", "log_level", "disable_allgather", "disable_python_gc",
+    "dataloader_drop_last", "elasticity", "nebula", "zero_optimization_stage", "use_data_before_expert_parallelism",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DeepspeedConfig:
+    """DeepSpeed's ZeRO-1, 2 or 3, with the run's optimizer as its client optimizer."""
+
+    name: Literal["deepspeed"] = "deepspeed"
+    stage: Literal[1, 2, 3] = 2
+    """1 shards the optimizer's state, 2 gradients too, 3 weights too."""
+    compute_dtype: DtypeName = "auto"
+    """Forward and backward; bf16 keeps fp32 masters. "auto" is what `config` says, else bf16 on a GPU."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Gradients on the wire."""
+    overlap_comm: bool = True
+    """Reduce gradients while backward runs (on a GPU; the CPU has one stream). `config` goes first."""
+    bucket_mb: float = 25.0
+    """Size of a gradient bucket, in fp32. `config` goes first."""
+    offload_optimizer: bool = False
+    """Keep masters and optimizer state in CPU memory, where our own CPU kernel steps."""
+    config: str | dict[str, Any] | None = None
+    """A DeepSpeed configuration of your own, a path or the keys themselves, to which the above is added."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        check_choice(self, stage=(1, 2, 3), compute_dtype=("auto", "fp32", "bf16"), reduce_dtype=("fp32", "bf16"))
+        if self.bucket_mb <= 0:
+            raise InputError(f"engine.bucket_mb: {self.bucket_mb} must be greater than 0")
+        _Given(self.config).check(self)
+
+    def check_run(self, global_batch: int, micro_batch: int, world_size: int) -> None:
+        """What only the start of a run can tell.
+
+        Raises:
+            MissingExtraError: DeepSpeed is not installed.
+            InputError: batch sizes in `config` that are not the run's.
+        """
+        if importlib.util.find_spec("deepspeed") is None:
+            raise MissingExtraError("deepspeed", "deepspeed")
+        given = _Given(self.config)
+        own = (global_batch, micro_batch, global_batch // (micro_batch * world_size))
+        for key, value in zip(_BATCHES, own, strict=True):
+            if given.get(key) not in (None, value):
+                raise InputError(
+                    f"{given.where(key)} is {given.get(key)}, but train.global_batch = {global_batch} and "
+                    f"train.micro_batch = {micro_batch} on {world_size} ranks make it {value}: remove it, or write "
+                    f'"auto"'
+                )
+
+    def dtype_name(self) -> DtypeName:
+        """`compute_dtype`, or what `config` says of bf16 where that is "auto"."""
+        enabled = _Given(self.config).get("bf16.enabled")
+        if self.compute_dtype != "auto" or enabled is None:
+            return self.compute_dtype
+        return "bf16" if enabled else "fp32"
+
+    def merged(self, bf16: bool, pin_memory: bool) -> dict[str, Any]:
+        """The configuration for deepspeed.initialize: the user's own, and what this engine needs."""
+        given = _Given(self.config)
+        tree = given.without_auto()
+        for key in _BATCHES:
+            tree.pop(key, None)
+        # The loop drives the boundary and normalises by tokens: DeepSpeed is to count and divide by nothing.
+        tree |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+        tree |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        tree["data_types"] = tree.get("data_types", {}) | {"grad_accum_dtype": "fp32"}
+        tree["bf16"] = tree.get("bf16", {}) | {"enabled": bf16}
+        tree.setdefault("communication_data_type", self.reduce_dtype)
+        zero = dict(tree.get("zero_optimization", {}))
+        zero["stage"] = self.stage
+        zero.setdefault("overlap_comm", self.overlap_comm)
+        zero.setdefault("reduce_bucket_size", int(self.bucket_mb * 2**18))
+        if self.offload_optimizer:
+            zero["offload_optimizer"] = (
+                {"pin_memory": pin_memory} | zero.get("offload_optimizer", {}) | {"device": "cpu"}
+            )
+        tree["zero_optimization"] = zero
+        return tree
+
+
+class _Given:
+    """The user's own DeepSpeed configuration, which says where each of its keys stands."""
+
+    def __init__(self, config: str | dict[str, Any] | None) -> None:
+        self.path, self.text = None, ""
+        self.tree: dict[str, Any] = config if isinstance(config, dict) else {}
+        if isinstance(config, str):
+            self.path = Path(config).expanduser()
+            try:
+                self.text = self.path.read_text(encoding="utf-8")
+                tree = json.loads(self.text)
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"engine.config: cannot read {config}: {error}") from error
+            except json.JSONDecodeError as error:
+                raise InputError(f"engine.config: {config} line {error.lineno} is not JSON: {error.msg}") from error
+            if not isinstance(tree, dict):
+                raise InputError(f"engine.config: {config} must hold a JSON object")
+            self.tree = tree
+
+    def get(self, key: str) -> Any:
+        """The value at a dotted key; None where it is absent or "auto"."""
+        node: Any = self.tree
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return None if node == "auto" else node
+
+    def where(self, key: str) -> str:
+        """The key as a message names it, with the file's line."""
+        if self.path is None:
+            return f"engine.config: {key}"
+        position = 0
+        for part in key.split("."):
+            position = max(position, self.text.find(f'"{part}"', position))
+        return f"{self.path} line {self.text.count(chr(10), 0, position) + 1}: {key}"
+
+    def check(self, config: DeepspeedConfig) -> None:
+        """Raise InputError for the first key that the engine cannot honour."""
+        for key in self.tree.keys() - _KNOWN:
+            near = difflib.get_close_matches(key, _KNOWN, 1)
+            hint = f"did you mean {near[0]}?" if near else "remove it"
+            raise InputError(f"{self.where(key)}: DeepSpeed has no such key; {hint}")
+        for key, (allowed, instead) in _FORBIDDEN.items():
+            value = self.get(key)
+            if value is not None and (allowed is None or value != allowed):
+                raise InputError(f"{self.where(key)} cannot be {_short(value)}: {instead}; remove it")
+        device = self.get("zero_optimization.offload_optimizer.device")
+        agree: Iterator[tuple[str, Any, str, Any]] = iter(
+            [
+                ("zero_optimization.stage", self.get("zero_optimization.stage"), "stage", config.stage),
+                ("bf16.enabled", self.get("bf16.enabled"), "compute_dtype", config.compute_dtype),
+                (
+                    "zero_optimization.offload_optimizer.device",
+                    None if device is None else device != "none",
+                    "offload_optimizer",
+                    config.offload_optimizer,
+                ),
+                ("communication_data_type", self.get("communication_data_type"), "reduce_dtype", config.reduce_dtype),
+            ]
+        )
+        if device not in (None, "none", "cpu"):
+            raise InputError(
+                f"{self.where('zero_optimization.offload_optimizer.device')} cannot be {device}: state is offloaded to "
+                f"the cpu only"
+            )
+        for key, value, field, ours in agree:
+            if field == "compute_dtype":
+                ours = value if ours == "auto" else ours == "bf16"
+            if value is not None and value != ours:
+                raise InputError(
+                    f"{self.where(key)} is {_short(self.get(key))}, which is not engine.{field} = "
+                    f"{getattr(config, field)}: change one of them"
+                )
+
+    def without_auto(self) -> dict[str, Any]:
+        """A deep copy without the keys that are "auto"."""
+
+        def copy(node: Any) -> Any:
+            if isinstance(node, dict):
+                return {key: copy(value) for key, value in node.items() if value != "auto"}
+            return node
+
+        return copy(self.tree)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
