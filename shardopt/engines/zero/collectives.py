@@ -18,6 +18,9 @@ from torch import Tensor
 
 # Messages for one rank, in order: together they are that rank's part of a bucket.
 Part = Sequence[Tensor]
+# Renamed in torch 2.13.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _STRETCH = 1 << 17  # elements; half a MiB in fp32
 
 
@@ -207,7 +210,7 @@ class _NativeReduction(Reduction):
             self.work = dist.all_to_all_single(self.received, flat, group=door.group, async_op=True)
         else:
             self.received = flat.new_empty(flat.numel() // door.size)
-            self.work = dist.reduce_scatter_tensor(self.received, flat, group=door.group, async_op=True)
+            self.work = _reduce_scatter(self.received, flat, group=door.group, async_op=True)
         door.reduce_bytes += flat.nbytes // door.size * (door.size - 1)
 
     def held_bytes(self) -> int:
@@ -237,7 +240,7 @@ class Native(Collectives):
     def all_gather(self, flat: Tensor) -> Callable[[], None]:
         part = flat.numel() // self.size
         own = flat[self.rank * part : (self.rank + 1) * part]
-        work = dist.all_gather_into_tensor(flat, own, group=self.group, async_op=True)
+        work = _all_gather(flat, own, group=self.group, async_op=True)
         self.gather_bytes += own.nbytes * (self.size - 1)
         return lambda: wait(work, self.timeout, "the all-gather")
 

@@ -82,7 +82,7 @@ class ZeroEngine(Engine):
                 reduce_dtype=config.reduce_dtype,
                 process_group=mesh,
                 model=self.model,
-                overlap_gather=True,
+                overlap_gather=inputs.blocks,
                 **spec.kwargs,
             )
         except TypeError as error:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -60,9 +59,12 @@ class ZeroOptimizer(Optimizer):
         process_group: the ranks to shard over; None is all of them. A two-dimensional DeviceMesh
             (replicate, shard) shards over its second dimension and keeps replicas over the first.
         model: registration order, buffers and module hooks, where `params` is not the model itself.
-        gradients: "own" reduces here; "host" takes them as some host (DDP) has already reduced them.
-        overlap_gather: let `step` return while updated weights are still on their way: each module's forward
-            waits for its own. Until then read weights through the modules' forward, `state_dict` or this class.
+        gradients: "own" watches autograd and reduces; "host" takes `.grad` as some host (DDP) has already reduced
+            it; "delivered" reduces what `deliver` is given (see shardopt.hooks.reduce_scatter_into).
+        overlap_gather: modules (transformer blocks) that are alone in using their own weights. `step` then returns
+            while updated weights are on their way; the forward of each waits for its own, the model's for the
+            rest. To read weights otherwise, between a step and the next forward, call `wait` first;
+            `state_dict` and this class do. Needs the model.
         timeout: of every wait; None is the process group's own.
         **optimizer_kwargs: hyper-parameters of `optimizer_class`.
 
@@ -80,14 +82,14 @@ class ZeroOptimizer(Optimizer):
         reduce_dtype: Literal["fp32", "bf16"] = "fp32",
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         model: nn.Module | None = None,
-        gradients: Literal["own", "host"] = "own",
-        overlap_gather: bool = False,
+        gradients: Literal["own", "host", "delivered"] = "own",
+        overlap_gather: Sequence[nn.Module] = (),
         timeout: timedelta | None = None,
         **optimizer_kwargs: Any,
     ) -> None:
         check_settings("", stage=stage, bucket_mb=bucket_mb, reduce_dtype=reduce_dtype)
-        if gradients not in ("own", "host"):
-            raise InputError(f"gradients must be 'own' or 'host', got {gradients!r}")
+        if gradients not in ("own", "host", "delivered"):
+            raise InputError(f"gradients must be 'own', 'host' or 'delivered', got {gradients!r}")
         if gradients == "host" and stage == 2:
             raise InputError("gradients='host' needs stage=1: the host keeps whole gradients on every rank")
         self.stage, self.gradients, self.timeout = stage, gradients, timeout
@@ -112,9 +114,12 @@ class ZeroOptimizer(Optimizer):
         self._layouts: list[Layout] = []
         for index in range(len(self._named)):
             self._slices.append(self._slice(index))
-        index_of = {param: i for i, (_, param) in enumerate(self._named)}
+        self._index_of: dict[Tensor, int] = {param: i for i, (_, param) in enumerate(self._named)}
         self.inner = optimizer_class(
-            [{**group, "params": [(name, self._slices[index_of[p]]) for name, p in pairs]} for group, pairs in groups],
+            [
+                {**group, "params": [(name, self._slices[self._index_of[p]]) for name, p in pairs]}
+                for group, pairs in groups
+            ],
             **optimizer_kwargs,
         )
         self.explicit_layouts: dict[Tensor, states.Layouts] = dict(zip(self._slices, self._layouts, strict=True))
@@ -132,10 +137,14 @@ class ZeroOptimizer(Optimizer):
         self._norm: float | None = None  # agreed by all ranks on the gradients held now
         self._scale = 1.0
         self._failure: BaseException | None = None
-        self._gathers: deque[tuple[Bucket, Callable[[], None]]] = deque()
-        self.overlap_gather = overlap_gather
+        self._gathers: dict[int, Callable[[], None]] = {}  # by bucket
+        # The embedding, first in forward, is registered first and lies in the last bucket.
+        self._gather_order = list(range(len(self.buckets)))[::-1]
+        self.overlap_gather = bool(overlap_gather)
         if self.model is not None:
-            self._guard(self.model)
+            self._guard(self.model, overlap_gather)
+        elif overlap_gather:
+            raise InputError("overlap_gather needs the model: give model=")
         super().__init__([{"params": self._slices}], self.inner.defaults)
 
     # The groups and the state are the inner optimizer's, so that a scheduler's lr reaches it and both can be
@@ -231,6 +240,17 @@ class ZeroOptimizer(Optimizer):
 
         return hook
 
+    def deliver(self, param: Tensor, gradient: Tensor) -> None:
+        """Take one micro-batch's gradient of `param` from a host; every rank delivers every parameter.
+
+        `gradient` must not change until the last of the micro-batch's gradients has been delivered.
+        """
+        self._usable()
+        self._norm = None
+        self.reducer.ready(self._index_of[param], gradient)
+        if self.reducer.all_sent:
+            self._finish_round()
+
     @property
     def _reduces(self) -> bool:
         return self.stage == 2 or self._context is not False
@@ -288,12 +308,12 @@ class ZeroOptimizer(Optimizer):
                 self._take_from_host()
             elif not reducer.rounds or not reducer.idle:
                 self._finish_round()
-            fresh = self.gradients == "own"
+            fresh = self.gradients != "host"
             if self._replicate.size > 1:
                 for storage in reducer.storage.values():
                     self._replicate.sum(storage)
                 fresh = False
-            self._scale = 1.0 / self.divide if self.gradients == "own" else 1.0
+            self._scale = 1.0 if self.gradients == "host" else 1.0 / self.divide
             if reducer.hooks:
                 self._apply_scale()
                 for bucket in self.buckets:
@@ -382,9 +402,8 @@ class ZeroOptimizer(Optimizer):
                 self._own(self.buckets[bucket_index]).copy_(master)
             for param in self._slices:
                 param.grad = None
-            # The embedding, first in forward, is registered first and lies in the last bucket.
-            for bucket in reversed(self.buckets):
-                self._gathers.append((bucket, self._shard.all_gather(self._flats[bucket.index])))
+            for index in self._gather_order:
+                self._gathers[index] = self._shard.all_gather(self._flats[index])
             if not self.overlap_gather:
                 self.wait()
         except BaseException as error:
@@ -426,24 +445,35 @@ class ZeroOptimizer(Optimizer):
 
     # Reading the weights
 
-    def wait(self, until: int | None = None) -> None:
-        """Wait for the weights that are on their way, all of them or those up to bucket `until`."""
-        while self._gathers:
-            bucket, finish = self._gathers.popleft()
+    def wait(self, buckets: Iterable[int] | None = None) -> None:
+        """Wait for updated weights that are on their way, all of them or those of some buckets."""
+        for index in list(self._gathers) if buckets is None else buckets:
+            finish = self._gathers.pop(index, None)
+            if finish is None:
+                continue
             try:
                 finish()
             except PeerError as error:
-                self._failure = PeerError(f"updated weights of {bucket}: {error}")
+                self._failure = PeerError(f"updated weights of {self.buckets[index]}: {error}")
                 raise self._failure from error
-            if bucket.index == until:
-                break
 
-    def _guard(self, model: nn.Module) -> None:
+    def _guard(self, model: nn.Module, overlapped: Sequence[nn.Module]) -> None:
         """Make what reads or replaces the weights by way of the module wait for them."""
-        self._handles.append(model.register_forward_pre_hook(lambda *_: self.wait()))
         self._handles.append(model.register_state_dict_pre_hook(lambda *_: self.wait()))
         self._handles.append(model.register_load_state_dict_pre_hook(lambda *_: self.wait()))
         self._handles.append(model.register_load_state_dict_post_hook(lambda *_: self.refresh_masters()))
+        if not overlapped:
+            return
+        bucket_of = {param: self._members[i][0].index for i, (_, param) in enumerate(self._named)}
+        inside = [sorted({bucket_of[p] for p in m.parameters() if p in bucket_of}, reverse=True) for m in overlapped]
+        alone = {p for module in overlapped for p in module.parameters()}
+        first = sorted({b for p, b in bucket_of.items() if p not in alone}, reverse=True)
+        self._gather_order = list(dict.fromkeys([*first, *(b for needed in inside for b in needed)]))
+        for module, needed in ((model, first), *zip(overlapped, inside, strict=True)):
+            self._handles.append(module.register_forward_pre_hook(self._waiter(needed)))
+
+    def _waiter(self, buckets: list[int]) -> Callable[..., None]:
+        return lambda *_: self.wait(buckets)
 
     @torch.no_grad()
     def refresh_masters(self) -> None:
@@ -503,6 +533,16 @@ class ZeroOptimizer(Optimizer):
     def wire_bytes(self) -> dict[str, int]:
         """Bytes that this rank has sent since construction, by leg."""
         return {"reduce": self._shard.reduce_bytes, "gather": self._shard.gather_bytes}
+
+    @property
+    def trained(self) -> set[Tensor]:
+        """The model's parameters that this optimizer updates."""
+        return set(self._index_of)
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup | None:
+        """The ranks over which state and gradients are cut; None for one process alone."""
+        return self._shard.group
 
     def add_hook(self, hook: GradientHook) -> None:
         """Let `hook` change gradients before they are sent and after they are reduced; on every rank alike."""

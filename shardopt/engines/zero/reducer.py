@@ -75,6 +75,7 @@ class Reducer:
             used[wide] += bucket.part
         self.norms: list[Tensor | None] = [None] * len(buckets)
         self._wire = [b.dtype if b.dtype.itemsize <= reduce_dtype.itemsize else reduce_dtype for b in buckets]
+        self._order = [m.index for b in buckets for m in b.members]
         self._bucket_of = {m.index: b for b in buckets for m in b.members}
         self._plans = [self._plan(b) for b in buckets] if collectives.takes_messages else []
         # What may be alive besides the owned slice: the bucket being filled, and those on their way.
@@ -111,7 +112,7 @@ class Reducer:
     def _begin(self) -> None:
         self._remaining = [len(b.members) for b in self.buckets]
         self._seen: set[int] = set()
-        self._next = 0
+        self._next = self._expected = 0
         self._flying: deque[tuple[Bucket, Reduction]] = deque()
         self._waiting_bytes = self._flying_bytes = 0
 
@@ -119,6 +120,11 @@ class Reducer:
     def idle(self) -> bool:
         """Whether no round has begun."""
         return not self._seen and self._next == 0
+
+    @property
+    def all_sent(self) -> bool:
+        """Whether this round's last bucket is on its way."""
+        return self._next == len(self.buckets)
 
     def ready(self, index: int, gradient: Tensor | None = None) -> None:
         """Parameter `index` has this backward's gradient: in `.grad`, or `gradient` where a host has it."""
@@ -137,9 +143,13 @@ class Reducer:
         self._seen.add(index)
         self._remaining[bucket.index] -= 1
         self._waiting_bytes += self.params[index].nbytes
-        self._make_room(0)
         while self._next < len(self.buckets) and not self._remaining[self._next]:
             self._launch(self.buckets[self._next])
+        # Autograd allocates the next gradient before it says so.
+        while self._expected < len(self._order) and self._order[self._expected] in self._seen:
+            self._expected += 1
+        if self._expected < len(self._order):
+            self._make_room(self.params[self._order[self._expected]].nbytes)
 
     def finish_round(self) -> None:
         """Send what is left and wait for all of it. A collective."""
@@ -163,7 +173,7 @@ class Reducer:
                 gradient = self.delivered.pop(m.index, None)
                 if gradient is None:
                     gradient = self.params[m.index].grad
-                self.params[m.index].grad = None
+                    self.params[m.index].grad = None
                 if gradient is not None:
                     if gradient.layout != torch.strided:
                         raise InputError(f"{m.name} has a sparse gradient: use dense ones (Embedding(sparse=False))")
