@@ -104,6 +104,7 @@ class Run:
             )
         )
         meta = model.meta_model(self.model_config)
+        self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
         if config.train.activation_checkpointing:
             meta.gradient_checkpointing_enable({"use_reentrant": False})
         self.engine = engines.build(
@@ -287,7 +288,7 @@ class Run:
         head = report.Head(
             run_name=config.run.name,
             folder=config.folder,
-            parameters=sum(p.numel() for p in engine.model.parameters()),
+            parameters=self.parameters,
             engine=engine.name,
             world_size=self.ranks.world_size,
             device=self.ranks.device.type,

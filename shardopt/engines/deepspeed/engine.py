@@ -21,7 +21,7 @@ from shardopt.engines.base import Engine, EngineInputs, compute_dtype
 from shardopt.engines.deepspeed.config import DeepspeedConfig
 from shardopt.engines.deepspeed.layouts import Partitions
 from shardopt.errors import InputError, MissingExtraError
-from shardopt.optim import states
+from shardopt.optim import precision, states
 from shardopt.slices import Slice, named_parameters
 
 
@@ -38,6 +38,13 @@ class DeepspeedEngine(Engine):
                 f"engine.name: deepspeed cannot shard {spec.cls.__name__}: {spec.reason}; choose ddp or another "
                 f"optimizer"
             )
+        kept = spec.kwargs.get("state_dtype", "fp32")
+        for dtype_name in kept.values() if isinstance(kept, dict) else (kept,):
+            if dtype_name in precision.BLOCK_FORMATS:
+                raise InputError(
+                    f"optimizer.state_dtype: {dtype_name} has a scale a block of one parameter, but DeepSpeed's flat "
+                    f"partitions hold several: use bf16, or another engine"
+                )
         deepspeed = _import(ranks.device)
         dtype = compute_dtype(config.dtype_name(), ranks.device)
         inputs.initialise(model)
@@ -54,6 +61,7 @@ class DeepspeedEngine(Engine):
             raise InputError(f"engine.config: DeepSpeed refuses this configuration: {error}") from error
         self.model = self._deepspeed
         self.partitions = Partitions(self.model, self.optimizer, model)
+        self.partitions.fill_groups()
         self._restore(exact)
         self._trained = [(n, p) for n, p in named if p.requires_grad]
         self._used: set[str] = set()
@@ -103,7 +111,8 @@ class DeepspeedEngine(Engine):
         return norm
 
     def step(self) -> None:
-        self._deepspeed.step()
+        with self.partitions.in_groups(False):
+            self._deepspeed.step()
         if not self._deepspeed.was_step_applied():
             raise RuntimeError("DeepSpeed skipped a step whose gradient is finite")
         for name in self._unused:
@@ -143,15 +152,13 @@ class DeepspeedEngine(Engine):
     # ---------------------------------------------------------------- state
 
     def init_state(self) -> None:
-        with self.partitions.in_groups():
-            states.init_state(self.optimizer)
+        states.init_state(self.optimizer)
 
     def slices(self) -> list[Slice]:
         return self.partitions.slices()
 
     def scalar_state(self) -> dict[str, dict[str, int | float]]:
-        with self.partitions.in_groups():
-            scalars = super().scalar_state()
+        scalars = super().scalar_state()
         for name, missed in self._missed.items():
             for key in scalars.get(name, {}).keys() & {"step", "schedule_step"}:
                 scalars[name][key] -= missed
@@ -168,16 +175,7 @@ class DeepspeedEngine(Engine):
                 leading[name] = first
                 if missed := int(first.get("step", 0) - entry.get("step", 0)):
                     self._missed[name] = missed
-        with self.partitions.in_groups():
-            super().load_scalar_state(leading)
-
-    def statistics(self) -> dict[str, Tensor]:
-        with self.partitions.in_groups():
-            return super().statistics()
-
-    def schedule_values(self) -> dict[str, float]:
-        with self.partitions.in_groups():
-            return super().schedule_values()
+        super().load_scalar_state(leading)
 
     def gradient_bytes(self) -> int:
         return self.partitions.stage.gradient_bytes()

@@ -81,16 +81,21 @@ class Partitions:
                 set_layout(tensor, layouts)
 
     @contextmanager
-    def in_groups(self) -> Iterator[None]:
-        """The partitions in the client's parameter groups; stage 3 takes them out again between steps."""
+    def in_groups(self, present: bool = True) -> Iterator[None]:
+        """The partitions in the client's parameter groups, or not: stage 3 wants to put each there for its own step."""
         kept = [group["params"] for group in self.optimizer.param_groups]
-        for i, group in enumerate(self.optimizer.param_groups):
-            group["params"] = [flat.tensor for flat in self.flats if flat.group == i]
+        if present or self.stage.empties_groups:
+            self.fill_groups(present)
         try:
             yield
         finally:
             for group, params in zip(self.optimizer.param_groups, kept, strict=True):
                 group["params"] = params
+
+    def fill_groups(self, present: bool = True) -> None:
+        """Put the partitions into the client's parameter groups, or take them out."""
+        for i, group in enumerate(self.optimizer.param_groups):
+            group["params"] = [flat.tensor for flat in self.flats if flat.group == i and present]
 
     def weight_slices(self) -> list[Slice]:
         """The fp32 masters held here, and the frozen parameters in the dtype that they have."""
@@ -137,6 +142,8 @@ class Partitions:
 
 class _Stage(abc.ABC):
     """Where one class of DeepSpeed's ZeRO optimizers keeps its things."""
+
+    empties_groups = False  # whether the client has parameters only while it steps
 
     def __init__(self, zero: Any, names: Mapping[Tensor, str]) -> None:
         self.zero, self.names = zero, names
@@ -263,6 +270,8 @@ class _Bf16(_Stage):
 
 class _Stage3(_Stage):
     """DeepSpeedZeroOptimizer_Stage3: each parameter is cut by itself, and padded to the world size."""
+
+    empties_groups = True
 
     def _layout(self, param: Any, local_start: int) -> Layout:
         size = param.ds_tensor.ds_numel
