@@ -1,0 +1,341 @@
+"""AdEMAMix in HF Trainer: one line, or a thin subclass.
+
+    trainer = Trainer(model=model, args=args, ..., optimizer_cls_and_kwargs=shardopt_optimizer(args, alpha=8.0))
+    trainer = AdEMAMixTrainer(model=model, args=args, ..., ademamix={"alpha": 8.0})
+
+Both work under plain torchrun, accelerate's FSDP2 and DeepSpeed ZeRO-1/2/3. docs/transformers.md tells the rest.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, get_last_checkpoint
+
+from shardopt.errors import InputError
+from shardopt.integrations import accelerate as hosts
+from shardopt.optim import registry
+from shardopt.optim.ademamix import AdEMAMix
+from shardopt.slices import canonical_name
+
+SLICES = "shardopt"
+"""The folder in checkpoint-N that holds every rank's slices."""
+
+_FROM_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay", "seed": "seed"}
+_WARMUPS = ("alpha_warmup", "beta3_warmup")
+
+
+@dataclass
+class AdEMAMixArguments:
+    """AdEMAMix's own settings for HfArgumentParser; lr, weight decay and seed are TrainingArguments'."""
+
+    alpha: float = field(default=5.0, metadata={"help": "Weight of the slow average."})
+    beta3: float = field(default=0.9999, metadata={"help": "Decay of the slow average."})
+    alpha_warmup: str = field(
+        default="total", metadata={"help": "Steps over which alpha rises: a number, 'total' or 'none'."}
+    )
+    beta3_warmup: str = field(
+        default="total", metadata={"help": "Steps over which beta3 rises: a number, 'total' or 'none'."}
+    )
+    state_dtype: str = field(default="fp32", metadata={"help": "fp32, bf16, bf16_block or int8."})
+    master_weights: str = field(default="none", metadata={"help": "For 16-bit weights: none, fp32 or split."})
+
+
+def shardopt_optimizer(
+    args: TrainingArguments, settings: AdEMAMixArguments | None = None, **overrides: Any
+) -> tuple[Any, dict[str, Any]]:
+    """What `Trainer(optimizer_cls_and_kwargs=...)` takes.
+
+    lr, weight decay, beta1, beta2, eps and the seed come from `args` (learning_rate, weight_decay, adam_beta1,
+    adam_beta2, adam_epsilon, seed); weight decay goes where the Trainer's `get_decay_parameter_names` says. alpha
+    and beta3 warm up over the whole training, however its length was given, unless they are set.
+
+    Args:
+        args: the very object that the Trainer is given.
+        settings: from HfArgumentParser.
+        **overrides: of AdEMAMix (alpha, betas, state_dtype, ...); a warm-up is a number of steps, "total" or None.
+            `args.optim_args` ("alpha=8,betas=(0.9,0.999,0.99)") goes before them, as the command line should.
+
+    Raises:
+        InputError: a setting that AdEMAMix does not have or take, one that TrainingArguments has, another `optim`
+            that would be ignored, or a DeepSpeed config that puts another optimizer in our place.
+        MissingExtraError: deepspeed is asked for and not installed.
+    """
+    if str(getattr(args.optim, "value", args.optim)) not in ("adamw_torch", "adamw_torch_fused"):
+        raise InputError(
+            f"optim={getattr(args.optim, 'value', args.optim)!r} would be ignored beside shardopt's AdEMAMix: "
+            f"leave `optim` out of TrainingArguments"
+        )
+    given = _plain(settings) | overrides | parse_optim_args(args.optim_args)
+    allowed = {name for name in inspect.signature(AdEMAMix).parameters if name != "params"} | {"beta3"}
+    for key in given:
+        if key in _FROM_ARGUMENTS:
+            raise InputError(f"{key} comes from TrainingArguments: set {_FROM_ARGUMENTS[key]} there")
+        if key not in allowed:
+            near = difflib.get_close_matches(key, sorted(allowed), n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise InputError(f"AdEMAMix has no {key!r}{hint}; it has: {', '.join(sorted(allowed))}")
+    if "beta3" in given and "betas" in given:
+        raise InputError("give beta3, or betas=(beta1, beta2, beta3), not both")
+    for key in _WARMUPS:
+        if isinstance(given.setdefault(key, "total"), str) and given[key] != "total":
+            raise InputError(f"{key} must be a number of steps, 'total' or none, got {given[key]!r}")
+    registry.spec("ademamix", **_resolved(args, given, total=1))
+    if args.deepspeed_plugin is not None:
+        hosts.check_deepspeed_config(args.deepspeed_plugin.hf_ds_config.config)
+    return _Door, {"args": args, "given": given}
+
+
+class AdEMAMixTrainer(Trainer):
+    """HF Trainer with AdEMAMix; all arguments are Trainer's, but for one.
+
+    Args:
+        ademamix: AdEMAMix's settings: a dict, or what HfArgumentParser made. See `shardopt_optimizer`.
+
+    Raises:
+        InputError: see `shardopt_optimizer`; also an optimizer given beside ours.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        ademamix: Mapping[str, Any] | AdEMAMixArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = inspect.signature(Trainer.__init__).bind_partial(self, model, args, *positional, **kwargs).arguments
+        if given.get("optimizers", (None, None))[0] is not None:
+            raise InputError(
+                "AdEMAMixTrainer makes its own optimizer: leave it out of `optimizers` (a scheduler may stay, as in "
+                "optimizers=(None, scheduler)), or use Trainer"
+            )
+        if given.get("optimizer_cls_and_kwargs") is not None:
+            raise InputError(
+                "AdEMAMixTrainer makes its own optimizer: leave out optimizer_cls_and_kwargs, or use Trainer"
+            )
+        args = args or TrainingArguments("tmp_trainer")  # Trainer's own default
+        settings = (ademamix, {}) if isinstance(ademamix, AdEMAMixArguments) else (None, dict(ademamix or {}))
+        kwargs["optimizer_cls_and_kwargs"] = shardopt_optimizer(args, settings[0], **settings[1])
+        super().__init__(model, args, *positional, **kwargs)
+
+
+def parse_optim_args(text: str | None) -> dict[str, Any]:
+    """ "alpha=8,betas=(0.9,0.999,0.99),state_dtype=bf16,alpha_warmup=none" as values.
+
+    Commas inside brackets do not separate; a word that is not a Python literal stays text.
+
+    Raises:
+        InputError: something that is not key=value.
+    """
+    values: dict[str, Any] = {}
+    for item in _split(text or ""):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key.isidentifier() or not value:
+            raise InputError(f"optim_args: {item!r} is not key=value (as in 'alpha=8,betas=(0.9,0.999,0.99)')")
+        if key in values:
+            raise InputError(f"optim_args: {key} stands there twice")
+        values[key] = _value(value)
+    return values
+
+
+def _split(text: str) -> list[str]:
+    items, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += character
+    if depth:
+        raise InputError(f"optim_args: the brackets of {text!r} do not match")
+    return [item for item in items if item.strip()]
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _plain(settings: AdEMAMixArguments | None) -> dict[str, Any]:
+    if settings is None:
+        return {}
+    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    return {key: _value(value) if isinstance(value, str) else value for key, value in values.items()}
+
+
+def _resolved(args: TrainingArguments, given: Mapping[str, Any], total: int) -> dict[str, Any]:
+    """AdEMAMix's arguments for a training of `total` steps."""
+    kwargs = {key: total if key in _WARMUPS and value == "total" else value for key, value in given.items()}
+    beta3 = kwargs.pop("beta3", 0.9999)
+    kwargs.setdefault("betas", (args.adam_beta1, args.adam_beta2, beta3))
+    kwargs.setdefault("eps", args.adam_epsilon)
+    return kwargs | {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
+
+
+class _Door:
+    """Trainer calls what is not an Optimizer subclass as `door()(model, **kwargs)`: the one place with names."""
+
+    def __call__(self, model: nn.Module, *, args: TrainingArguments, given: dict[str, Any]) -> Optimizer:
+        trainer, resume = _caller()
+        if trainer.args is not args:
+            raise InputError("shardopt_optimizer and the Trainer were given different TrainingArguments: pass the same")
+        if trainer.state.is_hyper_param_search and args.save_strategy != SaveStrategy.NO:
+            raise InputError("hyperparameter_search keeps no slices: set save_strategy='no' for the search")
+        total = trainer.state.max_steps if trainer.state.max_steps > 0 else args.max_steps
+        if total <= 0 and "total" in (given[key] for key in _WARMUPS):
+            raise InputError(
+                "the length of the training is not known here, so alpha and beta3 cannot warm up over it: set "
+                "max_steps in TrainingArguments, or alpha_warmup and beta3_warmup (a number of steps, or None)"
+            )
+        kwargs = _resolved(args, given, total)
+        decaying = set(trainer.get_decay_parameter_names(model))
+        members: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
+        for name, param in model.named_parameters():
+            if param.requires_grad:
+                members[name in decaying].append((canonical_name(name), param))
+        groups = [
+            {"params": pairs, "weight_decay": kwargs["weight_decay"] if decays else 0.0}
+            for decays, pairs in members.items()
+            if pairs
+        ]
+        if not groups:
+            raise InputError("the model has no trainable parameter: set requires_grad on at least one")
+        optimizer = hosts.build(trainer.accelerator, model, groups, kwargs, pointing=True)
+        _attach(trainer, AdEMAMixCallback(optimizer, hosts.host_of(trainer.accelerator), resume))
+        return optimizer
+
+
+def _caller() -> tuple[Trainer, str | None]:
+    """The Trainer that opened the door, and the checkpoint that its `train` resumes from.
+
+    Trainer hands the door a model and nothing else, but slices have to be saved with its checkpoints and read from
+    the one it resumes: so look who is calling. `Trainer.train` and its argument are public.
+    """
+    trainer: Trainer | None = None
+    train = inspect.unwrap(Trainer.train).__code__
+    frame = sys._getframe(2)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            trainer = trainer or caller
+            if frame.f_code is train:
+                resume = frame.f_locals["resume_from_checkpoint"]
+                return caller, get_last_checkpoint(caller.args.output_dir) if resume is True else resume
+        frame = frame.f_back  # type: ignore[assignment]
+    if trainer is None:
+        raise InputError(
+            "shardopt_optimizer(...) belongs in Trainer(optimizer_cls_and_kwargs=...), and works nowhere else"
+        )
+    return trainer, None
+
+
+def _attach(trainer: Trainer, callback: AdEMAMixCallback) -> None:
+    """Put the callback right behind the one that decides when to log, so that reporters come after it."""
+    handler = trainer.callback_handler
+    handler.callbacks = [c for c in handler.callbacks if not isinstance(c, AdEMAMixCallback)]
+    at = next((i for i, c in enumerate(handler.callbacks) if isinstance(c, DefaultFlowCallback)), -1) + 1
+    handler.callbacks.insert(at, callback)
+
+
+class AdEMAMixCallback(TrainerCallback):
+    """Saves every rank's slices with the Trainer's checkpoints, reads them on resuming, and adds to the logs.
+
+    `shardopt_optimizer` and `AdEMAMixTrainer` put it in place. The logs get alpha, beta3, m1_norm, m2_norm,
+    update_norm (over the whole model) and state_bytes/rank_N.
+    """
+
+    def __init__(self, optimizer: Optimizer, host: hosts.Host, resume: str | os.PathLike[str] | None) -> None:
+        self.optimizer, self.host = optimizer, host
+        self.resume = Path(resume) if resume is not None else None
+        self._values: tuple[int, dict[str, float]] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The host has put everything in its place, and loaded what it saved itself."""
+        if self.resume is None:
+            if state.global_step > 0:
+                raise InputError(
+                    "the optimizer was made before Trainer.train(resume_from_checkpoint=...): let train() make it"
+                )
+            return
+        resume, self.resume = self.resume, None
+        if not (resume / SLICES).is_dir():
+            raise InputError(
+                f"{resume} has no {SLICES} folder: it was saved by another optimizer or with save_only_model. Start a "
+                f"new run from its weights: from_pretrained({str(resume)!r}), without resume_from_checkpoint"
+            )
+        document = hosts.load_optimizer(resume / SLICES, self.optimizer)
+        if (scheduler := kwargs.get("lr_scheduler")) is not None:
+            # torch's schedulers load their own count, and leave lr to the optimizer's file, which has none.
+            for group, lr in zip(self.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = lr
+        if state.is_world_process_zero:
+            _continue_wandb(args, document.get("wandb_run"))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Norms over all ranks are a collective: taken here, where every rank comes, not in on_log."""
+        self._values = (state.global_step, hosts.statistics(self.optimizer)) if control.should_log else None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add to the row that the reporters behind this callback are about to see."""
+        if self._values is not None and self._values[0] == state.global_step and logs is not None and "loss" in logs:
+            logs.update(self._values[1])
+            state.log_history[-1].update(self._values[1])
+            self._values = None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.save_only_model:
+            return
+        folder = Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / SLICES
+        hosts.save_optimizer(
+            folder, self.optimizer, host=self.host, step=state.global_step, wandb_run=_wandb_run(args, state)
+        )
+
+
+def _reports_to_wandb(args: TrainingArguments) -> bool:
+    return "wandb" in (args.report_to or [])
+
+
+def _wandb_run(args: TrainingArguments, state: TrainerState) -> str | None:
+    if not (_reports_to_wandb(args) and state.is_world_process_zero):
+        return None
+    import wandb
+
+    return wandb.run.id if wandb.run is not None else None
+
+
+def _continue_wandb(args: TrainingArguments, run: str | None) -> None:
+    """Start the run that the checkpoint names; Trainer's reporter, which comes after this, takes what is there."""
+    if run is None or not _reports_to_wandb(args):
+        return
+    import wandb
+
+    if wandb.run is None:
+        wandb.init(
+            project=os.getenv("WANDB_PROJECT", "huggingface"), name=args.run_name or None, id=run, resume="allow"
+        )

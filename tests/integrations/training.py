@@ -1,0 +1,135 @@
+"""Small trainings with HF Trainer, run on every rank of a pool: what they leave behind, as plain data."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from shardopt.integrations import accelerate as hosts
+from shardopt.integrations.transformers import shardopt_optimizer
+from shardopt.slices import local_tensor
+from tests.integrations.hosts import fsdp_on_cpu, new_job
+
+VOCABULARY, LENGTH, GLOBAL_BATCH = 61, 16, 8
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def data(rows: int = 64) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randint(VOCABULARY, (rows, 1), generator=generator)
+    tokens = (start + torch.arange(LENGTH) * (1 + start % 3)) % VOCABULARY  # something to learn
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def arguments(folder: Path, world_size: int, **options: Any) -> TrainingArguments:
+    accumulate = options.pop("accumulate", 1)
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+        "max_grad_norm": 0.5,
+        "per_device_train_batch_size": GLOBAL_BATCH // world_size // accumulate,
+        "gradient_accumulation_steps": accumulate,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 5,
+    }
+    return TrainingArguments(**settings | options)
+
+
+def train(
+    rank: int,
+    world_size: int,
+    folder: Path,
+    *,
+    host: str = "ddp",
+    resume: str | None = None,
+    ademamix: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train and tell: losses, whole weights, what this rank holds of each state, and the logs."""
+    new_job(alone=world_size == 1)
+    if host == "fsdp":
+        options |= {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+    with fsdp_on_cpu(host == "fsdp"):
+        args = arguments(folder, world_size, **options)
+        trainer = Trainer(
+            model=model(),
+            args=args,
+            train_dataset=data(),
+            eval_dataset=data(8),
+            optimizer_cls_and_kwargs=shardopt_optimizer(args, **({"alpha": 2.0} | (ademamix or {}))),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        told = tell(trainer)
+        told["evaluated"] = trainer.evaluate()["eval_loss"]
+    del trainer
+    gc.collect()
+    return told
+
+
+def tell(trainer: Trainer) -> dict[str, Any]:
+    optimizer = hosts.unwrap(trainer.optimizer)
+    return {
+        "logs": [row for row in trainer.state.log_history if "loss" in row],
+        "weights": whole_weights(trainer.model),
+        "held": held(optimizer),
+        "parameters": {type(p).__name__ for p in trainer.model.parameters()},
+        "class": type(optimizer).__name__,
+        "step": trainer.state.global_step,
+        "best": trainer.state.best_metric,
+    }
+
+
+def held(optimizer: Any) -> dict[str, int]:
+    """Elements of every kind of state on this rank, from the tensors themselves."""
+    counts: dict[str, int] = {}
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim():
+                counts[key] = counts.get(key, 0) + local_tensor(value).numel()
+    return counts
+
+
+def whole_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    from torch.distributed.tensor import DTensor
+
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().float().cpu().clone()
+        for name, p in module.named_parameters()
+    }
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest difference of a weight."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+Body = Callable[..., dict[str, Any]]
