@@ -153,7 +153,7 @@ def attach(hooks: GradientHook | Sequence[GradientHook], target: ZeroOptimizer |
     elif isinstance(target, DistributedDataParallel):
         door = collectives(target.process_group, next(target.parameters()).device, None)
         _bind(hooks, door.group)
-        target.register_comm_hook(None, _DdpReduction(hooks, door))
+        _register(target, _DdpReduction(hooks, door))
     elif isinstance(target, FSDPModule):
         _attach_fsdp(hooks, target)
     else:
@@ -180,15 +180,26 @@ def _attach_zero(hooks: list[GradientHook], target: ZeroOptimizer) -> None:
     _bind(hooks, target.shard_group)
 
 
+def _register(ddp: DistributedDataParallel, reduce: Callable[[dist.GradBucket], None]) -> None:
+    """Make `reduce` DDP's communication hook; DDP goes on with what it leaves in the bucket's buffer."""
+
+    def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        reduce(bucket)
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    hook.__annotations__ = {"bucket": dist.GradBucket}  # DDP compares the class, not the name of one
+    ddp.register_comm_hook(None, hook)
+
+
 class _DdpReduction:
-    """DDP's communication hook: reduce a bucket onto its owners, let the hooks see it, hand it round again."""
+    """Reduce a bucket of DDP onto its owners, let the hooks see it, hand it round again."""
 
     def __init__(self, hooks: list[GradientHook], door: Collectives) -> None:
         self.hooks, self.door = hooks, door
-        # register_comm_hook looks at the name and the annotations of what it is given.
-        self.__qualname__ = "shardopt"
 
-    def __call__(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def __call__(self, bucket: dist.GradBucket) -> None:
         buffer, door = bucket.buffer(), self.door
         part = -(-buffer.numel() // door.size)
         flat = buffer.new_zeros(part * door.size, dtype=torch.promote_types(buffer.dtype, torch.float32))
@@ -204,9 +215,6 @@ class _DdpReduction:
             hook.after_reduce(bucket.index(), own)
         door.all_gather(flat)()
         buffer.copy_(flat[: buffer.numel()])
-        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        future.set_result(buffer)
-        return future
 
 
 class _FsdpReduction:
@@ -273,11 +281,8 @@ def reduce_scatter_into(optimizer: ZeroOptimizer, ddp: DistributedDataParallel) 
     if theirs != optimizer.trained:
         raise InputError("reduce_scatter_into needs one ZeroOptimizer over all of DDP's trainable parameters")
 
-    def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def deliver(bucket: dist.GradBucket) -> None:
         for param, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
             optimizer.deliver(param, gradient)
-        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
 
-    ddp.register_comm_hook(None, hook)
+    _register(ddp, deliver)
