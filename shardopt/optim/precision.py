@@ -9,11 +9,12 @@ layouts, devices or kernels, and every kernel computes them with the same intege
     base                mix64(mix64(seed) ^ name_key)                                         per parameter
     stream(step, pair)  mix64(base + (4 step + pair) 0x9E3779B97F4A7C15)                       per step
     ka, kb              low and high half of mix64(stream + (index >> 32) 0xD1B54A32D192ED03)
-    word(index)         x = low32(index) ^ ka;  x ^= x >> 16;  x *= 0x7FEB352D;  x ^= x >> 15;
-                        x += kb;  x *= 0x846CA68B;  x ^= x >> 16
+    word(index)         x = low32(index) ^ ka;  x ^= x >> 17;  x *= 0xED5AD4BB;  x ^= x >> 11;
+                        x += kb;  x *= 0xAC4C1B51;  x ^= x >> 15;  x *= 0x31848BAB;  x ^= x >> 14
 
 A word serves two tensors: its low half rounds the first of the pair, its high half the second. The pairs are
-(m1, m2), (nu, weight), (average, nothing). The two multipliers are those of lowbias32 (C. Wellons, hash-prospector).
+(m1, m2), (nu, weight), (average, nothing). Shifts and multipliers are those of triple32 (C. Wellons, hash-prospector);
+with two rounds (lowbias32) the two halves of a word were measurably too even together.
 """
 
 from __future__ import annotations
@@ -67,12 +68,14 @@ def random_words(stream: int, start: int, length: int, device: torch.device | st
         keys = mix64((stream + (index >> 32) * 0xD1B54A32D192ED03) & _MASK64)
         low = index & _MASK32
         x = torch.arange(low, low + count, dtype=torch.int64, device=device) ^ (keys & _MASK32)
-        x ^= x >> 16
-        x = (x * 0x7FEB352D) & _MASK32
-        x ^= x >> 15
+        x ^= x >> 17
+        x = (x * 0xED5AD4BB) & _MASK32
+        x ^= x >> 11
         x = (x + (keys >> 32)) & _MASK32
-        x = (x * 0x846CA68B) & _MASK32
-        x ^= x >> 16
+        x = (x * 0xAC4C1B51) & _MASK32
+        x ^= x >> 15
+        x = (x * 0x31848BAB) & _MASK32
+        x ^= x >> 14
         words[done : done + count] = x
         done += count
     return words

@@ -178,7 +178,7 @@ def refuse_columns(rank, size):
     param = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
     param.grad = distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)])
     rounded = shardopt.AdEMAMix([("w", param)], state_dtype="bf16")
-    with pytest.raises(InputError, match="stochastic rounding cannot place w: .* use state_dtype='fp32'"):
+    with pytest.raises(InputError, match=r"stochastic rounding cannot place w: .* use state_dtype='fp32'"):
         rounded.step()
     exact = shardopt.AdEMAMix([("w", param)])
     exact.step()  # nothing is rounded: where the elements belong does not matter

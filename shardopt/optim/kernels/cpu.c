@@ -53,12 +53,14 @@ static Keys keys_at(const Segment *s, uint64_t high) {
 
 INLINE uint32_t word(uint32_t index, uint32_t a, uint32_t b) {
     uint32_t x = index ^ a;
-    x ^= x >> 16;
-    x *= 0x7FEB352Du;
-    x ^= x >> 15;
+    x ^= x >> 17;
+    x *= 0xED5AD4BBu;
+    x ^= x >> 11;
     x += b;
-    x *= 0x846CA68Bu;
-    return x ^ (x >> 16);
+    x *= 0xAC4C1B51u;
+    x ^= x >> 15;
+    x *= 0x31848BABu;
+    return x ^ (x >> 14);
 }
 
 /* -- single values -------------------------------------------------------------------------------------- */
