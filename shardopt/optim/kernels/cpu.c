@@ -205,13 +205,54 @@ static void load_state(float *restrict out, uint64_t codes, uint64_t scales, int
     } else load_values(out, (const void *)(uintptr_t)codes, at, n, format);
 }
 
-static float largest_of(const float *x, int n) {
-    float largest = 0.0f;
+static float largest_of(const float *restrict x, int n) {
+    uint32_t largest = 0; /* magnitudes order like their bits, and integers have a vector maximum */
     for (int i = 0; i < n; i++) {
-        float a = fabsf(x[i]);
+        const uint32_t a = to_bits(x[i]) & 0x7FFFFFFFu;
         largest = a > largest ? a : largest;
     }
-    return largest;
+    return from_bits(largest);
+}
+
+/* One block each: x into codes, `r` the words of its random bits. */
+INLINE void block16(uint16_t *restrict p, float *scale, const float *restrict x, const uint32_t *restrict r, int n,
+                    int is_nu, int shift) {
+    const uint32_t top = is_nu ? 31u : 15u, limit = is_nu ? 0xFFFFu : 0x7FFFu;
+    uint32_t exponent = to_bits(largest_of(x, n)) >> 23;
+    exponent = exponent < top ? top : exponent > 253u ? 253u : exponent;
+    const float inverse = from_bits((254u - exponent + (top - 15u)) << 23);
+    *scale = from_bits((exponent - (top - 15u)) << 23);
+    for (int i = 0; i < n; i++) {
+        const uint32_t raw = to_bits(x[i] * inverse * 0x1p-112f);
+        uint32_t code = ((raw & 0x7FFFFFFFu) + (((r[i] >> shift) & 0xFFFFu) >> 4)) >> 12;
+        code = code > limit ? limit : code;
+        if (is_nu) code = (code == 0) & (x[i] > 0.0f) ? 1u : code;
+        else code |= (raw >> 16) & 0x8000u;
+        p[i] = (uint16_t)code;
+    }
+}
+
+INLINE void block8(uint8_t *restrict p, float *scale, const float *restrict x, const uint32_t *restrict r, int n,
+                   int is_nu, int shift) {
+    const float most = largest_of(x, n), limit = 0x1.fffffep127f;
+    const float by = (most > limit ? limit : most) * (is_nu ? (float)(1.0 / (255.0 * 255.0)) : (float)(1.0 / 127.0));
+    const float inverse = by >= 0x1p-126f ? 1.0f / by : 0.0f;
+    *scale = by;
+    for (int i = 0; i < n; i++) {
+        const float uniform = (float)(int32_t)((r[i] >> shift) & 0xFFFFu) * 0x1p-16f, v = x[i] * inverse;
+        float code;
+        if (is_nu) {
+            const float below = floorf(sqrtf(v));
+            code = below + (v - below * below > uniform * (2.0f * below + 1.0f) ? 1.0f : 0.0f);
+            code = code < 255.0f ? code : 255.0f;
+            code = (code == 0.0f) & (x[i] > 0.0f) ? 1.0f : code;
+        } else {
+            code = floorf(v + uniform);
+            code = code < 127.0f ? code : 127.0f;
+            code = code > -127.0f ? code : -127.0f;
+        }
+        p[i] = (uint8_t)(int32_t)code;
+    }
 }
 
 static void store_state(const float *restrict x, uint64_t codes, uint64_t scales, int64_t at, int n, int format, int is_nu,
@@ -221,51 +262,20 @@ static void store_state(const float *restrict x, uint64_t codes, uint64_t scales
     else if (format == BF16) {
         uint16_t *restrict p = (uint16_t *)(uintptr_t)codes + at;
         for (int i = 0; i < n; i++) p[i] = to_bf16(x[i], (words[i] >> shift) & 0xFFFFu);
-    } else if (format == BLOCK16) {
-        uint16_t *restrict p = (uint16_t *)(uintptr_t)codes + at;
-        const uint32_t top = is_nu ? 31u : 15u, limit = is_nu ? 0xFFFFu : 0x7FFFu;
-        for (int from = 0; from < n; from += BLOCK) {
-            const int to = from + BLOCK < n ? from + BLOCK : n;
-            uint32_t exponent = to_bits(largest_of(x + from, to - from)) >> 23;
-            exponent = exponent < top ? top : exponent > 253u ? 253u : exponent;
-            const float inverse = from_bits((254u - exponent + (top - 15u)) << 23);
-            scale[from / BLOCK] = from_bits((exponent - (top - 15u)) << 23);
-            for (int i = from; i < to; i++) {
-                uint32_t raw = to_bits(x[i] * inverse * 0x1p-112f);
-                uint32_t code = ((raw & 0x7FFFFFFFu) + (((words[i] >> shift) & 0xFFFFu) >> 4)) >> 12;
-                code = code > limit ? limit : code;
-                if (is_nu) code = code == 0 && x[i] > 0.0f ? 1u : code;
-                else code |= (raw >> 16) & 0x8000u;
-                p[i] = (uint16_t)code;
-            }
-        }
     } else {
-        int8_t *restrict p = (int8_t *)(uintptr_t)codes + at;
-        uint8_t *restrict q = (uint8_t *)p;
-        const float per_step = is_nu ? (float)(1.0 / (255.0 * 255.0)) : (float)(1.0 / 127.0);
-        for (int from = 0; from < n; from += BLOCK) {
-            const int to = from + BLOCK < n ? from + BLOCK : n;
-            const float most = largest_of(x + from, to - from), by = (most > 0x1.fffffep127f ? 0x1.fffffep127f : most) * per_step;
-            const float inverse = by >= 0x1p-126f ? 1.0f / by : 0.0f;
-            scale[from / BLOCK] = by;
-            if (is_nu) {
-                for (int i = from; i < to; i++) {
-                    float v = x[i] * inverse, below = floorf(sqrtf(v));
-                    float uniform = (float)(int32_t)((words[i] >> shift) & 0xFFFFu) * 0x1p-16f;
-                    float code = below + (v - below * below > uniform * (2.0f * below + 1.0f) ? 1.0f : 0.0f);
-                    code = code < 255.0f ? code : 255.0f;
-                    code = code == 0.0f && x[i] > 0.0f ? 1.0f : code;
-                    q[i] = (uint8_t)(int32_t)code;
-                }
-            } else {
-                for (int i = from; i < to; i++) {
-                    float uniform = (float)(int32_t)((words[i] >> shift) & 0xFFFFu) * 0x1p-16f;
-                    float code = floorf(x[i] * inverse + uniform);
-                    code = code < 127.0f ? code : 127.0f;
-                    code = code > -127.0f ? code : -127.0f;
-                    p[i] = (int8_t)(int32_t)code;
-                }
-            }
+        for (int from = 0; from < n; from += BLOCK, scale++) {
+            const int count = from + BLOCK < n ? BLOCK : n - from;
+            uint16_t *p16 = (uint16_t *)(uintptr_t)codes + at + from;
+            uint8_t *p8 = (uint8_t *)(uintptr_t)codes + at + from;
+            const float *y = x + from;
+            const uint32_t *r = words + from;
+            if (format == BLOCK16) {
+                if (is_nu) block16(p16, scale, y, r, count, 1, 0);
+                else if (shift) block16(p16, scale, y, r, count, 0, 16);
+                else block16(p16, scale, y, r, count, 0, 0);
+            } else if (is_nu) block8(p8, scale, y, r, count, 1, 0);
+            else if (shift) block8(p8, scale, y, r, count, 0, 16);
+            else block8(p8, scale, y, r, count, 0, 0);
         }
     }
 }
@@ -308,13 +318,13 @@ static void tiled(const Segment *s, int64_t from, int64_t n) {
         if (s->average_format != NONE) {
             load_state(average, s->average, s->average_scale, at, count, s->average_format, 0);
             for (int i = 0; i < count; i++) average[i] = average[i] + (w[i] - average[i]) * c.average_rate;
-            fill_words(words, s, at, count, 2);
+            if (s->average_format != FP32) fill_words(words, s, at, count, 2);
             store_state(average, s->average, s->average_scale, at, count, s->average_format, 0, words, 0);
         }
-        fill_words(words, s, at, count, 0);
+        if (s->m1_format > FP32 || s->m2_format > FP32) fill_words(words, s, at, count, 0);
         if (has_m1) store_state(m1, s->m1, s->m1_scale, at, count, s->m1_format, 0, words, 0);
         store_state(m2, s->m2, s->m2_scale, at, count, s->m2_format, 0, words, 16);
-        fill_words(words, s, at, count, 1);
+        if (s->nu_format > FP32 || s->weight_type == BF16) fill_words(words, s, at, count, 1);
         store_state(nu, s->nu, s->nu_scale, at, count, s->nu_format, 1, words, 0);
         if (!moves) continue;
         if (s->master_kind == FP32_MASTER) memcpy((float *)master + at, w, (size_t)count * 4);
