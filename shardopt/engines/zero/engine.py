@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from shardopt.engines.base import DtypeName, Engine, EngineInputs, check_choice, compute_dtype
+from shardopt.engines.base import DtypeName, Engine, EngineInputs, autocast_forward, check_choice, compute_dtype
 from shardopt.engines.zero.optimizer import ZeroOptimizer, check_settings
 from shardopt.errors import InputError
 from shardopt.slices import Layout, Slice, named_parameters
@@ -62,7 +62,6 @@ class ZeroEngine(Engine):
         self.ranks, self.model = ranks, inputs.model
         self._named = named_parameters(inputs.model)
         self._replicate = config.replicate
-        self._dtype = compute_dtype(config.compute_dtype, ranks.device)
         mesh = None
         if config.replicate > 1:
             mesh = init_device_mesh(
@@ -88,14 +87,11 @@ class ZeroEngine(Engine):
         except TypeError as error:
             raise InputError(f"{spec.cls.__name__}: {error}") from error
         self.optimizer.divide = 1.0  # the engine's gradients are sums
+        if (dtype := compute_dtype(config.compute_dtype, ranks.device)) != torch.float32:
+            autocast_forward(self.model, ranks.device, dtype)
 
-    @contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
-        autocast = (
-            nullcontext() if self._dtype == torch.float32 else torch.autocast(self.ranks.device.type, self._dtype)
-        )
-        with self.optimizer.accumulate(last), autocast:
-            yield
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        return self.optimizer.accumulate(last)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -117,6 +113,14 @@ class ZeroEngine(Engine):
         names = {s.name for s in trained if s.kind == "weight"}
         frozen = [Slice(n, "weight", Layout.whole(n, p.shape), (p.detach(),)) for n, p in self._named if n not in names]
         return frozen + trained
+
+    def statistics(self) -> dict[str, Tensor]:
+        measure = getattr(self.optimizer.inner, "statistics", None)
+        return measure() if measure is not None else {}
+
+    def schedule_values(self) -> dict[str, float]:
+        read = getattr(self.optimizer.inner, "schedule_values", None)
+        return read() if read is not None else {}
 
     def gradient_bytes(self) -> int:
         return self.optimizer.gradient_bytes()

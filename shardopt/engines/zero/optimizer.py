@@ -402,8 +402,7 @@ class ZeroOptimizer(Optimizer):
                 self._own(self.buckets[bucket_index]).copy_(master)
             for param in self._slices:
                 param.grad = None
-            for index in self._gather_order:
-                self._gathers[index] = self._shard.all_gather(self._flats[index])
+            self._gather()
             if not self.overlap_gather:
                 self.wait()
         except BaseException as error:
@@ -523,6 +522,27 @@ class ZeroOptimizer(Optimizer):
         self.inner.load_state_dict(given)
         for index, master in masters.items():
             self._masters[index].copy_(master)
+
+    @property
+    def kernel(self) -> str:
+        """The inner optimizer's kernel; "torch" for one that does not say."""
+        return getattr(self.inner, "kernel", "torch")
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The inner optimizer's averaged weights in the model, on every rank, until the block is left."""
+        self._usable()
+        self.wait()
+        with self.inner.averaged_weights():  # type: ignore[attr-defined]
+            self._gather()
+            self.wait()
+            yield
+        self._gather()
+        self.wait()
+
+    def _gather(self) -> None:
+        for index in self._gather_order:
+            self._gathers[index] = self._shard.all_gather(self._flats[index])
 
     def gradient_bytes(self) -> int:
         """Bytes of gradients held now: the owned slices, and any whole ones."""
