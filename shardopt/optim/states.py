@@ -146,6 +146,8 @@ def load_scalar_state(optimizer: Optimizer, mapping: Mapping[str, Mapping[str, i
         if not state:
             continue
         saved = next((mapping[layout.name] for layout in where if layout.name in mapping), None)
+        if saved is None and not any(is_scalar(key, value, param) for key, value in state.items()):
+            continue  # SGD counts nothing
         if saved is None:
             raise InputError(f"the saved optimizer state has no step for parameter {where[0].name!r}")
         for key in [k for k, v in state.items() if is_scalar(k, v, param) and k not in saved]:
