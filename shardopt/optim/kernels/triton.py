@@ -1,0 +1,577 @@
+# mypy: allow-untyped-defs
+"""The CUDA kernel, in Triton: one launch for a whole table, however many tensors it has.
+
+A program takes 1024 elements of one row. Which row, it reads from a map that is built once for a layout of rows
+(`table.cache`); everything that changes from step to step, pointers included, goes to the device in one asynchronous
+copy from pinned memory. Rows that differ in formats get a launch for each kind, since formats are known at compile
+time, and so do rows that do not begin on 16 bytes: theirs are narrow loads. A row's last, partial piece also loads
+narrowly, through a mask; all others are loaded and stored 16 bytes at a time.
+
+The step is bound by memory (fp32 moves 36 bytes an element, bf16 state and fp32 weights 24), so 8 elements a thread
+are enough to keep more loads in flight than the memory's latency asks for, and the arithmetic (about 60 instructions,
+twice that with random bits) hides behind them. Nothing is used twice, so there is nothing to tile.
+
+The arithmetic is that of optim/reference.py, operation for operation: `enable_fp_fusion=False` keeps the compiler
+from contracting multiply-adds, division and square root are the correctly rounded ones, subnormals are kept.
+
+A captured table (capturable=True) takes one small launch before, which computes on the device, in double, what depends
+on the step and the learning rate. The buffers that a CUDA graph reads are kept for as long as the process lives.
+
+What is checked where: the tests run this code in Triton's interpreter, bit for bit against the torch path, and
+compile it for several GPUs to look at the instructions (wide loads, no contraction, nothing flushed to zero). Neither
+runs on a GPU: alignment faults, capture and speed show on one alone, by scripts/gpu_check.py and the tests that are
+marked `cuda`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shardopt.errors import InputError
+from shardopt.optim.kernels import MAXIMIZE, SEGMENT, TYPES, YOGI, Table
+
+_BLOCK = 1024  # elements of a program; a multiple of precision.BLOCK
+_WARPS = 4
+
+# Formats, types and masters as in kernels/__init__.py; Triton reads only constants that are marked as such.
+_FP32, _BF16, _BLOCK16, _INT8, _FP16 = (tl.constexpr(i) for i in (1, 2, 3, 4, 5))
+_FP32_MASTER, _SPLIT_MASTER = tl.constexpr(1), tl.constexpr(2)
+_SKIP = tl.constexpr(1)
+_SCALE_BLOCK = tl.constexpr(128)
+
+# Where the fields of SEGMENT stand in a row, in 64-bit words.
+_FIELDS = SEGMENT.fields or {}
+_PLACE = {name: field[1] // 8 for name, field in _FIELDS.items()}
+_WORDS = tl.constexpr(SEGMENT.itemsize // 8)
+_COPIED = [
+    *("weight", "grad", "m1", "m2", "nu", "master", "average"),
+    *("m1_scale", "m2_scale", "nu_scale", "average_scale", "length", "start"),
+]
+_DOUBLES = [
+    *("lr", "beta1", "beta2", "beta3", "alpha", "unbias1", "unbias2"),
+    *("eps", "eps_root", "weight_decay", "average_rate"),
+]
+_KIND = ("weight_type", "grad_type", "m1_format", "m2_format", "nu_format", "average_format", "master_kind", "flags")
+assert [*_PLACE][: len(_COPIED)] == _COPIED
+assert [_PLACE[name] - _PLACE["lr"] for name in _DOUBLES] == list(range(11))
+assert [_FIELDS[name][1] for name in _KIND] == list(range(SEGMENT.itemsize - 8, SEGMENT.itemsize))
+_KEY_AT, _LR_AT, _BETA1_AT, _BETA2_AT, _RATE_AT = (
+    tl.constexpr(_PLACE[name]) for name in ("key", "lr", "beta1", "beta2", "average_rate")
+)
+_ALPHA_AT, _BETA3_AT, _ALPHA_WARMUP_AT, _BETA3_WARMUP_AT = (
+    tl.constexpr(_PLACE[name]) for name in ("alpha_final", "beta3_final", "alpha_warmup", "beta3_warmup")
+)
+_STEP_POINTER_AT, _SCHEDULE_POINTER_AT, _LR_POINTER_AT = (
+    tl.constexpr(_PLACE[name]) for name in ("step_pointer", "schedule_pointer", "lr_pointer")
+)
+
+# A row on the device, in 64-bit words: the first fields of SEGMENT as they are, then what is worked out from the rest.
+_WEIGHT, _GRAD, _M1, _M2, _NU, _MASTER, _AVERAGE = (tl.constexpr(i) for i in range(7))
+_M1_SCALE, _M2_SCALE, _NU_SCALE, _AVERAGE_SCALE, _LENGTH, _START = (tl.constexpr(i) for i in range(7, 13))
+_STREAM, _FIRST, _FLAGS, _FLOATS = (tl.constexpr(i) for i in (13, 16, 17, 18))  # 3 streams, 12 floats in 6 words
+_COLUMNS = tl.constexpr(24)
+# the floats: _DOUBLES with 1 - beta in the place of beta, and the gradient's sign
+_LR, _RATE1, _RATE2, _RATE3, _ALPHA, _UNBIAS1, _UNBIAS2 = (tl.constexpr(i) for i in range(7))
+_EPS, _EPS_ROOT, _DECAY, _AVERAGE_RATE, _SIGN = (tl.constexpr(i) for i in range(7, 12))
+
+# -- random bits: see precision.py ------------------------------------------------------------------------------
+
+
+@triton.jit
+def _mix64(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def _words(stream, first, offsets):
+    """The random words of a program's elements, from its first one's index in the parameter (uint64).
+
+    The keys change where the index passes a multiple of 2^32.
+    """
+    here = _mix64(stream + (first >> 32) * 0xD1B54A32D192ED03)
+    after = _mix64(stream + ((first >> 32) + 1) * 0xD1B54A32D192ED03)
+    low = first.to(tl.uint32)
+    x = low + offsets.to(tl.uint32)
+    passed = x < low
+    x ^= tl.where(passed, after.to(tl.uint32), here.to(tl.uint32))
+    x ^= x >> 17
+    x *= 0xED5AD4BB
+    x ^= x >> 11
+    x += tl.where(passed, (after >> 32).to(tl.uint32), (here >> 32).to(tl.uint32))
+    x *= 0xAC4C1B51
+    x ^= x >> 15
+    x *= 0x31848BAB
+    return x ^ (x >> 14)
+
+
+# -- memory: `at` is the address of a row's first element ------------------------------------------------------------
+
+
+@triton.jit
+def _pointers(at, TYPE: tl.constexpr, block, offsets, ALIGNED: tl.constexpr):
+    base = at.to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+    return base + block + offsets
+
+
+@triton.jit
+def _read(at, TYPE: tl.constexpr, block, offsets, live, ALIGNED: tl.constexpr, FULL: tl.constexpr):
+    pointers = _pointers(at, TYPE, block, offsets, ALIGNED)
+    return tl.load(pointers) if FULL else tl.load(pointers, mask=live, other=0)
+
+
+@triton.jit
+def _write(at, TYPE: tl.constexpr, values, block, offsets, live, ALIGNED: tl.constexpr, FULL: tl.constexpr):
+    pointers = _pointers(at, TYPE, block, offsets, ALIGNED)
+    if FULL:
+        tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask=live)
+
+
+@triton.jit
+def _to_bf16(x, bits):
+    raw = x.to(tl.uint32, bitcast=True)
+    is_nan = (raw & 0x7FFFFFFF) > 0x7F800000
+    return tl.where(is_nan, (raw >> 16) | 0x40, (raw + bits) >> 16).to(tl.uint16)
+
+
+@triton.jit
+def _read_values(at, TYPE: tl.constexpr, block, offsets, live, ALIGNED: tl.constexpr, FULL: tl.constexpr):
+    if TYPE == _FP32:
+        x = _read(at, tl.float32, block, offsets, live, ALIGNED, FULL)
+    elif TYPE == _BF16:
+        x = _read(at, tl.uint16, block, offsets, live, ALIGNED, FULL).to(tl.uint32) << 16
+        x = x.to(tl.float32, bitcast=True)
+    else:
+        tl.static_assert(TYPE == _FP16)
+        x = _read(at, tl.float16, block, offsets, live, ALIGNED, FULL).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _read_state(
+    at,
+    scales,
+    FORMAT: tl.constexpr,
+    IS_NU: tl.constexpr,
+    block,
+    offsets,
+    groups,
+    live,
+    scale_live,
+    ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    if FORMAT <= _BF16:
+        x = _read_values(at, FORMAT, block, offsets, live, ALIGNED, FULL)
+    else:
+        scale = _read(scales, tl.float32, block // _SCALE_BLOCK, groups, scale_live, False, FULL)[:, None]
+        if FORMAT == _BLOCK16:
+            codes = _read(at, tl.uint16, block, offsets, live, ALIGNED, FULL).to(tl.uint32)
+            magnitude = codes if IS_NU else codes & 0x7FFF
+            x = (magnitude << 12).to(tl.float32, bitcast=True) * (2.0**112) * scale
+            if not IS_NU:
+                x = (x.to(tl.uint32, bitcast=True) | ((codes & 0x8000) << 16)).to(tl.float32, bitcast=True)
+        elif IS_NU:
+            x = _read(at, tl.uint8, block, offsets, live, ALIGNED, FULL).to(tl.float32)
+            x = x * x * scale
+        else:
+            x = _read(at, tl.int8, block, offsets, live, ALIGNED, FULL).to(tl.float32) * scale
+    return x
+
+
+@triton.jit
+def _write_state(
+    at,
+    scales,
+    FORMAT: tl.constexpr,
+    IS_NU: tl.constexpr,
+    x,
+    bits,
+    block,
+    offsets,
+    groups,
+    live,
+    scale_live,
+    ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    if FORMAT == _FP32:
+        _write(at, tl.float32, x, block, offsets, live, ALIGNED, FULL)
+    elif FORMAT == _BF16:
+        _write(at, tl.uint16, _to_bf16(x, bits), block, offsets, live, ALIGNED, FULL)
+    else:
+        magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # in the order of the values
+        if not FULL:
+            magnitude = tl.where(live, magnitude, 0)
+        largest = tl.max(magnitude, axis=1)
+        if FORMAT == _BLOCK16:
+            TOP: tl.constexpr = 31 if IS_NU else 15
+            LIMIT: tl.constexpr = 0xFFFF if IS_NU else 0x7FFF
+            exponent = tl.minimum(tl.maximum(largest >> 23, TOP), 253)
+            scale = ((exponent - (TOP - 15)) << 23).to(tl.float32, bitcast=True)
+            inverse = ((254 - exponent + (TOP - 15)) << 23).to(tl.float32, bitcast=True)
+            raw = (x * inverse[:, None] * (2.0**-112)).to(tl.uint32, bitcast=True)
+            code = tl.minimum(((raw & 0x7FFFFFFF) + (bits >> 4)) >> 12, LIMIT)
+            code = tl.where((code == 0) & (x > 0.0), 1, code) if IS_NU else code | ((raw >> 16) & 0x8000)
+            _write(at, tl.uint16, code.to(tl.uint16), block, offsets, live, ALIGNED, FULL)
+        else:
+            PER_STEP: tl.constexpr = 1.0 / (255.0 * 255.0) if IS_NU else 1.0 / 127.0
+            most = largest.to(tl.float32, bitcast=True)
+            scale = tl.where(largest > 0x7F7FFFFF, 3.4028234663852886e38, most) * PER_STEP
+            inverse = tl.where(scale >= 2.0**-126, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 0.0)
+            y = x * inverse[:, None]
+            uniform = bits.to(tl.int32).to(tl.float32) * (2.0**-16)
+            # tl.floor takes subnormals for zeros on a GPU: integers cut instead, held in their range before
+            if IS_NU:
+                root = tl.sqrt_rn(y)
+                below = tl.where(root < 256.0, root, 256.0).to(tl.int32).to(tl.float32)
+                # between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself
+                code = below + tl.where(y - below * below > uniform * (below * 2.0 + 1.0), 1.0, 0.0)
+                code = tl.where(code < 255.0, code, 255.0)
+                code = tl.where((code == 0.0) & (x > 0.0), 1.0, code)
+                _write(at, tl.uint8, code.to(tl.int32).to(tl.uint8), block, offsets, live, ALIGNED, FULL)
+            else:
+                code = y + uniform
+                code = tl.where(code < 127.0, code, 127.0)
+                code = tl.where(code > -127.0, code, -127.0)
+                cut = code.to(tl.int32)
+                cut -= (cut.to(tl.float32) > code).to(tl.int32)
+                _write(at, tl.int8, cut.to(tl.int8), block, offsets, live, ALIGNED, FULL)
+        _write(scales, tl.float32, scale, block // _SCALE_BLOCK, groups, scale_live, False, FULL)
+
+
+# -- the update -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _update(
+    row,
+    block,
+    left,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    M1: tl.constexpr,
+    M2: tl.constexpr,
+    NU: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    MASTER: tl.constexpr,
+    IS_YOGI: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Elements `block` to `block + left` (at most BLOCK) of a row. Everything is loaded before anything is stored."""
+    groups = tl.arange(0, BLOCK // _SCALE_BLOCK)
+    offsets = groups[:, None] * _SCALE_BLOCK + tl.arange(0, _SCALE_BLOCK)[None, :]
+    live = offsets < left
+    some = groups * _SCALE_BLOCK < left
+
+    g = _read_values(tl.load(row + _GRAD), GRAD, block, offsets, live, ALIGNED, FULL)
+    weight_at = tl.load(row + _WEIGHT)
+    master_at = tl.load(row + _MASTER)
+    if MASTER == _FP32_MASTER:
+        w = _read_values(master_at, _FP32, block, offsets, live, ALIGNED, FULL)
+    else:
+        w = _read_values(weight_at, WEIGHT, block, offsets, live, ALIGNED, FULL)
+    if MASTER == _SPLIT_MASTER:
+        low = _read(master_at, tl.int16, block, offsets, live, ALIGNED, FULL).to(tl.int32).to(tl.uint32, bitcast=True)
+        w = (w.to(tl.uint32, bitcast=True) + low).to(tl.float32, bitcast=True)
+    m2_at, m2_scales = tl.load(row + _M2), tl.load(row + _M2_SCALE)
+    m2 = _read_state(m2_at, m2_scales, M2, False, block, offsets, groups, live, some, ALIGNED, FULL)
+    nu_at, nu_scales = tl.load(row + _NU), tl.load(row + _NU_SCALE)
+    nu = _read_state(nu_at, nu_scales, NU, True, block, offsets, groups, live, some, ALIGNED, FULL)
+    m1_at, m1_scales = tl.load(row + _M1), tl.load(row + _M1_SCALE)
+    if M1 != 0:
+        m1 = _read_state(m1_at, m1_scales, M1, False, block, offsets, groups, live, some, ALIGNED, FULL)
+    average_at, average_scales = tl.load(row + _AVERAGE), tl.load(row + _AVERAGE_SCALE)
+    if AVERAGE != 0:
+        average = _read_state(
+            average_at, average_scales, AVERAGE, False, block, offsets, groups, live, some, ALIGNED, FULL
+        )
+    c = (row + _FLOATS).to(tl.pointer_type(tl.float32), bitcast=True)
+    rate1, rate2, rate3 = tl.load(c + _RATE1), tl.load(c + _RATE2), tl.load(c + _RATE3)
+    unbias1, unbias2, alpha = tl.load(c + _UNBIAS1), tl.load(c + _UNBIAS2), tl.load(c + _ALPHA)
+    eps, eps_root, decay = tl.load(c + _EPS), tl.load(c + _EPS_ROOT), tl.load(c + _DECAY)
+    lr, average_rate, sign = tl.load(c + _LR), tl.load(c + _AVERAGE_RATE), tl.load(c + _SIGN)
+    first = (tl.load(row + _START) + block).to(tl.uint64)
+    stream0 = tl.load(row + _STREAM).to(tl.uint64)
+    stream1 = tl.load(row + _STREAM + 1).to(tl.uint64)
+    stream2 = tl.load(row + _STREAM + 2).to(tl.uint64)
+
+    g = g * sign
+    fast = g
+    if M1 != 0:
+        fast = m1 + (g - m1) * rate1
+    m2 = m2 + (g - m2) * rate3
+    squared = g * g
+    squared = tl.where(squared > 2.0**127, 2.0**127, squared)  # reference.LARGEST_SQUARE
+    if IS_YOGI:
+        away = nu - squared
+        by = squared * rate2
+        nu = nu - tl.where(away > 0.0, by, tl.where(away < 0.0, -by, 0.0))
+    else:
+        nu = nu + (squared - nu) * rate2
+    moves = lr != 0.0
+    u = tl.div_rn(fast * unbias1 + m2 * alpha, tl.sqrt_rn(nu * unbias2 + eps_root) + eps)
+    w = tl.where(moves, w - (u + w * decay) * lr, w)
+
+    ROUNDS_WEIGHT: tl.constexpr = WEIGHT == _BF16 and MASTER == 0
+    words = tl.zeros(offsets.shape, tl.uint32)
+    if M1 > _FP32 or M2 > _FP32:
+        words = _words(stream0, first, offsets)
+    if M1 != 0:
+        _write_state(
+            m1_at, m1_scales, M1, False, fast, words & 0xFFFF, block, offsets, groups, live, some, ALIGNED, FULL
+        )
+    _write_state(m2_at, m2_scales, M2, False, m2, words >> 16, block, offsets, groups, live, some, ALIGNED, FULL)
+    if NU > _FP32 or ROUNDS_WEIGHT:
+        words = _words(stream1, first, offsets)
+    _write_state(nu_at, nu_scales, NU, True, nu, words & 0xFFFF, block, offsets, groups, live, some, ALIGNED, FULL)
+    if moves:
+        if WEIGHT == _FP32:
+            _write(weight_at, tl.float32, w, block, offsets, live, ALIGNED, FULL)
+        elif WEIGHT == _FP16:
+            _write(weight_at, tl.float16, w.to(tl.float16), block, offsets, live, ALIGNED, FULL)
+        else:
+            code = _to_bf16(w, words >> 16) if ROUNDS_WEIGHT else _to_bf16(w, 0x8000)
+            _write(weight_at, tl.uint16, code, block, offsets, live, ALIGNED, FULL)
+            if MASTER == _SPLIT_MASTER:
+                rest = w.to(tl.uint32, bitcast=True) - (code.to(tl.uint32) << 16)
+                _write(master_at, tl.uint16, rest.to(tl.uint16), block, offsets, live, ALIGNED, FULL)
+        if MASTER == _FP32_MASTER:
+            _write(master_at, tl.float32, w, block, offsets, live, ALIGNED, FULL)
+    if AVERAGE != 0:
+        average = average + (w - average) * average_rate
+        if AVERAGE > _FP32:
+            words = _words(stream2, first, offsets) & 0xFFFF
+        at, scales = average_at, average_scales
+        _write_state(at, scales, AVERAGE, False, average, words, block, offsets, groups, live, some, ALIGNED, FULL)
+
+
+@triton.jit
+def _step_kernel(
+    table,
+    owners,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    M1: tl.constexpr,
+    M2: tl.constexpr,
+    NU: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    MASTER: tl.constexpr,
+    IS_YOGI: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = table + tl.load(owners + program).to(tl.int64) * _COLUMNS
+    flags = tl.load(row + _FLAGS)
+    block = (program - tl.load(row + _FIRST)) * BLOCK
+    left = tl.load(row + _LENGTH) - block
+    if (flags & _SKIP) == 0:
+        if left >= BLOCK:  # a mask of its own would keep the compiler from wide loads
+            _update(row, block, left, WEIGHT, GRAD, M1, M2, NU, AVERAGE, MASTER, IS_YOGI, ALIGNED, BLOCK, True)
+        else:
+            _update(row, block, left, WEIGHT, GRAD, M1, M2, NU, AVERAGE, MASTER, IS_YOGI, ALIGNED, BLOCK, False)
+
+
+# -- captured steps: the scalars of a row, on the device ------------------------------------------------------------
+
+
+@triton.jit
+def _double(row, FIELD: tl.constexpr, live):
+    return tl.load(row + FIELD, mask=live, other=0).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _number(address, live):
+    """The fp32 number at each address, as a double."""
+    return tl.load(address.to(tl.pointer_type(tl.float32)), mask=live, other=1.0).to(tl.float64)
+
+
+@triton.jit
+def _unbias(beta, step):
+    """reference.unbias; exp(x) - 1 after W. Kahan, accurate for small x."""
+    x = step * tl.log(beta)
+    e = tl.exp(x)
+    less_one = tl.where(e == 1.0, x, tl.where(e < 0.5, e - 1.0, (e - 1.0) * x / tl.log(e)))
+    return tl.where(beta == 0.0, 1.0, -1.0 / less_one).to(tl.float32)
+
+
+@triton.jit
+def _scalars_kernel(table, count, BLOCK: tl.constexpr):
+    """Rows of SEGMENT follow the table in the same buffer."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = index < count
+    row = table + index * _COLUMNS
+    given = table + count * _COLUMNS + index * _WORDS
+    c = (row + _FLOATS).to(tl.pointer_type(tl.float32), bitcast=True)
+
+    step_at = tl.load(given + _STEP_POINTER_AT, mask=live, other=0)
+    schedule_at = tl.load(given + _SCHEDULE_POINTER_AT, mask=live, other=0)
+    lr_at = tl.load(given + _LR_POINTER_AT, mask=live, other=0)
+    step = _number(step_at, live)
+    scheduled = _number(tl.where(schedule_at == 0, step_at, schedule_at), live)
+    lr = tl.where(lr_at == 0, _double(given, _LR_AT, live), _number(lr_at, live & (lr_at != 0)))
+
+    beta1 = _double(given, _BETA1_AT, live)
+    warmup = _double(given, _ALPHA_WARMUP_AT, live)
+    alpha = _double(given, _ALPHA_AT, live)
+    alpha = tl.where(warmup > scheduled, alpha * (scheduled / tl.where(warmup > 0.0, warmup, 1.0)), alpha)
+    warmup = _double(given, _BETA3_WARMUP_AT, live)
+    beta3 = _double(given, _BETA3_AT, live)
+    fraction = scheduled / tl.where(warmup > 0.0, warmup, 1.0)
+    end = tl.log(beta3)
+    start = tl.log(beta1)
+    rising = tl.where(beta1 == 0.0, end / fraction, start * end / ((1.0 - fraction) * end + fraction * start))
+    beta3 = tl.where(warmup > scheduled, tl.exp(rising), beta3)
+    average_rate = tl.where(step == 1.0, 1.0, _double(given, _RATE_AT, live))
+
+    tl.store(c + _LR, lr.to(tl.float32), mask=live)
+    tl.store(c + _RATE3, (1.0 - beta3).to(tl.float32), mask=live)
+    tl.store(c + _ALPHA, alpha.to(tl.float32), mask=live)
+    tl.store(c + _UNBIAS1, _unbias(beta1, step), mask=live)
+    tl.store(c + _UNBIAS2, _unbias(_double(given, _BETA2_AT, live), step), mask=live)
+    tl.store(c + _AVERAGE_RATE, average_rate.to(tl.float32), mask=live)
+    key = tl.load(given + _KEY_AT, mask=live, other=0).to(tl.uint64)
+    for pair in tl.static_range(3):
+        stream = _mix64(key + (step.to(tl.int64).to(tl.uint64) * 4 + pair) * 0x9E3779B97F4A7C15)
+        tl.store(row + _STREAM + pair, stream.to(tl.int64), mask=live)
+
+
+# -- the host's side ----------------------------------------------------------------------------------------------
+
+_ALIGNED = 1 << 6  # in the place of a flag: the row begins on 16 bytes everywhere
+_OF_KIND = np.int64((YOGI << 56) | 0x00FFFFFFFFFFFFFF)  # what of a row's last word is known at compile time
+
+_INTERPRETED = not isinstance(_step_kernel, triton.runtime.JITFunction)
+_captured: list[Any] = []  # what replayed CUDA graphs read
+
+
+class _Launch(NamedTuple):
+    """The rows of one kind: the row of each program, their number, and what the kernel is compiled for."""
+
+    owners: Tensor
+    programs: int
+    constants: dict[str, Any]
+
+
+class TritonKernel:
+    name = "triton"
+
+    def refusal(self, weight: Tensor) -> str | None:
+        wanted = "cpu" if _INTERPRETED else "cuda"
+        if weight.device.type != wanted:
+            with_interpreter = " under TRITON_INTERPRET=1" if _INTERPRETED else ""
+            return f"the Triton kernel is for {wanted} tensors{with_interpreter}, the parameter is on {weight.device}"
+        if TYPES.get(weight.dtype) not in (1, 2, 5):
+            return f"the Triton kernel takes fp32, bf16 and fp16 weights, not {weight.dtype}"
+        return None
+
+    def run(self, table: Table) -> None:
+        """
+        Raises:
+            InputError: a CUDA graph is being captured and the parameters' group is not `capturable`.
+        """
+        if not len(table.rows):
+            return
+        with torch.cuda.device(table.device) if table.device.type == "cuda" else nullcontext():
+            capturing = table.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            if capturing and not table.capturable:
+                raise InputError("a CUDA graph of AdEMAMix's step needs capturable=True: the step would stand still")
+            raw = table.rows.view(np.int64).reshape(-1, _WORDS.value)
+            launches = _launches(table, raw, capturing)
+            count = len(raw)
+            words = count * (_COLUMNS.value + (_WORDS.value if table.capturable else 0))
+            spare = table.cache.pop("triton_spare", None) if capturing else None
+            host = _pinned(words, table.device) if spare is None else spare
+            _fill(host.numpy(), raw, table)
+            device = host.to(table.device, non_blocking=True)
+            if capturing:
+                _captured.append((host, device, launches))
+            if table.capturable:
+                if not capturing and table.device.type == "cuda" and "triton_spare" not in table.cache:
+                    table.cache["triton_spare"] = _pinned(words, table.device)  # pinning may not be captured
+                grid = (triton.cdiv(count, 64),)
+                _scalars_kernel[grid](device, count, BLOCK=64, num_warps=2, enable_fp_fusion=False)
+            for launch in launches:
+                _step_kernel[(launch.programs,)](
+                    device, launch.owners, **launch.constants, BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False
+                )
+
+
+def _pinned(words: int, device: torch.device) -> Tensor:
+    # Fresh at every step: torch's allocator hands a pinned block out again only when its copy is done.
+    return torch.empty(words, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
+def _fill(out: np.ndarray, raw: np.ndarray, table: Table) -> None:
+    """The rows as the device reads them, and after them, for captured tables, the rows as they came."""
+    count = len(raw)
+    rows = out[: count * _COLUMNS.value].reshape(count, _COLUMNS.value)
+    rows[:, : len(_COPIED)] = raw[:, : len(_COPIED)]
+    step = raw[:, _PLACE["step"], None].view(np.uint64)
+    stream = (4 * step + np.arange(3, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    stream += raw[:, _PLACE["key"], None].view(np.uint64)
+    rows[:, _STREAM.value : _STREAM.value + 3] = _mixed(stream).view(np.int64)
+    rows[:, _FIRST.value] = table.cache["triton_first"]
+    rows[:, _FLAGS.value] = table.rows["flags"]
+    doubles = raw[:, _PLACE["lr"] : _PLACE["lr"] + 11].view(np.float64)
+    floats = rows[:, _FLOATS.value :].view(np.float32)
+    floats[:, :11] = doubles
+    floats[:, 1:4] = 1.0 - doubles[:, 1:4]
+    floats[:, 11] = np.where(table.rows["flags"] & MAXIMIZE, -1.0, 1.0)
+    if table.capturable:
+        out[count * _COLUMNS.value :] = raw.ravel()
+
+
+def _mixed(z: np.ndarray) -> np.ndarray:
+    """precision.mix64 of an array."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _launches(table: Table, raw: np.ndarray, capturing: bool) -> list[_Launch]:
+    """A launch for each kind of row, kept from step to step while the kinds are the same."""
+    addresses = np.bitwise_or.reduce(raw[:, :7], axis=1)
+    kinds = (raw[:, -1] & _OF_KIND) | np.where(addresses & 15, 0, np.int64(_ALIGNED << 56))
+    cache = table.cache
+    known = cache.get("triton_kinds")
+    if known is not None:  # a row that is skipped this time keeps its kind, so that nothing is built anew
+        kinds = np.where(table.rows["flags"] & _SKIP.value, known, kinds)
+        if np.array_equal(kinds, known):
+            return cache["triton_launches"]
+    programs = -(-table.rows["length"] // _BLOCK)
+    first = np.zeros(len(raw), dtype=np.int64)
+    launches = []
+    for kind in np.unique(kinds):
+        members = np.nonzero(kinds == kind)[0]
+        total = int(programs[members].sum())
+        first[members] = np.cumsum(programs[members]) - programs[members]
+        words = _pinned((total + 1) // 2, table.device)
+        words.view(torch.int32).numpy()[:total] = np.repeat(members, programs[members])
+        weight, grad, m1, m2, nu, average, master, flags = int(kind).to_bytes(8, "little")
+        constants = {
+            **{"WEIGHT": weight, "GRAD": grad or weight, "M1": m1, "M2": m2, "NU": nu, "AVERAGE": average},
+            **{"MASTER": master, "IS_YOGI": bool(flags & YOGI), "ALIGNED": bool(flags & _ALIGNED)},
+        }
+        device = words.to(table.device, non_blocking=True)
+        if capturing:
+            _captured.append(words)
+        if total:
+            launches.append(_Launch(device.view(torch.int32), total, constants))
+    cache["triton_kinds"], cache["triton_first"], cache["triton_launches"] = kinds, first, launches
+    return launches
