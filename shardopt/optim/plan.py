@@ -35,8 +35,12 @@ _data_ptr = torch.Tensor.data_ptr
 def scalars_of(group: Mapping[str, Any], step: int, schedule_step: int) -> Scalars:
     """A parameter group's scalars at a step (from 1). A step on the device (capturable) stands as 0."""
     lr = group["lr"]
-    known = float(lr) if step or not isinstance(lr, Tensor) else 0.0  # reading a tensor would break a capture
-    return scalars_at(max(1, step), max(1, schedule_step), lr=known, **{key: group[key] for key in _HYPER_KEYS})
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    known = 0.0 if on_device and not step else float(lr)  # reading a device's tensor would break a capture
+    found = scalars_at(max(1, step), max(1, schedule_step), lr=known, **{key: group[key] for key in _HYPER_KEYS})
+    if not step and group["average_decay"] is not None:
+        found = found._replace(average_rate=1.0 - group["average_decay"])  # the kernel knows the first step itself
+    return found
 
 
 def make_entry(param: Tensor, group: int, state: dict[str, Any]) -> Entry:

@@ -25,6 +25,7 @@ marked `cuda`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ _SKIP = tl.constexpr(1)
 _SCALE_BLOCK = tl.constexpr(128)
 
 # Where the fields of SEGMENT stand in a row, in 64-bit words.
-_FIELDS = SEGMENT.fields or {}
+_FIELDS: Mapping[str, Any] = SEGMENT.fields or {}
 _PLACE = {name: field[1] // 8 for name, field in _FIELDS.items()}
 _WORDS = tl.constexpr(SEGMENT.itemsize // 8)
 _COPIED = [
