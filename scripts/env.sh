@@ -7,6 +7,14 @@ fail() {
     exit 1
 }
 
+what_is_installed() {
+    cat pyproject.toml constraints.txt && pwd
+}
+
+is_installed() {
+    what_is_installed | cmp -s - "$1"
+}
+
 prepare() {
     local extras=$1 python=${PYTHON:-python3} stamp log
     if [ ! -x .venv/bin/python ]; then
@@ -19,7 +27,7 @@ prepare() {
     command -v "${CC:-cc}" >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
         fail "no C compiler here: install gcc or clang (or set CC); the optimizer's CPU kernel is compiled at first use"
     stamp=.venv/installed-$(echo "$extras" | tr ',' '-')
-    if ! { cat pyproject.toml constraints.txt; pwd; } | cmp -s - "$stamp"; then
+    if ! is_installed "$stamp" && ! is_installed .venv/installed-dev; then # dev has all the other extras in it
         echo "Installing shardopt[$extras] into .venv"
         log=.venv/install.log
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]" \
@@ -27,6 +35,6 @@ prepare() {
             grep -m1 -E '^ERROR|No space|error:' "$log" >&2 || true
             fail "installing failed; pip's whole output is in $log"
         }
-        { cat pyproject.toml constraints.txt; pwd; } >"$stamp"
+        what_is_installed >"$stamp"
     fi
 }

@@ -1,0 +1,104 @@
+"""Every command and snippet of the README, run; every flag, file and link that it names, looked for."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.distributed.pool import on_ranks
+
+README = Path("README.md").read_text(encoding="utf-8")
+
+
+def fenced(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+class Blocks(nn.Module):
+    """What the snippets call `model`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def _snippet(rank, world_size, code):
+    """Run `code`, then two steps of whatever optimizer it made; the loss before and after."""
+    torch.manual_seed(0)
+    model = Blocks()
+    batches = [torch.randn(4, 8, generator=torch.Generator().manual_seed(rank)) for _ in range(2)]
+
+    def loss(y):
+        return y.square().mean()
+
+    names = {"model": model, "loss": loss, "batches": batches, "torch": torch}
+    exec(code, names)
+    optimizer = names["optimizer"]
+    before = loss(model(batches[0])).item()
+    for batch in batches * 3:
+        loss(model(batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return before, loss(model(batches[0])).item()
+
+
+SNIPPETS = [code for code in fenced("python") if "optimizer =" in code and "transformers" not in code]
+
+
+@pytest.mark.parametrize("code", SNIPPETS, ids=lambda code: re.sub(r"\W+", "-", code.splitlines()[0])[:40])
+def test_a_snippet_runs_and_its_optimizer_learns(code):
+    for before, after in on_ranks(2, _snippet, code):
+        assert after < before
+
+
+@pytest.mark.parametrize("block", fenced("bash"), ids=lambda b: b.split()[0])
+def test_a_command_runs(block, tmp_path):
+    for line in block.strip().replace("\\\n", " ").splitlines():
+        arguments = [*shlex.split(line), "train.steps=3", "schedule.warmup=1", "eval.batches=1", f"run.dir={tmp_path}"]
+        bin_folder = Path(sys.executable).parent
+        arguments[0] = str(bin_folder / arguments[0])
+        subprocess.run(arguments, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280)
+    assert (tmp_path / "mine" / "loss.png").exists()
+
+
+def test_the_quickstart_trains_keeps_its_promises_on_disk_and_says_what_each_rank_holds(tmp_path):
+    """As a person starts it, with fewer steps."""
+    command = ["scripts/quickstart.sh", "train.steps=4", "schedule.warmup=2", "eval.batches=1", f"run.dir={tmp_path}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280)
+    folder = tmp_path / "quickstart"
+    for name in ("config.yaml", "metrics.jsonl", "loss.png", "checkpoints/step-00000004", "export/model.safetensors"):
+        assert (folder / name).exists(), name
+    rows = dict(re.findall(r"^(weights|gradients|m1|m2|nu)\b.* ([\d.]+) %\s*$", done.stdout, re.MULTILINE))
+    assert rows.keys() == {"weights", "gradients", "m1", "m2", "nu"}
+    assert all(49.5 <= float(share) <= 50.5 for share in rows.values()), rows
+    assert all(len(line) <= 80 or str(tmp_path) in line for line in done.stdout.splitlines())
+
+
+def test_every_file_and_key_that_it_names_is_there():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("http") or Path(link).exists(), link
+    for path in re.findall(r"`((?:configs|docs|launch|scripts)/[\w./-]+)`", README):
+        assert Path(path).exists(), path
+    from shardopt.pretrain.config import Config
+
+    sections = re.findall(r"^\| `(\w+)` \| [^|]* \| (.*) \|$", README, re.MULTILINE)
+    assert {name for name, _ in sections} == set(Config.model_fields)
+    for name, keys in sections:
+        if name in ("model", "optimizer"):  # these take the keys of what they name
+            continue
+        fields = Config.model_fields[name].annotation.model_fields if name != "engine" else {"name": None}
+        known = {getattr(f, "alias", None) or n for n, f in fields.items()}
+        if name == "tracking":
+            known |= {"mode", "project"}
+        assert set(re.findall(r"`(\w+)`", keys)) <= known, name
