@@ -516,7 +516,7 @@ def test_parameters_swapped_before_the_first_step():
 
 def test_a_step_needs_no_temporary_of_a_parameters_size():
     """Memory of the second step, counted by torch's allocator through the profiler, and that of numpy's tables."""
-    param = nn.Parameter(torch.zeros(3_000_000))
+    param = nn.Parameter(torch.zeros(8_000_000))
     for kernel in ("c", "torch"):
         optimizer = shardopt.AdEMAMix([param], kernel=kernel, state_dtype="bf16")
         param.grad = torch.ones_like(param)
@@ -524,7 +524,7 @@ def test_a_step_needs_no_temporary_of_a_parameters_size():
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             optimizer.step()
         sizes = [e.self_cpu_memory_usage for e in profile.events()]
-        assert max(sizes, default=0) < 0.03 * param.numel() * 4
+        assert max(sizes, default=0) < 0.05 * param.numel() * 4
 
 
 def test_a_layout_that_does_not_fit_is_refused():

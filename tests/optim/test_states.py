@@ -90,7 +90,7 @@ def test_adamw_counts_are_found_and_missing_ones_named():
     optimizer = build("adamw", net)
     train(net, optimizer, 2)
     assert states.scalar_state(optimizer)["scale"] == {"step": 2}
-    with pytest.raises(InputError, match="no step for parameter '0.bias'"):
+    with pytest.raises(InputError, match=r"no step for parameter '0.bias'"):
         states.load_scalar_state(optimizer, {"0.weight": {"step": 1}, "scale": {"step": 1}})
 
 

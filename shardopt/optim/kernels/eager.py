@@ -12,8 +12,8 @@ from shardopt.optim import precision, reference
 from shardopt.optim.kernels import MASTERS, MAXIMIZE, SKIP, YOGI, Entry, Table
 from shardopt.optim.reference import Scalars
 
-# Temporaries are tiles, never as large as a parameter; a CPU's fit its cache. Multiples of precision.BLOCK.
-_TILE = {"cpu": 1 << 15}
+# Temporaries are tiles, never as large as a large parameter; a CPU's fit its cache. Multiples of precision.BLOCK.
+_TILE = {"cpu": 1 << 17}
 _TILE_ELSEWHERE = 1 << 22
 _STATES = ("m1", "m2", "nu", "average")
 
