@@ -179,6 +179,9 @@ class _Given:
             near = difflib.get_close_matches(key, _KNOWN, 1)
             hint = f"did you mean {near[0]}?" if near else "remove it"
             raise InputError(f"{self.where(key)}: DeepSpeed has no such key; {hint}")
+        for key in ("zero_optimization", "bf16", "data_types"):
+            if not isinstance(self.get(key), dict | None):
+                raise InputError(f"{self.where(key)} must hold keys of its own, not {_short(self.get(key))}")
         for key, (allowed, instead) in _FORBIDDEN.items():
             value = self.get(key)
             if value is not None and (allowed is None or value != allowed):

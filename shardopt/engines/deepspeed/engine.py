@@ -19,10 +19,13 @@ from torch.optim import Optimizer
 
 from shardopt.engines.base import Engine, EngineInputs, compute_dtype
 from shardopt.engines.deepspeed.config import DeepspeedConfig
-from shardopt.engines.deepspeed.layouts import Partitions
+from shardopt.engines.deepspeed.layouts import Flat, Partitions
 from shardopt.errors import InputError, MissingExtraError
 from shardopt.optim import precision, states
-from shardopt.slices import Slice, named_parameters
+from shardopt.slices import Layout, Slice, named_parameters
+
+# What the state counts, of all our optimizers and torch's.
+_COUNTS = {"step", "schedule_step"}
 
 
 class DeepspeedEngine(Engine):
@@ -44,6 +47,11 @@ class DeepspeedEngine(Engine):
                 raise InputError(
                     f"optimizer.state_dtype: {dtype_name} has a scale a block of one parameter, but DeepSpeed's flat "
                     f"partitions hold several: use bf16, or another engine"
+                )
+        for name, param in named_parameters(model):
+            if not param.dim():
+                raise InputError(
+                    f"parameter {name} has no dimension, which DeepSpeed cannot send: give it the shape (1,)"
                 )
         deepspeed = _import(ranks.device)
         dtype = compute_dtype(config.dtype_name(), ranks.device)
@@ -67,7 +75,7 @@ class DeepspeedEngine(Engine):
         self._used: set[str] = set()
         self._unused: set[str] = set()
         self._missed: dict[str, int] = {}
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._whole: list[tuple[dict[str, Any], list[Tensor]]] = []
         self._hooks: list[Any] = [
             p.register_post_accumulate_grad_hook(lambda _, name=n: self._used.add(name)) for n, p in self._trained
         ]
@@ -124,30 +132,47 @@ class DeepspeedEngine(Engine):
         self._unused.clear()
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Keep what belongs to parameters without a gradient: no decay, no step, as on every other engine."""
-        self._kept = []
-        if not self._unused:
+        """Step each parameter by itself where some had no gradient, now or before: no decay, no count for these."""
+        self._whole = []
+        if not (self._unused or self._missed):
             return
-        present = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for flat in self.partitions.flats:
-            if id(flat.tensor) not in present:
-                continue
-            for layout in flat.layouts:
-                if layout.name in self._unused:
-                    (r,) = layout.ranges
-                    held = [flat.tensor.detach(), *optimizer.state.get(flat.tensor, {}).values()]
-                    pieces = [
-                        t.narrow(0, r.local_start, r.length)
-                        for t in held
-                        if isinstance(t, Tensor) and t.shape == flat.tensor.shape
-                    ]
-                    self._kept += [(piece, piece.clone()) for piece in pieces]
+        flats = {id(flat.tensor): flat for flat in self.partitions.flats}
+        for group in optimizer.param_groups:
+            self._whole.append((group, group["params"]))
+            group["params"] = [piece for p in group["params"] for piece in self._pieces(flats[id(p)])]
+
+    def _pieces(self, flat: Flat) -> Iterator[Tensor]:
+        """The parameters in a flat partition one by one, as views with state of their own."""
+        whole = flat.tensor
+        for layout in flat.layouts:
+            (r,) = layout.ranges
+            piece = whole.detach().narrow(0, r.local_start, r.length)
+            if layout.name not in self._unused and whole.grad is not None:
+                piece.grad = whole.grad.narrow(0, r.local_start, r.length)
+            missed = self._missed.get(layout.name, 0)
+            self.optimizer.state[piece] = {
+                key: value - missed
+                if key in _COUNTS
+                else value.narrow(0, r.local_start, r.length)
+                if isinstance(value, Tensor) and value.shape == whole.shape
+                else value
+                for key, value in self.optimizer.state[whole].items()
+            }
+            where = Layout.contiguous(layout.name, layout.shape, r.global_start, r.length)
+            self.partitions.tell(piece, (where,))
+            yield piece
 
     @torch.no_grad()
-    def _after_step(self, *_: Any) -> None:
-        for piece, value in self._kept:
-            piece.copy_(value)
-        self._kept = []
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        for group, whole in self._whole:
+            for piece in group["params"]:
+                del optimizer.state[piece]
+                self.partitions.explicit.pop(piece)
+            group["params"] = whole
+            for flat in whole:
+                for key in _COUNTS & optimizer.state[flat].keys():
+                    optimizer.state[flat][key] += 1
+        self._whole = []
 
     # ---------------------------------------------------------------- state
 
@@ -160,7 +185,7 @@ class DeepspeedEngine(Engine):
     def scalar_state(self) -> dict[str, dict[str, int | float]]:
         scalars = super().scalar_state()
         for name, missed in self._missed.items():
-            for key in scalars.get(name, {}).keys() & {"step", "schedule_step"}:
+            for key in scalars.get(name, {}).keys() & _COUNTS:
                 scalars[name][key] -= missed
         return scalars
 

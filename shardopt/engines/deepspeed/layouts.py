@@ -73,12 +73,15 @@ class Partitions:
         self.stage = _stage_of(host, {param: name for name, param in self.named})
         self.flats = self.stage.flats()
         self.layouts = {flat.tensor: flat.layouts for flat in self.flats}
-        set_layout = getattr(optimizer, "set_layout", None)
-        if set_layout is None:
-            optimizer.explicit_layouts = dict(self.layouts)  # type: ignore[attr-defined]  # what states reads
-        else:
-            for tensor, layouts in self.layouts.items():
-                set_layout(tensor, layouts)
+        # Another optimizer than ours does not ask, but `states` does.
+        self.explicit: dict[Tensor, Any] = optimizer.__dict__.setdefault("explicit_layouts", {})
+        for tensor, layouts in self.layouts.items():
+            self.tell(tensor, layouts)
+
+    def tell(self, tensor: Tensor, layouts: tuple[Layout, ...]) -> None:
+        """Let the optimizer know what `tensor` holds."""
+        set_layout = getattr(self.optimizer, "set_layout", self.explicit.__setitem__)
+        set_layout(tensor, layouts)
 
     @contextmanager
     def in_groups(self, present: bool = True) -> Iterator[None]:
