@@ -4,8 +4,8 @@
 
 Everything runs in this one process. Each optimizer is timed in turn with fused AdamW, step by step, and the ratio is
 the median over such pairs (so that another job on the machine slows both alike). Three shapes: one tensor of 50M,
-500 tensors of 10,000 elements, eight of 4096 x 4096. "bytes" is what the update must move: weight and state read and written,
-gradient read. "of copy" is the share of the bandwidth at which this machine copies 400 MB with `Tensor.copy_`.
+500 tensors of 10,000, eight of 4096 x 4096 elements. "bytes" is what the update must move: weight and state read and
+written, gradient read. "of copy" is the share of the bandwidth at which this machine copies 400 MB (`Tensor.copy_`).
 """
 
 from __future__ import annotations

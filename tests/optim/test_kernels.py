@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -258,6 +259,13 @@ def test_the_build_is_cached_and_only_ours_is_loaded(monkeypatch, tmp_path):
     assert cpu.build() == library
     assert library.stat().st_mtime_ns == written
     assert list(library.parent.iterdir()) == [library]  # nothing half-built is left
+    library.chmod(0o722)
+    with pytest.raises(InputError, match="not a file that only this user can write"):
+        cpu.build()
+    library.unlink()
+    with ThreadPoolExecutor(4) as ranks:  # as many build at once as there are ranks on a machine
+        assert set(ranks.map(lambda _: cpu.build(), range(4))) == {library}
+    assert list(library.parent.iterdir()) == [library]
     library.parent.chmod(0o777)
     with pytest.raises(InputError, match=r"other users can write to .* chmod go-w"):
         cpu.build()

@@ -97,8 +97,9 @@ def build() -> Path:
     folder = cache_folder()
     target = folder / f"cpu-{key}.so"
     if target.exists():
-        if target.lstat().st_uid != os.getuid():
-            raise InputError(f"{target} belongs to another user: remove it")
+        status = target.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise InputError(f"{target} is not a file that only this user can write: remove it")
         return target
     # Built aside and renamed: several ranks may build at once, and each sees a whole file or none.
     handle, aside = tempfile.mkstemp(prefix=f"cpu-{key}-", suffix=".tmp", dir=folder)
@@ -109,6 +110,7 @@ def build() -> Path:
                 [*command, *_FLAGS, *variant, str(_SOURCE), "-o", aside, "-lm"], capture_output=True, text=True
             )
             if done.returncode == 0:
+                Path(aside).chmod(0o700)
                 Path(aside).rename(target)
                 return target
         raise InputError(f"the C compiler {compiler!r} cannot build the kernel: {done.stderr.strip()[-500:]}")
