@@ -168,13 +168,14 @@ OTHERS = [
 
 
 def _others_against_ddp(rank, world_size):
-    return [_against_ddp(rank, world_size, cls, kwargs, 5, 1, None, {"stage": 2})[1:] for cls, kwargs in OTHERS]
+    return [_against_ddp(rank, world_size, cls, kwargs, 5, 1, None, {"stage": 2}) for cls, kwargs in OTHERS]
 
 
 def test_any_elementwise_optimizer():
-    for moved, equal in on_ranks(2, _others_against_ddp)[0]:
+    # Not bit for bit: torch's own kernels contract a multiply and an add in vectors and not in a tensor's tail.
+    for difference, moved, _ in on_ranks(2, _others_against_ddp)[0]:
         assert moved > 1e-3
-        assert equal
+        assert difference < 1e-6
 
 
 @pytest.mark.parametrize("cls", [torch.optim.Muon, torch.optim.Adafactor, torch.optim.LBFGS])
@@ -388,7 +389,7 @@ def _without_accumulate(rank, world_size, stage):
     for step in range(3):
         loss_of(module, step, 0, rank).backward()
         optimizer.step()
-        optimizer.zero_grad()
+        module.zero_grad()  # as HF Trainer does: the reduced gradients must not outlive the step
     theirs = train_zero(rank, AdEMAMix, ADEMAMIX, 3, 1, stage=stage)
     ours = weights(module)
     return all(torch.equal(ours[n], theirs[n]) for n in ours)
@@ -504,7 +505,7 @@ def _reduced_by_host(rank, world_size):
         loss_of(ddp, step, 0, rank).backward()
         optimizer.clip_grad_norm_(0.5)
         optimizer.step()
-        optimizer.zero_grad()
+        ddp.zero_grad()
     return compare(weights(module), train_ddp(rank, AdEMAMix, ADEMAMIX, 5, 1, clip=0.5))
 
 

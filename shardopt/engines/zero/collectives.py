@@ -21,6 +21,7 @@ Part = Sequence[Tensor]
 # Renamed in torch 2.13.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_TAG = 0x5A  # keeps these messages apart from others that a program sends over the same group
 _STRETCH = 1 << 17  # elements; half a MiB in fp32
 
 
@@ -85,6 +86,10 @@ class Collectives(abc.ABC):
             )
         return values
 
+    def named(self, rank: int) -> int:
+        """What the whole job calls `rank` of this group."""
+        return dist.get_global_rank(self.group, rank) if self.group is not None else rank
+
     def peers(self) -> list[int]:
         """The other ranks, nearest first, so that no rank is everybody's first choice."""
         return [(self.rank + i) % self.size for i in range(1, self.size)]
@@ -142,11 +147,12 @@ class _Exchange(Reduction):
         for peer in peers:
             lengths = [m.numel() for m in mine]
             self.receives[peer] = [
-                dist.irecv(chunk, group=door.group, group_src=peer) for chunk in self.received[peer].split(lengths)
+                dist.irecv(chunk, group=door.group, group_src=peer, tag=_TAG)
+                for chunk in self.received[peer].split(lengths)
             ]
         for peer in peers:
             for message in parts[peer]:
-                self.sends.append((peer, dist.isend(message, group_dst=peer, group=door.group)))
+                self.sends.append((peer, dist.isend(message, group_dst=peer, group=door.group, tag=_TAG)))
                 door.reduce_bytes += message.nbytes
 
     def held_bytes(self) -> int:
@@ -156,17 +162,18 @@ class _Exchange(Reduction):
         door = self.door
         for peer, works in self.receives.items():
             for work in works:
-                wait(work, door.timeout, f"receiving from rank {peer}")
+                wait(work, door.timeout, f"receiving from rank {door.named(peer)}")
         for message, start, end in self._stretches():
             parts = [message if r == door.rank else self.received[r][start:end] for r in range(door.size)]
             sum_parts(parts, out[start:end], accumulate)
         for peer, work in self.sends:
-            wait(work, door.timeout, f"sending to rank {peer}")
+            wait(work, door.timeout, f"sending to rank {door.named(peer)}")
 
     def not_finite(self) -> list[int]:
         bad = [peer for peer, received in self.received.items() if not received.isfinite().all()]
-        mine = any(not message.isfinite().all() for message in self.mine)
-        return sorted([*bad, self.door.rank] if mine else bad)
+        if any(not message.isfinite().all() for message in self.mine):
+            bad.append(self.door.rank)
+        return sorted(map(self.door.named, bad))
 
     def _stretches(self) -> Iterator[tuple[Tensor, int, int]]:
         at = 0
@@ -187,10 +194,15 @@ class Pairwise(Collectives):
         parts = flat.view(self.size, -1)
         works = []
         for peer in self.peers():
-            works.append((f"receiving from rank {peer}", dist.irecv(parts[peer], group=self.group, group_src=peer)))
+            works.append(
+                (
+                    f"receiving from rank {self.named(peer)}",
+                    dist.irecv(parts[peer], group=self.group, group_src=peer, tag=_TAG),
+                )
+            )
         for peer in self.peers():
-            work = dist.isend(parts[self.rank], group_dst=peer, group=self.group)
-            works.append((f"sending to rank {peer}", work))
+            work = dist.isend(parts[self.rank], group_dst=peer, group=self.group, tag=_TAG)
+            works.append((f"sending to rank {self.named(peer)}", work))
             self.gather_bytes += parts[self.rank].nbytes
 
         def finish() -> None:

@@ -236,9 +236,16 @@ class ZeroOptimizer(Optimizer):
                 self._callback_queued = True
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
             if self._reduces:
-                self.reducer.ready(index)
+                self._ready(index)
 
         return hook
+
+    def _ready(self, index: int, gradient: Tensor | None = None) -> None:
+        try:
+            self.reducer.ready(index, gradient)
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def deliver(self, param: Tensor, gradient: Tensor) -> None:
         """Take one micro-batch's gradient of `param` from a host; every rank delivers every parameter.
@@ -247,7 +254,7 @@ class ZeroOptimizer(Optimizer):
         """
         self._usable()
         self._norm = None
-        self.reducer.ready(self._index_of[param], gradient)
+        self._ready(self._index_of[param], gradient)
         if self.reducer.all_sent:
             self._finish_round()
 
@@ -376,8 +383,11 @@ class ZeroOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update this rank's slice and hand the new weights round.
 
+        Consumes the gradients that were reduced: what comes next replaces them, whether or not `zero_grad` is
+        called, since a model's own `zero_grad` cannot reach them.
+
         Raises:
-            NonFiniteGradientError: on every rank alike, with nothing changed; `zero_grad` and go on, or stop.
+            NonFiniteGradientError: on every rank alike, with no weight or state changed and the gradients dropped.
             PeerError: another rank failed.
         """
         loss = None
@@ -386,7 +396,9 @@ class ZeroOptimizer(Optimizer):
                 loss = closure()
         norm = self._agree()
         if not math.isfinite(norm):
-            raise NonFiniteGradientError(self._explain())
+            explanation = self._explain()
+            self._consume()
+            raise NonFiniteGradientError(explanation)
         self.wait()
         try:
             self._verify()
@@ -402,6 +414,7 @@ class ZeroOptimizer(Optimizer):
                 self._own(self.buckets[bucket_index]).copy_(master)
             for param in self._slices:
                 param.grad = None
+            self._consume()
             self._gather()
             if not self.overlap_gather:
                 self.wait()
@@ -435,10 +448,13 @@ class ZeroOptimizer(Optimizer):
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         return f"the gradient is not finite in {', '.join(shown)}{more}; no rank has taken the step"
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, reduced and not."""
+    def _consume(self) -> None:
         self.reducer.clear()
         self._norm = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, reduced and not."""
+        self._consume()
         for _, param in self._named:
             param.grad = None
 

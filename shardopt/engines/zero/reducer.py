@@ -41,7 +41,7 @@ class Reducer:
         buckets: the layout.
         params: the model's parameters in registration order (`Member.index`).
         collectives: the ranks that the buckets are cut over.
-        reduce_dtype: on the wire, for gradients that are not narrower already.
+        reduce_dtype: bf16 makes wider gradients narrower on the wire; fp32 leaves all as they are.
 
     Attributes:
         reduced: this rank's part of every bucket, fp32 (fp64 for fp64 parameters); views of `storage`.
@@ -74,7 +74,7 @@ class Reducer:
             self.reduced.append(self.storage[wide][used[wide] : used[wide] + bucket.part])
             used[wide] += bucket.part
         self.norms: list[Tensor | None] = [None] * len(buckets)
-        self._wire = [b.dtype if b.dtype.itemsize <= reduce_dtype.itemsize else reduce_dtype for b in buckets]
+        self._wire = [b.dtype if b.dtype.itemsize <= 2 or reduce_dtype.itemsize > 2 else reduce_dtype for b in buckets]
         self._order = [m.index for b in buckets for m in b.members]
         self._bucket_of = {m.index: b for b in buckets for m in b.members}
         self._plans = [self._plan(b) for b in buckets] if collectives.takes_messages else []
