@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from shardopt.checkpoint.flat import FlatShard, chunks_of, dtype_name, few, flat
+from shardopt.checkpoint.flat import FlatShard, chunks_of, dtype_name, few
 from shardopt.checkpoint.folders import read_document
 from shardopt.checkpoint.metadata import DTYPES, read_metadata
 from shardopt.checkpoint.saving import (
@@ -29,23 +29,8 @@ from shardopt.checkpoint.saving import (
 )
 from shardopt.engines.ranks import Ranks
 from shardopt.errors import InputError
+from shardopt.optim import precision
 from shardopt.slices import Layout, Range, Slice, local_tensor
-
-
-class Codec(Protocol):
-    """Turns a block format into numbers and back; a module with these two functions will do.
-
-    `values` is fp32, one element an element, flattened as `layout` says (element `local_start + i` of it is
-    element `global_start + i` of the parameter), and as long as the end of the layout's last range.
-    """
-
-    def decode(self, kind: str, layout: Layout, tensors: tuple[Tensor, ...]) -> Tensor:
-        """The values that (codes, scales) stand for. Their dtypes tell the formats apart."""
-        ...
-
-    def encode(self, kind: str, layout: Layout, values: Tensor, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """(codes, scales) for `values`, with the shapes and dtypes of `like`, which must be left alone."""
-        ...
 
 
 def load(
@@ -55,7 +40,6 @@ def load(
     *,
     strict: bool = True,
     convert: bool = False,
-    codec: Codec | None = None,
 ) -> dict[str, Any]:
     """Fill the live tensors of `slices` from a checkpoint, in place, and return its document. A collective.
 
@@ -69,8 +53,8 @@ def load(
         ranks: the processes.
         strict: refuse a checkpoint that has more or less than the ranks together hold. Otherwise slices that
             are not in it keep their values, and document["checkpoint"]["not_loaded"] lists them.
-        convert: let a vector change its dtype or format, rounded once, to nearest.
-        codec: needed where block formats change their layout or format.
+        convert: let a vector change its dtype or format, rounded once, to nearest. (A block format that keeps its
+            format and changes its layout goes through fp32 without being asked for it.)
 
     Raises:
         InputError: the checkpoint does not fit; on every rank, with a handful of the names. The message says
@@ -87,10 +71,10 @@ def load(
             raise InputError(f"{folder} has a document that is not of this format ({error!r})") from error
         _check_match(folder, stored, live, strict=strict, convert=convert)
         for s in slices:
-            _check_slice(folder, s, stored, codec)
+            _check_slice(folder, s, stored)
 
     ranks.together(check)
-    ranks.together(lambda: _read(folder, metadata, stored, slices, codec))
+    ranks.together(lambda: _read(folder, metadata, stored, slices))
     document["checkpoint"]["not_loaded"] = sorted(vector_key(name, kind) for name, kind in _keys(live) - _keys(stored))
     return document
 
@@ -197,17 +181,11 @@ def _check_match(folder: Path, stored: Parameters, live: Parameters, *, strict: 
         raise InputError(f"checkpoint {folder} does not fit: " + "; ".join(problems))
 
 
-def _check_slice(folder: Path, s: Slice, stored: Parameters, codec: Codec | None) -> None:
+def _check_slice(folder: Path, s: Slice, stored: Parameters) -> None:
     entry = stored.get(s.name, {"kinds": {}})["kinds"].get(s.kind)
     if entry is None or not s.layout.ranges:
         return
     here = [dtype_name(t.dtype) for t in s.tensors]
-    if codec is None and not _direct(s, entry):
-        if here == entry["dtypes"]:
-            reason = "its blocks were cut for another layout: resume with that engine and world size"
-        else:
-            reason = f"{'+'.join(entry['dtypes'])} there, {'+'.join(here)} here"
-        raise InputError(f"checkpoint {folder}: {vector_key(s.name, s.kind)}: {reason}, or load with a codec")
     names = (*here, *entry["dtypes"])
     floating = all(DTYPES[n].is_floating_point for n in names)
     if here != entry["dtypes"] and len(here) == len(entry["dtypes"]) == 1 and not floating:
@@ -227,15 +205,14 @@ def _direct(s: Slice, entry: dict[str, Any]) -> bool:
     )
 
 
-def _read(folder: Path, metadata: Metadata, stored: Parameters, slices: list[Slice], codec: Codec | None) -> None:
+def _read(folder: Path, metadata: Metadata, stored: Parameters, slices: list[Slice]) -> None:
     state: dict[str, Tensor] = {}
     for s in slices:
         entry = stored.get(s.name, {"kinds": {}})["kinds"].get(s.kind)
         if entry is None or not s.layout.ranges:
             continue
         if not _direct(s, entry):
-            assert codec is not None
-            _recode(folder, metadata, entry, s, codec)
+            _recode(folder, metadata, entry, s)
         elif len(s.tensors) == 1:
             key = vector_key(s.name, s.kind)
             state[key] = FlatShard(s.layout.numel, DTYPES[entry["dtypes"][0]], chunks_of(s.layout, s.tensors[0]))
@@ -245,36 +222,39 @@ def _read(folder: Path, metadata: Metadata, stored: Parameters, slices: list[Sli
     _fill(folder, metadata, state)
 
 
-def _recode(folder: Path, metadata: Metadata, entry: dict[str, Any], s: Slice, codec: Codec) -> None:
+def _recode(folder: Path, metadata: Metadata, entry: dict[str, Any], s: Slice) -> None:
     """Fill `s` through fp32, from another layout or format."""
-    last = s.layout.ranges[-1]
-    values = torch.zeros(last.local_start + last.length)
-    mine = chunks_of(s.layout, values)
+    mine = _packed(s.layout)
+    values = torch.zeros(mine.local_numel)
     if len(entry["dtypes"]) == 1:
-        _fill(folder, metadata, {vector_key(s.name, s.kind): FlatShard(s.layout.numel, torch.float32, mine)})
+        vector = FlatShard(s.layout.numel, torch.float32, chunks_of(mine, values))
+        _fill(folder, metadata, {vector_key(s.name, s.kind): vector})
     for ranges in entry.get("layouts", []):
         theirs = Layout(s.name, s.layout.shape, _ranges(ranges))
-        if not any(_overlap(a, b) for a in theirs.ranges for b in s.layout.ranges):
+        if not any(_overlap(a, b) for a in theirs.ranges for b in mine.ranges):
             continue
         tensors = {
             key: torch.empty(metadata.state_dict_metadata[key].size, dtype=DTYPES[dtype])  # type: ignore[union-attr]
             for key, dtype in zip(block_keys(s.name, s.kind, theirs.ranges), entry["dtypes"], strict=True)
         }
         _fill(folder, metadata, dict(tensors))
-        source = codec.decode(s.kind, theirs, tuple(tensors.values())).view(-1)
-        for a in theirs.ranges:
-            for b in s.layout.ranges:
+        source = precision.read_slice(Slice(s.name, s.kind, theirs, tuple(tensors.values())))
+        for a in _packed(theirs).ranges:
+            for b in mine.ranges:
                 if common := _overlap(a, b):
                     start, length = common
                     target = values.narrow(0, b.local_start + start - b.global_start, length)
                     target.copy_(source.narrow(0, a.local_start + start - a.global_start, length))
-    if len(s.tensors) == 1:
-        for start, chunk in chunks_of(s.layout, s.tensors[0]).items():
-            chunk.copy_(mine[start])
-        return
-    encoded = codec.encode(s.kind, s.layout, values, s.tensors)
-    for target, source in zip(s.tensors, encoded, strict=True):
-        flat(target).copy_(source.reshape(-1))
+    precision.write_slice(s, values)
+
+
+def _packed(layout: Layout) -> Layout:
+    """The same elements, one after the other: how precision's read_slice and write_slice hold them."""
+    ranges, at = [], 0
+    for r in layout.ranges:
+        ranges.append(Range(r.global_start, at, r.length))
+        at += r.length
+    return Layout(layout.name, layout.shape, tuple(ranges))
 
 
 def _overlap(a: Range, b: Range) -> tuple[int, int] | None:
