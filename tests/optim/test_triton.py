@@ -259,7 +259,7 @@ def instructions(capability, cache, **constants):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from shardopt.optim.kernels.triton import _step_kernel
+    from shardopt.optim.kernels.triton import _OPTIONS, _step_kernel
 
     names = _step_kernel.arg_names
     signature = {name: {"table": "*i64", "owners": "*i32"}.get(name, "constexpr") for name in names}
@@ -269,9 +269,7 @@ def instructions(capability, cache, **constants):
         {(names.index(name),): value for name, value in constants.items()},
         {(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
     )
-    built = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "enable_fp_fusion": False}
-    )
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=_OPTIONS)
     return Counter(re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.:]*)\s", built.asm["ptx"], re.MULTILINE))
 
 
@@ -307,7 +305,7 @@ def test_refuses_what_it_cannot_take(compiled, interpreted):
 
 
 def refuses_doubles():
-    with pytest.raises(InputError, match="the Triton kernel takes fp32, bf16 and fp16 weights, not torch.float64"):
+    with pytest.raises(InputError, match=r"the Triton kernel takes fp32, bf16 and fp16 weights, not torch\.float64"):
         kernels.choose("triton", torch.ones(3).double())
 
 

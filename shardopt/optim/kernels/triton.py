@@ -39,7 +39,7 @@ from shardopt.errors import InputError
 from shardopt.optim.kernels import MAXIMIZE, SEGMENT, TYPES, YOGI, Table
 
 _BLOCK = 1024  # elements of a program; a multiple of precision.BLOCK
-_WARPS = 4
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 # Formats, types and masters as in kernels/__init__.py; Triton reads only constants that are marked as such.
 _FP32, _BF16, _BLOCK16, _INT8, _FP16 = (tl.constexpr(i) for i in (1, 2, 3, 4, 5))
@@ -506,11 +506,10 @@ class TritonKernel:
                 if not capturing and table.device.type == "cuda" and "triton_spare" not in table.cache:
                     table.cache["triton_spare"] = _pinned(words, table.device)  # pinning may not be captured
                 grid = (triton.cdiv(count, 64),)
-                _scalars_kernel[grid](device, count, BLOCK=64, num_warps=2, enable_fp_fusion=False)
+                _scalars_kernel[grid](device, count, BLOCK=64, **_OPTIONS)
             for launch in launches:
-                _step_kernel[(launch.programs,)](
-                    device, launch.owners, **launch.constants, BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False
-                )
+                grid = (launch.programs,)
+                _step_kernel[grid](device, launch.owners, **launch.constants, BLOCK=_BLOCK, **_OPTIONS)
 
 
 def _pinned(words: int, device: torch.device) -> Tensor:
