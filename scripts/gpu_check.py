@@ -145,7 +145,7 @@ def launches() -> list[Row]:
 
     params = tensors((10_000,), 500, torch.float32)
     optimizer = shardopt.AdEMAMix(params, kernel="triton")
-    module._step_kernel = Counted()  # type: ignore[assignment]
+    module._step_kernel = Counted()
     try:
         optimizer.step()
     finally:
@@ -160,7 +160,7 @@ def graphs() -> list[Row]:
         {"state_dtype": "bf16", "alpha_warmup": 6, "beta3_warmup": 7, "average_decay": 0.9},
         {"state_dtype": "int8", "betas": (0.0, 0.99, 0.999), "beta3_warmup": 20},
     ):
-        wrong = replays(**options)  # type: ignore[arg-type]
+        wrong = replays(**options)
         rows.append((f"graph: {options or 'defaults'}", not wrong, wrong or "the same bits"))
     return rows
 
