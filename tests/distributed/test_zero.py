@@ -458,10 +458,15 @@ def _outside(rank, world_size):
     equal = all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
 
     refused = []
+    with optimizer.accumulate():
+        loss_of(module, 9, 0, rank).backward()
+    optimizer.clip_grad_norm_(None)
+    module.zero_grad()
     other = ZeroOptimizer(model(), AdEMAMix, bucket_mb=25, **ADEMAMIX)
     for action in (
         lambda: other.load_state_dict(saved),
         lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]}),
+        lambda: loss_of(module, 9, 0, rank).backward(),
         lambda: (module.double(), optimizer.step()),
     ):
         try:
@@ -478,7 +483,8 @@ def test_an_optimizer_to_the_outside():
         assert equal
         assert "another rank, world size or bucket_mb" in refused[0]
         assert "at construction" in refused[1]
-        assert "moved or replaced" in refused[2]
+        assert "neither stepped nor dropped" in refused[2]
+        assert "moved or replaced" in refused[3]
 
 
 def test_one_process_without_a_group():

@@ -232,7 +232,7 @@ class ZeroOptimizer(Optimizer):
     def _on_gradient(self, index: int) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
             if self._context is None and not self._callback_queued:
-                self._usable()
+                self._may_reduce()
                 self._callback_queued = True
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
             if self._reduces:
@@ -252,8 +252,7 @@ class ZeroOptimizer(Optimizer):
 
         `gradient` must not change until the last of the micro-batch's gradients has been delivered.
         """
-        self._usable()
-        self._norm = None
+        self._may_reduce()
         self._ready(self._index_of[param], gradient)
         if self.reducer.all_sent:
             self._finish_round()
@@ -284,7 +283,7 @@ class ZeroOptimizer(Optimizer):
         Raises:
             PeerError: another rank failed; names the bucket and the rank.
         """
-        self._usable()
+        self._may_reduce()
         if self._context is not None:
             raise InputError("optimizer.accumulate() does not nest")
         self._context = last
@@ -600,6 +599,14 @@ class ZeroOptimizer(Optimizer):
                 f"this optimizer stopped at an earlier failure and its ranks may differ: start again from a "
                 f"checkpoint ({type(self._failure).__name__}: {self._failure})"
             ) from self._failure
+
+    def _may_reduce(self) -> None:
+        self._usable()
+        if self._norm is not None and self.gradients != "host":
+            raise InputError(
+                "the gradients were clipped or measured, and neither stepped nor dropped: call optimizer.step() or "
+                "optimizer.zero_grad() (the model's own cannot reach them) before the next backward"
+            )
 
     def _verify(self) -> None:
         """Notice parameters that are no longer the views of the buckets that they were made."""
