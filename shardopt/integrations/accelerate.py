@@ -11,8 +11,10 @@ our ZeRO-1 spreads the state.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +29,7 @@ from shardopt.engines.zero import ZeroOptimizer
 from shardopt.errors import InputError, MissingExtraError
 from shardopt.optim import registry, states
 from shardopt.optim.ademamix import AdEMAMix
-from shardopt.slices import named_parameters
+from shardopt.slices import Slice, local_tensor, named_parameters
 
 Host = Literal["single", "ddp", "fsdp", "deepspeed"]
 _POINTER = "shardopt"
@@ -37,21 +39,23 @@ class _Pointing:
     """An optimizer whose state_dict is plain data: the state itself is in slices, which every rank saves.
 
     Hosts that save rank 0's `state_dict()` alone would lose the other ranks' slices, so there is nothing in it to
-    lose. After such a state_dict has been loaded the optimizer will not step until `load_optimizer` has brought
+    lose. After such a state_dict has been loaded the optimizer will not step until `load_slices` has brought
     the slices.
     """
 
     param_groups: list[dict[str, Any]]
+    state: Any
     awaits_slices = False
 
     def state_dict(self) -> dict[str, Any]:
         """The step count, and how the groups are made; no tensor."""
-        groups = [
-            {k: float(v) if k in ("lr", "initial_lr") else v for k, v in group.items() if k != "params"}
-            for group in self.param_groups
-        ]
-        counts = states.scalar_state(self)  # type: ignore[arg-type]
-        step = max((int(count.get("step", 0)) for count in counts.values()), default=0)
+        groups, at = [], 0
+        for group in self.param_groups:
+            numbers = list(range(at, at + len(group["params"])))
+            lr: dict[str, Any] = {key: float(group[key]) for key in ("lr", "initial_lr") if key in group}
+            groups.append({**group, **lr, "params": numbers})
+            at += len(numbers)
+        step = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
         return {"state": {}, "param_groups": groups, _POINTER: {"step": step}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -71,11 +75,11 @@ class _Pointing:
         if self.awaits_slices:
             raise InputError(
                 "the optimizer's slices have not been loaded, only the file that stands for them: call "
-                "shardopt.integrations.accelerate.load_optimizer(folder, optimizer) on every rank"
+                "shardopt.integrations.accelerate.load_slices(folder, optimizer) on every rank"
             )
 
 
-class WholeAdEMAMix(_Pointing, AdEMAMix):
+class PointingAdEMAMix(_Pointing, AdEMAMix):
     """AdEMAMix for one process, whose checkpoints more processes can read."""
 
     def step(self, closure: Any = None) -> Any:
@@ -128,6 +132,46 @@ class ShardedAdEMAMix(_Pointing, ZeroOptimizer):
             self._norm = None
 
 
+class HostedAdEMAMix(PointingAdEMAMix):
+    """AdEMAMix as DeepSpeed's client optimizer: finds out at its first step what the flat partitions hold.
+
+    Args:
+        groups: parameter groups with (name, parameter) pairs.
+        accelerator: whose `prepare` will make the DeepSpeed engine.
+        model: the module before it is wrapped.
+        **kwargs: of AdEMAMix.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], accelerator: Any, model: nn.Module, **kwargs: Any) -> None:
+        super().__init__(groups, **kwargs)
+        self._accelerator: Any = accelerator
+        self._model: nn.Module | None = model
+        self._partitions: Any = None
+
+    @property
+    def partitions(self) -> Any:
+        """The map of DeepSpeed's flat partitions (engines/deepspeed/layouts.py); only after `prepare`.
+
+        Raises:
+            InputError: it cannot be found.
+        """
+        if self._partitions is None:
+            from shardopt.engines.deepspeed.layouts import Partitions
+
+            wrapped = self._accelerator.deepspeed_engine_wrapped
+            if wrapped is None:
+                raise InputError("accelerator.prepare(model, optimizer) has not been called on this optimizer")
+            assert self._model is not None
+            self._partitions = Partitions(wrapped.engine, self, self._model)
+            self._accelerator = self._model = None
+        return self._partitions
+
+    def step(self, closure: Any = None) -> Any:
+        """As AdEMAMix. Not a collective: DeepSpeed has reduced the gradients and hands the weights round."""
+        _ = self.partitions
+        return super().step(closure)
+
+
 def host_of(accelerator: Any) -> Host:
     """What `accelerator` will make of a model.
 
@@ -153,22 +197,20 @@ def host_of(accelerator: Any) -> Host:
     raise InputError(f"shardopt works under DDP, FSDP2 and DeepSpeed, not under {kind.value}: change distributed_type")
 
 
-def sharded_ademamix(accelerator: Any, params: nn.Module | Iterable[dict[str, Any]], **kwargs: Any) -> Optimizer:
+def sharded_ademamix(accelerator: Any, model: nn.Module, **kwargs: Any) -> Optimizer:
     """The optimizer to hand to `accelerator.prepare`, together with the model.
 
     Args:
         accelerator: an accelerate.Accelerator.
-        params: the model (matrices decay, norms and biases do not).
+        model: not yet prepared. Matrices decay, norms and biases do not.
         **kwargs: of AdEMAMix, such as lr, alpha, state_dtype.
 
     Raises:
         InputError: a hyper-parameter, or a host that would not use this optimizer as it is; says what to change.
         MissingExtraError: deepspeed is asked for and not installed.
     """
-    if not isinstance(params, nn.Module):
-        raise InputError("sharded_ademamix takes the model itself: it needs the parameters' names")
     spec = registry.spec("ademamix", **kwargs)
-    return build(accelerator, params, spec.groups(named_parameters(params)), spec.kwargs)
+    return build(accelerator, model, spec.groups(named_parameters(model)), spec.kwargs)
 
 
 def build(
@@ -193,8 +235,22 @@ def build(
         # prepare() would move the parameters later, away from the buffers that they are views of.
         return ShardedAdEMAMix(groups, model.to(accelerator.device), **kwargs)
     if host == "deepspeed":
-        check_deepspeed_config(accelerator.state.deepspeed_plugin.deepspeed_config)
-    return WholeAdEMAMix(groups, **kwargs) if pointing and host == "single" else AdEMAMix(groups, **kwargs)
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        check_deepspeed_config(config)
+        # Else bf16 gradients are added up in bf16.
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        return HostedAdEMAMix(groups, accelerator, model, **kwargs)
+    # Under FSDP2 accelerate saves every rank's shards itself, and insists on finding some.
+    return (PointingAdEMAMix if pointing and host == "single" else AdEMAMix)(groups, **kwargs)
+
+
+# What would put another optimizer, or another update, in our place; and what to do instead.
+_REFUSED = {
+    "optimizer": 'it would be used instead of AdEMAMix: delete the "optimizer" block (the program sets lr and decay)',
+    "bf16.bf16_optimizer_states": 'it rounds state to nearest: delete it, and give AdEMAMix state_dtype="bf16"',
+    "zero_optimization.zenflow": "it replaces the optimizer's step: delete it",
+    "zero_optimization.offload_optimizer.super_offload": "it needs DeepSpeed's own Adam: delete it",
+}
 
 
 def check_deepspeed_config(config: Mapping[str, Any] | None) -> None:
@@ -207,17 +263,24 @@ def check_deepspeed_config(config: Mapping[str, Any] | None) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise MissingExtraError("deepspeed", "deepspeed")
     config = config or {}
-    if "optimizer" in config:
-        raise InputError(
-            'the DeepSpeed config has an "optimizer" block, which would be used instead of AdEMAMix: delete it '
-            "(lr and weight decay come from the program)"
-        )
-    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
-    if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+
+    def get(key: str) -> Any:
+        node: Any = config
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return node
+
+    for key, reason in _REFUSED.items():
+        if get(key):
+            raise InputError(f"the DeepSpeed config has {key}: {reason}")
+    device = get("zero_optimization.offload_optimizer.device") or "none"
+    if device != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         raise InputError(
             "with offload_optimizer DeepSpeed puts its own CPU Adam in AdEMAMix's place: add "
-            '"zero_force_ds_cpu_optimizer": false to the DeepSpeed config (shardopt\'s CPU kernel takes the step)'
+            '"zero_force_ds_cpu_optimizer": false to the DeepSpeed config (our CPU kernel then takes the step)'
         )
+    if device != "none" and (get("zero_optimization.offload_optimizer.ratio") or 1.0) != 1.0:
+        raise InputError("offload_optimizer.ratio below 1 leaves the rest to DeepSpeed's own Adam: delete it")
 
 
 def unwrap(optimizer: Optimizer) -> AdEMAMix | ZeroOptimizer:
@@ -247,19 +310,41 @@ def ranks_here() -> Ranks:
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of optimizer state that this process holds."""
+    held = (value for state in unwrap(optimizer).state.values() for value in state.values())
+    return sum(local_tensor(value).nbytes for value in held if isinstance(value, Tensor))
+
+
+@contextmanager
+def _in_place(ours: AdEMAMix | ZeroOptimizer) -> Iterator[None]:
+    """Parameters where the optimizer's own methods look for them: DeepSpeed's stage 3 takes them out of the groups."""
+    if isinstance(ours, HostedAdEMAMix):
+        with ours.partitions.in_groups():
+            yield
+        return
+    if isinstance(ours, ShardedAdEMAMix):
+        ours.settle()
+    yield
+
+
+def slices(optimizer: Optimizer) -> list[Slice]:
+    """What this process holds of the trained weights and of the optimizer's state: the live tensors."""
     ours = unwrap(optimizer)
-    tensors = [v for state in ours.state.values() for v in state.values() if isinstance(v, Tensor)]
-    return sum(_local_bytes(t) for t in tensors)
+    with _in_place(ours):
+        if isinstance(ours, ZeroOptimizer):
+            return ours.slices()
+        layouts = states.layouts_of(ours)
+        if isinstance(ours, HostedAdEMAMix):
+            names = {layout.name for where in layouts.values() for layout in where}
+            weights = [s for s in ours.partitions.weight_slices() if s.name in names]
+        else:
+            weights = [Slice(w.name, "weight", w, (local_tensor(p.detach()),)) for p, (w,) in layouts.items()]
+        return weights + states.state_slices(ours)
 
 
-def _local_bytes(tensor: Tensor) -> int:
-    from shardopt.slices import local_tensor
+def save_slices(folder: str | Path, optimizer: Optimizer, **document: Any) -> None:
+    """Write what every rank holds of the trained weights and of the optimizer's state to `folder`. A collective.
 
-    return local_tensor(tensor).nbytes
-
-
-def save_optimizer(folder: str | Path, optimizer: Optimizer, **document: Any) -> None:
-    """Write every rank's slices of the optimizer's state to `folder`; all ranks call it, and see one file system.
+    All ranks must see one file system. Weights are the fp32 masters where the host has such.
 
     Args:
         folder: replaced whole if it is a checkpoint already.
@@ -269,25 +354,34 @@ def save_optimizer(folder: str | Path, optimizer: Optimizer, **document: Any) ->
     Raises:
         InputError: the folder cannot be written; on every rank.
     """
-    ours = unwrap(optimizer)
-    kept = {**document, "scalars": states.scalar_state(ours), "world_size": ranks_here().world_size}
-    checkpoint.save(Path(folder), states.state_slices(ours), {}, kept, ranks_here())
+    ours, ranks = unwrap(optimizer), ranks_here()
+    with _in_place(ours):
+        kept = {**document, "scalars": states.scalar_state(ours), "world_size": ranks.world_size}
+    checkpoint.save(Path(folder), slices(ours), {}, kept, ranks)
 
 
-def load_optimizer(folder: str | Path, optimizer: Optimizer) -> dict[str, Any]:
-    """Fill the optimizer's state from what `save_optimizer` wrote, on any host and world size. A collective.
+def load_slices(folder: str | Path, optimizer: Optimizer, *, convert: bool = False) -> dict[str, Any]:
+    """Fill weights and state from what `save_slices` wrote, on any host and world size. A collective.
 
-    Call it after `accelerator.prepare` and before the first step.
+    Call it after `accelerator.prepare` and before the first step. Hyper-parameters stay the program's.
+
+    Args:
+        convert: let a tensor change its dtype, rounded once, to nearest.
+
+    Returns:
+        The document: what `save_slices` was given, "scalars" and "world_size".
 
     Raises:
         InputError: the folder is of another model or other settings; says which.
     """
     ours = unwrap(optimizer)
-    if isinstance(ours, ShardedAdEMAMix):
-        ours.settle()
-    states.init_state(ours)
-    document = checkpoint.load(Path(folder), states.state_slices(ours), ranks_here())
-    states.load_scalar_state(ours, document["scalars"])
+    with _in_place(ours):
+        states.init_state(ours)
+    document = checkpoint.load(Path(folder), slices(ours), ranks_here(), convert=convert)
+    with _in_place(ours):
+        states.load_scalar_state(ours, document["scalars"])
+    if isinstance(ours, HostedAdEMAMix):
+        ours.partitions.stage.refresh()
     if isinstance(ours, _Pointing):
         ours.awaits_slices = False
     return document
@@ -300,22 +394,22 @@ def statistics(optimizer: Optimizer) -> dict[str, float]:
     """
     ours, ranks = unwrap(optimizer), ranks_here()
     inner: Any = getattr(ours, "inner", ours)
-    sums = inner.statistics()
-    totals = ranks.sum([value.item() / _replicas(inner, ranks) for value in sums.values()])
-    values = dict(inner.schedule_values())
+    with _in_place(ours):
+        sums = inner.statistics()
+        values = dict(inner.schedule_values())
+    totals = ranks.sum([value.item() / _replicas(inner) for value in sums.values()])
     values |= {f"{key}_norm": total**0.5 for key, total in zip(sums, totals, strict=True)}
-    return values | {
-        f"state_bytes/rank_{rank}": float(held) for rank, held in enumerate(ranks.gather(state_bytes(ours)))
-    }
+    held = ranks.gather(state_bytes(ours))
+    return values | {f"state_bytes/rank_{rank}": float(count) for rank, count in enumerate(held)}
 
 
-def _replicas(optimizer: Optimizer, ranks: Ranks) -> int:
+def _replicas(optimizer: Optimizer) -> int:
     """On how many ranks each element is held: the replicated dimensions of an FSDP2 mesh."""
     from torch.distributed.tensor import DTensor, Replicate
 
     for group in optimizer.param_groups:
         for param in group["params"]:
             if isinstance(param, DTensor):
-                sizes = [param.device_mesh.size(i) for i, p in enumerate(param.placements) if isinstance(p, Replicate)]
-                return int(torch.tensor(sizes).prod()) if sizes else 1
+                sizes = (param.device_mesh.size(i) for i, p in enumerate(param.placements) if isinstance(p, Replicate))
+                return math.prod(sizes)
     return 1

@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, get_last_checkpoint
 
+from shardopt.checkpoint import read_document
 from shardopt.errors import InputError
 from shardopt.integrations import accelerate as hosts
 from shardopt.optim import registry
@@ -131,6 +132,25 @@ class AdEMAMixTrainer(Trainer):
         kwargs["optimizer_cls_and_kwargs"] = shardopt_optimizer(args, settings[0], **settings[1])
         super().__init__(model, args, *positional, **kwargs)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Keep Trainer from DeepSpeed's own loading where that would fail: the slices bring weights and state."""
+        if not (resume_from_checkpoint and self.is_deepspeed_enabled and _beyond_deepspeed(resume_from_checkpoint)):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)  # under DeepSpeed the scheduler alone
+        return prepared
+
+
+def _beyond_deepspeed(checkpoint: str | os.PathLike[str]) -> str | None:
+    """Why DeepSpeed cannot load a Trainer's checkpoint although shardopt can; None where it can."""
+    document = read_document(Path(checkpoint) / SLICES) if (Path(checkpoint) / SLICES).is_dir() else {}
+    here = hosts.ranks_here().world_size
+    if document.get("host") not in (None, "deepspeed"):
+        return f"it was written under {document['host']}"
+    if document.get("world_size", here) != here:
+        return f"it was written by {document['world_size']} ranks and DeepSpeed reads it on as many only, not on {here}"
+    return None
+
 
 def parse_optim_args(text: str | None) -> dict[str, Any]:
     """ "alpha=8,betas=(0.9,0.999,0.99),state_dtype=bf16,alpha_warmup=none" as values.
@@ -217,8 +237,15 @@ class _Door:
         ]
         if not groups:
             raise InputError("the model has no trainable parameter: set requires_grad on at least one")
+        host = hosts.host_of(trainer.accelerator)
+        why = _beyond_deepspeed(resume) if host == "deepspeed" and resume else None
+        if why is not None and not isinstance(trainer, AdEMAMixTrainer):
+            raise InputError(
+                f"DeepSpeed cannot resume from {resume}: {why}. Resume as it was written, or take AdEMAMixTrainer in "
+                f"place of Trainer: it reads shardopt's slices"
+            )
         optimizer = hosts.build(trainer.accelerator, model, groups, kwargs, pointing=True)
-        _attach(trainer, AdEMAMixCallback(optimizer, hosts.host_of(trainer.accelerator), resume))
+        _attach(trainer, AdEMAMixCallback(optimizer, host, resume))
         return optimizer
 
 
@@ -282,7 +309,7 @@ class AdEMAMixCallback(TrainerCallback):
                 f"{resume} has no {SLICES} folder: it was saved by another optimizer or with save_only_model. Start a "
                 f"new run from its weights: from_pretrained({str(resume)!r}), without resume_from_checkpoint"
             )
-        document = hosts.load_optimizer(resume / SLICES, self.optimizer)
+        document = hosts.load_slices(resume / SLICES, self.optimizer)
         if (scheduler := kwargs.get("lr_scheduler")) is not None:
             # torch's schedulers load their own count, and leave lr to the optimizer's file, which has none.
             for group, lr in zip(self.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
@@ -312,7 +339,7 @@ class AdEMAMixCallback(TrainerCallback):
         if args.save_only_model:
             return
         folder = Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / SLICES
-        hosts.save_optimizer(
+        hosts.save_slices(
             folder, self.optimizer, host=self.host, step=state.global_step, wandb_run=_wandb_run(args, state)
         )
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from shardopt.integrations import accelerate as hosts
 from shardopt.integrations.transformers import shardopt_optimizer
-from shardopt.slices import local_tensor
+from shardopt.slices import canonical_name, local_tensor
 from tests.integrations.hosts import fsdp_on_cpu, new_job
 
 VOCABULARY, LENGTH, GLOBAL_BATCH = 61, 16, 8
@@ -63,6 +63,16 @@ def arguments(folder: Path, world_size: int, **options: Any) -> TrainingArgument
     return TrainingArguments(**settings | options)
 
 
+def deepspeed_config(stage: int, **extra: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": stage},
+    } | extra
+
+
 def train(
     rank: int,
     world_size: int,
@@ -77,6 +87,8 @@ def train(
     new_job(alone=world_size == 1)
     if host == "fsdp":
         options |= {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+    elif host.startswith("zero"):
+        options["deepspeed"] = deepspeed_config(int(host.removeprefix("zero")), **options.pop("config", {}))
     with fsdp_on_cpu(host == "fsdp"):
         args = arguments(folder, world_size, **options)
         trainer = Trainer(
@@ -98,7 +110,7 @@ def tell(trainer: Trainer) -> dict[str, Any]:
     optimizer = hosts.unwrap(trainer.optimizer)
     return {
         "logs": [row for row in trainer.state.log_history if "loss" in row],
-        "weights": whole_weights(trainer.model),
+        "weights": whole_weights(trainer.model_wrapped),
         "held": held(optimizer),
         "parameters": {type(p).__name__ for p in trainer.model.parameters()},
         "class": type(optimizer).__name__,
@@ -120,10 +132,17 @@ def held(optimizer: Any) -> dict[str, int]:
 def whole_weights(module: nn.Module) -> dict[str, torch.Tensor]:
     from torch.distributed.tensor import DTensor
 
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().float().cpu().clone()
-        for name, p in module.named_parameters()
-    }
+    weights = {}
+    for name, param in module.named_parameters():
+        if hasattr(param, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([param]):
+                whole = param.detach().clone()
+        else:
+            whole = param.full_tensor() if isinstance(param, DTensor) else param
+        weights[canonical_name(name)] = whole.detach().float().cpu().clone()
+    return weights
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
