@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -118,7 +118,21 @@ class Engine(abc.ABC):
         """Each parameter's name and, on rank 0 alone, its whole value on the CPU; one at a time. A collective."""
 
     def after_load(self) -> None:  # noqa: B027  most engines have nothing to do
-        """Called once the slices have been overwritten from a checkpoint, to refresh what derives from them."""
+        """Called once the slices have been overwritten, to refresh what derives from them."""
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The optimizer's averaged weights in the model's place, to evaluate or export; a collective.
+
+        The weights stay where the optimizer keeps no average of them.
+        """
+        if all(group.get("average_decay") is None for group in self.optimizer.param_groups):
+            yield
+            return
+        with self.optimizer.averaged_weights():  # type: ignore[attr-defined]
+            self.after_load()
+            yield
+        self.after_load()
 
     def close(self) -> None:  # noqa: B027
         """Release what the engine started (hooks, streams, sub-groups)."""

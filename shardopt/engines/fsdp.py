@@ -82,3 +82,9 @@ class FsdpEngine(ModuleEngine):
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
         yield
+
+    def after_load(self) -> None:
+        # The root stays gathered after a forward that no backward follows.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

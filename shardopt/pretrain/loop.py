@@ -204,7 +204,8 @@ class Run:
 
     def _evaluate(self) -> HeldOut:
         blocks = self.config.eval.batches * self.config.train.global_batch
-        return held_out(self.engine, self.holdout_data, blocks, self.config.train.micro_batch)
+        with self.engine.averaged_weights():
+            return held_out(self.engine, self.holdout_data, blocks, self.config.train.micro_batch)
 
     # ---------------------------------------------------------------- what is kept and shown
 

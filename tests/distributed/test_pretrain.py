@@ -47,6 +47,8 @@ def control(folder):
         ("fsdp-recompute", 2, {"train__activation_checkpointing": "true"}),
         ("hsdp", 4, {"engine": "{name: fsdp, replicate: 2}", "train__micro_batch": 1}),
         ("ddp", 2, {"engine": "{name: ddp}", "train__micro_batch": 1}),
+        ("zero-1", 2, {"engine": "{name: zero, stage: 1}"}),
+        ("zero-2", 4, {"engine": "{name: zero, stage: 2, bucket_mb: 0.01}"}),
     ],
 )
 def test_the_loss_curve_does_not_depend_on_engine_ranks_or_micro_batches(folder, control, name, ranks, changes):
@@ -61,6 +63,25 @@ def test_bf16_compute_learns_with_fp32_shards(folder):
     on_ranks(2, tiny.run, folder, run__name="bf16", train__steps=20, engine="{name: fsdp, compute_dtype: bf16}")
     curve = losses(folder, "bf16")
     assert curve[-1] < 0.9 * curve[0]
+
+
+def eval_losses(folder, name):
+    return [row["eval_loss"] for row in read_metrics(folder / "runs" / name / "metrics.jsonl") if "eval_loss" in row]
+
+
+def test_averaged_weights_are_evaluated_and_training_goes_on_as_without_them(folder):
+    changes = {"train__steps": 12, "eval__every": 4}
+    averaged = changes | {"optimizer__average_decay": 0.9}
+    tiny.run(0, 1, folder, run__name="plain", engine="{name: single}", **changes)
+    tiny.run(0, 1, folder, run__name="average", engine="{name: single}", **averaged)
+    assert losses(folder, "average") == losses(folder, "plain")
+    expected = eval_losses(folder, "average")
+    assert all(a != pytest.approx(b, rel=1e-3) for a, b in zip(expected, eval_losses(folder, "plain"), strict=True))
+    for engine in ("{name: fsdp}", "{name: fsdp, reshard_after_forward: false}", "{name: zero}"):
+        name = "average-" + str(abs(hash(engine)))
+        on_ranks(2, tiny.run, folder, run__name=name, engine=engine, **averaged)
+        assert losses(folder, name) == pytest.approx(losses(folder, "plain"), rel=1e-4)
+        assert eval_losses(folder, name) == pytest.approx(expected, rel=1e-4)
 
 
 def _holdings(rank, world_size, folder):
