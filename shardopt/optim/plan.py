@@ -254,6 +254,11 @@ class Plan:
             if i not in strided:
                 device = self._params[i].device
                 captured = bool(self.groups[entry.group]["capturable"]) and device.type != "cpu"
+                if captured and self.kernels[i].name == "torch":
+                    raise InputError(
+                        f"capturable=True on {device} needs the triton kernel, and {self._params[i].dtype} parameters "
+                        f"have only the torch one here, which reads the step on the host: set capturable=False"
+                    )
                 members.setdefault((self.kernels[i].name, device, captured), []).append(i)
         self._tables = [
             self._table(indices, [self.entries[i] for i in indices], [self.layouts[i] for i in indices], captured)
@@ -293,6 +298,9 @@ class Plan:
     def _describe_schedules(self, table: Table) -> None:
         """What a captured kernel computes its scalars from (kernels/__init__.py)."""
         groups = [self.groups[entry.group] for entry in table.entries]
+        for lr in (group["lr"] for group in groups):
+            if isinstance(lr, Tensor) and lr.device == table.device and lr.dtype != torch.float32:
+                raise InputError(f"lr: with capturable=True a tensor on the device must be float32, got {lr.dtype}")
         owner = table.row_entry
         for name, values in (
             ("alpha_final", [group["alpha"] for group in groups]),

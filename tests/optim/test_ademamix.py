@@ -534,3 +534,11 @@ def test_a_layout_that_does_not_fit_is_refused():
     param.grad = torch.ones(5)
     with pytest.raises(InputError, match="layout of w ends at element 9, the local tensor has 5"):
         optimizer.step()
+
+
+def test_capturable_is_refused_where_only_the_torch_kernel_is():
+    param = torch.nn.Parameter(torch.empty(3, device="meta"))  # stands for any device without a kernel of its own
+    optimizer = shardopt.AdEMAMix([("w", param)], capturable=True)
+    param.grad = torch.empty_like(param)
+    with pytest.raises(InputError, match="capturable=True on meta needs the triton kernel"):
+        optimizer.step()
