@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 
@@ -50,3 +51,10 @@ def fsdp_on_cpu(wanted: bool = True) -> Iterator[None]:
 
     with mock.patch.object(AcceleratorState, "__init__", initialise):
         yield
+
+
+def no_inference_extension() -> None:
+    """Keep DeepSpeed on CPU from compiling, for a minute, what only its inference uses."""
+    from shardopt.engines.deepspeed.engine import _import
+
+    _import(torch.device("cpu"))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from shardopt.integrations import accelerate as hosts
-from shardopt.integrations.transformers import shardopt_optimizer
+from shardopt.integrations.transformers import AdEMAMixTrainer, shardopt_optimizer
 from shardopt.slices import canonical_name, local_tensor
-from tests.integrations.hosts import fsdp_on_cpu, new_job
+from tests.integrations.hosts import fsdp_on_cpu, new_job, no_inference_extension
 
-VOCABULARY, LENGTH, GLOBAL_BATCH = 61, 16, 8
+VOCABULARY, LENGTH, GLOBAL_BATCH = 61, 16, 12  # of 1, 2 or 3 ranks
 
 
 def model() -> LlamaForCausalLM:
@@ -34,7 +35,7 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def data(rows: int = 64) -> list[dict[str, torch.Tensor]]:
+def data(rows: int = 72) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(3)
     start = torch.randint(VOCABULARY, (rows, 1), generator=generator)
     tokens = (start + torch.arange(LENGTH) * (1 + start % 3)) % VOCABULARY  # something to learn
@@ -53,6 +54,7 @@ def arguments(folder: Path, world_size: int, **options: Any) -> TrainingArgument
         "max_grad_norm": 0.5,
         "per_device_train_batch_size": GLOBAL_BATCH // world_size // accumulate,
         "gradient_accumulation_steps": accumulate,
+        "per_device_eval_batch_size": 2,
         "logging_steps": 2,
         "save_strategy": "no",
         "report_to": [],
@@ -81,29 +83,43 @@ def train(
     host: str = "ddp",
     resume: str | None = None,
     ademamix: dict[str, Any] | None = None,
+    trainer: str = "Trainer",
+    environment: dict[str, str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train and tell: losses, whole weights, what this rank holds of each state, and the logs."""
-    new_job(alone=world_size == 1)
+    new_job(alone=world_size == 1 and host == "ddp")
     if host == "fsdp":
         options |= {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
     elif host.startswith("zero"):
+        no_inference_extension()
         options["deepspeed"] = deepspeed_config(int(host.removeprefix("zero")), **options.pop("config", {}))
-    with fsdp_on_cpu(host == "fsdp"):
-        args = arguments(folder, world_size, **options)
-        trainer = Trainer(
-            model=model(),
-            args=args,
-            train_dataset=data(),
-            eval_dataset=data(8),
-            optimizer_cls_and_kwargs=shardopt_optimizer(args, **({"alpha": 2.0} | (ademamix or {}))),
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        told = tell(trainer)
-        told["evaluated"] = trainer.evaluate()["eval_loss"]
-    del trainer
+    with fsdp_on_cpu(host == "fsdp"), mock.patch.dict(os.environ, environment or {}):
+        made = build(arguments(folder, world_size, **options), trainer, {"alpha": 2.0} | (ademamix or {}))
+        made.train(resume_from_checkpoint=resume)
+        told = tell(made)
+        told["evaluated"] = made.evaluate()["eval_loss"]
+        if environment:
+            import wandb
+
+            told["wandb"] = dict(wandb.run.summary) if wandb.run is not None else None
+            wandb.finish()
+    del made
     gc.collect()
     return told
+
+
+def build(args: TrainingArguments, trainer: str, settings: dict[str, Any]) -> Trainer:
+    given: dict[str, Any] = {"model": model(), "args": args, "train_dataset": data(), "eval_dataset": data(12)}
+    if trainer == "Trainer":
+        return Trainer(**given, optimizer_cls_and_kwargs=shardopt_optimizer(args, **settings))
+    return AdEMAMixTrainer(**given, ademamix=settings)
+
+
+def without_train(rank: int, world_size: int, folder: Path) -> None:
+    """Ask for the optimizer before the Trainer knows how long it will train."""
+    new_job(alone=True)
+    build(arguments(folder, 1, max_steps=-1, num_train_epochs=1), "Trainer", {}).create_optimizer()
 
 
 def tell(trainer: Trainer) -> dict[str, Any]:
@@ -112,6 +128,11 @@ def tell(trainer: Trainer) -> dict[str, Any]:
         "logs": [row for row in trainer.state.log_history if "loss" in row],
         "weights": whole_weights(trainer.model_wrapped),
         "held": held(optimizer),
+        "sums": {
+            key: sum(t.double().abs().sum().item() for t in tensors(optimizer, key)) for key in ("m1", "m2", "nu")
+        },
+        "dtypes": {key: str(tensors(optimizer, key)[0].dtype) for key in ("m1", "m2", "nu")},
+        "last_evaluated": [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row][-1:],
         "parameters": {type(p).__name__ for p in trainer.model.parameters()},
         "class": type(optimizer).__name__,
         "step": trainer.state.global_step,
@@ -119,14 +140,13 @@ def tell(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def tensors(optimizer: Any, key: str) -> list[torch.Tensor]:
+    return [local_tensor(state[key]) for state in optimizer.state.values()]
+
+
 def held(optimizer: Any) -> dict[str, int]:
     """Elements of every kind of state on this rank, from the tensors themselves."""
-    counts: dict[str, int] = {}
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor) and value.dim():
-                counts[key] = counts.get(key, 0) + local_tensor(value).numel()
-    return counts
+    return {key: sum(t.numel() for t in tensors(optimizer, key)) for key in ("m1", "m2", "nu")}
 
 
 def whole_weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -149,6 +169,3 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """The largest difference of a weight."""
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-Body = Callable[..., dict[str, Any]]
