@@ -75,9 +75,8 @@ def others(folder):
         {"stage": 3, "config": {"zero_optimization": {"sub_group_size": 3000}}},
         {"stage": 1, "overlap_comm": False, "bucket_mb": 0.01},
         {"stage": 2, "overlap_comm": False, "config": ROUND_ROBIN},
-        {"stage": 1, "offload_optimizer": True},
-        {"stage": 2, "offload_optimizer": True},
-        {"stage": 3, "offload_optimizer": True},
+        {"stage": 2, "offload_optimizer": True, "config": "launch/deepspeed/zero2-offload.json"},
+        {"stage": 3, "offload_optimizer": True, "config": "launch/deepspeed/zero3-offload.json"},
     ],
     ids=json.dumps,
 )
