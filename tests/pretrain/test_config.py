@@ -12,13 +12,13 @@ from shardopt.pretrain.schedule import ScheduleConfig, lr_factor
 from tests.pretrain import tiny
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
-PARAMETERS = {"llama-124m": 124e6, "llama-350m": 350e6, "llama-1.3b": 1.3e9, "apertus-8b": 8e9, "quickstart": 3.3e6}
+PARAMETERS = {"llama-124m": 124e6, "llama-350m": 350e6, "llama-1.3b": 1.3e9, "apertus-8b": 8e9, "quickstart": 2.2e6}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_preset_parses_and_builds_on_the_meta_device(path):
     config = load(path)
-    vocab_size = (config.model.model_extra or {}).get("vocab_size", 257)
+    vocab_size = (config.model.model_extra or {}).get("vocab_size") or config.data.tokenizer.vocab_size
     model = meta_model(transformers_config(config.model, vocab_size, 0, config.data.block_size))
     assert all(p.is_meta for p in model.parameters())
     total = sum(p.numel() for p in model.parameters())
@@ -60,7 +60,7 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
         ("engine.compute_dtype=fp8", r"engine\.compute_dtype"),
         ("train.steps=abc", r"train\.steps: .*integer, got 'abc'"),
         ("train.steps=0", r"train\.steps: .*greater than or equal to 1, got 0"),
-        ("train.global_batch=7", r"train\.global_batch: 7 is not a multiple of train\.micro_batch = 8"),
+        ("train.global_batch=7", r"train\.global_batch: 7 is not a multiple of train\.micro_batch = 16"),
         ("data.block_size=512", r"data\.block_size: 512 is over this model's limit, model\.max_position_embeddings"),
         ("data.sources=[{source: txt}]", r"data\.sources"),
         ("schedule.warmup=1000", r"schedule\.warmup: 1000 is longer than train\.steps"),
