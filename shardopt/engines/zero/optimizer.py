@@ -127,7 +127,7 @@ class ZeroOptimizer(Optimizer):
             for param, layout in self.explicit_layouts.items():
                 self.inner.set_layout(param, layout)  # type: ignore[attr-defined]
 
-        self.reducer = Reducer(self.buckets, [p for _, p in self._named], self._shard, _DTYPES[reduce_dtype])
+        self.reducer = Reducer(self.buckets, [p for _, p in self._named], self._shard, _DTYPES[reduce_dtype], stage)
         self._handles: list[Any] = []
         if gradients == "own":
             for index, (_, param) in enumerate(self._named):
@@ -478,13 +478,21 @@ class ZeroOptimizer(Optimizer):
         self._handles.append(model.register_load_state_dict_post_hook(lambda *_: self.refresh_masters()))
         if not overlapped:
             return
-        bucket_of = {param: self._members[i][0].index for i, (_, param) in enumerate(self._named)}
-        inside = [sorted({bucket_of[p] for p in m.parameters() if p in bucket_of}, reverse=True) for m in overlapped]
-        alone = {p for module in overlapped for p in module.parameters()}
-        first = sorted({b for p, b in bucket_of.items() if p not in alone}, reverse=True)
-        self._gather_order = list(dict.fromkeys([*first, *(b for needed in inside for b in needed)]))
-        for module, needed in ((model, first), *zip(overlapped, inside, strict=True)):
-            self._handles.append(module.register_forward_pre_hook(self._waiter(needed)))
+        bucket_of: dict[Tensor, int] = {p: self._members[i][0].index for i, (_, p) in enumerate(self._named)}
+
+        def buckets_of(params: Iterable[Tensor]) -> list[int]:
+            return sorted({bucket_of[p] for p in params if p in bucket_of}, reverse=True)
+
+        covered = {m for module in overlapped for m in module.modules()}
+        others = [m for m in model.modules() if m not in covered]
+        needs = [(model, buckets_of(p for m in others for p in m.parameters(recurse=False)))]
+        needs += [(m, buckets_of(m.parameters())) for m in overlapped]
+        self._gather_order = list(dict.fromkeys(b for _, buckets in needs for b in buckets))
+        # Also by itself, where a part of the model is called and not the whole.
+        needs += [(m, buckets_of(m.parameters(recurse=False))) for m in others if m is not model]
+        for module, buckets in needs:
+            if buckets:
+                self._handles.append(module.register_forward_pre_hook(self._waiter(buckets)))
 
     def _waiter(self, buckets: list[int]) -> Callable[..., None]:
         return lambda *_: self.wait(buckets)

@@ -42,6 +42,8 @@ class Reducer:
         params: the model's parameters in registration order (`Member.index`).
         collectives: the ranks that the buckets are cut over.
         reduce_dtype: bf16 makes wider gradients narrower on the wire; fp32 leaves all as they are.
+        stage: how much may be on its way: in stage 2 two buckets, in stage 1 as much as the whole gradient, which
+            that stage has room for anyway. Where more wants to go, backward waits.
 
     Attributes:
         reduced: this rank's part of every bucket, fp32 (fp64 for fp64 parameters); views of `storage`.
@@ -56,6 +58,7 @@ class Reducer:
         params: Sequence[nn.Parameter],
         collectives: Collectives,
         reduce_dtype: torch.dtype,
+        stage: int,
     ) -> None:
         self.buckets, self.params, self.collectives = buckets, params, collectives
         self.reduce_dtype = reduce_dtype
@@ -78,10 +81,8 @@ class Reducer:
         self._order = [m.index for b in buckets for m in b.members]
         self._bucket_of = {m.index: b for b in buckets for m in b.members}
         self._plans = [self._plan(b) for b in buckets] if collectives.takes_messages else []
-        # What may be alive besides the owned slice: the bucket being filled, and those on their way.
-        self.budget = 2 * max(
-            b.numel * max(b.dtype.itemsize, w.itemsize) for b, w in zip(buckets, self._wire, strict=True)
-        )
+        sizes = [b.numel * max(b.dtype.itemsize, w.itemsize) for b, w in zip(buckets, self._wire, strict=True)]
+        self.budget = 2 * max(sizes) if stage == 2 else max(sum(sizes), 2 * max(sizes))
         self.delivered: dict[int, Tensor] = {}
         self.clear()
         self._begin()
