@@ -34,13 +34,13 @@ from shardopt.slices import canonical_name
 SLICES = "shardopt"
 """The folder in checkpoint-N that holds every rank's slices."""
 
-_FROM_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay", "seed": "seed"}
+_FROM_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 _WARMUPS = ("alpha_warmup", "beta3_warmup")
 
 
 @dataclass
 class AdEMAMixArguments:
-    """AdEMAMix's own settings for HfArgumentParser; lr, weight decay and seed are TrainingArguments'."""
+    """AdEMAMix's own settings for HfArgumentParser; lr and weight decay are TrainingArguments'."""
 
     alpha: float = field(default=5.0, metadata={"help": "Weight of the slow average."})
     beta3: float = field(default=0.9999, metadata={"help": "Decay of the slow average."})
@@ -59,8 +59,8 @@ def shardopt_optimizer(
 ) -> tuple[Any, dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes.
 
-    lr, weight decay, beta1, beta2, eps and the seed come from `args` (learning_rate, weight_decay, adam_beta1,
-    adam_beta2, adam_epsilon, seed); weight decay goes where the Trainer's `get_decay_parameter_names` says. alpha
+    lr and weight decay come from `args`, and so do beta1, beta2, eps and the seed unless given here (adam_beta1,
+    adam_beta2, adam_epsilon, seed). Weight decay goes where the Trainer's `get_decay_parameter_names` says. alpha
     and beta3 warm up over the whole training, however its length was given, unless they are set.
 
     Args:
@@ -206,7 +206,8 @@ def _resolved(args: TrainingArguments, given: Mapping[str, Any], total: int) -> 
     beta3 = kwargs.pop("beta3", 0.9999)
     kwargs.setdefault("betas", (args.adam_beta1, args.adam_beta2, beta3))
     kwargs.setdefault("eps", args.adam_epsilon)
-    return kwargs | {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
+    kwargs.setdefault("seed", args.seed)
+    return kwargs | {"lr": args.learning_rate, "weight_decay": args.weight_decay}
 
 
 class _Door:

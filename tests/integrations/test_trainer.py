@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("transformers", reason="the extra shardopt[transformers]")
 from shardopt.errors import InputError
-from tests.distributed.pool import RankError, on_ranks
-from tests.integrations.training import difference, train, without_train
+from tests.distributed.pool import on_ranks
+from tests.integrations.training import difference, refused, train
 
 HOSTS = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 # Two ranks add the same gradients in another order; a step divides by their root mean square.
@@ -74,7 +74,8 @@ def test_bf16_state_rounds_with_the_same_bits_everywhere(host: str, tmp_path: Pa
     settings = {"ademamix": {"state_dtype": "bf16"}, "max_steps": 4}
     one = on_ranks(1, train, tmp_path / "one", **settings)[0]
     two = on_ranks(2, train, tmp_path / "two", host=host, **settings)
-    other = on_ranks(1, train, tmp_path / "other", **settings, seed=6)[0]
+    settings["ademamix"] = {"state_dtype": "bf16", "seed": 6}
+    other = on_ranks(1, train, tmp_path / "other", **settings)[0]
     assert two[1]["dtypes"] == {"m1": "torch.bfloat16", "m2": "torch.bfloat16", "nu": "torch.bfloat16"}
     # A sum in another order moves a value over a rounding boundary now and then: few weights, by little.
     gap = mean_difference(one["weights"], two[0]["weights"])
@@ -128,8 +129,9 @@ def test_deepspeed_resumes_what_ddp_wrote(saved: dict, tmp_path: Path) -> None:
 
 
 def test_deepspeed_on_another_world_size_says_what_to_do(saved: dict, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"written by 2 ranks and DeepSpeed reads it on as many only.*AdEMAMixTrainer"):
-        on_ranks(1, train, tmp_path, host="zero2", resume=str(saved["zero2"][0]))
+    (told,) = on_ranks(1, refused, tmp_path, host="zero2", resume=str(saved["zero2"][0]))
+    assert "written by 2 ranks and DeepSpeed reads it on as many only, not on 1" in told
+    assert "AdEMAMixTrainer" in told
 
 
 def test_a_checkpoint_moves_with_its_folder(saved: dict, tmp_path: Path) -> None:
@@ -155,8 +157,9 @@ def test_resume_without_slices_is_refused(saved: dict, tmp_path: Path) -> None:
     for file in saved["ddp"][0].iterdir():
         if file.is_file():
             (bare / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(RankError, match=r"has no shardopt folder.*Start a new run from its weights"):
-        on_ranks(2, train, tmp_path, resume=str(bare))
+    for told in on_ranks(2, refused, tmp_path, resume=str(bare)):
+        assert "has no shardopt folder" in told
+        assert "Start a new run from its weights" in told
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -182,12 +185,7 @@ def test_given_warmups_win(tmp_path: Path) -> None:
     assert told["logs"][-1]["beta3"] == 0.9999
 
 
-def test_a_length_that_is_not_known(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"length of the training is not known here.*set max_steps"):
-        on_ranks(1, without_train, tmp_path)
-
-
-def test_wandb_is_one_run_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_one_run_a_job(tmp_path: Path) -> None:
     environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
     options = {"report_to": ["wandb"], "save_strategy": "steps", "save_steps": 3, "environment": environment}
     first = on_ranks(2, train, tmp_path / "run", **options)

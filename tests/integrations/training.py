@@ -9,10 +9,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from shardopt.errors import InputError
 from shardopt.integrations import accelerate as hosts
+from shardopt.integrations.accelerate import load_slices, save_slices, sharded_ademamix, statistics, unwrap
 from shardopt.integrations.transformers import AdEMAMixTrainer, shardopt_optimizer
 from shardopt.slices import canonical_name, local_tensor
 from tests.integrations.hosts import fsdp_on_cpu, new_job, no_inference_extension
@@ -90,7 +94,8 @@ def train(
     """Train and tell: losses, whole weights, what this rank holds of each state, and the logs."""
     new_job(alone=world_size == 1 and host == "ddp")
     if host == "fsdp":
-        options |= {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+        version = options.pop("version", 2)
+        options |= {"fsdp": True, "fsdp_config": {"version": version, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
     elif host.startswith("zero"):
         no_inference_extension()
         options["deepspeed"] = deepspeed_config(int(host.removeprefix("zero")), **options.pop("config", {}))
@@ -109,6 +114,15 @@ def train(
     return told
 
 
+def refused(rank: int, world_size: int, *args: Any, **options: Any) -> str:
+    """The message with which `train` refuses; the ranks, which all do, can go on."""
+    try:
+        train(rank, world_size, *args, **options)
+    except InputError as error:
+        return str(error)
+    raise AssertionError("not refused")
+
+
 def build(args: TrainingArguments, trainer: str, settings: dict[str, Any]) -> Trainer:
     given: dict[str, Any] = {"model": model(), "args": args, "train_dataset": data(), "eval_dataset": data(12)}
     if trainer == "Trainer":
@@ -116,10 +130,48 @@ def build(args: TrainingArguments, trainer: str, settings: dict[str, Any]) -> Tr
     return AdEMAMixTrainer(**given, ademamix=settings)
 
 
-def without_train(rank: int, world_size: int, folder: Path) -> None:
-    """Ask for the optimizer before the Trainer knows how long it will train."""
-    new_job(alone=True)
-    build(arguments(folder, 1, max_steps=-1, num_train_epochs=1), "Trainer", {}).create_optimizer()
+def loop(
+    rank: int, world_size: int, folder: Path, *, host: str = "ddp", steps: int = 6, accumulate: int = 1, begin: int = 0
+) -> dict[str, Any]:
+    """Accelerate without Trainer: `begin` > 0 goes on from the slices of an earlier call."""
+    new_job(alone=world_size == 1)
+    plugins: dict[str, Any] = {}
+    micro = GLOBAL_BATCH // accumulate
+    if host == "fsdp":
+        plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        )
+    elif host.startswith("zero"):
+        no_inference_extension()
+        config = deepspeed_config(int(host.removeprefix("zero")), gradient_accumulation_steps=accumulate)
+        config["gradient_clipping"] = 0.5
+        plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config)
+    with fsdp_on_cpu(host == "fsdp"):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, **plugins)
+        net = model()
+        optimizer = sharded_ademamix(accelerator, net, lr=1e-2, alpha=2.0, alpha_warmup=6, weight_decay=0.1)
+        batches = torch.utils.data.DataLoader(data(), batch_size=micro // world_size)
+        net, optimizer, batches = accelerator.prepare(net, optimizer, batches)
+        if begin:
+            assert load_slices(folder, optimizer)["step"] == begin
+        for number, batch in enumerate(batches):
+            if not begin * accumulate <= number < steps * accumulate:
+                continue
+            with accelerator.accumulate(net):
+                accelerator.backward(net(**batch).loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(net.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+        if begin == 0:
+            save_slices(folder, optimizer, step=steps)
+        ours = unwrap(optimizer)
+        told = {"weights": whole_weights(net), "held": held(ours), "class": type(ours).__name__}
+        told["statistics"] = statistics(optimizer)
+        told["parameters"] = {type(p).__name__ for p in net.parameters()}
+    return told
 
 
 def tell(trainer: Trainer) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""Accelerator.prepare(model, optimizer) in a loop of one's own, on 2 gloo ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate", reason="the extra shardopt[transformers]")
+from shardopt.errors import InputError
+from shardopt.integrations import accelerate as hosts
+from tests.distributed.pool import on_ranks
+from tests.integrations.training import difference, loop
+
+HOSTS = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return on_ranks(1, loop, tmp_path_factory.mktemp("alone") / "slices")[0]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_two_ranks_are_one_process_and_go_on_from_their_slices(host: str, alone: dict, tmp_path: Path) -> None:
+    two = on_ranks(2, loop, tmp_path / "whole", host=host)
+    assert difference(two[0]["weights"], alone["weights"]) < 1e-5
+    assert max(rank["held"]["m2"] for rank in two) < 0.55 * alone["held"]["m2"]
+    assert sum(rank["held"]["m2"] for rank in two) >= alone["held"]["m2"]
+    assert two[0]["parameters"] == ({"DTensor"} if host == "fsdp" else {"Parameter"})
+    assert two[0]["statistics"]["alpha"] == alone["statistics"]["alpha"] == 2.0
+    assert two[0]["statistics"]["m2_norm"] == pytest.approx(alone["statistics"]["m2_norm"], rel=1e-4)
+    on_ranks(2, loop, tmp_path / "half", host=host, steps=3)
+    resumed = on_ranks(2, loop, tmp_path / "half", host=host, begin=3)
+    assert difference(two[0]["weights"], resumed[0]["weights"]) == 0.0
+
+
+@pytest.mark.parametrize("host", ["ddp", "fsdp", "zero2"])
+def test_gradient_accumulation(host: str, alone: dict, tmp_path: Path) -> None:
+    two = on_ranks(2, loop, tmp_path / "slices", host=host, accumulate=2)[0]
+    assert difference(two["weights"], alone["weights"]) < 1e-5
+
+
+@pytest.mark.parametrize(("wrote", "reads"), [("ddp", "zero3"), ("zero2", "fsdp"), ("fsdp", "ddp")])
+def test_slices_move_between_hosts(wrote: str, reads: str, alone: dict, tmp_path: Path) -> None:
+    on_ranks(2, loop, tmp_path / "half", host=wrote, steps=3)
+    resumed = on_ranks(2, loop, tmp_path / "half", host=reads, begin=3)
+    assert difference(alone["weights"], resumed[0]["weights"]) < 1e-5
+
+
+def test_an_optimizer_of_anothers() -> None:
+    with pytest.raises(InputError, match="AdamW does not hold an optimizer of shardopt"):
+        hosts.unwrap(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
