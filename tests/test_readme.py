@@ -53,7 +53,7 @@ def _snippet(rank, world_size, code):
     return before, loss(model(batches[0])).item()
 
 
-SNIPPETS = [code for code in fenced("python") if "optimizer =" in code and "transformers" not in code]
+SNIPPETS = [code for code in fenced("python") if "from shardopt import" in code]
 
 
 @pytest.mark.parametrize("code", SNIPPETS, ids=lambda code: re.sub(r"\W+", "-", code.splitlines()[0])[:40])
