@@ -218,7 +218,7 @@ def _read(folder: Path, metadata: Metadata, stored: Parameters, slices: list[Sli
             state[key] = FlatShard(s.layout.numel, DTYPES[entry["dtypes"][0]], chunks_of(s.layout, s.tensors[0]))
         else:
             for key, tensor in zip(block_keys(s.name, s.kind, s.layout.ranges), s.tensors, strict=True):
-                state[key] = local_tensor(tensor).detach()
+                state[key] = local_tensor(tensor).detach().view(-1)
     _fill(folder, metadata, state)
 
 

@@ -256,7 +256,7 @@ def _state(slices: list[Slice], extras: dict[str, Tensor], copy: bool) -> dict[s
             state[vector_key(s.name, s.kind)] = FlatShard(s.layout.numel, parts[0].dtype, chunks)
         elif s.layout.ranges:
             for key, part in zip(block_keys(s.name, s.kind, s.layout.ranges), parts, strict=True):
-                state[key] = staged(part)
+                state[key] = staged(part.reshape(-1))  # a rank may hold the same range in another shape
     state.update((extra_key(key), staged(tensor)) for key, tensor in extras.items())
     return state
 

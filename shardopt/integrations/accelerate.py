@@ -27,7 +27,7 @@ from shardopt import checkpoint
 from shardopt.engines.ranks import Ranks
 from shardopt.engines.zero import ZeroOptimizer
 from shardopt.errors import InputError, MissingExtraError
-from shardopt.optim import registry, states
+from shardopt.optim import precision, registry, states
 from shardopt.optim.ademamix import AdEMAMix
 from shardopt.slices import Slice, local_tensor, named_parameters
 
@@ -237,6 +237,12 @@ def build(
     if host == "deepspeed":
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         check_deepspeed_config(config)
+        kept = kwargs.get("state_dtype", "fp32")
+        if set(kept.values() if isinstance(kept, Mapping) else [kept]) & set(precision.BLOCK_FORMATS):
+            raise InputError(
+                f"state_dtype={kept!r}: blocks belong to one parameter, and DeepSpeed's flat partitions hold several: "
+                f"use 'bf16', or DDP or FSDP2"
+            )
         # Else bf16 gradients are added up in bf16.
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         return HostedAdEMAMix(groups, accelerator, model, **kwargs)

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 pytest.importorskip("accelerate", reason="the extra shardopt[transformers]")
+from accelerate import Accelerator
+
 from shardopt.errors import InputError
 from shardopt.integrations import accelerate as hosts
 from tests.distributed.pool import on_ranks
-from tests.integrations.training import difference, loop
+from tests.integrations.hosts import new_job
+from tests.integrations.training import data, difference, loop, model
 
 HOSTS = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 
@@ -47,6 +50,31 @@ def test_slices_move_between_hosts(wrote: str, reads: str, alone: dict, tmp_path
     on_ranks(2, loop, tmp_path / "half", host=wrote, steps=3)
     resumed = on_ranks(2, loop, tmp_path / "half", host=reads, begin=3)
     assert difference(alone["weights"], resumed[0]["weights"]) < 1e-5
+
+
+def test_load_state_alone_leaves_rank_0s_optimizer_and_is_refused(tmp_path: Path) -> None:
+    for told in on_ranks(2, saved_by_accelerate_alone, tmp_path):
+        assert "the optimizer's slices have not been loaded" in told
+
+
+def saved_by_accelerate_alone(rank: int, world_size: int, folder: Path) -> str:
+    new_job()
+    accelerator = Accelerator(cpu=True)
+    net = model()
+    optimizer = hosts.sharded_ademamix(accelerator, net, lr=1e-2)
+    net, optimizer = accelerator.prepare(net, optimizer)
+    batch = {key: value[None] for key, value in data(1)[0].items()}
+    accelerator.backward(net(**batch).loss)
+    optimizer.step()
+    # As safetensors it could not even be read: the weights are views of buckets.
+    accelerator.save_state(str(folder), safe_serialization=False)
+    accelerator.wait_for_everyone()
+    accelerator.load_state(str(folder))
+    try:
+        optimizer.step()
+    except InputError as error:
+        return str(error)
+    raise AssertionError("not refused")
 
 
 def test_an_optimizer_of_anothers() -> None:

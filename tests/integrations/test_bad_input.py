@@ -200,6 +200,11 @@ def test_deepspeed_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         check_deepspeed_config({})
 
 
+def test_blocks_in_flat_partitions(tmp_path: Path) -> None:
+    for told in on_ranks(2, refused, tmp_path, host="zero2", ademamix={"state_dtype": {"m2": "int8"}}):
+        assert "use 'bf16', or DDP or FSDP2" in told
+
+
 def test_fp16_where_gradients_are_not_the_optimizers(tmp_path: Path) -> None:
     for told in on_ranks(2, refused, tmp_path, fp16=True):
         assert "use bf16 instead of fp16" in told

@@ -61,7 +61,7 @@ def test_accelerate_launch(name: str, tmp_path: Path) -> None:
     assert max(state_bytes(output)) < 0.55 * 3 * 4 * elements
 
 
-def test_plain_torchrun_and_resume(tmp_path: Path) -> None:
+def test_plain_torchrun(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -72,10 +72,6 @@ def test_plain_torchrun_and_resume(tmp_path: Path) -> None:
         EXAMPLE,
         *OPTIONS,
     ]
-    command += ["--output_dir", str(tmp_path), "--max_steps", "20", "--logging_steps", "10", "--learning_rate", "0.01"]
-    launch([*command, "--save_strategy", "steps", "--save_steps", "10"])
-    output = launch([*command, "--resume_from_checkpoint", str(tmp_path / "checkpoint-10")])
-    assert "(learned)" in output
-    held = state_bytes(output)
+    held = state_bytes(launch([*command, "--output_dir", str(tmp_path), "--max_steps", "25"]))
     assert len(held) == 2
     assert max(held) < 0.51 * sum(held)

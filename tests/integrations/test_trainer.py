@@ -116,6 +116,15 @@ def test_resume_on_more_ranks(host: str, saved: dict, tmp_path: Path) -> None:
     )
 
 
+def test_block_formats_resume_exactly_where_they_were_cut(tmp_path: Path) -> None:
+    options = {"ademamix": {"state_dtype": "int8"}}
+    straight = on_ranks(2, train, tmp_path, save_strategy="steps", save_steps=3, **options)
+    resumed = on_ranks(2, train, tmp_path, resume=str(tmp_path / "checkpoint-3"), **options)
+    assert difference(straight[0]["weights"], resumed[0]["weights"]) == 0.0
+    alone = on_ranks(1, train, tmp_path, resume=str(tmp_path / "checkpoint-3"), **options)[0]
+    assert mean_difference(straight[0]["weights"], alone["weights"]) < 1e-4  # new blocks, once through fp32
+
+
 def test_resume_in_one_process_what_two_ranks_wrote(saved: dict, tmp_path: Path) -> None:
     checkpoint, straight = saved["ddp"]
     resumed = on_ranks(1, train, tmp_path, resume=str(checkpoint))[0]
