@@ -35,11 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    if arguments.nproc_per_node is not None and "RANK" not in os.environ:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", arguments.nproc_per_node]
-        flags = ["--print-config"] if arguments.print_config else []
-        command = ["-m", "shardopt", "pretrain", *flags, arguments.config, *arguments.overrides]
-        os.execv(sys.executable, [sys.executable, *torchrun, *command])
+    if arguments.nproc_per_node is not None and "RANK" not in os.environ and not arguments.print_config:
+        return _start_ranks(arguments)
     try:
         from shardopt.pretrain import config as configuration
     except ModuleNotFoundError as e:
@@ -57,6 +54,32 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"shardopt: {e}", file=sys.stderr, flush=True)
         return 1
+    return 0
+
+
+def _start_ranks(arguments: argparse.Namespace) -> int:
+    """torchrun, without its traceback where a rank has already said what is wrong or was asked to stop."""
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    wanted = arguments.nproc_per_node
+    count = torch.cuda.device_count() if wanted == "gpu" else int(wanted) if wanted.isdecimal() else 0
+    if count < 1:
+        raise InputError(
+            f"--nproc-per-node: {wanted!r} starts no rank; give a number of at least 1, or gpu on a machine with GPUs"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+    command = ["-m", "shardopt", "pretrain", arguments.config, *arguments.overrides]
+    try:
+        torchrun(["--standalone", "--nproc_per_node", str(count), *command])
+    except SignalException:
+        return 0  # torchrun has passed the signal on, and the ranks have saved and stopped
+    except ChildFailedError as e:
+        _, failure = e.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
     return 0
 
 

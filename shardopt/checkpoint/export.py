@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -116,7 +117,10 @@ class _Files:
     def _flush(self) -> None:
         self._written.append(list(self._held))
         # transformers refuses a file that does not say which framework's it is.
-        _save_file()(self._held, self._part(len(self._written)), metadata={"format": "pt"})
+        part = self._part(len(self._written))
+        _save_file()(self._held, part, metadata={"format": "pt"})
+        os.umask(umask := os.umask(0))
+        part.chmod(0o666 & ~umask)  # safetensors keeps its files from everybody else
         self._total += self._bytes
         self._held, self._bytes = {}, 0
 

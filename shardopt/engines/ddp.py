@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,12 +39,17 @@ class DdpEngine(ModuleEngine):
             raise InputError("engine.name: ddp needs torchrun (or choose engine.name=single)")
         inputs.initialise(inputs.model)
         device = inputs.ranks.device
+        # Rotary tables and the like are the same everywhere already. The argument's name depends on torch's version.
+        known = inspect.signature(DistributedDataParallel).parameters
+        no_buffers: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }
         self.model = self._ddp = DistributedDataParallel(
             inputs.model,
             device_ids=[device] if device.type == "cuda" else None,
             bucket_cap_mb=config.bucket_mb,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # rotary tables and the like: the same everywhere already
+            **no_buffers,
         )
         super().__init__(inputs, None, compute_dtype(config.compute_dtype, device))
 

@@ -33,7 +33,7 @@ from shardopt.pretrain.tracking import TrackingConfig
 class RunConfig(Section):
     """Where the run lives and what starts it."""
 
-    name: str = Field("quickstart", pattern=r"^[\w.+-]+$")
+    name: str = Field("quickstart", pattern=r"^\w[\w.+-]*$")
     """The run's folder inside `dir`, and its name in W&B."""
     dir: Path = Path("runs")
     """Folder of all runs."""

@@ -44,9 +44,22 @@ class RunFolder:
             )
         if config.run.resume == "must" and self.resume_from is None:
             raise InputError(f"run.resume: must, but {self.path} holds no complete checkpoint")
+        self.moved = self._move_damaged()
         temporary = recorded.with_suffix(".tmp")
         temporary.write_text(config.as_yaml(), encoding="utf-8")
         temporary.replace(recorded)
+
+    def _move_damaged(self) -> list[Path]:
+        """Rename checkpoints beyond the one to go on from, which are damaged: the run will write those steps again."""
+        newest = self.resume_from.name if self.resume_from is not None else ""
+        moved = []
+        for folder in sorted((self.path / "checkpoints").glob("step-????????")):
+            if folder.name > newest:
+                aside = folder.with_name(f"{folder.name}.damaged")
+                while aside.exists():
+                    aside = aside.with_name(aside.name + "-again")
+                moved.append(folder.rename(aside))
+        return moved
 
     def _hold(self) -> IO[str]:
         lock = (self.path / ".lock").open("w")
@@ -60,7 +73,11 @@ class RunFolder:
         return lock
 
     def _check_same(self, recorded: Path, config: Config) -> None:
-        changed = differences(yaml.safe_load(recorded.read_text(encoding="utf-8")), config.as_dict())
+        try:
+            old = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+            changed = differences(old, config.as_dict())
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as e:
+            raise InputError(f"{recorded} is damaged ({e}): restore it, or choose another run.name") from e
         began = self.resume_from is not None or (self.path / "metrics.jsonl").exists()
         if changed and began:  # a run that failed before its first step leaves nothing to lose
             listed = "\n  ".join(changed[:8])

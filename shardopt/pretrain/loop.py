@@ -93,6 +93,8 @@ class Run:
         if folder is not None:
             stack.callback(folder.release)
         resume_from = ranks.from_main(folder.resume_from if folder is not None else None)
+        for path in folder.moved if folder is not None else []:
+            self.report.warn(f"a checkpoint is damaged or incomplete, is passed over and now called {path}")
 
         self.train_data, self.holdout_data = data.prepare(
             config.data, ranks, config.run.seed, config.train.global_batch

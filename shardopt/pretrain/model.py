@@ -82,6 +82,8 @@ def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int
             near = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean model.{near[0]}?" if near else ""
             raise InputError(f"model.{key}: a {model_type} configuration has no such key{hint}")
+    if getattr(defaults, "is_decoder", True) is False:
+        base["is_decoder"] = True  # else BERT and its kin attend to the tokens that they are to predict
     try:
         config = AutoConfig.for_model(model_type, **(base | given))
     except Exception as e:  # whatever the type's own checks raise

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from shardopt.cli import main
 from shardopt.pretrain.tracking import read_metrics
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
@@ -195,6 +196,47 @@ def test_a_stopped_worker_exits_with_status_zero(folder):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "run it again to go on" in output
+
+
+@pytest.mark.parametrize("mistake", [[], ["train.stepz=1"]])
+def test_the_command_that_starts_ranks_ends_as_they_do_and_without_a_traceback(folder, mistake):
+    name = f"started-{len(mistake)}"
+    config = folder / f"{name}.yaml"
+    config.write_text(json.dumps(tiny.tree(folder, run__name=name, train__steps=3000)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shardopt", "pretrain", "--nproc-per-node", "2", str(config), *mistake],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    if not mistake:
+        wait_for_step(folder, name, 2, process)
+        process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == (2 if mistake else 0), output
+    assert ("did you mean train.steps" if mistake else "stopped by SIGTERM") in output
+    assert "Traceback (most" not in output
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two", "gpu"])
+def test_a_number_of_ranks_that_starts_none_is_refused(count, capsys):
+    if count == "gpu" and torch.cuda.is_available():
+        count = "none"
+    assert main(["pretrain", f"--nproc-per-node={count}", "configs/quickstart.yaml"]) == 2
+    assert f"--nproc-per-node: '{count}' starts no rank" in capsys.readouterr().err
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(folder, capsys):
+    changes = {"run__name": "damaged", "engine": "{name: single}", "checkpoint__every": 3}
+    tiny.run(0, 1, folder, **changes)
+    expected = losses(folder, "damaged")
+    (folder / "runs" / "damaged" / "checkpoints" / "step-00000006" / "checkpoint.json").unlink()
+    capsys.readouterr()
+    tiny.run(0, 1, folder, **changes)
+    said = capsys.readouterr().out
+    assert "a checkpoint is damaged or incomplete, is passed over" in said
+    checkpoints = folder / "runs" / "damaged" / "checkpoints"
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {"step-00000003", "step-00000006", "step-00000006.damaged"}
+    assert losses(folder, "damaged") == expected
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_and_another_engine(folder):

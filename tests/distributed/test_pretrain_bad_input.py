@@ -122,6 +122,15 @@ def test_a_folder_with_another_run_is_left_alone_and_the_keys_are_named(folder):
     assert "run.resume: must" in said
 
 
+def test_a_damaged_config_of_the_run_folder_is_named(folder):
+    assert command(folder, "torn")[0] == 0
+    recorded = folder / "runs" / "torn" / "config.yaml"
+    recorded.write_text(recorded.read_text() + "foo: [")
+    status, said, _ = command(folder, "torn")
+    assert status == 2
+    assert f"{recorded} is damaged" in said
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_name(folder):
     """The config is made to agree, as if somebody had copied the checkpoint into another run's folder."""
     assert command(folder, "small")[0] == 0

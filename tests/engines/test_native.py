@@ -109,6 +109,21 @@ def test_initialisation_is_what_transformers_does(name):
     assert tied == (theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight)
 
 
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_no_token_sees_those_that_it_is_to_predict(model_type):
+    config = transformers_config(ModelConfig(model_type=model_type, **LLAMA_LIKE), VOCABULARY, 0, LENGTH)
+    model = meta_model(config)
+    initialise(model, torch.device("cpu"), 3)
+    model.eval()
+    tokens = batch(0)[:, :LENGTH]
+    changed = tokens.clone()
+    changed[:, LENGTH // 2 :] = 1
+    with torch.no_grad():
+        before, after = model(input_ids=tokens).logits, model(input_ids=changed).logits
+    torch.testing.assert_close(before[:, : LENGTH // 2], after[:, : LENGTH // 2], rtol=0, atol=1e-5)
+    assert not torch.equal(before, after)
+
+
 def test_a_parameter_that_nothing_initialises_is_refused_by_name():
     model = meta("llama")
     model.model.norm.register_parameter("gain", torch.nn.Parameter(torch.empty(3, device="meta")))

@@ -280,8 +280,8 @@ def _open(config: DataConfig, folders: _Folders, seed: int, global_batch: int) -
         documents = sum(one.train.documents + one.holdout.documents for one in packed)
         raise InputError(
             f"data.holdout: {config.holdout} of {documents} documents gives {holdout_tokens} tokens, less "
-            f"than a block of {config.block_size + 1}; raise data.holdout, lower data.block_size, or cut "
-            f"documents smaller (a text source's sample_by)"
+            f"than a block of {config.block_size + 1}; cut documents smaller (a text source "
+            f"takes sample_by: paragraph, or line), raise data.holdout, or lower data.block_size"
         )
     weights = [shape.weight for shape in config.sources]
     shares = [weight / sum(weights) for weight in weights]
