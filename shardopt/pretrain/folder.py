@@ -10,6 +10,7 @@ from typing import IO
 import yaml
 
 from shardopt import checkpoint
+from shardopt.checkpoint.folders import is_complete
 from shardopt.errors import InputError
 from shardopt.pretrain.config import Config, differences
 
@@ -50,11 +51,10 @@ class RunFolder:
         temporary.replace(recorded)
 
     def _move_damaged(self) -> list[Path]:
-        """Rename checkpoints beyond the one to go on from, which are damaged: the run will write those steps again."""
-        newest = self.resume_from.name if self.resume_from is not None else ""
+        """Rename checkpoints that are damaged: the run may write those steps again."""
         moved = []
         for folder in sorted((self.path / "checkpoints").glob("step-????????")):
-            if folder.name > newest:
+            if not is_complete(folder):
                 aside = folder.with_name(f"{folder.name}.damaged")
                 while aside.exists():
                     aside = aside.with_name(aside.name + "-again")

@@ -99,10 +99,10 @@ class Run:
         self.train_data, self.holdout_data = data.prepare(
             config.data, ranks, config.run.seed, config.train.global_batch
         )
-        tokenizer = self.train_data.tokenizer
+        self.tokenizer = self.train_data.tokenizer  # loaded anew at every access
         self.model_config = ranks.together(
             lambda: model.transformers_config(
-                config.model, self.train_data.vocab_size, tokenizer.eos_token_id, config.data.block_size
+                config.model, self.train_data.vocab_size, self.tokenizer.eos_token_id, config.data.block_size
             )
         )
         meta = model.meta_model(self.model_config)
@@ -312,7 +312,7 @@ class Run:
             export = config.folder / "export"
             checkpoint.export_safetensors(export, engine.full_parameters(), self.ranks, complete=self._export_rest)
         if finished and config.eval.sample_tokens:
-            sample = generate(engine, self.train_data.tokenizer, config.eval.sample_tokens, config.data.block_size)
+            sample = generate(engine, self.tokenizer, config.eval.sample_tokens, config.data.block_size)
         result = Result(
             status="finished" if finished else "stopped",
             folder=config.folder,
@@ -350,7 +350,7 @@ class Run:
 
     def _export_rest(self, folder: Path) -> None:
         self.model_config.save_pretrained(folder)
-        self.train_data.tokenizer.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     def _close_tracker(self, kind: type[BaseException] | None, *_: object) -> None:
         self.tracker.close("finished" if kind is None else "failed")
