@@ -193,6 +193,12 @@ def _register(ddp: DistributedDataParallel, reduce: Callable[[dist.GradBucket], 
     ddp.register_comm_hook(None, hook)
 
 
+def _reduce(door: Collectives, sent: Tensor, out: Tensor, scale: float) -> None:
+    reduction = door.reduce_scatter([[part] for part in sent.chunk(door.size)])
+    reduction.finish(out, accumulate=False, scale=scale)
+    reduction.release()
+
+
 class _DdpReduction:
     """Reduce a bucket of DDP onto its owners, let the hooks see it, hand it round again."""
 
@@ -209,8 +215,8 @@ class _DdpReduction:
         sent = flat.to(_wire_of(self.hooks, buffer.dtype))
         own = flat[door.rank * part : (door.rank + 1) * part]
         reduced = torch.empty_like(own)
-        door.reduce_scatter([[p] for p in sent.chunk(door.size)]).finish(reduced, accumulate=False)
-        own.copy_(reduced.div_(door.size))
+        _reduce(door, sent, reduced, 1.0 / door.size)
+        own.copy_(reduced)
         for hook in self.hooks:
             hook.after_reduce(bucket.index(), own)
         door.all_gather(flat)()
@@ -242,8 +248,8 @@ class _FsdpReduction:
             hook.before_reduce(self.index, flat)
         sent = flat.to(_wire_of(self.hooks, input_tensor.dtype))
         reduced = output_tensor if output_tensor.dtype == wide else torch.empty_like(output_tensor, dtype=wide)
-        door.reduce_scatter([[p] for p in sent.chunk(door.size)]).finish(reduced, accumulate=False)
-        output_tensor.copy_(reduced.mul_(scale) if scale != 1.0 else reduced)
+        _reduce(door, sent, reduced, scale)
+        output_tensor.copy_(reduced)
 
 
 def _attach_fsdp(hooks: list[GradientHook], target: FSDPModule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from shardopt import AdEMAMix, ZeroOptimizer
+from shardopt.engines.zero import same_host
 from shardopt.errors import InputError
 from tests.distributed.pool import RankError, on_ranks
 
@@ -104,17 +106,39 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, 
     return difference, moved
 
 
+def over_sockets(rank, world_size, body, *args):
+    """`body` where the last rank may not read the others' memory."""
+    allowed = None if rank == world_size - 1 else same_host._process_vm_readv()
+    with mock.patch.object(same_host, "_process_vm_readv", return_value=allowed):
+        assert ZeroOptimizer(model(), AdEMAMix).transport == "sockets"
+        return body(rank, world_size, *args)
+
+
+def by_memory(rank, world_size, body, *args):
+    assert ZeroOptimizer(model(), AdEMAMix).transport == "memory"
+    return body(rank, world_size, *args)
+
+
+both_transports = pytest.mark.parametrize("through", [by_memory, over_sockets])
+
+
 def _against_ddp(rank, world_size, optimizer_class, kwargs, steps, micros, clip, zero):
     theirs = train_ddp(rank, optimizer_class, kwargs, steps, micros, clip)
     ours = train_zero(rank, optimizer_class, kwargs, steps, micros, clip, **zero)
     return *compare(ours, theirs), all(torch.equal(ours[n], theirs[n]) for n in theirs)
 
 
-@pytest.mark.parametrize("state", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2])
-def test_equal_to_ddp_bit_for_bit(stage, state):
+@pytest.mark.parametrize(
+    ("through", "stage", "state"),
+    [
+        *((by_memory, stage, state) for stage in (1, 2) for state in ("fp32", "bf16")),
+        (over_sockets, 1, "fp32"),
+        (over_sockets, 2, "bf16"),
+    ],
+)
+def test_equal_to_ddp_bit_for_bit(through, stage, state):
     kwargs = ADEMAMIX | {"state_dtype": state}
-    for _, moved, equal in on_ranks(2, _against_ddp, AdEMAMix, kwargs, 50, 1, None, {"stage": stage}):
+    for _, moved, equal in on_ranks(2, through, _against_ddp, AdEMAMix, kwargs, 50, 1, None, {"stage": stage}):
         assert moved > 0.05
         assert equal
 
@@ -148,13 +172,23 @@ def _reduce_each(rank, world_size, steps, micros, bucket_mb):
     return all(torch.equal(ours[n], theirs[n]) for n in theirs)
 
 
-def test_stage_2_over_micro_batches_reduces_each():
-    assert on_ranks(2, _reduce_each, 10, 3, SMALL_BUCKETS) == [True, True]
+@both_transports
+def test_stage_2_over_micro_batches_reduces_each(through):
+    assert on_ranks(2, through, _reduce_each, 10, 3, SMALL_BUCKETS) == [True, True]
 
 
-@pytest.mark.parametrize(("ranks", "stage", "clip"), [(2, 1, 0.5), (2, 2, 0.5), (3, 2, None), (4, 1, 0.5), (4, 2, 0.5)])
-def test_close_to_ddp_with_clipping_and_more_ranks(ranks, stage, clip):
-    for difference, moved, _ in on_ranks(ranks, _against_ddp, AdEMAMix, ADEMAMIX, 8, 2, clip, {"stage": stage}):
+@pytest.mark.parametrize(
+    ("through", "ranks", "stage", "clip"),
+    [
+        *((by_memory, *case) for case in [(2, 1, 0.5), (2, 2, 0.5), (3, 2, None), (4, 1, 0.5), (4, 2, 0.5)]),
+        (over_sockets, 3, 2, 0.5),
+        (over_sockets, 4, 1, None),
+    ],
+)
+def test_close_to_ddp_with_clipping_and_more_ranks(through, ranks, stage, clip):
+    for difference, moved, _ in on_ranks(
+        ranks, through, _against_ddp, AdEMAMix, ADEMAMIX, 8, 2, clip, {"stage": stage}
+    ):
         assert moved > 0.01
         assert difference < 1e-6
 
@@ -428,7 +462,7 @@ def _overlapped(rank, world_size):
 
 
 def test_weights_arrive_during_the_next_forward():
-    for in_flight, equal, left in on_ranks(2, _overlapped):
+    for in_flight, equal, left in on_ranks(2, over_sockets, _overlapped):
         assert all(n > 3 for n in in_flight)
         assert equal == [True] * 4
         assert left == 0
@@ -550,8 +584,9 @@ def _memory(rank, world_size, stage, micros):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_stage_2_holds_its_slice_and_two_buckets(ranks):
-    for total, bucket, state, peak, after in on_ranks(ranks, _memory, 2, 3):
+@both_transports
+def test_stage_2_holds_its_slice_and_two_buckets(through, ranks):
+    for total, bucket, state, peak, after in on_ranks(ranks, through, _memory, 2, 3):
         assert state == pytest.approx(3 * total / ranks, rel=0.01)
         assert after == pytest.approx(total / ranks, rel=0.01)
         assert total > 7 * bucket
@@ -573,11 +608,13 @@ def _timeline(rank, world_size):
         module(torch.ones(4, 128)).sum().backward()
     events = profile.events()
     backward = max(e.time_range.end for e in events if e.name.startswith("autograd::engine::evaluate_function"))
-    sends = sorted((e.name, e.time_range.start) for e in events if e.name.startswith("zero: send"))
-    return [name for name, start in sends if start < backward], len(optimizer.buckets)
+    early = sorted(e.name for e in events if e.name.startswith("zero: ") and e.time_range.start < backward)
+    return early, len(optimizer.buckets)
 
 
-def test_reductions_start_before_backward_ends():
-    for early, buckets in on_ranks(2, _timeline):
+@both_transports
+def test_reductions_start_before_backward_ends(through):
+    for early, buckets in on_ranks(2, through, _timeline):
         assert buckets >= 6
-        assert early == [f"zero: send {i}" for i in range(buckets)]
+        assert [name for name in early if "send" in name] == [f"zero: send {i}" for i in range(buckets)]
+        assert f"zero: add {buckets - 3}" in early  # two may still be on their way

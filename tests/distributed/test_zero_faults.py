@@ -14,7 +14,15 @@ from shardopt import AdEMAMix, ZeroOptimizer
 from shardopt.engines.zero import NonFiniteGradientError, PeerError
 from shardopt.errors import InputError
 from tests.distributed.pool import Pool, on_ranks
-from tests.distributed.test_zero import ADEMAMIX, SMALL_BUCKETS, loss_of, model, train_zero, weights
+from tests.distributed.test_zero import (
+    ADEMAMIX,
+    SMALL_BUCKETS,
+    both_transports,
+    loss_of,
+    model,
+    train_zero,
+    weights,
+)
 
 
 def pair(body, *args):
@@ -53,8 +61,9 @@ def _one_leaves(rank, world_size, how):
 
 
 @pytest.mark.parametrize("how", ["raises", "killed"])
-def test_a_rank_that_leaves(how):
-    (good, seen), (alive, theirs) = pair(_one_leaves, how)
+@both_transports
+def test_a_rank_that_leaves(through, how):
+    (good, seen), (alive, theirs) = pair(through, _one_leaves, how)
     assert good, seen
     # Which bucket, which parameters are in it, which rank did not answer.
     assert "PeerError: bucket " in seen[0]
@@ -94,8 +103,9 @@ def _without_the_bad_batch(rank, world_size, stage):
 
 
 @pytest.mark.parametrize(("stage", "clip"), [(1, None), (2, None), (2, 1e9)])
-def test_a_rank_with_nan_stops_nobody_and_spoils_nothing(stage, clip):
-    (first, same, ours), (second, _, theirs) = on_ranks(2, _one_has_nan, stage, clip)
+@both_transports
+def test_a_rank_with_nan_stops_nobody_and_spoils_nothing(through, stage, clip):
+    (first, same, ours), (second, _, theirs) = on_ranks(2, through, _one_has_nan, stage, clip)
     assert first == second
     assert "blocks.1.1.weight (bucket " in first
     assert "from rank 1)" in first

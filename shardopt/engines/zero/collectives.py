@@ -2,8 +2,8 @@
 
 gloo gets pairwise exchanges: every rank sends each other rank that rank's part and adds what it receives, in
 rank order and in fp32 whatever is on the wire. That is several times faster than gloo's reduce-scatter, lets
-gradients be sent from where autograd left them, and makes the sum independent of how buckets are cut. NCCL and
-other backends get their native collectives.
+gradients be sent from where autograd left them, and makes the sum independent of how buckets are cut. Ranks of one
+host need not even send (same_host.py). NCCL and other backends get their native collectives.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Part = Sequence[Tensor]
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _TAG = 0x5A  # keeps these messages apart from others that a program sends over the same group
-_STRETCH = 1 << 17  # elements; half a MiB in fp32
+_IN_CACHE = 1 << 17  # elements that are added up at a time, of all ranks together; half a MiB in fp32
 
 
 class PeerError(RuntimeError):
@@ -33,11 +33,21 @@ class Reduction(abc.ABC):
     """A bucket on its way to its owners."""
 
     @abc.abstractmethod
-    def finish(self, out: Tensor, accumulate: bool) -> None:
-        """Wait, and write the sum over ranks of this rank's part to `out` (or add it); 1-D, fp32 or wider.
+    def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
+        """Wait, and write `scale` times the sum over ranks of this rank's part to `out` (or add it).
+
+        `out` is 1-D, fp32 or wider. Returns the L2 norm of what it then holds.
 
         Raises:
             PeerError: a rank did not send its part in time.
+        """
+
+    @abc.abstractmethod
+    def release(self) -> None:
+        """After `finish` and `not_finite`: wait until what was sent may change.
+
+        Raises:
+            PeerError: a rank did not take its part in time.
         """
 
     @abc.abstractmethod
@@ -59,8 +69,12 @@ class Collectives(abc.ABC):
     `reduce_bytes` and `gather_bytes` count what this rank has sent.
     """
 
+    # What ZeroOptimizer.transport shows.
+    name: str
     # Whether a part may be handed over as several messages, or must be one stretch of a flat bucket.
     takes_messages: bool
+    # Whether anything moves while nobody waits, so that it pays to wait late.
+    in_background = True
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: timedelta | None) -> None:
         self.group, self.timeout = group, timeout
@@ -108,31 +122,40 @@ def wait(work: dist.Work | None, timeout: timedelta | None, what: str) -> None:
         raise PeerError(f"{what} failed: {error}") from error
 
 
-def sum_parts(parts: Sequence[Tensor], out: Tensor, accumulate: bool) -> None:
-    """out (+)= parts[0] + parts[1] + ..., added in that order in out's dtype; the parts are left as they are."""
-    if not accumulate:
-        _add_up(parts, out)
-        return
-    # The sum of the parts comes first, so that it does not depend on what was there: on the CPU a stretch at a
-    # time, so that it never leaves the cache.
-    stretch = _STRETCH if out.device.type == "cpu" else max(1, out.numel())
-    total = torch.empty_like(out[:stretch])
-    for start in range(0, out.numel(), stretch):
-        target = out[start : start + stretch]
-        piece = total[: target.numel()]
-        _add_up([p[start : start + stretch] for p in parts], piece)
-        target.add_(piece)
-
-
-def _add_up(parts: Sequence[Tensor], out: Tensor) -> None:
+def sum_parts(parts: Sequence[Tensor], out: Tensor, accumulate: bool, scale: float) -> None:
+    """out (+)= scale (parts[0] + parts[1] + ...), added in that order in out's dtype; the parts stay as they are."""
+    # The sum of the parts comes first, so that it does not depend on what was there.
+    total = torch.empty_like(out) if accumulate else out
     if len(parts) > 1 and parts[0].dtype == parts[1].dtype == out.dtype:
-        torch.add(parts[0], parts[1], out=out)
+        torch.add(parts[0], parts[1], out=total)
         rest = parts[2:]
     else:
-        out.copy_(parts[0])
+        total.copy_(parts[0])
         rest = parts[1:]
     for part in rest:
-        out.add_(part)
+        total.add_(part)
+    if accumulate:
+        out.add_(total, alpha=scale)
+    elif scale != 1.0:
+        out.mul_(scale)
+
+
+def stretches(messages: Part, world_size: int) -> Iterator[tuple[int, int, int, int]]:
+    """Number of the message, where in it a stretch starts, and where in the part it starts and ends.
+
+    What is done to one stretch after another finds it in the cache.
+    """
+    at = 0
+    for number, message in enumerate(messages):
+        size = max(1, _IN_CACHE // world_size if message.device.type == "cpu" else message.numel())
+        for first in range(0, message.numel(), size):
+            yield number, first, at + first, at + min(first + size, message.numel())
+        at += message.numel()
+
+
+def norm_of(norms: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of a whole from those of its stretches."""
+    return torch.linalg.vector_norm(torch.stack(list(norms)))
 
 
 class _Exchange(Reduction):
@@ -158,16 +181,22 @@ class _Exchange(Reduction):
     def held_bytes(self) -> int:
         return sum(m.nbytes for part in self.sent for m in part) + sum(r.nbytes for r in self.received.values())
 
-    def finish(self, out: Tensor, accumulate: bool) -> None:
+    def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
         door = self.door
         for peer, works in self.receives.items():
             for work in works:
                 wait(work, door.timeout, f"receiving from rank {door.named(peer)}")
-        for message, start, end in self._stretches():
-            parts = [message if r == door.rank else self.received[r][start:end] for r in range(door.size)]
-            sum_parts(parts, out[start:end], accumulate)
+        norms = []
+        for number, first, start, end in stretches(self.mine, door.size):
+            own = self.mine[number][first : first + end - start]
+            parts = [own if r == door.rank else self.received[r][start:end] for r in range(door.size)]
+            sum_parts(parts, out[start:end], accumulate, scale)
+            norms.append(torch.linalg.vector_norm(out[start:end]))
+        return norm_of(norms)
+
+    def release(self) -> None:
         for peer, work in self.sends:
-            wait(work, door.timeout, f"sending to rank {door.named(peer)}")
+            wait(work, self.door.timeout, f"sending to rank {self.door.named(peer)}")
 
     def not_finite(self) -> list[int]:
         bad = [peer for peer, received in self.received.items() if not received.isfinite().all()]
@@ -175,16 +204,11 @@ class _Exchange(Reduction):
             bad.append(self.door.rank)
         return sorted(map(self.door.named, bad))
 
-    def _stretches(self) -> Iterator[tuple[Tensor, int, int]]:
-        at = 0
-        for message in self.mine:
-            yield message, at, at + message.numel()
-            at += message.numel()
-
 
 class Pairwise(Collectives):
     """Every rank exchanges with every other one. Also one process alone."""
 
+    name = "sockets"
     takes_messages = True
 
     def reduce_scatter(self, parts: Sequence[Part]) -> Reduction:
@@ -228,20 +252,20 @@ class _NativeReduction(Reduction):
     def held_bytes(self) -> int:
         return self.flat.nbytes + self.received.nbytes
 
-    def finish(self, out: Tensor, accumulate: bool) -> None:
+    def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
         wait(self.work, self.door.timeout, "the reduce-scatter")
-        if self.exchanged:
-            parts = list(self.received.view(self.door.size, -1))
-            sum_parts(parts, out, accumulate)
-        elif accumulate:
-            out.add_(self.received)
-        else:
-            out.copy_(self.received)
+        parts = list(self.received.view(self.door.size, -1)) if self.exchanged else [self.received]
+        sum_parts(parts, out, accumulate, scale)
+        return torch.linalg.vector_norm(out)
+
+    def release(self) -> None:
+        pass  # the backend keeps what it still reads
 
 
 class Native(Collectives):
     """The backend's own reduce-scatter and all-gather; both run on the backend's own stream on CUDA."""
 
+    name = "native"
     takes_messages = False
 
     def reduce_scatter(self, parts: Sequence[Part]) -> Reduction:

@@ -86,7 +86,7 @@ class ZeroEngine(Engine):
             )
         except TypeError as error:
             raise InputError(f"{spec.cls.__name__}: {error}") from error
-        self.optimizer.divide = 1.0  # the engine's gradients are sums
+        self.optimizer.reducer.scale = 1.0  # the engine's gradients are sums
         if (dtype := compute_dtype(config.compute_dtype, ranks.device)) != torch.float32:
             autocast_forward(self.model, ranks.device, dtype)
 

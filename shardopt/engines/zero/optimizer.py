@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from shardopt.engines.zero import same_host
 from shardopt.engines.zero.buckets import Bucket, fingerprint, lay_out
-from shardopt.engines.zero.collectives import Collectives, PeerError, collectives
+from shardopt.engines.zero.collectives import Collectives, Pairwise, PeerError, collectives
 from shardopt.engines.zero.reducer import GradientHook, Reducer
 from shardopt.errors import InputError
 from shardopt.optim import states
@@ -64,7 +65,7 @@ class ZeroOptimizer(Optimizer):
         overlap_gather: modules (transformer blocks) that are alone in using their own weights. `step` then returns
             while updated weights are on their way; the forward of each waits for its own, the model's for the
             rest. To read weights otherwise, between a step and the next forward, call `wait` first;
-            `state_dict` and this class do. Needs the model.
+            `state_dict` and this class do. Needs the model. Without effect where `transport` is "memory".
         timeout: of every wait; None is the process group's own.
         **optimizer_kwargs: hyper-parameters of `optimizer_class`.
 
@@ -101,9 +102,10 @@ class ZeroOptimizer(Optimizer):
 
         self._shard, self._replicate = _doors(process_group, device, timeout)
         world = self._shard.size
-        self.divide = float(world * self._replicate.size)
         self.buckets = lay_out([(n, tuple(p.shape), p.dtype) for n, p in self._named], world, bucket_mb * 2**20)
         self._agree_on_layout(device)
+        if isinstance(self._shard, Pairwise) and self._shard.group is not None and world > 1 and device.type == "cpu":
+            self._shard = same_host.join(self._shard.group, timeout, len(self.buckets)) or self._shard
         self._flats = [self._flatten(b) for b in self.buckets]
         self._start_alike()
 
@@ -127,7 +129,8 @@ class ZeroOptimizer(Optimizer):
             for param, layout in self.explicit_layouts.items():
                 self.inner.set_layout(param, layout)  # type: ignore[attr-defined]
 
-        self.reducer = Reducer(self.buckets, [p for _, p in self._named], self._shard, _DTYPES[reduce_dtype], stage)
+        average = 1.0 / (world * self._replicate.size)
+        self.reducer = Reducer(self.buckets, [p for _, p in self._named], self._shard, _DTYPES[reduce_dtype], average)
         self._handles: list[Any] = []
         if gradients == "own":
             for index, (_, param) in enumerate(self._named):
@@ -135,7 +138,7 @@ class ZeroOptimizer(Optimizer):
         self._context: bool | None = None  # the running accumulate's `last`
         self._callback_queued = False
         self._norm: float | None = None  # agreed by all ranks on the gradients held now
-        self._scale = 1.0
+        self._clip = 1.0  # what the gradients held now are still to be multiplied by
         self._failure: BaseException | None = None
         self._gathers: dict[int, Callable[[], None]] = {}  # by bucket
         # The embedding, first in forward, is registered first and lies in the last bucket.
@@ -319,9 +322,8 @@ class ZeroOptimizer(Optimizer):
                 for storage in reducer.storage.values():
                     self._replicate.sum(storage)
                 fresh = False
-            self._scale = 1.0 if self.gradients == "host" else 1.0 / self.divide
+            self._clip = 1.0
             if reducer.hooks:
-                self._apply_scale()
                 for bucket in self.buckets:
                     for hook in reducer.hooks:
                         hook.after_reduce(bucket.index, reducer.reduced[bucket.index])
@@ -341,7 +343,7 @@ class ZeroOptimizer(Optimizer):
             self._failure = error
             raise
         self._has_gradient = [count > 0 for count in values[1:]]
-        self._norm = math.sqrt(values[0]) * self._scale if values[0] >= 0 else math.nan
+        self._norm = math.sqrt(values[0]) if values[0] >= 0 else math.nan
         return self._norm
 
     def _take_from_host(self) -> None:
@@ -359,12 +361,6 @@ class ZeroOptimizer(Optimizer):
                 layout.copy_from_whole(target, param.grad)
         reducer.rounds = 1
 
-    def _apply_scale(self) -> None:
-        if self._scale != 1.0:
-            for storage in self.reducer.storage.values():
-                storage.mul_(self._scale)
-            self._scale = 1.0
-
     def clip_grad_norm_(self, max_norm: float | None) -> float:
         """The L2 norm of the whole gradient, the same double on every rank; scaled down to `max_norm` above it.
 
@@ -372,7 +368,7 @@ class ZeroOptimizer(Optimizer):
         """
         norm = self._agree()
         if max_norm is not None and max_norm < norm < math.inf:
-            self._scale *= max_norm / norm
+            self._clip *= max_norm / norm
             self._norm = max_norm
         return norm
 
@@ -401,7 +397,9 @@ class ZeroOptimizer(Optimizer):
         self.wait()
         try:
             self._verify()
-            self._apply_scale()
+            if self._clip != 1.0:
+                for storage in self.reducer.storage.values():
+                    storage.mul_(self._clip)
             if not self.inner.state:
                 # Not left to the first step: what a rank sees of its own slices (lr = 0, zero gradients) must not
                 # decide whether that step counts.
@@ -415,7 +413,7 @@ class ZeroOptimizer(Optimizer):
                 param.grad = None
             self._consume()
             self._gather()
-            if not self.overlap_gather:
+            if not (self.overlap_gather and self._shard.in_background):
                 self.wait()
         except BaseException as error:
             self._failure = error
@@ -586,6 +584,12 @@ class ZeroOptimizer(Optimizer):
     def shard_group(self) -> dist.ProcessGroup | None:
         """The ranks over which state and gradients are cut; None for one process alone."""
         return self._shard.group
+
+    @property
+    def transport(self) -> str:
+        """How gradients and weights travel: "native" collectives of the backend, or, where that is gloo, "memory"
+        between the ranks of one host that may read each other's, else "sockets"."""
+        return self._shard.name
 
     def add_hook(self, hook: GradientHook) -> None:
         """Let `hook` change gradients before they are sent and after they are reduced; on every rank alike."""

@@ -42,10 +42,9 @@ class Reducer:
         params: the model's parameters in registration order (`Member.index`).
         collectives: the ranks that the buckets are cut over.
         reduce_dtype: bf16 makes wider gradients narrower on the wire; fp32 leaves all as they are.
-        stage: how much may be on its way: in stage 2 two buckets, in stage 1 as much as the whole gradient, which
-            that stage has room for anyway. Where more wants to go, backward waits.
 
     Attributes:
+        scale: what sums over ranks are multiplied by.
         reduced: this rank's part of every bucket, fp32 (fp64 for fp64 parameters); views of `storage`.
         present: whether any round since `clear` brought a gradient on this rank, by registration order.
         rounds: since `clear`.
@@ -58,10 +57,10 @@ class Reducer:
         params: Sequence[nn.Parameter],
         collectives: Collectives,
         reduce_dtype: torch.dtype,
-        stage: int,
+        scale: float,
     ) -> None:
         self.buckets, self.params, self.collectives = buckets, params, collectives
-        self.reduce_dtype = reduce_dtype
+        self.reduce_dtype, self.scale = reduce_dtype, scale
         self.hooks: list[GradientHook] = []
         self.storage: dict[torch.dtype, Tensor] = {}
         self.reduced: list[Tensor] = []
@@ -82,7 +81,7 @@ class Reducer:
         self._bucket_of = {m.index: b for b in buckets for m in b.members}
         self._plans = [self._plan(b) for b in buckets] if collectives.takes_messages else []
         sizes = [b.numel * max(b.dtype.itemsize, w.itemsize) for b, w in zip(buckets, self._wire, strict=True)]
-        self.budget = 2 * max(sizes) if stage == 2 else max(sum(sizes), 2 * max(sizes))
+        self.budget = 2 * max(sizes)
         self.delivered: dict[int, Tensor] = {}
         self.clear()
         self._begin()
@@ -232,11 +231,11 @@ class Reducer:
         with record_function(f"zero: add {bucket.index}"):
             out = self.reduced[bucket.index]
             try:
-                reduction.finish(out, accumulate=self.rounds > 0)
+                norm = self.norms[bucket.index] = reduction.finish(out, self.rounds > 0, self.scale)
+                # On a GPU looking would stall the stream; the agreement before the step finds it there.
+                if out.device.type == "cpu" and not math.isfinite(norm.item()) and (ranks := reduction.not_finite()):
+                    self.blame.append((bucket.index, ranks))
+                reduction.release()
             except PeerError as error:
                 raise PeerError(f"{bucket}: {error}") from error
             self._flying_bytes -= reduction.held_bytes()
-            norm = self.norms[bucket.index] = torch.linalg.vector_norm(out)
-            # On a GPU looking would stall the stream; the agreement before the step finds it there.
-            if out.device.type == "cpu" and not math.isfinite(norm.item()) and (ranks := reduction.not_finite()):
-                self.blame.append((bucket.index, ranks))

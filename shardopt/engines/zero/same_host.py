@@ -1,0 +1,259 @@
+"""Ranks of one host read each other's memory, instead of sending it through sockets.
+
+A rank writes on a board of its own where a part lies; the part's owner looks there and copies it (process_vm_readv,
+Linux) while it adds it up: one copy into the cache, against three and a buffer by way of gloo, and no thread beside
+backward's. The kernel allows a process to read those of the same user unless Yama (kernel.yama.ptrace_scope > 0) or a
+container's seccomp profile forbids it; then the sockets remain.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardopt.engines.zero.collectives import (
+    Collectives,
+    Part,
+    PeerError,
+    Reduction,
+    norm_of,
+    stretches,
+    sum_parts,
+)
+
+_WORD = 8  # bytes; boards and tables are of 64-bit integers
+_PAUSE = 50e-6  # seconds between two looks at a board
+_boards: list[ctypes.Array[ctypes.c_int64]] = []  # never freed: a peer may still look at one after its owner failed
+
+
+class _Piece(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+@cache
+def _process_vm_readv() -> Callable[..., int] | None:
+    # Only x86 shows one processor's stores to the others in order without barriers, which Python does not have.
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
+    if function is not None:
+        pieces = ctypes.POINTER(_Piece)
+        function.argtypes = [ctypes.c_int, pieces, ctypes.c_ulong, pieces, ctypes.c_ulong, ctypes.c_ulong]
+        function.restype = ctypes.c_ssize_t
+    return function
+
+
+def _read(process: int, there: int, here: int, nbytes: int) -> None:
+    """Copy bytes from another process' memory. Raises OSError where the kernel will not."""
+    function = _process_vm_readv()
+    assert function is not None
+    done = 0
+    while done < nbytes:
+        into, of = _Piece(here + done, nbytes - done), _Piece(there + done, nbytes - done)
+        count = function(process, into, 1, of, 1, 0)
+        if count <= 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        done += count
+
+
+def _integers(process: int, address: int, count: int) -> list[int]:
+    into = (ctypes.c_int64 * count)()
+    _read(process, address, ctypes.addressof(into), count * _WORD)
+    return list(into)
+
+
+def join(group: dist.ProcessGroup, timeout: timedelta | None, outstanding: int) -> SameHost | None:
+    """A door for the CPU ranks of `group` if each can read every other one's memory, else None. A collective.
+
+    Args:
+        timeout: of a wait; None takes the process group's own.
+        outstanding: reductions, and gathers, that are on their way at a time at most.
+    """
+    door = SameHost(group, timeout, outstanding)
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    able = _process_vm_readv() is not None and boot.exists()
+    probe = (ctypes.c_int64 * 1)(secrets.randbits(62))
+    mine = (boot.read_text() if able else "", os.getpid(), ctypes.addressof(probe), probe[0], door.addresses())
+    theirs = [mine] * door.size
+    dist.all_gather_object(theirs, mine, group=group)
+    able = able and all(host == mine[0] for host, *_ in theirs)
+    if able:
+        try:
+            able = all(_integers(process, address, 1) == [value] for _, process, address, value, _ in theirs)
+        except OSError:  # no such process in this container, or not allowed: all ranks are told
+            able = False
+    door.meet([process for _, process, *_ in theirs], [addresses for *_, addresses in theirs])
+    agreed = torch.tensor([int(able)])
+    dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)  # also keeps the probe until all have looked
+    return door if agreed.item() else None
+
+
+class SameHost(Collectives):
+    """As Pairwise, for ranks that can read each other's memory; made by `join`."""
+
+    name = "memory"
+    takes_messages = True
+    in_background = False
+
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta | None, outstanding: int) -> None:
+        super().__init__(group, timeout)
+        self.processes: list[int] = []
+        self._reductions, self._gathers = _Board(self, outstanding), _Board(self, outstanding)
+        options = group._get_backend(torch.device("cpu")).options
+        self.patience = (timeout or options._timeout).total_seconds()
+
+    def addresses(self) -> list[int]:
+        return [board.address for board in (self._reductions, self._gathers)]
+
+    def meet(self, processes: list[int], addresses: list[list[int]]) -> None:
+        """Learn every rank's process, and where its boards are."""
+        self.processes = processes
+        self._reductions.theirs, self._gathers.theirs = map(list, zip(*addresses, strict=True))
+
+    def read(self, peer: int, address: int, into: Tensor) -> None:
+        """Fill the contiguous `into` from `peer`'s memory."""
+        try:
+            _read(self.processes[peer], address, into.data_ptr(), into.nbytes)
+        except OSError as error:
+            raise self.lost(peer, error) from error
+
+    def lost(self, peer: int, error: OSError) -> PeerError:
+        return PeerError(f"reading from rank {self.named(peer)} failed: {error.strerror}")
+
+    def reduce_scatter(self, parts: Sequence[Part]) -> Reduction:
+        return _Reading(self, self._reductions, parts)
+
+    def all_gather(self, flat: Tensor) -> Callable[[], None]:
+        board, parts = self._gathers, flat.view(self.size, -1)
+        number = board.announce([[parts[self.rank].data_ptr()]] * self.size)
+        self.gather_bytes += parts[self.rank].nbytes * (self.size - 1)
+
+        def finish() -> None:
+            for peer in self.peers():
+                (address,) = board.look(peer, number, 1)
+                self.read(peer, address, parts[peer])
+            board.answer(number)
+
+        return finish
+
+
+class _Board:
+    """What this rank tells the others, in words of 64 bits; every rank makes the same announcements in one order.
+
+    First `outstanding` pairs: the number of an announcement, from 1, and where its table lies (for each rank where
+    in the table its addresses begin, then the addresses). Then how many announcements of the others this rank has
+    done with.
+    """
+
+    def __init__(self, door: SameHost, outstanding: int) -> None:
+        self.door, self.outstanding = door, outstanding
+        self.words = (ctypes.c_int64 * (2 * outstanding + 1))()
+        _boards.append(self.words)
+        self.address = ctypes.addressof(self.words)
+        self.theirs: list[int] = []  # the address of every rank's
+        self._number = 0
+        self._tables: dict[int, ctypes.Array[ctypes.c_int64]] = {}
+
+    def announce(self, addresses: Sequence[Sequence[int]]) -> int:
+        """Tell rank r addresses[r]; returns the announcement's number."""
+        begins: list[int] = []
+        flat: list[int] = []
+        for told in addresses:
+            begins.append(len(addresses) + len(flat))
+            flat += told
+        self._number += 1
+        table = self._tables[self._number] = (ctypes.c_int64 * (len(begins) + len(flat)))(*begins, *flat)
+        slot = self._slot(self._number)
+        self.words[slot + 1] = ctypes.addressof(table)
+        self.words[slot] = self._number  # last, since it says that the rest is there
+        return self._number
+
+    def look(self, peer: int, number: int, count: int) -> list[int]:
+        """Wait for `peer`'s announcement and return the `count` addresses that are for this rank."""
+        slot = self.theirs[peer] + self._slot(number) * _WORD
+        self._await(peer, slot, number, "receiving from")
+        (table,) = self._integers(peer, slot + _WORD, 1)
+        (begin,) = self._integers(peer, table + self.door.rank * _WORD, 1)
+        return self._integers(peer, table + begin * _WORD, count)
+
+    def answer(self, number: int) -> None:
+        """Say that this rank has read everybody's announcement, and wait until everybody has read this rank's."""
+        done = 2 * self.outstanding
+        self.words[done] = number
+        for peer in self.door.peers():
+            self._await(peer, self.theirs[peer] + done * _WORD, number, "sending to")
+        del self._tables[number]
+
+    def _slot(self, number: int) -> int:
+        return 2 * (number % self.outstanding)
+
+    def _await(self, peer: int, address: int, number: int, doing: str) -> None:
+        deadline = time.monotonic() + self.door.patience
+        looks = 0
+        while self._integers(peer, address, 1)[0] < number:
+            looks += 1
+            if time.monotonic() > deadline:
+                name = self.door.named(peer)
+                raise PeerError(f"{doing} rank {name} failed: timed out after {self.door.patience:g} s")
+            time.sleep(_PAUSE if looks > 20 else 0)
+
+    def _integers(self, peer: int, address: int, count: int) -> list[int]:
+        try:
+            return _integers(self.door.processes[peer], address, count)
+        except OSError as error:
+            raise self.door.lost(peer, error) from error
+
+
+class _Reading(Reduction):
+    def __init__(self, door: SameHost, board: _Board, parts: Sequence[Part]) -> None:
+        self.door, self.board, self.mine = door, board, parts[door.rank]
+        self.sent = parts  # they must live until the others have read them
+        self.number = board.announce([[message.data_ptr() for message in part] for part in parts])
+        door.reduce_bytes += sum(message.nbytes for peer in door.peers() for message in parts[peer])
+
+    def held_bytes(self) -> int:
+        return sum(message.nbytes for part in self.sent for message in part)
+
+    def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
+        norms = []
+        for parts, start, end in self._parts():
+            sum_parts(parts, out[start:end], accumulate, scale)
+            norms.append(torch.linalg.vector_norm(out[start:end]))
+        return norm_of(norms)
+
+    def not_finite(self) -> list[int]:
+        bad: set[int] = set()
+        for parts, *_ in self._parts():
+            bad |= {rank for rank, part in enumerate(parts) if not part.isfinite().all()}
+        return sorted(map(self.door.named, bad))
+
+    def release(self) -> None:
+        self.board.answer(self.number)
+
+    def _parts(self) -> Iterator[tuple[list[Tensor], int, int]]:
+        """Every rank's part and where it lies, a stretch at a time; good until the next one is asked for."""
+        door = self.door
+        addresses = {peer: self.board.look(peer, self.number, len(self.mine)) for peer in door.peers()}
+        scratch = {peer: self.mine[0].new_empty(0) for peer in addresses}
+        for number, first, start, end in stretches(self.mine, door.size):
+            own = self.mine[number][first : first + end - start]
+            parts = [own] * door.size
+            for peer, at in addresses.items():
+                if scratch[peer].numel() < own.numel():
+                    scratch[peer] = torch.empty_like(own)
+                parts[peer] = scratch[peer][: own.numel()]
+                door.read(peer, at[number] + first * own.itemsize, parts[peer])
+            yield parts, start, end
