@@ -56,7 +56,10 @@ def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int
     """
     given = dict(section.model_extra or {})
     if (section.model_type is None) == (section.path is None):
-        raise InputError("model: give either model_type (such as llama) or path (a folder with a config.json)")
+        raise InputError(
+            "model: give either model_type (such as llama) or path (a folder with a config.json); to replace the "
+            "whole section of a file, write model='{path: ...}'"
+        )
     if section.path is not None:
         if not (Path(section.path) / "config.json").is_file():
             raise InputError(f"model.path: {section.path} holds no config.json")
