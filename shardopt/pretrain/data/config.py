@@ -24,7 +24,8 @@ class StdlibSource(_Source):
 
 class _FileSource(_Source):
     paths: tuple[str, ...] = Field(min_length=1)
-    """Files, folders (searched whole) and globs (`**` crosses folders); one string, or a list of them."""
+    """Files, folders (searched whole for files of this kind) and globs (`**` crosses folders); one string, or a
+    list of them."""
 
     @field_validator("paths", mode="before")
     @classmethod
@@ -33,7 +34,8 @@ class _FileSource(_Source):
 
 
 class TextSource(_FileSource):
-    """Plain UTF-8 text. A file that is not UTF-8 is skipped and counted."""
+    """Plain UTF-8 text. A folder gives every file but hidden, jsonl and parquet ones; what is not UTF-8, or holds
+    NUL bytes, is skipped and counted."""
 
     source: Literal["text"] = "text"
     sample_by: Literal["document", "paragraph", "line"] = "document"
