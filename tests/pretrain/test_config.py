@@ -7,7 +7,7 @@ import yaml
 from shardopt.engines import DdpConfig, FsdpConfig
 from shardopt.errors import InputError
 from shardopt.pretrain.config import differences, load, parse
-from shardopt.pretrain.model import meta_model, transformers_config
+from shardopt.pretrain.model import ModelConfig, meta_model, transformers_config
 from shardopt.pretrain.schedule import ScheduleConfig, lr_factor
 from tests.pretrain import tiny
 
@@ -23,6 +23,17 @@ def test_every_preset_parses_and_builds_on_the_meta_device(path):
     assert all(p.is_meta for p in model.parameters())
     total = sum(p.numel() for p in model.parameters())
     assert total == pytest.approx(PARAMETERS[path.stem], rel=0.05)
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "camembert"])
+def test_a_model_that_counts_positions_from_the_padding_token_needs_one(model_type):
+    def build(**pad):
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return meta_model(transformers_config(ModelConfig(model_type=model_type, **shape, **pad), 257, 256, 32))
+
+    with pytest.raises(InputError, match=r"model\.pad_token_id: .*max_position_embeddings"):
+        build()
+    assert build(pad_token_id=0).config.pad_token_id == 0
 
 
 def test_what_is_printed_is_the_same_config_again():
