@@ -11,11 +11,19 @@ from shardopt import __version__
 from shardopt.errors import InputError, MissingExtraError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 0 done or stopped on request, 2 bad input, 1 anything else."""
-    parser = argparse.ArgumentParser(prog="shardopt", description="Sharded AdEMAMix for language-model pretraining.")
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
+    """Run a command; the exit status: 0 done or stopped on request, 2 bad input, 1 anything else.
+
+    Args:
+        argv: the command and its arguments; by default those of this process.
+        command: what a script of its own runs, so that `argv` does not name it.
+    """
+    parser = argparse.ArgumentParser(
+        prog=None if command else "shardopt", description="Sharded AdEMAMix for language-model pretraining."
+    )
     parser.add_argument("--version", action="version", version=f"shardopt {__version__}")
-    parser.add_argument("command", choices=["pretrain"], help="pretrain a language model")
+    if command is None:
+        parser.add_argument("command", choices=["pretrain"], help="pretrain a language model")
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
     parser.add_argument(

@@ -235,8 +235,9 @@ class AdEMAMix(Optimizer):
         """
         if any(group.get("amsgrad") for group in adamw.param_groups):
             raise InputError("from_adamw cannot take over an amsgrad optimizer: its running maximum has no counterpart")
-        if not isinstance(adamw, AdamW) and not all(
-            {"exp_avg", "exp_avg_sq", "step"} <= set(state) for state in adamw.state.values() if state
+        if not isinstance(adamw, AdamW) and not (
+            all("betas" in group for group in adamw.param_groups)
+            and all({"exp_avg", "exp_avg_sq", "step"} <= set(state) for state in adamw.state.values() if state)
         ):
             raise InputError(f"from_adamw takes a torch.optim.AdamW, got {type(adamw).__name__}")
         beta3 = options.pop("betas", (0.0, 0.0, 0.9999))[2]

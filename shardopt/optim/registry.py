@@ -70,6 +70,10 @@ class OptimizerSpec:
             raise InputError(f"{self.cls.__name__}: {error}") from error
 
 
+class UnknownKeyError(InputError):
+    """A hyper-parameter that the optimizer does not have."""
+
+
 @dataclass(frozen=True)
 class _Entry:
     load: Callable[[], type[Optimizer]]
@@ -122,23 +126,24 @@ def spec(name: str, **kwargs: Any) -> OptimizerSpec:
     Lists, as YAML has them, become tuples.
 
     Raises:
-        InputError: an unknown name or hyper-parameter (the message names the nearest known one), or a value
-            that the class refuses (the message is the class's own).
+        UnknownKeyError: hyper-parameters that the class does not have; the message names the nearest known ones.
+        InputError: an unknown name, or a value that the class refuses (the message is the class's own).
     """
     if name not in _ENTRIES:
         raise InputError(f"unknown optimizer {name!r}{_nearest(name, names())}; known: {', '.join(names())}")
     entry = _ENTRIES[name]
     cls = entry.load()
     allowed = {key: p.default for key, p in inspect.signature(cls).parameters.items() if key != "params"}
+    if unknown := [f"{key!r}{_nearest(key, allowed)}" for key in kwargs if key not in allowed]:
+        raise UnknownKeyError(f"optimizer {name} has no {', '.join(unknown)}; it has: {', '.join(allowed)}")
     for key, value in kwargs.items():
-        if key not in allowed:
-            known = ", ".join(allowed)
-            raise InputError(f"optimizer {name} has no {key!r}{_nearest(key, allowed)}; it has: {known}")
         if isinstance(value, str) and isinstance(allowed[key], int | float):
             raise InputError(
                 f"optimizer {name}: {key} must be a number, got the text {value!r} "
                 f"(YAML reads 1e-3 as text, 1.0e-3 as a number)"
             )
+        if isinstance(value, list | tuple) and isinstance(allowed[key], tuple) and len(value) != len(allowed[key]):
+            raise InputError(f"optimizer {name}: {key} must be {len(allowed[key])} numbers, got {value}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (entry.preset | kwargs).items()}
     try:
         cls([("trial", nn.Parameter(torch.zeros(1, 1)))], **values)

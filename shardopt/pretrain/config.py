@@ -70,7 +70,12 @@ class OptimizerConfig(Section):
                 given[key] = tuple(value)
         if self.name == "ademamix":
             given.setdefault("seed", seed)
-        return registry.spec(self.name, **given)
+        try:
+            return registry.spec(self.name, **given)
+        except registry.UnknownKeyError as e:
+            raise InputError(
+                f"{e} (to change the optimizer and its keys at once, write optimizer='{{name: {self.name}, lr: ...}}')"
+            ) from None
 
 
 class TrainConfig(Section):
@@ -229,7 +234,17 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number, as YAML 1.2 and everybody but YAML 1.1 does."""
+    """SafeLoader that reads 1e-3 as a number and refuses a key that stands twice, as YAML 1.2 has both."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -266,7 +281,9 @@ def parse(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as e:
-        raise InputError("\n".join(_explain(error) for error in e.errors())) from None
+        # A list that lacks only members that were refused is not too short.
+        errors = [r for r in e.errors() if r["type"] != "too_short" or len(r["input"]) < r["ctx"]["min_length"]]
+        raise InputError("\n".join(map(_explain, errors))) from None
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -287,7 +304,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
 
 def _explain(error: Any) -> str:
     """One problem that pydantic found, as one line that names the key."""
-    if isinstance(cause := error.get("ctx", {}).get("error"), InputError):
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
         return str(cause)
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
@@ -299,23 +317,31 @@ def _explain(error: Any) -> str:
         return f"{key}: there is no such key; {hint}"
     if error["type"] == "missing":
         return f"{key}: is required"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key}: {message}, got {error['input']!r}"
+    if error["type"] == "union_tag_not_found":
+        return f"{key}: {error['ctx']['discriminator']} is required"
+    value = error["input"]
+    if error["type"] in ("model_type", "model_attributes_type"):
+        such_as = f"{key}.{_keys_at(Config, location)[0]}={value if isinstance(value, str | int | float) else '...'}"
+        return f"{key}: is a section, not a value; write its keys, such as {such_as}"
+    if error["type"] == "union_tag_invalid":
+        return f"{key}: {error['ctx']['tag']!r} is not one of {error['ctx']['expected_tags']}"
+    message = str(cause or error["msg"])
+    return f"{key}: {message[0].lower()}{message[1:]}, got {value!r}"
 
 
-def _keys_at(annotation: Any, location: Sequence[str]) -> set[str]:
-    """The keys that the config knows at `location` (a union member's tag in it is passed over)."""
+def _keys_at(annotation: Any, location: Sequence[str]) -> list[str]:
+    """The keys that the config knows at `location` (a union member's tag in it is passed over), as defined."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType, list, tuple):
-        return set().union(*(_keys_at(member, location) for member in get_args(annotation)))
+        return list(dict.fromkeys(key for member in get_args(annotation) for key in _keys_at(member, location)))
     fields: dict[str, Any] = {}
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         fields = {f.alias or n: f.annotation for n, f in annotation.model_fields.items()}
     elif hasattr(annotation, "__dataclass_fields__"):
         fields = dict.fromkeys(annotation.__dataclass_fields__, None)
     if not location:
-        return set(fields)
+        return list(fields)
     if location[0] in fields:
         return _keys_at(fields[location[0]], location[1:])
     return _keys_at(annotation, location[1:])

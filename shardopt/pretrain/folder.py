@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import shutil
 from pathlib import Path
 from typing import IO
 
@@ -29,13 +31,26 @@ class RunFolder:
     def __init__(self, config: Config) -> None:
         self.path = config.folder
         try:
+            self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._hold()
         except OSError as e:
             raise InputError(f"run.dir: cannot write the run folder {self.path}: {e.strerror or e}") from e
+        try:
+            self.resume_from = checkpoint.latest(self.path / "checkpoints")
+            self._check(config)
+            self.moved = self._move_damaged()
+            recorded = self.path / "config.yaml"
+            temporary = recorded.with_suffix(".tmp")
+            temporary.write_text(config.as_yaml(), encoding="utf-8")
+            temporary.replace(recorded)
+        except BaseException:
+            self.release()
+            raise
+
+    def _check(self, config: Config) -> None:
         recorded = self.path / "config.yaml"
         strangers = {p.name for p in self.path.iterdir()} - {".lock"}
-        self.resume_from = checkpoint.latest(self.path / "checkpoints")
         if recorded.exists():
             self._check_same(recorded, config)
         elif strangers:
@@ -45,10 +60,6 @@ class RunFolder:
             )
         if config.run.resume == "must" and self.resume_from is None:
             raise InputError(f"run.resume: must, but {self.path} holds no complete checkpoint")
-        self.moved = self._move_damaged()
-        temporary = recorded.with_suffix(".tmp")
-        temporary.write_text(config.as_yaml(), encoding="utf-8")
-        temporary.replace(recorded)
 
     def _move_damaged(self) -> list[Path]:
         """Rename checkpoints that are damaged: the run may write those steps again."""
@@ -65,6 +76,8 @@ class RunFolder:
         lock = (self.path / ".lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock.fileno()).st_nlink == 0:  # its last holder removed it while we opened it
+                raise BlockingIOError
         except BlockingIOError:
             lock.close()
             raise InputError(f"run.name: another process is running {self.path} right now") from None
@@ -81,12 +94,21 @@ class RunFolder:
         began = self.resume_from is not None or (self.path / "metrics.jsonl").exists()
         if changed and began:  # a run that failed before its first step leaves nothing to lose
             listed = "\n  ".join(changed[:8])
+            advice = "Set them back to go on with it, or choose another run.name"
+            if any(key.startswith("train.steps:") for key in changed):
+                advice += f", with model='{{path: {self.path}/export}}' to train the weights of a finished run on"
             raise InputError(
-                f"run.name: {self.path} already holds another run; these keys differ:\n  {listed}\n"
-                f"Set them back to go on with it, or choose another run.name."
+                f"run.name: {self.path} already holds another run; these keys differ:\n  {listed}\n{advice}."
             )
         if config.run.resume == "never" and began:
             raise InputError(f"run.resume: never, but {self.path} already holds this run: choose another run.name")
 
     def release(self) -> None:
+        """Let others have the folder; a start that made it and failed before it began leaves none."""
+        with contextlib.suppress(OSError):  # somebody has removed the folder meanwhile
+            files = {p.name for p in self.path.rglob("*") if p.is_file()}
+            if self._is_new and files <= {".lock", "config.yaml"}:
+                shutil.rmtree(self.path)
+            else:
+                (self.path / ".lock").unlink()
         self._lock.close()

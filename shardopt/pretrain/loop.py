@@ -123,6 +123,8 @@ class Run:
         self.engine.init_state()
         self.base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
         document = self._resume(resume_from) if resume_from is not None else {}
+        self.tokens_a_step = config.train.global_batch * config.data.block_size
+        self.tokens_before = self.progress.step * self.tokens_a_step
 
         root = config.folder / "checkpoints"
         self.saver = checkpoint.Saver(root, config.checkpoint.keep, ranks, config.checkpoint.asynchronous)
@@ -179,12 +181,11 @@ class Run:
             group["lr"] = lr * factor
         share = train.global_batch // ranks.world_size
         batch = self.train_data.batch(self.progress.step, ranks.rank * share, (ranks.rank + 1) * share)
-        targets = train.global_batch * config.data.block_size
         micros = batch.split(train.micro_batch)
         total = torch.zeros((), device=ranks.device)
         for index, tokens in enumerate(micros):
             with engine.accumulate(last=index == len(micros) - 1):
-                loss = token_loss_sum(engine, tokens.to(ranks.device, non_blocking=True)) / targets
+                loss = token_loss_sum(engine, tokens.to(ranks.device, non_blocking=True)) / self.tokens_a_step
                 engine.backward(loss)
             total += loss.detach()
         norm = engine.clip_grad_norm(train.grad_clip)
@@ -219,17 +220,16 @@ class Run:
         norms = {
             f"{name}_norm": math.sqrt(square / engine.replicas()) for name, square in zip(local, squares, strict=True)
         }
-        tokens_a_step = self.config.train.global_batch * self.config.data.block_size
         loss, norm, seconds, steps = self.window.take()
         metrics: dict[str, float] = {
-            "tokens": step * tokens_a_step,
+            "tokens": step * self.tokens_a_step,
             "loss": loss,
             "bits_per_byte": loss / math.log(2) / self.train_data.bytes_per_token,
             "lr": engine.optimizer.param_groups[0]["lr"],
             **engine.schedule_values(),
             "grad_norm": norm,
             **norms,
-            "tokens_per_second": steps * tokens_a_step / seconds,
+            "tokens_per_second": steps * self.tokens_a_step / seconds,
             "memory_bytes": peak_memory(self.ranks.device),
             "skipped_steps": self.progress.skipped,
         }
@@ -333,8 +333,9 @@ class Run:
                 status="finished" if finished else f"stopped by {stop.asked or 'another rank'}; run it again to go on",
                 folder=config.folder,
                 step=self.progress.step,
-                tokens=self.progress.step * config.train.global_batch * config.data.block_size,
+                tokens=self.progress.step * self.tokens_a_step,
                 seconds=time.monotonic() - self.began,
+                tokens_before=self.tokens_before,
                 loss=loss,
                 eval_loss=result.holdout_loss,
                 eval_bits_per_byte=result.holdout_bits_per_byte,

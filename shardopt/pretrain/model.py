@@ -56,7 +56,10 @@ def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int
     """
     given = dict(section.model_extra or {})
     if (section.model_type is None) == (section.path is None):
-        raise InputError("model: give either model_type (such as llama) or path (a folder with a config.json)")
+        raise InputError(
+            "model: give either model_type (such as llama) or path (a folder with a config.json); to replace the "
+            "whole section of a file, write model='{path: ...}'"
+        )
     if section.path is not None:
         if not (Path(section.path) / "config.json").is_file():
             raise InputError(f"model.path: {section.path} holds no config.json")
@@ -107,14 +110,22 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model with fp32 parameters on the meta device and real buffers on the CPU, weights tied.
 
     Raises:
-        InputError: transformers has no causal language model of this type, or refuses to build this one.
+        InputError: transformers has no causal language model of this type, or refuses to build this one; or it
+            needs a padding token.
     """
     try:
         with _constructing() as constructed:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as e:
         raise InputError(f"model: transformers cannot build this {config.model_type}: {e}") from e
-    for module in model.modules():  # transformers believes it has initialised them
+    for module in model.modules():
+        if getattr(config, "pad_token_id", None) is None and hasattr(module, "create_position_ids_from_input_ids"):
+            raise InputError(
+                f"model.pad_token_id: {config.model_type} numbers positions from the padding token's id on, so it "
+                f"needs one: a token that the text never holds (0, NUL, with the byte tokenizer), and "
+                f"model.max_position_embeddings of at least data.block_size + that id + 1"
+            )
+        # transformers believes it has initialised them
         if hasattr(module, "_is_hf_initialized"):
             del module._is_hf_initialized
     model.tie_weights()

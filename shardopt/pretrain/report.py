@@ -140,7 +140,10 @@ class Head:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run; what is None is not shown."""
+    """What came of a run; what is None is not shown.
+
+    `tokens` are of the whole run, `seconds` of this start, which went on after `tokens_before`.
+    """
 
     run_name: str
     status: str
@@ -148,6 +151,7 @@ class Outcome:
     step: int
     tokens: int
     seconds: float
+    tokens_before: int = 0
     loss: float | None = None
     eval_loss: float | None = None
     eval_bits_per_byte: float | None = None
@@ -217,7 +221,10 @@ class Report:
             self._pair("train loss", f"{outcome.loss:.4f} at step {outcome.step:,}")
         if outcome.eval_loss is not None:
             self._pair("held-out loss", _held_out(outcome.eval_loss, outcome.eval_bits_per_byte))
-        self._pair("tokens seen", f"{_count(outcome.tokens)} in {_duration(outcome.seconds)}")
+        seen = f"{_count(outcome.tokens - outcome.tokens_before)} in {_duration(outcome.seconds)}"
+        if outcome.tokens_before:
+            seen += f" since it was resumed, {_count(outcome.tokens)} in all"
+        self._pair("tokens seen", seen)
         if outcome.skipped_steps:
             self._pair("skipped steps", f"{outcome.skipped_steps:,}: their loss or gradient was not finite")
         self._pair("run folder", outcome.folder)

@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, model_validator
 class Section(BaseModel):
     """One section of a run's config; each field is documented where it stands, by a docstring below it.
 
-    Types are strict: an int takes no "3", no 3.0 and no true. What YAML cannot write otherwise is fitted
-    first: a list to a tuple, a string to a Path, and "1e-3" to a float, which PyYAML reads as a string.
+    Types are strict: an int takes no "3", no 3.5 and no true. What YAML cannot write otherwise is fitted
+    first: a list to a tuple, a string to a Path, 1e3 to an int, and "1e-3" to a float, which PyYAML reads as a
+    string.
 
     Raises:
         pydantic.ValidationError: an unknown key, a missing one, or a value of the wrong type.
@@ -46,6 +47,8 @@ def _fit(annotation: Any, value: Any) -> Any:
             if fitted is not value:
                 return fitted
         return value
+    if annotation is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     if isinstance(value, str):
         if annotation is Path:
             return Path(value).expanduser()

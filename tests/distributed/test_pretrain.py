@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -224,6 +226,17 @@ def test_a_number_of_ranks_that_starts_none_is_refused(count, capsys):
     assert f"--nproc-per-node: '{count}' starts no rank" in capsys.readouterr().err
 
 
+def test_the_launcher_shows_the_arguments_that_it_takes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["launch/pretrain.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path("launch/pretrain.py", run_name="__main__")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "usage: pretrain.py [-h]" in said
+    assert " config [key.sub=value ...]" in said
+    assert "{pretrain}" not in said
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(folder, capsys):
     changes = {"run__name": "damaged", "engine": "{name: single}", "checkpoint__every": 3}
     tiny.run(0, 1, folder, **changes)
@@ -233,6 +246,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(folder, capsys):
     tiny.run(0, 1, folder, **changes)
     said = capsys.readouterr().out
     assert "a checkpoint is damaged or incomplete, is passed over" in said
+    assert re.search(r"tokens seen +768 in \d:\d\d since it was resumed, 1,536 in all", said)
     checkpoints = folder / "runs" / "damaged" / "checkpoints"
     names = {path.name for path in checkpoints.iterdir()}
     assert names == {"step-00000003", "step-00000006", "step-00000006.damaged"}

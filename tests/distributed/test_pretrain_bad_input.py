@@ -62,6 +62,7 @@ def test_bad_input_is_one_clear_line_and_status_2_on_every_rank(folder, name, ch
     assert message in said
     assert "Traceback" not in said
     assert not any(other.strip() for other in others)  # said once, not once a rank
+    assert not (folder / "runs" / name).exists()
 
 
 def test_an_empty_corpus_and_one_shorter_than_a_block_are_refused(folder):
@@ -103,6 +104,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(folder):
     assert status == 2
     assert "holds no run of shardopt (chapter1.txt)" in said
     assert (other / "chapter1.txt").read_text() == "years of work"
+    assert [p.name for p in other.iterdir()] == ["chapter1.txt"]
 
 
 def test_a_folder_with_another_run_is_left_alone_and_the_keys_are_named(folder):
@@ -113,6 +115,7 @@ def test_a_folder_with_another_run_is_left_alone_and_the_keys_are_named(folder):
     assert status == 2
     assert "optimizer.lr: 0.003 → 0.01" in said
     assert "train.steps: 6 → 9" in said
+    assert f"model='{{path: {folder}/runs/first/export}}'" in said
     status, said, _ = command(folder, "first", run__resume="never")
     assert status == 2
     assert "run.resume: never" in said
@@ -120,6 +123,7 @@ def test_a_folder_with_another_run_is_left_alone_and_the_keys_are_named(folder):
     status, said, _ = command(folder, "no-checkpoint-yet", run__resume="must")
     assert status == 2
     assert "run.resume: must" in said
+    assert not (folder / "runs" / "no-checkpoint-yet").exists()
 
 
 def test_a_damaged_config_of_the_run_folder_is_named(folder):

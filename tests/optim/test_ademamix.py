@@ -432,9 +432,10 @@ def test_from_adamw_refuses_what_it_cannot_continue():
     with pytest.raises(InputError, match="amsgrad"):
         shardopt.AdEMAMix.from_adamw(torch.optim.AdamW(net.parameters(), amsgrad=True))
     sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    train(net, sgd, 1)
-    with pytest.raises(InputError, match=r"takes a torch.optim.AdamW, got SGD"):
-        shardopt.AdEMAMix.from_adamw(sgd)
+    for steps in (0, 1):  # without state, and with it
+        train(net, sgd, steps)
+        with pytest.raises(InputError, match=r"takes a torch.optim.AdamW, got SGD"):
+            shardopt.AdEMAMix.from_adamw(sgd)
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "bf16"])

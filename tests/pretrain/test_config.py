@@ -7,7 +7,7 @@ import yaml
 from shardopt.engines import DdpConfig, FsdpConfig
 from shardopt.errors import InputError
 from shardopt.pretrain.config import differences, load, parse
-from shardopt.pretrain.model import meta_model, transformers_config
+from shardopt.pretrain.model import ModelConfig, meta_model, transformers_config
 from shardopt.pretrain.schedule import ScheduleConfig, lr_factor
 from tests.pretrain import tiny
 
@@ -23,6 +23,17 @@ def test_every_preset_parses_and_builds_on_the_meta_device(path):
     assert all(p.is_meta for p in model.parameters())
     total = sum(p.numel() for p in model.parameters())
     assert total == pytest.approx(PARAMETERS[path.stem], rel=0.05)
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "camembert"])
+def test_a_model_that_counts_positions_from_the_padding_token_needs_one(model_type):
+    def build(**pad):
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return meta_model(transformers_config(ModelConfig(model_type=model_type, **shape, **pad), 257, 256, 32))
+
+    with pytest.raises(InputError, match=r"model\.pad_token_id: .*max_position_embeddings"):
+        build()
+    assert build(pad_token_id=0).config.pad_token_id == 0
 
 
 def test_what_is_printed_is_the_same_config_again():
@@ -46,7 +57,7 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
         ("trian={}", r"trian: there is no such key; did you mean train\?"),
         ("model.hidden_sise=3", r"model\.hidden_sise: .* did you mean model\.hidden_size\?"),
         ("model.model_type=lama", r"transformers knows no 'lama'; did you mean llama\?"),
-        ("model.path=/nowhere", "give either model_type .* or path"),
+        ("model.path=/nowhere", r"give either model_type .* or path.* write model='\{path: \.\.\.\}'"),
         ("model.num_attention_heads=7", "model: llama refuses this configuration"),
         ("optimizer.lrr=3", r"no 'lrr' \(did you mean 'lr'\?\)"),
         ("optimizer.name=ademamixx", "did you mean 'ademamix'"),
@@ -58,11 +69,19 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
         ),
         ("engine.replicate=0", r"engine\.replicate: 0 must be at least 1"),
         ("engine.compute_dtype=fp8", r"engine\.compute_dtype"),
+        ("engine=zero", r"engine: is a section, .* such as engine\.name=zero$"),
+        ("train=5", r"train: is a section, .* such as train\.steps=5$"),
+        ("train=", r"train: is a section, .* such as train\.steps=\.\.\.$"),
         ("train.steps=abc", r"train\.steps: .*integer, got 'abc'"),
+        ("train.steps=1.5", r"train\.steps: .*integer, got 1\.5"),
+        ("train={steps: 1, steps: 2}", r"steps stands twice"),
         ("train.steps=0", r"train\.steps: .*greater than or equal to 1, got 0"),
         ("train.global_batch=7", r"train\.global_batch: 7 is not a multiple of train\.micro_batch = 16"),
         ("data.block_size=512", r"data\.block_size: 512 is over this model's limit, model\.max_position_embeddings"),
-        ("data.sources=[{source: txt}]", r"data\.sources"),
+        ("data.sources=[{source: txt}]", r"^data\.sources\.0: 'txt' is not one of 'stdlib', 'text'.*$"),
+        ("data.sources=[{weight: 2}]", r"^data\.sources\.0: 'source' is required$"),
+        ("data.sources=5", r"^data\.sources: must be a list of sources, such as \[\{source: stdlib\}\], got 5$"),
+        ("data.tokenizer=5", r"^data\.tokenizer: must be byte, bpe, "),
         ("schedule.warmup=1000", r"schedule\.warmup: 1000 is longer than train\.steps"),
         ("schedule.cooldown=10", r"schedule\.cooldown: belongs to schedule\.name=wsd"),
         ("run.name=a/b", r"run\.name"),
@@ -73,6 +92,27 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
 def test_a_mistake_is_refused_with_the_key_to_change(override, message):
     with pytest.raises(InputError, match=message):
         load("configs/quickstart.yaml", [override])
+
+
+def test_another_optimizer_is_told_which_keys_are_left_over_and_how_to_replace_them_at_once():
+    with pytest.raises(InputError) as caught:
+        load("configs/quickstart.yaml", ["optimizer.name=adamw"])
+    assert "optimizer adamw has no 'alpha', 'alpha_warmup', 'beta3_warmup'; it has: lr, " in str(caught.value)
+    assert "write optimizer='{name: adamw, lr: ...}'" in str(caught.value)
+    assert load("configs/quickstart.yaml", ["optimizer={name: adamw, lr: 1e-3}"]).optimizer.name == "adamw"
+    with pytest.raises(InputError, match="optimizer adamw: betas must be 2 numbers"):
+        load("configs/quickstart.yaml", ["optimizer={name: adamw, betas: [0.9, 0.99, 0.999]}"])
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line_and_a_merge_is_not(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("model: {model_type: llama}\ndata: {}\ntrain:\n  steps: 3\n  micro_batch: 1\n  steps: 4\n")
+    with pytest.raises(InputError, match=r"twice\.yaml .*steps stands twice\n.*line 6, column 3"):
+        load(path)
+    path.write_text(
+        "model: {model_type: llama}\ndata: {}\neval: &often {every: 3}\ncheckpoint: {<<: *often, every: 4, keep: 1}\n"
+    )
+    assert (load(path).eval.every, load(path).checkpoint.every) == (3, 4)
 
 
 def test_all_mistakes_of_a_file_are_listed_at_once(tmp_path):

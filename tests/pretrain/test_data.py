@@ -88,6 +88,8 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
     for i, text in enumerate(texts):
         (folder / f"{i:03}.txt").write_text(text)
     (folder / ".hidden").write_text("hidden")
+    write_jsonl(folder / "other.jsonl", ["another kind's"])
+    (folder / "other.json.gz").write_bytes(gzip.compress(b"{}"))
     packed = tmp_path / "z.jsonl.gz"
     packed.write_bytes(gzip.compress(b"".join(file.read_bytes() for file in (jsonl, tmp_path / "j/deep/b.jsonl"))))
     wanted = [text for text in texts if not is_held_out(text, 0.2)]
@@ -137,12 +139,13 @@ def test_files_that_are_not_utf8_are_skipped_and_counted(tmp_path: Path, caplog:
         (tmp_path / f"{i}.txt").write_text(text)
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     (tmp_path / "cut.txt").write_bytes("naï".encode()[:-1])
+    (tmp_path / "binary.txt").write_bytes(b"\x7fELF\x01\x00")  # UTF-8 all the same
     for _ in range(2):  # built, then from the cache
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             train, _ = load(tmp_path / "home", {"source": "text", "paths": str(tmp_path / "*.txt")})
-        assert train.corpora[0]["skipped"] == 2
-        assert "skipped 2 files that are not UTF-8" in caplog.text
+        assert train.corpora[0]["skipped"] == 3
+        assert "skipped 3 files that are not UTF-8 text" in caplog.text
         assert "latin.txt" in caplog.text
     ((train_texts, held),) = sides(tmp_path / "home")
     assert len(train_texts) + len(held) == 40
@@ -167,7 +170,7 @@ def test_byte_tokenizer_is_bytes_and_loads_in_transformers(tmp_path: Path) -> No
     assert tokenizer("ab<|endoftext|>")["input_ids"] == [97, 98, 256]
 
 
-def test_bpe_is_trained_on_training_text_only_and_kept(tmp_path: Path) -> None:
+def test_bpe_is_trained_on_training_text_only_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def text_of(i: int) -> str:
         plain = f"document {i} about trees and houses"
         return plain + (" zyzzyva" * 30 if is_held_out(plain + " zyzzyva" * 30, 0.2) else "")
@@ -179,7 +182,8 @@ def test_bpe_is_trained_on_training_text_only_and_kept(tmp_path: Path) -> None:
     source = {"source": "jsonl", "paths": str(write_jsonl(tmp_path / "a.jsonl", texts))}
     train, holdout = load(tmp_path, source, tokenizer={"bpe": 400})
     tokenizer = train.tokenizer
-    assert train.vocab_size == len(tokenizer) <= 400
+    assert train.vocab_size == len(tokenizer) == 400
+    assert "data.tokenizer" not in caplog.text
     assert len(tokenizer.encode(" houses")) == 1
     assert len(tokenizer.encode(" zyzzyva")) > 4
     assert train.bytes_per_token > 2 > holdout.bytes_per_token / 1.5
@@ -187,6 +191,9 @@ def test_bpe_is_trained_on_training_text_only_and_kept(tmp_path: Path) -> None:
     again, _ = load(tmp_path, source, tokenizer={"bpe": 400})
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
     assert torch.equal(again.batch(3, 0, 4), train.batch(3, 0, 4))
+    larger, _ = load(tmp_path, source, tokenizer={"bpe": 4000})
+    assert 400 < larger.vocab_size < 4000
+    assert f"data.tokenizer: bpe has {larger.vocab_size} tokens instead of 4000" in caplog.text
 
 
 def test_packed_tokens_are_what_the_tokenizer_gives(tmp_path: Path) -> None:
@@ -397,7 +404,7 @@ def test_what_cannot_work_is_refused_by_the_key_to_change(tmp_path: Path) -> Non
         ("jsonl", "numbers.jsonl", {}, ["data.sources[0].column", "int"]),
         ("jsonl", "broken.jsonl", {}, ["data.sources[0]", "cannot be read"]),
         ("parquet", "no.parquet", {}, ["data.sources[0]", "cannot be read"]),
-        ("jsonl", "cut.jsonl.gz", {}, ["data.sources[0]", "cannot be read"]),
+        ("jsonl", "cut.jsonl.gz", {}, ["data.sources[0]", "cut.jsonl.gz cannot be read"]),
         ("jsonl", "good.jsonl", {"tokenizer": str(tmp_path / "empty")}, ["data.tokenizer", "empty"]),
     ]
     for kind, name, more, words in cases:

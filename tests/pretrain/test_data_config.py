@@ -39,7 +39,9 @@ class Outer(Section):
         ("pair: [1e-3, 2]", (0.001, 2.0)),
         ("folder: ~/x", Path.home() / "x"),
         ("warmup: total", "total"),
+        ("count: 3.0", 3),
         ("warmup: 3", 3),
+        ("warmup: 3.0", 3),
         ("clip: 1e-3", 0.001),
         ("clip: null", None),
         ("inner: {x: 1e-2}", Inner(x=0.01)),
@@ -60,7 +62,7 @@ def test_section_takes_what_yaml_writes(text: str, value: Any) -> None:
     ("text", "place"),
     [
         ("count: '3'", ("count",)),
-        ("count: 3.0", ("count",)),
+        ("count: 3.5", ("count",)),
         ("count: true", ("count",)),
         ("count: 1e3", ("count",)),
         ("rate: fast", ("rate",)),
@@ -133,6 +135,8 @@ def test_sources_by_kind() -> None:
         )
     )
     assert config.sources == (TextSource(paths=("a",), weight=2.0), HfSource(name="owner/name", streaming=True))
+    for short in ("stdlib", ["stdlib"], {"source": "stdlib"}):
+        assert DataConfig.model_validate({"sources": short}) == DataConfig()
 
 
 def test_every_key_is_documented_where_it_stands() -> None:

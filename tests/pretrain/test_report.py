@@ -1,5 +1,6 @@
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,12 @@ def test_end_says_what_came_of_it_and_no_sample_breaks_the_terminal(console):
     assert len(sample) < 1500
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
     assert all(cell_len(line) <= 80 for line in sample.splitlines())
+
+
+def test_a_resumed_run_says_how_many_tokens_this_start_has_seen():
+    console = log_console()
+    Report(True, console).end(replace(OUTCOME, tokens_before=2_000_000))
+    assert "457,600 in 1:02:03 since it was resumed, 2.46 M in all" in written(console)
 
 
 def test_a_console_without_unicode_prints_too():

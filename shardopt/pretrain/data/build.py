@@ -83,11 +83,18 @@ def prepare(config: DataConfig, ranks: Ranks, seed: int, global_batch: int) -> t
         for corpus in opened[0].corpora:
             if corpus["skipped"]:
                 logger.warning(
-                    "%s: skipped %d files that are not UTF-8 (%s)",
+                    "%s: skipped %d files that are not UTF-8 text (%s)",
                     corpus["where"],
                     corpus["skipped"],
                     ", ".join(corpus["skipped_examples"]),
                 )
+        shape, size = config.tokenizer, opened[0].vocab_size
+        if isinstance(shape, BpeTokenizer) and size < shape.vocab_size:
+            logger.warning(
+                "data.tokenizer: bpe has %d tokens instead of %d: the text has no more pairs to merge",
+                size,
+                shape.vocab_size,
+            )
     return opened
 
 

@@ -24,7 +24,8 @@ class StdlibSource(_Source):
 
 class _FileSource(_Source):
     paths: tuple[str, ...] = Field(min_length=1)
-    """Files, folders (searched whole) and globs (`**` crosses folders); one string, or a list of them."""
+    """Files, folders (searched whole for files of this kind) and globs (`**` crosses folders); one string, or a
+    list of them."""
 
     @field_validator("paths", mode="before")
     @classmethod
@@ -33,7 +34,8 @@ class _FileSource(_Source):
 
 
 class TextSource(_FileSource):
-    """Plain UTF-8 text. A file that is not UTF-8 is skipped and counted."""
+    """Plain UTF-8 text. A folder gives every file but hidden, jsonl and parquet ones; what is not UTF-8, or holds
+    NUL bytes, is skipped and counted."""
 
     source: Literal["text"] = "text"
     sample_by: Literal["document", "paragraph", "line"] = "document"
@@ -109,7 +111,7 @@ class DataConfig(Section):
         Annotated[StdlibSource | TextSource | JsonlSource | ParquetSource | HfSource, Field(discriminator="source")],
         ...,
     ] = Field(default=(StdlibSource(),), min_length=1)
-    """Where the text comes from; several are mixed by weight."""
+    """Where the text comes from: a source, or a list of them to mix by weight; `stdlib` is {source: stdlib}."""
     tokenizer: Annotated[ByteTokenizer | BpeTokenizer | PathTokenizer, Field(discriminator="type")] = ByteTokenizer()
     """`byte`, `bpe`, `{bpe: VOCAB_SIZE}`, or a transformers tokenizer: its folder or its name on the hub."""
     block_size: int = Field(default=256, ge=1)
@@ -120,18 +122,26 @@ class DataConfig(Section):
     """Where tokenizers and packed tokens are kept; None is $XDG_CACHE_HOME/shardopt/data, or
     ~/.cache/shardopt/data without that variable."""
 
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _short_sources(cls, value: Any) -> Any:
+        sources = value if isinstance(value, list | tuple) else (value,)
+        if not all(isinstance(source, str | dict | Section) for source in sources):
+            raise ValueError("must be a list of sources, such as [{source: stdlib}]")
+        return tuple({"source": source} if isinstance(source, str) else source for source in sources)
+
     @field_validator("tokenizer", mode="before")
     @classmethod
-    def _short_forms(cls, value: Any) -> Any:
+    def _short_tokenizer(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"type": value} if value in ("byte", "bpe") else {"type": "path", "path": value}
-        if isinstance(value, dict) and "type" not in value:
-            if value.keys() == {"bpe"}:
-                return {"type": "bpe", "vocab_size": value["bpe"]}
-            if value.keys() == {"path"}:
-                return {"type": "path", "path": value["path"]}
-            raise ValueError("must be byte, bpe, {bpe: VOCAB_SIZE}, or {path: FOLDER_OR_NAME}")
-        return value
+        if isinstance(value, dict) and value.keys() == {"bpe"}:
+            return {"type": "bpe", "vocab_size": value["bpe"]}
+        if isinstance(value, dict) and value.keys() == {"path"}:
+            return {"type": "path", "path": value["path"]}
+        if isinstance(value, Section) or (isinstance(value, dict) and "type" in value):
+            return value
+        raise ValueError("must be byte, bpe, {bpe: VOCAB_SIZE}, or {path: FOLDER_OR_NAME}")
 
     @property
     def cache_folder(self) -> Path:

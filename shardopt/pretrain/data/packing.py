@@ -19,7 +19,7 @@ from shardopt.errors import InputError
 from shardopt.pretrain.data.tokenizers import SavedTokenizer
 
 # Part of every key: raise it when the code gives other tokens for the same corpus.
-FORMAT = 1
+FORMAT = 2
 _CHUNK_CHARACTERS = 4 << 20
 _ABANDONED_SECONDS = 24 * 3600
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 # which would take long to read at every start, by its files' paths, sizes and times.
 CONTENT_KEY_BYTES = 256 << 20
 _TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_SUFFIXES = {"text": (), "jsonl": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet",)}
+_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
-_COMPRESSED = ("", ".gz", ".bz2", ".xz", ".zst")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def digest(*parts: Any) -> str:
@@ -98,11 +98,15 @@ class Corpus:
 
     @functools.cached_property
     def skipped(self) -> list[Path]:
-        """The files left out because they are not UTF-8. Reads them all."""
+        """The files left out because they are not UTF-8 text. Reads them all."""
         if self.source.source in ("parquet", "hf"):
             return []
-        with self._errors():
-            return [path for path in self.files if not _is_utf8(path)]
+        left_out = []
+        for path in self.files:
+            with self._errors(f"{path} "):
+                if not _is_text(path):
+                    left_out.append(path)
+        return left_out
 
     def stream(self) -> datasets.IterableDataset:
         """A hub dataset's rows in order; its `state_dict` is the place after the last row it gave."""
@@ -181,7 +185,7 @@ class Corpus:
         return [builder.config_id, builder.hash, times]
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, what: str = "") -> Iterator[None]:
         import datasets
         import pyarrow
 
@@ -191,7 +195,7 @@ class Corpus:
             raise
         except (*_UNREADABLE, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
             cause = error.__cause__ or error
-            raise InputError(f"{self.where}: cannot be read ({_first_line(cause)})") from error
+            raise InputError(f"{self.where}: {what}cannot be read ({_first_line(cause)})") from error
 
 
 def document(row: dict[str, Any], column: str, where: str) -> str:
@@ -211,7 +215,6 @@ def document(row: dict[str, Any], column: str, where: str) -> str:
 
 
 def _find(kind: str, paths: tuple[str, ...], where: str) -> list[Path]:
-    suffixes = tuple(suffix + packed for suffix in _SUFFIXES[kind] for packed in _COMPRESSED)
     found: dict[Path, None] = {}
     for text in paths:
         path = Path(text).expanduser()
@@ -221,7 +224,7 @@ def _find(kind: str, paths: tuple[str, ...], where: str) -> list[Path]:
                 for file in path.rglob("*")
                 if file.is_file()
                 and not any(part.startswith(".") for part in file.relative_to(path).parts)
-                and (not suffixes or file.name.endswith(suffixes))
+                and _kind(file) == kind
             ]
             if not matches:
                 raise InputError(f"{where}: the folder {text} holds no {kind} file")
@@ -237,6 +240,11 @@ def _find(kind: str, paths: tuple[str, ...], where: str) -> list[Path]:
     return list(found)
 
 
+def _kind(path: Path) -> str:
+    """What a file of a folder is taken for: by its name, and text where that says nothing."""
+    return _KINDS.get((path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix, "text")
+
+
 def _files_key(files: list[Path], names: list[str], total_bytes: int) -> list[Any]:
     if total_bytes > CONTENT_KEY_BYTES:
         stats = [(path, path.stat()) for path in files]
@@ -247,14 +255,16 @@ def _files_key(files: list[Path], names: list[str], total_bytes: int) -> list[An
     ]
 
 
-def _is_utf8(path: Path) -> bool:
+def _is_text(path: Path) -> bool:
+    """Whether it is UTF-8 without NUL, which no text has and most other files do."""
     import fsspec
 
     decoder = codecs.getincrementaldecoder("utf-8")()
     with fsspec.open(str(path), "rb", compression="infer") as file:
         try:
             while chunk := file.read(1 << 20):
-                decoder.decode(chunk)
+                if "\0" in decoder.decode(chunk):
+                    return False
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
             return False
