@@ -5,15 +5,19 @@
 Everything runs in this one process. Each optimizer is timed in turn with fused AdamW, step by step, and the ratio is
 the median over such pairs (so that another job on the machine slows both alike). Three shapes: one tensor of 50M,
 500 tensors of 10,000, eight of 4096 x 4096 elements. "bytes" is what the update must move: weight and state read and
-written, gradient read. "of copy" is the share of the bandwidth at which this machine copies 400 MB (`Tensor.copy_`).
+written, gradient read. "bytes alone" are loops that add the gradient to so many tensors and compute nothing else: what
+the memory allows. "of copy" is the share of the bandwidth at which this machine copies 400 MB (`Tensor.copy_`).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import platform
 import statistics
+import subprocess
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -79,6 +83,54 @@ def compiled_step(params: list[Tensor]) -> Callable[[], None]:
     return step
 
 
+STREAM = """
+#include <stddef.h>
+void stream(const float *restrict g, float *restrict a, float *restrict b, float *restrict c, float *restrict d,
+            long n) {
+#pragma omp parallel for schedule(dynamic, 1)
+    for (long from = 0; from < n; from += 32768) {
+        const long to = from + 32768 < n ? from + 32768 : n;
+        if (d != NULL) {
+#pragma GCC ivdep
+            for (long i = from; i < to; i++) { const float x = g[i]; a[i] += x; b[i] += x; c[i] += x; d[i] += x; }
+        } else {
+#pragma GCC ivdep
+            for (long i = from; i < to; i++) { const float x = g[i]; a[i] += x; b[i] += x; c[i] += x; }
+        }
+    }
+}
+"""
+
+
+def streaming(written: int) -> Callable[[list[Tensor]], Callable[[], object]]:
+    """The bytes of a step and nothing else: reads a gradient, adds it to `written` (3 or 4) tensors. For the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "stream.c"
+        source.write_text(STREAM)
+        library = source.with_suffix(".so")
+        options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        subprocess.run(["cc", *options, str(source), "-o", str(library)], check=True)
+        function = ctypes.CDLL(str(library)).stream
+
+    def build(params: list[Tensor]) -> Callable[[], None]:
+        calls = []
+        states = [[torch.zeros_like(p) for _ in range(written - 1)] for p in params]
+        for p, held in zip(params, states, strict=True):
+            assert p.grad is not None
+            pointers = [t.data_ptr() for t in (p.grad, p, *held)]
+            calls.append(
+                [ctypes.c_void_p(a) for a in (*pointers, *[None] * (4 - written))] + [ctypes.c_long(p.numel())]
+            )
+
+        def step(alive: object = states) -> None:
+            for call in calls:
+                function(*call)
+
+        return step
+
+    return build
+
+
 @dataclass
 class Contender:
     name: str
@@ -97,7 +149,7 @@ def ours(**options: object) -> Callable[[list[Tensor]], Callable[[], object]]:
     return lambda params: shardopt.AdEMAMix(params, weight_decay=0.1, **options).step  # type: ignore[arg-type]
 
 
-def contenders(tensors: int) -> list[Contender]:
+def contenders(tensors: int, device: str) -> list[Contender]:
     def adamw(**options: bool) -> Callable[[list[Tensor]], Callable[[], object]]:
         return lambda params: torch.optim.AdamW(params, weight_decay=0.1, **options).step
 
@@ -128,6 +180,11 @@ def contenders(tensors: int) -> list[Contender]:
     ]
     if tensors <= 8:  # 500 tensors take minutes to compile
         found.insert(2, Contender("AdEMAMix, torch.compile", compiled_step, 36))
+        if device == "cpu":
+            found += [
+                Contender("bytes alone, 4 read, 3 written", streaming(3), 28),
+                Contender("bytes alone, 5 read, 4 written", streaming(4), 36),
+            ]
     return found
 
 
@@ -154,7 +211,7 @@ def measure(
 ) -> tuple[list[Contender], float]:
     """Contenders with their times, and the median copy bandwidth in bytes a second."""
     generator = torch.Generator(device).manual_seed(0)
-    chosen = [c for c in contenders(len(shapes)) if not only or any(word in c.name for word in only)]
+    chosen = [c for c in contenders(len(shapes), device) if not only or any(word in c.name for word in only)]
     copy = copy_bandwidth(device)
     copies = [copy() for _ in range(3)]
     for contender in chosen:

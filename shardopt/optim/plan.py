@@ -27,9 +27,12 @@ COUNTS = ("step", "schedule_step")
 _HYPER = ("betas", "alpha", "eps", "weight_decay", "alpha_warmup", "beta3_warmup", "eps_root")
 _HYPER_KEYS = (*_HYPER, "second_moment", "maximize", "average_decay")
 _STEP_FIELDS = Scalars._fields[:11]  # the doubles of a row that change from step to step
+_NAMES = SEGMENT.names or ()
+_DOUBLES = slice(_NAMES.index("lr"), _NAMES.index("lr") + len(_STEP_FIELDS))  # in words of 8 bytes, as all before them
+assert _NAMES[_DOUBLES] == _STEP_FIELDS
 _STATE_FIELDS = ("m1", "m2", "nu", "average", "m1_scale", "m2_scale", "nu_scale", "average_scale")
 _TILE = 1 << 20  # elements that a temporary may have where strided tensors are copied in parts
-_data_ptr = torch.Tensor.data_ptr
+_data_ptr, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.is_contiguous
 
 
 def scalars_of(group: Mapping[str, Any], step: int, schedule_step: int) -> Scalars:
@@ -101,6 +104,8 @@ class Plan:
         planned = set(self.positions)
         self.absent = [i for i, param in enumerate(params) if i not in planned and param not in seen]
         self._states = [entry.state for entry in self.entries]
+        self._stepped, place = np.unique([entry.group for entry in self.entries], return_inverse=True)
+        self._place = place.astype(np.int64)  # of each entry's group among those that have entries
         self._all_states = list(state.values())
         self._filled = sum(map(bool, self._all_states))
         self._lengths = list(map(len, self._states))
@@ -111,6 +116,7 @@ class Plan:
             self._columns.append((itemgetter(key), holders, [held[key] for held in holders]))
         self._params = [entry.param for entry in self.entries]
         self._placed = [hasattr(param, "placements") for param in self._params]
+        self._any_placed = any(self._placed)
         self._types = [param.dtype for param in self._params]
         self._tables: list[Table] = []
         self._table_kernels: list[Kernel] = []
@@ -149,26 +155,26 @@ class Plan:
         if strided != self._strided:
             self._strided = strided
             self._make_tables(frozenset(strided))
-        which, scalars, steps = self._count(grads)
+        combos, scalars, steps = self._count(grads)
         if not scalars:
             return
         flags = np.array([MAXIMIZE * s.maximize | YOGI * s.yogi for s in scalars], dtype=np.uint8)
         values = np.array([s[: len(_STEP_FIELDS)] for s in scalars], dtype=np.float64)
-        combos = np.array(which, dtype=np.int64)
         for kernel, table in zip(self._table_kernels, self._tables, strict=True):
             indices = table.cache["indices"]
             whole = len(indices) == len(grads)
             table.weights = weights if whole else [weights[i] for i in indices]
             table.grads = grads if whole else [grads[i] for i in indices]
+            if table.capturable:
+                self._describe_schedules(table)
             _set_pointers(table)
-            _set_scalars(table, combos[indices], values, steps, flags)
+            _set_scalars(table, combos if whole else combos[indices], values, steps, flags)
             try:
                 kernel.run(table)
             finally:
                 table.weights, table.grads = [], []  # or the gradients would outlive zero_grad
         for i in strided:
-            if which[i] >= 0:
-                at = which[i]
+            if (at := combos[i]) >= 0:
                 self._step_strided(i, weights[i], grads[i], values[at : at + 1], steps[at : at + 1], flags[at : at + 1])
 
     # -- each step, for each parameter ----------------------------------------------------------------------------
@@ -176,12 +182,22 @@ class Plan:
     def _gather(self, grads: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None], list[int]]:
         """Local weights and gradients, and the entries of which one is not laid out in order."""
         weights = self._params
-        if any(self._placed):
+        if self._any_placed:
             weights = list(map(local_tensor, weights))
             grads = [
                 self._local_gradient(i, grad) if placed and grad is not None else grad
                 for i, (grad, placed) in enumerate(zip(grads, self._placed, strict=True))
             ]
+        # Nearly every step needs no closer look, and hundreds of small tensors make looking dear.
+        present = [grad for grad in grads if grad is not None]
+        if (
+            len(present) == len(grads)
+            and [grad.dtype for grad in present] == self._types
+            and {grad.layout for grad in present} <= {torch.strided}
+            and all(map(_is_contiguous, present))
+            and all(map(_is_contiguous, weights))
+        ):
+            return weights, grads, []
         strided = []
         for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
             if grad is None:
@@ -207,16 +223,18 @@ class Plan:
             )
         return local_tensor(grad)
 
-    def _count(self, grads: list[Tensor | None]) -> tuple[list[int], list[Scalars], np.ndarray]:
+    def _count(self, grads: list[Tensor | None]) -> tuple[np.ndarray, list[Scalars], np.ndarray]:
         """Count the step; each entry's place in the list of scalars (-1: no gradient), the list, its steps.
 
         There is one place for each group and step count: nearly always as many as there are groups.
         """
+        alike = self._count_alike(grads)
+        if alike is not None:
+            found = [scalars_of(self.groups[group], *alike) for group in self._stepped]
+            return self._place, found, np.full(len(found), alike[0], dtype=np.int64)
         on_device: list[Tensor] = []
         places: dict[tuple[int, int, int], int] = {}
-        which: list[int] = []
-        last: tuple[int, int, int] | None = None
-        place = -1
+        which = []
         for entry, grad in zip(self.entries, grads, strict=True):
             if grad is None:
                 which.append(-1)
@@ -236,15 +254,33 @@ class Plan:
             else:
                 on_device += [step] if scheduled is None else [step, scheduled]
                 step = scheduled = 0
-            key = (entry.group, step, scheduled)
-            if key != last:
-                place = places.setdefault(key, len(places))
-                last = key
-            which.append(place)
+            which.append(places.setdefault((entry.group, step, scheduled), len(places)))
         if on_device:
             torch._foreach_add_(on_device, 1.0)
         scalars = [scalars_of(self.groups[group], step, scheduled) for group, step, scheduled in places]
-        return which, scalars, np.array([step for _, step, _ in places], dtype=np.int64)
+        return np.array(which, dtype=np.int64), scalars, np.array([step for _, step, _ in places], dtype=np.int64)
+
+    def _count_alike(self, grads: list[Tensor | None]) -> tuple[int, int] | None:
+        """Count the step of entries that all have a gradient and the same counts on the host, the usual case.
+
+        None, and nothing counted, where that is not so.
+        """
+        if type(None) in {*map(type, grads)}:
+            return None
+        steps = [state["step"] for state in self._states]
+        scheduled = [state.get("schedule_step") for state in self._states]
+        if {*map(type, steps)} != {int} or len({*steps}) > 1:  # none at all, too
+            return None
+        if {*map(type, scheduled)} not in ({int}, {type(None)}) or len({*scheduled}) > 1:
+            return None
+        step = steps[0] + 1
+        for state in self._states:
+            state["step"] = step
+        if scheduled[0] is None:
+            return step, step
+        for state in self._states:
+            state["schedule_step"] = scheduled[0] + 1
+        return step, scheduled[0] + 1
 
     # -- tables -------------------------------------------------------------------------------------------------
 
@@ -291,8 +327,6 @@ class Plan:
         )
         table.cache["indices"] = indices
         table.cache["stored"] = [_StoredField(table, name) for name in (*_STATE_FIELDS, "master", "master_low")]
-        if captured:
-            self._describe_schedules(table)
         return table
 
     def _describe_schedules(self, table: Table) -> None:
@@ -380,11 +414,11 @@ def _set_pointers(table: Table) -> None:
         sizes = table.cache["weight_sizes"] = (sizes * table.row_local).astype(np.uint64)
     rows["weight"] = base[owner] + sizes
     base = np.array([0 if grad is None else grad.data_ptr() for grad in table.grads], dtype=np.uint64)
-    types = [0 if grad is None else TYPES[grad.dtype] for grad in table.grads]
+    types = [None if grad is None else grad.dtype for grad in table.grads]
     if types != table.cache.get("grad_types"):
         table.cache["grad_types"] = types
-        rows["grad_type"] = np.array(types, dtype=np.uint8)[owner]
-        sizes = np.array([0 if grad is None else grad.element_size() for grad in table.grads], dtype=np.int64)[owner]
+        rows["grad_type"] = np.array([0 if t is None else TYPES[t] for t in types], dtype=np.uint8)[owner]
+        sizes = np.array([0 if t is None else t.itemsize for t in types], dtype=np.int64)[owner]
         table.cache["grad_bytes"] = (sizes * table.row_local).astype(np.uint64)
     rows["grad"] = base[owner] + table.cache["grad_bytes"]
 
@@ -393,8 +427,8 @@ def _set_scalars(table: Table, places: np.ndarray, values: np.ndarray, steps: np
     rows, of_row = table.rows, places[table.row_entry]
     rows["flags"] = np.where(of_row < 0, SKIP, flags[of_row])
     rows["step"] = steps[of_row]
-    for i, name in enumerate(_STEP_FIELDS):
-        rows[name] = values[of_row, i]
+    # The doubles of a row lie side by side: one assignment instead of one for each.
+    rows.view(np.float64).reshape(len(rows), -1)[:, _DOUBLES] = values[of_row]
 
 
 def storage_codes(entry: Entry) -> dict[str, int]:
