@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,16 @@ _HYPER = ("betas", "alpha", "eps", "weight_decay", "alpha_warmup", "beta3_warmup
 _HYPER_KEYS = (*_HYPER, "second_moment", "maximize", "average_decay")
 _STEP_FIELDS = Scalars._fields[:11]  # the doubles of a row that change from step to step
 _NAMES = SEGMENT.names or ()
-_DOUBLES = slice(_NAMES.index("lr"), _NAMES.index("lr") + len(_STEP_FIELDS))  # in words of 8 bytes, as all before them
+# Rows as words: the columns before the small ones at the end are of 8 bytes.
+_WORD = 8
+_DOUBLES = slice(_NAMES.index("lr"), _NAMES.index("lr") + len(_STEP_FIELDS))
 assert _NAMES[_DOUBLES] == _STEP_FIELDS
-_STATE_FIELDS = ("m1", "m2", "nu", "average", "m1_scale", "m2_scale", "nu_scale", "average_scale")
+_STORED = ("m1", "m2", "nu", "average", "m1_scale", "m2_scale", "nu_scale", "average_scale", "master")
+_COLUMN_OF = {key: _NAMES.index(key) for key in _STORED} | {"master_low": _NAMES.index("master")}
 _TILE = 1 << 20  # elements that a temporary may have where strided tensors are copied in parts
+# Mapped over lists of tensors, these cost half of what a loop that asks each does.
 _data_ptr, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.is_contiguous
+_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
 
 
 def scalars_of(group: Mapping[str, Any], step: int, schedule_step: int) -> Scalars:
@@ -106,9 +111,9 @@ class Plan:
         self._states = [entry.state for entry in self.entries]
         self._stepped, place = np.unique([entry.group for entry in self.entries], return_inverse=True)
         self._place = place.astype(np.int64)  # of each entry's group among those that have entries
+        self._scheduled = any("schedule_step" in held for held in self._states)
         self._all_states = list(state.values())
-        self._filled = sum(map(bool, self._all_states))
-        self._lengths = list(map(len, self._states))
+        self._lengths = list(map(len, self._all_states))
         keys = {key for entry in self.entries for key in entry.tensors}
         self._columns = []  # for each state key the dicts that have it and the tensors that they should hold
         for key in keys:
@@ -129,7 +134,7 @@ class Plan:
         now = state.values()
         if len(now) != len(self._all_states) or not all(map(is_, now, self._all_states)):
             return False
-        if sum(map(bool, now)) != self._filled or list(map(len, self._states)) != self._lengths:
+        if list(map(len, now)) != self._lengths:
             return False
         for get, holders, tensors in self._columns:
             try:
@@ -137,7 +142,7 @@ class Plan:
                     return False
             except KeyError:
                 return False
-        return [param.dtype for param in self._params] == self._types
+        return list(map(_dtype, self._params)) == self._types
 
     def held(self) -> Iterator[tuple[Entry, Tensor, list[tuple[int, int, int]]]]:
         """Each entry with its local weight and its ranges as (first local element, first block, length)."""
@@ -167,7 +172,7 @@ class Plan:
             table.grads = grads if whole else [grads[i] for i in indices]
             if table.capturable:
                 self._describe_schedules(table)
-            _set_pointers(table)
+            table.cache["pointers"].fill()
             _set_scalars(table, combos if whole else combos[indices], values, steps, flags)
             try:
                 kernel.run(table)
@@ -192,8 +197,8 @@ class Plan:
         present = [grad for grad in grads if grad is not None]
         if (
             len(present) == len(grads)
-            and [grad.dtype for grad in present] == self._types
-            and {grad.layout for grad in present} <= {torch.strided}
+            and list(map(_dtype, present)) == self._types
+            and {*map(_layout, present)} <= {torch.strided}
             and all(map(_is_contiguous, present))
             and all(map(_is_contiguous, weights))
         ):
@@ -267,20 +272,16 @@ class Plan:
         """
         if type(None) in {*map(type, grads)}:
             return None
-        steps = [state["step"] for state in self._states]
-        scheduled = [state.get("schedule_step") for state in self._states]
-        if {*map(type, steps)} != {int} or len({*steps}) > 1:  # none at all, too
-            return None
-        if {*map(type, scheduled)} not in ({int}, {type(None)}) or len({*scheduled}) > 1:
-            return None
-        step = steps[0] + 1
-        for state in self._states:
-            state["step"] = step
-        if scheduled[0] is None:
-            return step, step
-        for state in self._states:
-            state["schedule_step"] = scheduled[0] + 1
-        return step, scheduled[0] + 1
+        counted = []
+        for key in COUNTS if self._scheduled else COUNTS[:1]:
+            counts: list[Any] = [state.get(key) for state in self._states]
+            if {*map(type, counts)} != {int} or counts.count(counts[0]) < len(counts):
+                return None
+            counted.append((key, counts[0] + 1))
+        for key, count in counted:
+            for state in self._states:
+                state[key] = count
+        return counted[0][1], counted[-1][1]
 
     # -- tables -------------------------------------------------------------------------------------------------
 
@@ -326,7 +327,7 @@ class Plan:
             capturable=captured,
         )
         table.cache["indices"] = indices
-        table.cache["stored"] = [_StoredField(table, name) for name in (*_STATE_FIELDS, "master", "master_low")]
+        table.cache["pointers"] = _Pointers(table)
         return table
 
     def _describe_schedules(self, table: Table) -> None:
@@ -376,51 +377,54 @@ class Plan:
             clipped = tuple(_clipped(layout, start, copy.numel()) for layout in layouts)
             table = self._table([index], [replace(entry, tensors=tensors)], [clipped], captured=False)
             table.weights, table.grads = [copy], [grad[first : first + some].contiguous()]
-            _set_pointers(table)
+            table.cache["pointers"].fill()
             _set_scalars(table, np.zeros(1, dtype=np.int64), values, steps, flags)
             self.kernels[index].run(table)
             if values[0][0] != 0.0 and copy.data_ptr() != part.data_ptr():  # with lr = 0 no bit is to move
                 part.copy_(copy)
 
 
-class _StoredField:
-    """A pointer column of the rows: the tensors behind it and each row's offset in bytes."""
+class _Pointers:
+    """The pointer columns of a table's rows: which tensor each points into, and how many bytes behind its start."""
 
-    def __init__(self, table: Table, key: str) -> None:
-        self.field = "master" if key == "master_low" else key
-        self.tensors = [entry.tensors[key] for entry in table.entries if key in entry.tensors]
-        place = np.cumsum([key in entry.tensors for entry in table.entries]) - 1
-        has = np.array([key in entry.tensors for entry in table.entries], dtype=bool)
-        self.rows = np.nonzero(has[table.row_entry])[0]
-        self.owner = place[table.row_entry[self.rows]]
-        sizes = np.array([tensor.element_size() for tensor in self.tensors], dtype=np.int64)
-        offset = table.row_block if key.endswith("_scale") else table.row_local
-        self.bytes = (offset[self.rows] * sizes[self.owner]).astype(np.uint64) if self.tensors else None
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.stored: list[Tensor] = []  # those of an entry together, as they lie in memory
+        number: dict[tuple[int, str], int] = {}
+        for index, entry in enumerate(table.entries):
+            for key, tensor in entry.tensors.items():
+                if key in _COLUMN_OF:
+                    number[index, key] = len(self.stored)
+                    self.stored.append(tensor)
+        sizes = np.array([tensor.element_size() for tensor in self.stored], dtype=np.int64)
+        words, count = SEGMENT.itemsize // _WORD, len(table.entries)
+        parts = []
+        for key, column in _COLUMN_OF.items():
+            owner = np.array([number.get((i, key), -1) for i in range(count)], dtype=np.int64)[table.row_entry]
+            rows = np.nonzero(owner >= 0)[0]
+            first = (table.row_block if key.endswith("_scale") else table.row_local)[rows]
+            parts.append((rows * words + column, owner[rows], first * sizes[owner[rows]] if len(rows) else first))
+        whole = np.arange(len(table.rows)) * words
+        weights, grads = len(self.stored) + table.row_entry, len(self.stored) + count + table.row_entry
+        sizes = np.array([entry.param.dtype.itemsize for entry in table.entries], dtype=np.int64)
+        parts.append((whole + _NAMES.index("weight"), weights, table.row_local * sizes[table.row_entry]))
+        parts.append((whole + _NAMES.index("grad"), grads, np.zeros_like(table.row_local)))  # by `fill`
+        self.places, self.owner, offsets = (np.concatenate(column) for column in zip(*parts, strict=True))
+        self.offsets = offsets.astype(np.uint64)
+        self.types: list[torch.dtype | None] = []
 
-    def fill(self, rows: np.ndarray) -> None:
-        if self.bytes is not None:
-            base = np.array(list(map(_data_ptr, self.tensors)), dtype=np.uint64)
-            rows[self.field][self.rows] = base[self.owner] + self.bytes
-
-
-def _set_pointers(table: Table) -> None:
-    rows, owner = table.rows, table.row_entry
-    for stored in table.cache["stored"]:
-        stored.fill(rows)
-    base = np.array(list(map(_data_ptr, table.weights)), dtype=np.uint64)
-    sizes = table.cache.get("weight_sizes")
-    if sizes is None:
-        sizes = np.array([weight.element_size() for weight in table.weights], dtype=np.int64)[owner]
-        sizes = table.cache["weight_sizes"] = (sizes * table.row_local).astype(np.uint64)
-    rows["weight"] = base[owner] + sizes
-    base = np.array([0 if grad is None else grad.data_ptr() for grad in table.grads], dtype=np.uint64)
-    types = [None if grad is None else grad.dtype for grad in table.grads]
-    if types != table.cache.get("grad_types"):
-        table.cache["grad_types"] = types
-        rows["grad_type"] = np.array([0 if t is None else TYPES[t] for t in types], dtype=np.uint8)[owner]
-        sizes = np.array([0 if t is None else t.itemsize for t in types], dtype=np.int64)[owner]
-        table.cache["grad_bytes"] = (sizes * table.row_local).astype(np.uint64)
-    rows["grad"] = base[owner] + table.cache["grad_bytes"]
+    def fill(self) -> None:
+        table = self.table
+        types = [None if grad is None else grad.dtype for grad in table.grads]
+        if types != self.types:
+            self.types, rows = types, table.row_entry
+            table.rows["grad_type"] = np.array([0 if t is None else TYPES[t] for t in types], dtype=np.uint8)[rows]
+            sizes = np.array([0 if t is None else t.itemsize for t in types], dtype=np.int64)
+            self.offsets[-len(rows) :] = sizes[rows] * table.row_local
+        addresses = [*map(_data_ptr, self.stored), *map(_data_ptr, table.weights)]
+        addresses += [0 if grad is None else grad.data_ptr() for grad in table.grads]
+        words = table.rows.view(np.uint64).reshape(-1)
+        words[self.places] = np.array(addresses, dtype=np.uint64)[self.owner] + self.offsets
 
 
 def _set_scalars(table: Table, places: np.ndarray, values: np.ndarray, steps: np.ndarray, flags: np.ndarray) -> None:
