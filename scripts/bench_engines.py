@@ -44,6 +44,8 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "ZeRO-2 + AdamW": ("zero", {"stage": 2}, "adamw", ADAMW),
     "ZeRO-1 + AdEMAMix": ("zero", {"stage": 1}, "ademamix", ADEMAMIX),
     "ZeRO-2 + AdEMAMix": ("zero", {"stage": 2}, "ademamix", ADEMAMIX),
+    "ZeRO-1 + AdEMAMix, by sockets": ("zero", {"stage": 1, "sockets": True}, "ademamix", ADEMAMIX),
+    "ZeRO-2 + AdEMAMix, by sockets": ("zero", {"stage": 2, "sockets": True}, "ademamix", ADEMAMIX),
     "ZeRO-1 + AdEMAMix bf16": ("zero", {"stage": 1}, "ademamix", BF16),
     "ZeRO-2 + AdEMAMix bf16": ("zero", {"stage": 2}, "ademamix", BF16),
     "ZeroRedundancyOptimizer + AdamW": ("zro", {}, "adamw", ADAMW),
@@ -134,8 +136,12 @@ def plain_step(model: Any, optimizer: Any) -> Callable[[Any], None]:
 
 def zero(model: Any, settings: dict[str, Any], cls: Any, kwargs: dict[str, Any]) -> Callable[[Any], None]:
     from shardopt import ZeroOptimizer
+    from shardopt.engines.zero import same_host
 
-    optimizer = ZeroOptimizer(model, cls, overlap_gather=model.model.layers, **settings, **kwargs)
+    if settings.get("sockets"):  # as where the ranks may not read each other's memory
+        same_host.join = lambda *_: None  # type: ignore[assignment]
+    optimizer = ZeroOptimizer(model, cls, stage=settings["stage"], overlap_gather=model.model.layers, **kwargs)
+    assert optimizer.transport == ("sockets" if settings.get("sockets") else "memory")
 
     def step(tokens: Any) -> None:
         with optimizer.accumulate(last=True):
