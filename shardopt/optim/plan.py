@@ -432,7 +432,7 @@ def _set_scalars(table: Table, places: np.ndarray, values: np.ndarray, steps: np
     rows["flags"] = np.where(of_row < 0, SKIP, flags[of_row])
     rows["step"] = steps[of_row]
     # The doubles of a row lie side by side: one assignment instead of one for each.
-    rows.view(np.float64).reshape(len(rows), -1)[:, _DOUBLES] = values[of_row]
+    rows.view(np.float64).reshape(-1, SEGMENT.itemsize // _WORD)[:, _DOUBLES] = values[of_row]
 
 
 def storage_codes(entry: Entry) -> dict[str, int]:

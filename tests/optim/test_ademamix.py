@@ -491,6 +491,15 @@ def test_statistics_are_those_of_the_state(state_dtype):
         assert found[key].item() == pytest.approx(value.square().sum().item(), rel=1e-5)
 
 
+def test_a_rank_may_hold_nothing_at_all():
+    empty = nn.Parameter(torch.empty(0, 4))
+    optimizer = shardopt.AdEMAMix([("a", empty)], state_dtype="bf16")
+    for _ in range(2):
+        empty.grad = torch.empty(0, 4)
+        optimizer.step()
+    assert optimizer.state[empty]["step"] == 2
+
+
 def test_empty_parameters_are_fine():
     empty, full = nn.Parameter(torch.empty(0, 4)), nn.Parameter(torch.ones(2))
     optimizer = shardopt.AdEMAMix([("a", empty), ("b", full)], state_dtype="int8")
