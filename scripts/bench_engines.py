@@ -333,7 +333,9 @@ def report(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> No
     header = (
         f"{rows[BASELINE]['parameters'] / 1e6:.1f}M-parameter Llama, 64 tokens a rank, {arguments.ranks} ranks on "
         f"gloo, one thread each, {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}; median of "
-        f"{arguments.rounds} bursts of {arguments.burst} steps, interleaved"
+        f"{arguments.rounds} bursts of {arguments.burst} steps, interleaved. Contenders that did not fit into memory "
+        f"together ran in batches of {arguments.batch}: every ratio is against the baseline beside it, so compare "
+        f"ratios, not milliseconds. Made by scripts/bench_engines.py --batch {arguments.batch}"
     )
     lines = [header, "", "| engine + optimizer | step, ms | × baseline | peak memory a rank, MB |", "|---|--:|--:|--:|"]
     for name, row in rows.items():
@@ -370,7 +372,7 @@ def plot(rows: dict[str, dict[str, Any]], header: str, path: Path) -> None:
         axis.barh(names, [rows[n][key] for n in names], color=colours)
         axis.axvline(rows[BASELINE][key], color="black", linewidth=0.8, linestyle=":")
         axis.set_xlabel(label)
-    figure.suptitle(header, fontsize=7)
+    figure.suptitle(header.split(". ")[0], fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -225,10 +225,11 @@ class AdEMAMix(Optimizer):
 
         exp_avg, exp_avg_sq and the step are taken over (fp32 tensors without a copy: drop the old optimizer); m2
         starts at zero. The bias corrections go on counting, the schedules of alpha and beta3 start at the switch.
-        lr, weight decay, eps, beta1, beta2 and maximize come from `adamw`'s groups.
+        lr, weight decay, eps, beta1, beta2 and maximize come from `adamw`'s groups: change them there before, or
+        in the new groups after.
 
         Args:
-            options: AdEMAMix's other arguments. `betas` may be given; else beta3 is 0.9999.
+            options: AdEMAMix's other arguments. `betas` may be given for its beta3, which else is 0.9999.
 
         Raises:
             InputError: an amsgrad optimizer (its maximum has no counterpart), or another kind of optimizer.
@@ -240,7 +241,14 @@ class AdEMAMix(Optimizer):
             and all({"exp_avg", "exp_avg_sq", "step"} <= set(state) for state in adamw.state.values() if state)
         ):
             raise InputError(f"from_adamw takes a torch.optim.AdamW, got {type(adamw).__name__}")
-        beta3 = options.pop("betas", (0.0, 0.0, 0.9999))[2]
+        if any(group.get("decoupled_weight_decay") is False and group["weight_decay"] for group in adamw.param_groups):
+            raise InputError("from_adamw cannot take over Adam's L2 weight decay: AdEMAMix decays as AdamW does")
+        if taken := sorted({"lr", "eps", "weight_decay", "maximize"} & set(options)):
+            raise InputError(f"from_adamw takes {', '.join(taken)} from the AdamW: set them in its groups before")
+        betas = options.pop("betas", None)
+        if betas is not None and len(betas) != 3:
+            raise InputError(f"betas must be three numbers, got {betas!r}")
+        beta3 = 0.9999 if betas is None else betas[2]
         groups = []
         for old in adamw.param_groups:
             group: dict[str, Any] = {key: old[key] for key in ("lr", "eps", "weight_decay", "initial_lr") if key in old}

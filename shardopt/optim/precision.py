@@ -149,7 +149,10 @@ def split_fp32(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_fp32(high: Tensor, low: Tensor) -> Tensor:
-    return ((high.contiguous().view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+    raw = high.contiguous().view(torch.int16).int() << 16
+    # A weight set to zero by hand leaves its old low half behind: below zero there is nothing to subtract from.
+    left = torch.where(((raw & 0x7FFFFFFF) == 0) & (low < 0), 0, low.int())
+    return (raw + left).view(torch.float32)
 
 
 def round_to_weight(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
+import pickle
 import signal
+import weakref
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -18,6 +23,7 @@ from tests.distributed.test_zero import (
     ADEMAMIX,
     SMALL_BUCKETS,
     both_transports,
+    by_memory,
     loss_of,
     model,
     train_zero,
@@ -139,12 +145,81 @@ def test_a_rank_without_any_gradient(accumulate):
     assert on_ranks(2, _one_has_nothing, accumulate) == [True, True]
 
 
-def _different_models(rank, world_size):
+def _different(rank, world_size):
+    told = []
+    for width, kwargs in ((4 + rank, {}), (4, {"stage": 1 + rank}), (4, {"lr": 0.1 * (1 + rank)})):
+        try:
+            ZeroOptimizer(nn.Linear(4, width), AdEMAMix, **kwargs)
+            told.append("nothing")
+        except InputError as error:
+            told.append(str(error))
+    return told
+
+
+def test_ranks_that_were_given_different_things():
+    for told in on_ranks(2, _different):
+        assert all("the ranks were given different parameters or settings" in message for message in told)
+
+
+def _leaves_at_once(rank, world_size):
+    module = model()
+    optimizer = ZeroOptimizer(module, AdEMAMix, bucket_mb=SMALL_BUCKETS, **ADEMAMIX)
+    for step in range(3):
+        loss_of(module, step, 0, rank).backward()
+        optimizer.step()
+    if rank == 0:
+        os._exit(0)
+    return "done"
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_rank_may_leave_after_its_last_step(attempt):
+    pool = Pool(3)
     try:
-        ZeroOptimizer(nn.Linear(4, 4 + rank), AdEMAMix)
-    except InputError as error:
-        return str(error)
+        (alive, _), *others = pool.run(by_memory, (_leaves_at_once,), {}, 60)
+    finally:
+        pool.end(kill=True)
+    assert not alive
+    assert others == [(True, "done")] * 2
 
 
-def test_ranks_that_built_different_models():
-    assert all("the ranks were given different parameters" in m for m in on_ranks(2, _different_models))
+def _dropped(rank, world_size):
+    module = model()
+    optimizer = ZeroOptimizer(module, AdEMAMix, bucket_mb=SMALL_BUCKETS, **ADEMAMIX)
+    loss_of(module, 0, 0, rank).backward()
+    optimizer.step()
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    freed = gone() is None
+    loss_of(module, 1, 0, rank).backward()
+    return freed, module.head.weight.grad is not None
+
+
+def test_a_dropped_optimizer_is_freed():
+    assert on_ranks(2, _dropped) == [(True, True)] * 2
+
+
+def _model_drops_gradients(rank, world_size, accumulate):
+    """The model's zero_grad reaches gradients that were reduced already; a copy's does not."""
+    ours, other = model(), model()
+    optimizer = ZeroOptimizer(ours, AdEMAMix, bucket_mb=SMALL_BUCKETS, **ADEMAMIX)
+    expected = ZeroOptimizer(other, AdEMAMix, bucket_mb=SMALL_BUCKETS, **ADEMAMIX)
+    for step in (0, 99, 1):
+        with optimizer.accumulate() if accumulate else nullcontext():
+            loss_of(ours, step, 0, rank).backward()
+        if step == 99:
+            ours.zero_grad()
+            continue
+        copy.deepcopy(ours).zero_grad()
+        pickle.loads(pickle.dumps(ours)).zero_grad()
+        optimizer.step()
+        loss_of(other, step, 0, rank).backward()
+        expected.step()
+    optimizer.close()
+    return all(torch.equal(w, weights(other)[n]) for n, w in weights(ours).items()), "zero_grad" in vars(ours)
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_the_models_zero_grad_drops_gradients(accumulate):
+    assert on_ranks(2, _model_drops_gradients, accumulate) == [(True, False)] * 2

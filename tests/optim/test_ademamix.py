@@ -436,6 +436,13 @@ def test_from_adamw_refuses_what_it_cannot_continue():
         train(net, sgd, steps)
         with pytest.raises(InputError, match=r"takes a torch.optim.AdamW, got SGD"):
             shardopt.AdEMAMix.from_adamw(sgd)
+    with pytest.raises(InputError, match="L2 weight decay"):
+        shardopt.AdEMAMix.from_adamw(torch.optim.Adam(net.parameters(), weight_decay=0.5))
+    adamw = torch.optim.AdamW(net.parameters())
+    with pytest.raises(InputError, match="takes lr from the AdamW"):
+        shardopt.AdEMAMix.from_adamw(adamw, lr=5.0)
+    with pytest.raises(InputError, match=r"betas must be three numbers, got \(0.9, 0.99\)"):
+        shardopt.AdEMAMix.from_adamw(adamw, betas=(0.9, 0.99))
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "bf16"])

@@ -268,3 +268,27 @@ def test_no_format_drifts_over_40000_steps():
         if fmt in FORMATS:
             assert abs(found.slope - 1) < 0.01 + 3 * found.noise_m2 / 64
             assert abs(found.nu - 1) < 0.01
+
+
+def test_a_split_weight_that_is_set_to_zero_by_hand_stays_a_number():
+    values = torch.tensor([1.0, -1.0, 3.14159, 1e-40, -1e-40, 6e-41, 0.0, -0.0])
+    high, low = precision.split_fp32(values)
+    assert torch.equal(precision.join_fp32(high, low).view(torch.int32), values.view(torch.int32))
+    for zero in (0.0, -0.0):
+        left = precision.join_fp32(torch.full((5,), zero, dtype=torch.bfloat16), torch.arange(-2, 3).to(torch.int16))
+        assert left.abs().max() <= 2 * 2.0**-149
+
+
+@pytest.mark.parametrize("kernel", ["c", "torch"])
+@pytest.mark.parametrize("state", ["fp32", "int8"])  # a fused loop of the C kernel, and its tiles
+def test_training_goes_on_from_split_weights_set_to_zero_by_hand(kernel, state):
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(1000).bfloat16())
+    optimizer = shardopt.AdEMAMix([("p", param)], master_weights="split", state_dtype=state, kernel=kernel)
+    param.grad = torch.randn(1000).bfloat16()
+    optimizer.step()
+    with torch.no_grad():
+        param.zero_()
+    optimizer.step()
+    assert param.isfinite().all()
+    assert 0 < param.abs().max() < 0.1

@@ -141,7 +141,7 @@ def lay_out(
     return tuple(buckets)
 
 
-def fingerprint(buckets: Iterable[Bucket]) -> int:
+def fingerprint(buckets: Iterable[Bucket], more: str = "") -> int:
     """A 40-bit hash of names, shapes, dtypes and places; exact in a double, and so is a sum over 8,192 ranks."""
-    text = repr([(b.dtype, b.numel, b.world_size, b.members) for b in buckets])
+    text = repr([(b.dtype, b.numel, b.world_size, b.members) for b in buckets]) + more
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=5).digest(), "little")

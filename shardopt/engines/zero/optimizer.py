@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,6 +28,48 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 class NonFiniteGradientError(ArithmeticError):
     """A gradient is infinite or NaN. Raised on every rank, before any of them has changed anything."""
+
+
+class _Hook:
+    """A method as a hook of the model, which must not keep the optimizer alive; in a copy of the model it is idle."""
+
+    def __init__(self, method: Callable[..., None], *args: Any) -> None:
+        self.method, self.args = weakref.WeakMethod(method), args
+
+    def __call__(self, *_: Any) -> None:
+        if (method := self.method()) is not None:
+            method(*self.args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _IdleHook, ()
+
+
+class _IdleHook:
+    def __call__(self, *_: Any) -> None:
+        pass
+
+
+class _ZeroGrad:
+    """A model's `zero_grad` that also drops what its ZeroOptimizer has taken; a copy of the model has the plain one."""
+
+    def __init__(self, model: nn.Module, optimizer: ZeroOptimizer) -> None:
+        self.model, self.optimizer = weakref.ref(model), weakref.ref(optimizer)
+        model.zero_grad = self  # type: ignore[method-assign]
+
+    def __call__(self, set_to_none: bool = True) -> None:
+        model, optimizer = self.model(), self.optimizer()
+        assert model is not None
+        type(model).zero_grad(model, set_to_none)
+        if optimizer is not None:
+            optimizer.zero_grad()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.model(), "zero_grad")  # a copy has its class's, until its own attributes are set
+
+    def remove(self) -> None:
+        model = self.model()
+        if model is not None and model.__dict__.get("zero_grad") is self:
+            del model.zero_grad
 
 
 class ZeroOptimizer(Optimizer):
@@ -103,7 +146,8 @@ class ZeroOptimizer(Optimizer):
         self._shard, self._replicate = _doors(process_group, device, timeout)
         world = self._shard.size
         self.buckets = lay_out([(n, tuple(p.shape), p.dtype) for n, p in self._named], world, bucket_mb * 2**20)
-        self._agree_on_layout(device)
+        settings = [optimizer_class.__name__, stage, reduce_dtype, gradients, _plain(optimizer_kwargs)]
+        self._agree_on_layout(device, settings + [_plain(options) for options, _ in groups])
         if isinstance(self._shard, Pairwise) and self._shard.group is not None and world > 1 and device.type == "cpu":
             self._shard = same_host.join(self._shard.group, timeout, len(self.buckets)) or self._shard
         self._flats = [self._flatten(b) for b in self.buckets]
@@ -134,7 +178,7 @@ class ZeroOptimizer(Optimizer):
         self._handles: list[Any] = []
         if gradients == "own":
             for index, (_, param) in enumerate(self._named):
-                self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient(index)))
+                self._handles.append(param.register_post_accumulate_grad_hook(_Hook(self._on_gradient, index)))
         self._context: bool | None = None  # the running accumulate's `last`
         self._callback_queued = False
         self._norm: float | None = None  # agreed by all ranks on the gradients held now
@@ -176,16 +220,16 @@ class ZeroOptimizer(Optimizer):
 
     # Construction
 
-    def _agree_on_layout(self, device: torch.device) -> None:
+    def _agree_on_layout(self, device: torch.device, settings: list[Any]) -> None:
         if device.type == "meta":  # simulated ranks do not answer
             return
-        mark = float(fingerprint(self.buckets))
+        mark = float(fingerprint(self.buckets, repr(settings)))
         for door in (self._shard, self._replicate):
             total = door.sum(torch.tensor([mark], dtype=torch.float64, device=device))
             if total.item() != mark * door.size:
                 raise InputError(
-                    "the ranks were given different parameters: build the same model, with the same frozen "
-                    "parameters and groups, on every rank"
+                    "the ranks were given different parameters or settings: build the same model, with the same "
+                    "frozen parameters, groups, hyper-parameters and stage, on every rank"
                 )
 
     @torch.no_grad()
@@ -232,16 +276,13 @@ class ZeroOptimizer(Optimizer):
 
     # Gradients
 
-    def _on_gradient(self, index: int) -> Callable[[Tensor], None]:
-        def hook(_: Tensor) -> None:
-            if self._context is None and not self._callback_queued:
-                self._may_reduce()
-                self._callback_queued = True
-                torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
-            if self._reduces:
-                self._ready(index)
-
-        return hook
+    def _on_gradient(self, index: int) -> None:
+        if self._context is None and not self._callback_queued:
+            self._may_reduce()
+            self._callback_queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+        if self._reduces:
+            self._ready(index)
 
     def _ready(self, index: int, gradient: Tensor | None = None) -> None:
         try:
@@ -471,9 +512,10 @@ class ZeroOptimizer(Optimizer):
 
     def _guard(self, model: nn.Module, overlapped: Sequence[nn.Module]) -> None:
         """Make what reads or replaces the weights by way of the module wait for them."""
-        self._handles.append(model.register_state_dict_pre_hook(lambda *_: self.wait()))
-        self._handles.append(model.register_load_state_dict_pre_hook(lambda *_: self.wait()))
-        self._handles.append(model.register_load_state_dict_post_hook(lambda *_: self.refresh_masters()))
+        self._handles.append(model.register_state_dict_pre_hook(_Hook(self.wait)))
+        self._handles.append(model.register_load_state_dict_pre_hook(_Hook(self.wait)))
+        self._handles.append(model.register_load_state_dict_post_hook(_Hook(self.refresh_masters)))
+        self._handles.append(_ZeroGrad(model, self))
         if not overlapped:
             return
         bucket_of: dict[Tensor, int] = {p: self._members[i][0].index for i, (_, p) in enumerate(self._named)}
@@ -490,10 +532,7 @@ class ZeroOptimizer(Optimizer):
         needs += [(m, buckets_of(m.parameters(recurse=False))) for m in others if m is not model]
         for module, buckets in needs:
             if buckets:
-                self._handles.append(module.register_forward_pre_hook(self._waiter(buckets)))
-
-    def _waiter(self, buckets: list[int]) -> Callable[..., None]:
-        return lambda *_: self.wait(buckets)
+                self._handles.append(module.register_forward_pre_hook(_Hook(self.wait, buckets)))
 
     @torch.no_grad()
     def refresh_masters(self) -> None:
@@ -629,7 +668,7 @@ class ZeroOptimizer(Optimizer):
                 if param.dtype != bucket.dtype or (base and m.numel and param.data_ptr() != base + m.offset * size):
                     raise InputError(
                         f"{m.name} was moved or replaced after ZeroOptimizer was built: call .to(), .half() and "
-                        f"load_state_dict(assign=True) before"
+                        f"load_state_dict(assign=True) before, and close() before building another ZeroOptimizer"
                     )
 
 
@@ -641,6 +680,11 @@ def check_settings(prefix: str, *, stage: object, bucket_mb: float, reduce_dtype
         raise InputError(f"{prefix}bucket_mb: {bucket_mb} must be greater than 0")
     if reduce_dtype not in _DTYPES:
         raise InputError(f"{prefix}reduce_dtype: {reduce_dtype!r} is not one of fp32, bf16")
+
+
+def _plain(options: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Those options that read alike on every rank if they are alike."""
+    return sorted((k, v) for k, v in options.items() if isinstance(v, bool | int | float | str | tuple))
 
 
 Pairs = list[tuple[str, nn.Parameter]]

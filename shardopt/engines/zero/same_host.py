@@ -1,9 +1,9 @@
 """Ranks of one host read each other's memory, instead of sending it through sockets.
 
-A rank writes on a board of its own where a part lies; the part's owner looks there and copies it (process_vm_readv,
-Linux) while it adds it up: one copy into the cache, against three and a buffer by way of gloo, and no thread beside
-backward's. The kernel allows a process to read those of the same user unless Yama (kernel.yama.ptrace_scope > 0) or a
-container's seccomp profile forbids it; then the sockets remain.
+A rank writes on a board of its own where a part lies; the part's owner looks there, copies it (process_vm_readv,
+Linux) while it adds it up, and writes on the same board that it has: one copy into the cache, against three and a
+buffer by way of gloo, and no thread beside backward's. The kernel allows a process to reach into those of the same user
+unless Yama (kernel.yama.ptrace_scope > 0) or a container's seccomp profile forbids it; then the sockets remain.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ class _Piece(ctypes.Structure):
 
 
 @cache
-def _process_vm_readv() -> Callable[..., int] | None:
+def _system_call(name: str) -> Callable[..., int] | None:
+    """process_vm_readv or process_vm_writev, where this machine has them and they are enough."""
     # Only x86 shows one processor's stores to the others in order without barriers, which Python does not have.
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return None
-    function = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
+    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
     if function is not None:
         pieces = ctypes.POINTER(_Piece)
         function.argtypes = [ctypes.c_int, pieces, ctypes.c_ulong, pieces, ctypes.c_ulong, ctypes.c_ulong]
@@ -55,14 +56,14 @@ def _process_vm_readv() -> Callable[..., int] | None:
     return function
 
 
-def _read(process: int, there: int, here: int, nbytes: int) -> None:
-    """Copy bytes from another process' memory. Raises OSError where the kernel will not."""
-    function = _process_vm_readv()
+def _copy(call: str, process: int, there: int, here: int, nbytes: int) -> None:
+    """Copy bytes from or to another process' memory. Raises OSError where the kernel will not."""
+    function = _system_call(call)
     assert function is not None
     done = 0
     while done < nbytes:
-        into, of = _Piece(here + done, nbytes - done), _Piece(there + done, nbytes - done)
-        count = function(process, into, 1, of, 1, 0)
+        ours, theirs = _Piece(here + done, nbytes - done), _Piece(there + done, nbytes - done)
+        count = function(process, ours, 1, theirs, 1, 0)
         if count <= 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
@@ -71,7 +72,7 @@ def _read(process: int, there: int, here: int, nbytes: int) -> None:
 
 def _integers(process: int, address: int, count: int) -> list[int]:
     into = (ctypes.c_int64 * count)()
-    _read(process, address, ctypes.addressof(into), count * _WORD)
+    _copy("process_vm_readv", process, address, ctypes.addressof(into), count * _WORD)
     return list(into)
 
 
@@ -84,7 +85,7 @@ def join(group: dist.ProcessGroup, timeout: timedelta | None, outstanding: int) 
     """
     door = SameHost(group, timeout, outstanding)
     boot = Path("/proc/sys/kernel/random/boot_id")
-    able = _process_vm_readv() is not None and boot.exists()
+    able = _system_call("process_vm_readv") is not None and boot.exists()
     probe = (ctypes.c_int64 * 1)(secrets.randbits(62))
     mine = (boot.read_text() if able else "", os.getpid(), ctypes.addressof(probe), probe[0], door.addresses())
     theirs = [mine] * door.size
@@ -126,7 +127,7 @@ class SameHost(Collectives):
     def read(self, peer: int, address: int, into: Tensor) -> None:
         """Fill the contiguous `into` from `peer`'s memory."""
         try:
-            _read(self.processes[peer], address, into.data_ptr(), into.nbytes)
+            _copy("process_vm_readv", self.processes[peer], address, into.data_ptr(), into.nbytes)
         except OSError as error:
             raise self.lost(peer, error) from error
 
@@ -154,13 +155,13 @@ class _Board:
     """What this rank tells the others, in words of 64 bits; every rank makes the same announcements in one order.
 
     First `outstanding` pairs: the number of an announcement, from 1, and where its table lies (for each rank where
-    in the table its addresses begin, then the addresses). Then how many announcements of the others this rank has
-    done with.
+    in the table its addresses begin, then the addresses). Then, for each rank and written by it, the number up to
+    which it has read this rank's announcements: written here, it is still there when that rank has gone home.
     """
 
     def __init__(self, door: SameHost, outstanding: int) -> None:
         self.door, self.outstanding = door, outstanding
-        self.words = (ctypes.c_int64 * (2 * outstanding + 1))()
+        self.words = (ctypes.c_int64 * (2 * outstanding + door.size))()
         _boards.append(self.words)
         self.address = ctypes.addressof(self.words)
         self.theirs: list[int] = []  # the address of every rank's
@@ -184,26 +185,43 @@ class _Board:
     def look(self, peer: int, number: int, count: int) -> list[int]:
         """Wait for `peer`'s announcement and return the `count` addresses that are for this rank."""
         slot = self.theirs[peer] + self._slot(number) * _WORD
-        self._await(peer, slot, number, "receiving from")
+        self._await(peer, lambda: self._integers(peer, slot, 1)[0] >= number, "receiving from")
         (table,) = self._integers(peer, slot + _WORD, 1)
         (begin,) = self._integers(peer, table + self.door.rank * _WORD, 1)
         return self._integers(peer, table + begin * _WORD, count)
 
     def answer(self, number: int) -> None:
         """Say that this rank has read everybody's announcement, and wait until everybody has read this rank's."""
-        done = 2 * self.outstanding
-        self.words[done] = number
-        for peer in self.door.peers():
-            self._await(peer, self.theirs[peer] + done * _WORD, number, "sending to")
+        door, done = self.door, 2 * self.outstanding
+        mine = (ctypes.c_int64 * 1)(number)
+        for peer in door.peers():
+            there = self.theirs[peer] + (done + door.rank) * _WORD
+            try:
+                _copy("process_vm_writev", door.processes[peer], there, ctypes.addressof(mine), _WORD)
+            except OSError as error:
+                raise door.lost(peer, error) from error
+        for peer in door.peers():
+
+            def answered(peer: int = peer) -> bool:
+                if self.words[done + peer] >= number:
+                    return True
+                try:
+                    self._integers(peer, self.theirs[peer], 1)  # is it alive?
+                except PeerError:
+                    if self.words[done + peer] < number:  # it may have answered and gone meanwhile
+                        raise
+                return False
+
+            self._await(peer, answered, "sending to")
         del self._tables[number]
 
     def _slot(self, number: int) -> int:
         return 2 * (number % self.outstanding)
 
-    def _await(self, peer: int, address: int, number: int, doing: str) -> None:
+    def _await(self, peer: int, ready: Callable[[], bool], doing: str) -> None:
         deadline = time.monotonic() + self.door.patience
         looks = 0
-        while self._integers(peer, address, 1)[0] < number:
+        while not ready():
             looks += 1
             if time.monotonic() > deadline:
                 name = self.door.named(peer)

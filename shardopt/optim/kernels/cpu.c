@@ -74,6 +74,12 @@ INLINE uint16_t to_bf16(float x, uint32_t bits) {
     return (uint16_t)((raw & 0x7FFFFFFFu) > 0x7F800000u ? ((raw >> 16) | 0x40u) : rounded);
 }
 
+/* A weight set to zero by hand leaves its old low half behind: below zero there is nothing to subtract from. */
+INLINE float joined(uint16_t high, int16_t low) {
+    const uint32_t raw = (uint32_t)high << 16;
+    return from_bits((raw & 0x7FFFFFFFu) == 0 && low < 0 ? raw : raw + (uint32_t)(int32_t)low);
+}
+
 /* -- the update ----------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -134,7 +140,7 @@ INLINE void fused(const Segment *s, int64_t from, int64_t n, int weight_type, in
     for (int64_t i = 0; i < n; i++) {
         float g = (grad_type == FP32 ? gf[i] : from_bf16(gh[i])) * c.sign, w;
         if (master == FP32_MASTER) w = master32[i];
-        else if (master == SPLIT_MASTER) w = from_bits(((uint32_t)wh[i] << 16) + (uint32_t)(int32_t)low[i]);
+        else if (master == SPLIT_MASTER) w = joined(wh[i], low[i]);
         else w = weight_type == FP32 ? wf[i] : from_bf16(wh[i]);
         float m1 = format == FP32 ? m1f[i] : from_bf16(m1h[i]);
         float m2 = format == FP32 ? m2f[i] : from_bf16(m2h[i]);
@@ -302,7 +308,7 @@ static void tiled(const Segment *s, int64_t from, int64_t n) {
         else if (s->master_kind == SPLIT_MASTER) {
             const uint16_t *high = (const uint16_t *)weight + at;
             const int16_t *low = (const int16_t *)master + at;
-            for (int i = 0; i < count; i++) w[i] = from_bits(((uint32_t)high[i] << 16) + (uint32_t)(int32_t)low[i]);
+            for (int i = 0; i < count; i++) w[i] = joined(high[i], low[i]);
         } else load_values(w, weight, at, count, s->weight_type);
         load_values(g, (const void *)(uintptr_t)s->grad, at, count, s->grad_type);
         if (has_m1) load_state(m1, s->m1, s->m1_scale, at, count, s->m1_format, 0);

@@ -287,8 +287,10 @@ def _update(
     else:
         w = _read_values(weight_at, WEIGHT, block, offsets, live, ALIGNED, FULL)
     if MASTER == _SPLIT_MASTER:
-        low = _read(master_at, tl.int16, block, offsets, live, ALIGNED, FULL).to(tl.int32).to(tl.uint32, bitcast=True)
-        w = (w.to(tl.uint32, bitcast=True) + low).to(tl.float32, bitcast=True)
+        low = _read(master_at, tl.int16, block, offsets, live, ALIGNED, FULL).to(tl.int32)
+        raw = w.to(tl.uint32, bitcast=True)
+        low = tl.where(((raw & 0x7FFFFFFF) == 0) & (low < 0), 0, low)  # as precision.join_fp32
+        w = (raw + low.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
     m2_at, m2_scales = tl.load(row + _M2), tl.load(row + _M2_SCALE)
     m2 = _read_state(m2_at, m2_scales, M2, False, block, offsets, groups, live, some, ALIGNED, FULL)
     nu_at, nu_scales = tl.load(row + _NU), tl.load(row + _NU_SCALE)
