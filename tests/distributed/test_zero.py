@@ -498,7 +498,6 @@ def _outside(rank, world_size):
     with optimizer.accumulate():
         loss_of(module, 9, 0, rank).backward()
     optimizer.clip_grad_norm_(None)
-    module.zero_grad()
     other = ZeroOptimizer(model(), AdEMAMix, bucket_mb=25, **ADEMAMIX)
     for action in (
         lambda: other.load_state_dict(saved),

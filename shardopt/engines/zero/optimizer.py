@@ -656,7 +656,7 @@ class ZeroOptimizer(Optimizer):
         if self._norm is not None and self.gradients != "host":
             raise InputError(
                 "the gradients were clipped or measured, and neither stepped nor dropped: call optimizer.step() or "
-                "optimizer.zero_grad() (the model's own cannot reach them) before the next backward"
+                "optimizer.zero_grad() before the next backward"
             )
 
     def _verify(self) -> None:
