@@ -160,6 +160,9 @@ class Plan:
         if strided != self._strided:
             self._strided = strided
             self._make_tables(frozenset(strided))
+        for table in self._tables:
+            if table.capturable:
+                self._describe_schedules(table)  # may refuse an lr: before the step counts
         combos, scalars, steps = self._count(grads)
         if not scalars:
             return
@@ -170,8 +173,6 @@ class Plan:
             whole = len(indices) == len(grads)
             table.weights = weights if whole else [weights[i] for i in indices]
             table.grads = grads if whole else [grads[i] for i in indices]
-            if table.capturable:
-                self._describe_schedules(table)
             table.cache["pointers"].fill()
             _set_scalars(table, combos if whole else combos[indices], values, steps, flags)
             try:

@@ -153,15 +153,35 @@ def stretches(messages: Part, world_size: int) -> Iterator[tuple[int, int, int, 
         at += message.numel()
 
 
-def norm_of(norms: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of a whole from those of its stretches."""
-    return torch.linalg.vector_norm(torch.stack(list(norms)))
+class Exchange(Reduction):
+    """A reduction that has every rank's part at hand, and adds them up here."""
+
+    def __init__(self, door: Collectives) -> None:
+        self.door = door
+
+    @abc.abstractmethod
+    def parts(self) -> Iterator[tuple[list[Tensor], int, int]]:
+        """Every rank's part and where it lies, a stretch at a time; good until the next one is asked for."""
+
+    def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
+        norms = []
+        for parts, start, end in self.parts():
+            sum_parts(parts, out[start:end], accumulate, scale)
+            norms.append(torch.linalg.vector_norm(out[start:end]))
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def not_finite(self) -> list[int]:
+        bad: set[int] = set()
+        for parts, *_ in self.parts():
+            bad |= {rank for rank, part in enumerate(parts) if not part.isfinite().all()}
+        return sorted(map(self.door.named, bad))
 
 
-class _Exchange(Reduction):
+class _PairwiseExchange(Exchange):
     def __init__(self, door: Pairwise, parts: Sequence[Part]) -> None:
+        super().__init__(door)
         mine = parts[door.rank]
-        self.door, self.sent, self.mine = door, parts, mine
+        self.sent, self.mine = parts, mine
         total = sum(m.numel() for m in mine)
         peers = door.peers()
         self.received = {peer: mine[0].new_empty(total) for peer in peers}
@@ -182,27 +202,20 @@ class _Exchange(Reduction):
         return sum(m.nbytes for part in self.sent for m in part) + sum(r.nbytes for r in self.received.values())
 
     def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
-        door = self.door
         for peer, works in self.receives.items():
             for work in works:
-                wait(work, door.timeout, f"receiving from rank {door.named(peer)}")
-        norms = []
-        for number, first, start, end in stretches(self.mine, door.size):
+                wait(work, self.door.timeout, f"receiving from rank {self.door.named(peer)}")
+        return super().finish(out, accumulate, scale)
+
+    def parts(self) -> Iterator[tuple[list[Tensor], int, int]]:
+        rank, size = self.door.rank, self.door.size
+        for number, first, start, end in stretches(self.mine, size):
             own = self.mine[number][first : first + end - start]
-            parts = [own if r == door.rank else self.received[r][start:end] for r in range(door.size)]
-            sum_parts(parts, out[start:end], accumulate, scale)
-            norms.append(torch.linalg.vector_norm(out[start:end]))
-        return norm_of(norms)
+            yield [own if r == rank else self.received[r][start:end] for r in range(size)], start, end
 
     def release(self) -> None:
         for peer, work in self.sends:
             wait(work, self.door.timeout, f"sending to rank {self.door.named(peer)}")
-
-    def not_finite(self) -> list[int]:
-        bad = [peer for peer, received in self.received.items() if not received.isfinite().all()]
-        if any(not message.isfinite().all() for message in self.mine):
-            bad.append(self.door.rank)
-        return sorted(map(self.door.named, bad))
 
 
 class Pairwise(Collectives):
@@ -212,7 +225,7 @@ class Pairwise(Collectives):
     takes_messages = True
 
     def reduce_scatter(self, parts: Sequence[Part]) -> Reduction:
-        return _Exchange(self, parts)
+        return _PairwiseExchange(self, parts)
 
     def all_gather(self, flat: Tensor) -> Callable[[], None]:
         parts = flat.view(self.size, -1)

@@ -25,12 +25,11 @@ from torch import Tensor
 
 from shardopt.engines.zero.collectives import (
     Collectives,
+    Exchange,
     Part,
     PeerError,
     Reduction,
-    norm_of,
     stretches,
-    sum_parts,
 )
 
 _WORD = 8  # bytes; boards and tables are of 64-bit integers
@@ -235,9 +234,12 @@ class _Board:
             raise self.door.lost(peer, error) from error
 
 
-class _Reading(Reduction):
+class _Reading(Exchange):
+    door: SameHost
+
     def __init__(self, door: SameHost, board: _Board, parts: Sequence[Part]) -> None:
-        self.door, self.board, self.mine = door, board, parts[door.rank]
+        super().__init__(door)
+        self.board, self.mine = board, parts[door.rank]
         self.sent = parts  # they must live until the others have read them
         self.number = board.announce([[message.data_ptr() for message in part] for part in parts])
         door.reduce_bytes += sum(message.nbytes for peer in door.peers() for message in parts[peer])
@@ -245,24 +247,10 @@ class _Reading(Reduction):
     def held_bytes(self) -> int:
         return sum(message.nbytes for part in self.sent for message in part)
 
-    def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
-        norms = []
-        for parts, start, end in self._parts():
-            sum_parts(parts, out[start:end], accumulate, scale)
-            norms.append(torch.linalg.vector_norm(out[start:end]))
-        return norm_of(norms)
-
-    def not_finite(self) -> list[int]:
-        bad: set[int] = set()
-        for parts, *_ in self._parts():
-            bad |= {rank for rank, part in enumerate(parts) if not part.isfinite().all()}
-        return sorted(map(self.door.named, bad))
-
     def release(self) -> None:
         self.board.answer(self.number)
 
-    def _parts(self) -> Iterator[tuple[list[Tensor], int, int]]:
-        """Every rank's part and where it lies, a stretch at a time; good until the next one is asked for."""
+    def parts(self) -> Iterator[tuple[list[Tensor], int, int]]:
         door = self.door
         addresses = {peer: self.board.look(peer, self.number, len(self.mine)) for peer in door.peers()}
         scratch = {peer: self.mine[0].new_empty(0) for peer in addresses}
