@@ -17,7 +17,7 @@ from contextlib import ExitStack
 
 import torch
 
-from shardopt.engines.ranks import Ranks
+from shardopt.distributed import Ranks
 from shardopt.pretrain.config import load
 from shardopt.pretrain.loop import Run
 from shardopt.pretrain.scoring import token_loss_sum

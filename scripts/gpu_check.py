@@ -56,11 +56,11 @@ OPTIONS: list[dict[str, Any]] = [
     {"betas": (0.0, 0.99, 0.9999), "state_dtype": "bf16"},
     {"second_moment": "yogi", "state_dtype": "bf16", "maximize": True},
     {"alpha_warmup": 7, "beta3_warmup": 9, "eps_root": 1e-3, "eps": 0.0},
-    {"average_decay": 0.9, "state_dtype": {"m2": "bf16", "average": "bf16"}},
-    {"average_decay": 0.9, "state_dtype": "int8", "weight": torch.bfloat16},
-    {"lr": 0.0, "state_dtype": "bf16", "average_decay": 0.9},
+    {"weight_ema": 0.9, "state_dtype": {"m2": "bf16", "weight_ema": "bf16"}},
+    {"weight_ema": 0.9, "state_dtype": "block8", "weight": torch.bfloat16},
+    {"lr": 0.0, "state_dtype": "bf16", "weight_ema": 0.9},
     {"grad": torch.bfloat16},
-    {"grad": torch.float16, "state_dtype": "bf16_block"},
+    {"grad": torch.float16, "state_dtype": "block16"},
     {"layout": Layout.contiguous("p", (3 << 32,), (1 << 33) - 2500, 5000), "sizes": (5000,), "state_dtype": "bf16"},
 ]
 
@@ -120,7 +120,7 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
 def formats() -> list[Row]:
     cases: list[dict[str, Any]] = [
         {"state_dtype": state, "weight": weight, "master_weights": master}
-        for state in ("fp32", "bf16", "bf16_block", "int8")
+        for state in ("fp32", "bf16", "block16", "block8")
         for weight, master in WEIGHTS
     ]
     rows = []
@@ -157,8 +157,8 @@ def graphs() -> list[Row]:
     rows = []
     for options in (
         {},
-        {"state_dtype": "bf16", "alpha_warmup": 6, "beta3_warmup": 7, "average_decay": 0.9},
-        {"state_dtype": "int8", "betas": (0.0, 0.99, 0.999), "beta3_warmup": 20},
+        {"state_dtype": "bf16", "alpha_warmup": 6, "beta3_warmup": 7, "weight_ema": 0.9},
+        {"state_dtype": "block8", "betas": (0.0, 0.99, 0.999), "beta3_warmup": 20},
     ):
         wrong = replays(**options)
         rows.append((f"graph: {options or 'defaults'}", not wrong, wrong or "the same bits"))
@@ -290,8 +290,8 @@ def contestants() -> Iterator[tuple[str, torch.dtype, float, Callable[..., Any]]
     fp32, bf16, scale = torch.float32, torch.bfloat16, 8 / 128
     yield "ours, fp32 state", fp32, 36, ours()
     yield "ours, bf16 state", fp32, 24, ours(state_dtype="bf16")
-    yield "ours, bf16_block state", fp32, 24 + 3 * scale, ours(state_dtype="bf16_block")
-    yield "ours, int8 state", fp32, 18 + 3 * scale, ours(state_dtype="int8")
+    yield "ours, block16 state", fp32, 24 + 3 * scale, ours(state_dtype="block16")
+    yield "ours, block8 state", fp32, 18 + 3 * scale, ours(state_dtype="block8")
     yield "ours, bf16 weights and state", bf16, 18, ours(state_dtype="bf16")
     yield "ours, split master, bf16 state", bf16, 22, ours(state_dtype="bf16", master_weights="split")
     yield "torch AdamW fused", fp32, 28, adamw(fused=True)
@@ -341,7 +341,7 @@ def tune() -> list[Row]:
             module._OPTIONS["num_warps"] = warps
             text = ""
             for label, shape, count in SHAPES[:2]:
-                for state in ("fp32", "bf16", "int8"):
+                for state in ("fp32", "bf16", "block8"):
                     make = lambda p, state=state, **o: shardopt.AdEMAMix(p, kernel="triton", state_dtype=state, **o)  # noqa: E731
                     took = milliseconds(graph_of(make, tensors(shape, count, torch.float32)))
                     text += f"{label} {state} {took:.3f}  "

@@ -26,7 +26,7 @@ from shardopt.optim.precision import read_slice
 from shardopt.optim.states import state_slices
 
 SIGNALS = (0.0, 0.02, 0.2, 1.0)
-FORMATS = ("bf16", "bf16_block", "int8")
+FORMATS = ("bf16", "block16", "block8")
 BETAS = (0.9, 0.999, 0.9999)
 
 

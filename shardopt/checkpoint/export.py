@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardopt.checkpoint import folders
-from shardopt.engines.ranks import Ranks
+from shardopt.distributed import Ranks
 from shardopt.errors import InputError, MissingExtraError
 
 _WHOLE = "model.safetensors"

@@ -27,7 +27,7 @@ from shardopt.checkpoint.saving import (
     merge,
     vector_key,
 )
-from shardopt.engines.ranks import Ranks
+from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 from shardopt.optim import precision
 from shardopt.slices import Layout, Range, Slice, local_tensor

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from shardopt.checkpoint import folders
 from shardopt.checkpoint.flat import FlatShard, chunks_of, coverage_error, dtype_name, few
-from shardopt.engines.ranks import Ranks
+from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 from shardopt.slices import Layout, Range, Slice, local_tensor
 

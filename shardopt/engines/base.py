@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardopt.engines.ranks import Ranks
+from shardopt.distributed import Ranks
 from shardopt.optim import states
 from shardopt.optim.registry import OptimizerSpec
 from shardopt.slices import Layout, Slice, layout_of, local_tensor, named_parameters
@@ -87,13 +87,13 @@ class Engine(abc.ABC):
         The state is there after `init_state`. Replicas (DDP, HSDP) each return theirs.
         """
 
-    def scalar_state(self) -> dict[str, dict[str, int | float]]:
+    def step_counts(self) -> dict[str, dict[str, int | float]]:
         """Step counts and other numbers of the optimizer by parameter name, of the parameters held here."""
-        return states.scalar_state(self.optimizer)
+        return states.step_counts(self.optimizer)
 
-    def load_scalar_state(self, scalars: dict[str, dict[str, int | float]]) -> None:
-        """Take over what `scalar_state` gave (of all ranks together), after `init_state`."""
-        states.load_scalar_state(self.optimizer, scalars)
+    def load_step_counts(self, scalars: dict[str, dict[str, int | float]]) -> None:
+        """Take over what `step_counts` gave (of all ranks together), after `init_state`."""
+        states.load_step_counts(self.optimizer, scalars)
 
     def statistics(self) -> dict[str, Tensor]:
         """This rank's sums of squares of m1, m2 and the update; empty for an optimizer without them."""
@@ -121,15 +121,15 @@ class Engine(abc.ABC):
         """Called once the slices have been overwritten, to refresh what derives from them."""
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def use_weight_ema(self) -> Iterator[None]:
         """The optimizer's averaged weights in the model's place, to evaluate or export; a collective.
 
         The weights stay where the optimizer keeps no average of them.
         """
-        if all(group.get("average_decay") is None for group in self.optimizer.param_groups):
+        if all(group.get("weight_ema") is None for group in self.optimizer.param_groups):
             yield
             return
-        with self.optimizer.averaged_weights():  # type: ignore[attr-defined]
+        with self.optimizer.use_weight_ema():  # type: ignore[attr-defined]
             self.after_load()
             yield
         self.after_load()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardopt import checkpoint
-from shardopt.engines.ranks import Ranks
+from shardopt.distributed import Ranks
 from shardopt.engines.zero import ZeroOptimizer
 from shardopt.errors import InputError, MissingExtraError
 from shardopt.optim import precision, registry, states
@@ -362,7 +362,7 @@ def save_slices(folder: str | Path, optimizer: Optimizer, **document: Any) -> No
     """
     ours, ranks = unwrap(optimizer), ranks_here()
     with _in_place(ours):
-        kept = {**document, "scalars": states.scalar_state(ours), "world_size": ranks.world_size}
+        kept = {**document, "scalars": states.step_counts(ours), "world_size": ranks.world_size}
     checkpoint.save(Path(folder), slices(ours), {}, kept, ranks)
 
 
@@ -385,7 +385,7 @@ def load_slices(folder: str | Path, optimizer: Optimizer, *, convert: bool = Fal
         states.init_state(ours)
     document = checkpoint.load(Path(folder), slices(ours), ranks_here(), convert=convert)
     with _in_place(ours):
-        states.load_scalar_state(ours, document["scalars"])
+        states.load_step_counts(ours, document["scalars"])
     if isinstance(ours, HostedAdEMAMix):
         ours.partitions.stage.refresh()
     if isinstance(ours, _Pointing):

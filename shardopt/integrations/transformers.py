@@ -50,7 +50,7 @@ class AdEMAMixArguments:
     beta3_warmup: str = field(
         default="total", metadata={"help": "Steps over which beta3 rises: a number, 'total' or 'none'."}
     )
-    state_dtype: str = field(default="fp32", metadata={"help": "fp32, bf16, bf16_block or int8."})
+    state_dtype: str = field(default="fp32", metadata={"help": "fp32, bf16, block16 or block8."})
     master_weights: str = field(default="none", metadata={"help": "For 16-bit weights: none, fp32 or split."})
 
 
@@ -211,7 +211,7 @@ def _resolved(args: TrainingArguments, given: Mapping[str, Any], total: int) -> 
 
 
 class _Door:
-    """Trainer calls what is not an Optimizer subclass as `door()(model, **kwargs)`: the one place with names."""
+    """Trainer calls what is not an Optimizer subclass as `factory()(model, **kwargs)`: the one place with names."""
 
     def __call__(self, model: nn.Module, *, args: TrainingArguments, given: dict[str, Any]) -> Optimizer:
         trainer, resume = _caller()
@@ -251,9 +251,9 @@ class _Door:
 
 
 def _caller() -> tuple[Trainer, str | None]:
-    """The Trainer that opened the door, and the checkpoint that its `train` resumes from.
+    """The Trainer that called the factory, and the checkpoint that its `train` resumes from.
 
-    Trainer hands the door a model and nothing else, but slices have to be saved with its checkpoints and read from
+    Trainer hands the factory a model and nothing else, but slices have to be saved with its checkpoints and read from
     the one it resumes: so look who is calling. `Trainer.train` and its argument are public.
     """
     trainer: Trainer | None = None

@@ -19,8 +19,8 @@ from shardopt.optim.schedules import alpha_at, beta3_at
 from shardopt.slices import Layout, layout_of, local_tensor, name_key
 
 StateDtype = str | Mapping[str, str]
-_STATE_KEYS = {"step", "schedule_step", "m1", "m2", "nu", "master", "master_low", "average"}
-_STATE_KEYS |= {"m1_scale", "m2_scale", "nu_scale", "average_scale"}
+_STATE_KEYS = {"step", "schedule_step", "m1", "m2", "nu", "master", "master_low", "weight_ema"}
+_STATE_KEYS |= {"m1_scale", "m2_scale", "nu_scale", "weight_ema_scale"}
 _TILE = 1 << 20  # elements that a temporary may have, where a pass outside the kernels needs one
 
 
@@ -31,7 +31,7 @@ class AdEMAMix(Optimizer):
     1 for each parameter; see optim/reference.py for the update and docs/optimizer.md for a longer account.
 
     Args:
-        params: tensors, (name, tensor) pairs or parameter groups of them; every argument up to `average_decay`,
+        params: tensors, (name, tensor) pairs or parameter groups of them; every argument up to `weight_ema`,
             `capturable` and `seed` may be given for a group. Without names, a parameter's position stands for it.
         lr: learning rate, a number or a 0-d tensor. With 0 the averages move and no weight does.
         betas: decays of the fast average m1, the second moment nu and the slow average m2. beta1 = 0 keeps no m1.
@@ -41,11 +41,11 @@ class AdEMAMix(Optimizer):
         alpha_warmup, beta3_warmup: steps over which alpha rises from 0 and beta3 from beta1; None for no warm-up.
         second_moment: "adam", or "yogi" (nu <- nu - (1 - beta2) sign(nu - g^2) g^2).
         maximize: ascend.
-        state_dtype: "fp32", "bf16", "bf16_block" or "int8", or a mapping from m1, m2, nu and average to one of them
+        state_dtype: "fp32", "bf16", "block16" or "block8", or a mapping from m1, m2, nu and weight_ema to one of them
             (those not named are fp32). All but fp32 are rounded stochastically. docs/precision.md has the errors.
         master_weights: for 16-bit weights: None rounds bf16 weights stochastically; "fp32" keeps an fp32 copy;
             "split" keeps the 16 bits that a bf16 weight lacks, and equals "fp32" bit for bit.
-        average_decay: keep an exponential moving average of the weights with this decay (see averaged_weights).
+        weight_ema: keep an exponential moving average of the weights with this decay (see use_weight_ema).
         kernel: "auto", or "c", "triton", "torch" to force one.
         capturable: keep the step on the device, for CUDA graphs.
         seed: of the stochastic rounding. Saved in the state_dict.
@@ -70,7 +70,7 @@ class AdEMAMix(Optimizer):
         maximize: bool = False,
         state_dtype: StateDtype = "fp32",
         master_weights: str | None = None,
-        average_decay: float | None = None,
+        weight_ema: float | None = None,
         kernel: str = "auto",
         capturable: bool = False,
         seed: int = 0,
@@ -88,7 +88,7 @@ class AdEMAMix(Optimizer):
             "maximize": maximize,
             "state_dtype": state_dtype,
             "master_weights": master_weights,
-            "average_decay": average_decay,
+            "weight_ema": weight_ema,
             "capturable": capturable,
             "seed": seed,
         }
@@ -185,29 +185,29 @@ class AdEMAMix(Optimizer):
         return sums
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def use_weight_ema(self) -> Iterator[None]:
         """Swap the averaged weights into the parameters for evaluation or export, and back on leaving.
 
         Parameters that have not made a step keep their weights. No step may be taken inside.
 
         Raises:
-            InputError: no group has an `average_decay`, or this is already inside another such block.
+            InputError: no group has an `weight_ema`, or this is already inside another such block.
         """
-        if all(group["average_decay"] is None for group in self.param_groups):
-            raise InputError("averaged_weights() needs an optimizer built with average_decay, such as 0.999")
+        if all(group["weight_ema"] is None for group in self.param_groups):
+            raise InputError("use_weight_ema() needs an optimizer built with weight_ema, such as 0.999")
         if self._averaged:
-            raise InputError("averaged_weights() is already in force")
+            raise InputError("use_weight_ema() is already in force")
         kept: list[tuple[Tensor, Tensor]] = []
         self._averaged = True
         try:
             with torch.no_grad():
                 for entry, weight, ranges in self._current_plan().held():
-                    if "average" not in entry.tensors or not entry.state["step"]:
+                    if "weight_ema" not in entry.tensors or not entry.state["step"]:
                         continue
                     kept.append((weight, weight.clone()))
                     flat = weight.reshape(-1)
                     for local, scale, length in ranges:
-                        value = _decoded(entry, "average", local, scale, length)
+                        value = _decoded(entry, "weight_ema", local, scale, length)
                         assert value is not None
                         flat.narrow(0, local, length).copy_(value)
                     if flat.data_ptr() != weight.data_ptr():  # a strided weight has no flat view
@@ -313,8 +313,8 @@ class AdEMAMix(Optimizer):
             )
         formats = precision.formats_of(group["state_dtype"])
         state: dict[str, Any] = {"step": _counter(0, param, group)}
-        for key in ("m1", "m2", "nu", "average"):
-            if (key == "m1" and group["betas"][0] == 0.0) or (key == "average" and group["average_decay"] is None):
+        for key in ("m1", "m2", "nu", "weight_ema"):
+            if (key == "m1" and group["betas"][0] == 0.0) or (key == "weight_ema" and group["weight_ema"] is None):
                 continue
             dtype = precision.storage_dtype(formats[key], key, local.dtype)
             values = torch.zeros(local.shape, dtype=dtype, device=local.device)
@@ -323,7 +323,7 @@ class AdEMAMix(Optimizer):
                 layouts = self._layouts(param, states.parameter_names(self)[param])
                 count = sum(precision.blocks(r.length) for layout in layouts for r in layout.ranges)
                 state[f"{key}_scale"] = torch.zeros(count, dtype=torch.float32, device=local.device)
-            elif key == "average":
+            elif key == "weight_ema":
                 values.copy_(local)
         if master == "fp32":
             state["master"] = _like(param, local.float().contiguous())
@@ -459,7 +459,7 @@ class AdEMAMix(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._averaged:
-            raise InputError("no step may be taken inside averaged_weights()")
+            raise InputError("no step may be taken inside use_weight_ema()")
         if not self.state and self._only_creates_state():
             self.init_state()
             return loss
@@ -588,8 +588,8 @@ def _check_hyper_parameters(group: Mapping[str, Any]) -> None:
     precision.formats_of(group["state_dtype"])
     if group["master_weights"] not in (None, "fp32", "split"):
         raise InputError(f"master_weights must be None, 'fp32' or 'split', got {group['master_weights']!r}")
-    if group["average_decay"] is not None:
-        number("average_decay", group["average_decay"], below=1.0)
+    if group["weight_ema"] is not None:
+        number("weight_ema", group["weight_ema"], below=1.0)
     seed = group["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise InputError(f"seed must be a whole number >= 0 and < 2^64, got {seed!r}")

@@ -25,14 +25,14 @@ from shardopt.slices import Layout, PlacementError, Range, local_tensor, name_ke
 
 COUNTS = ("step", "schedule_step")
 _HYPER = ("betas", "alpha", "eps", "weight_decay", "alpha_warmup", "beta3_warmup", "eps_root")
-_HYPER_KEYS = (*_HYPER, "second_moment", "maximize", "average_decay")
+_HYPER_KEYS = (*_HYPER, "second_moment", "maximize", "weight_ema")
 _STEP_FIELDS = Scalars._fields[:11]  # the doubles of a row that change from step to step
 _NAMES = SEGMENT.names or ()
 # Rows as words: the columns before the small ones at the end are of 8 bytes.
 _WORD = 8
 _DOUBLES = slice(_NAMES.index("lr"), _NAMES.index("lr") + len(_STEP_FIELDS))
 assert _NAMES[_DOUBLES] == _STEP_FIELDS
-_STORED = ("m1", "m2", "nu", "average", "m1_scale", "m2_scale", "nu_scale", "average_scale", "master")
+_STORED = ("m1", "m2", "nu", "weight_ema", "m1_scale", "m2_scale", "nu_scale", "weight_ema_scale", "master")
 _COLUMN_OF = {key: _NAMES.index(key) for key in _STORED} | {"master_low": _NAMES.index("master")}
 _TILE = 1 << 20  # elements that a temporary may have where strided tensors are copied in parts
 # Mapped over lists of tensors, these cost half of what a loop that asks each does.
@@ -46,8 +46,8 @@ def scalars_of(group: Mapping[str, Any], step: int, schedule_step: int) -> Scala
     on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
     known = 0.0 if on_device and not step else float(lr)  # reading a device's tensor would break a capture
     found = scalars_at(max(1, step), max(1, schedule_step), lr=known, **{key: group[key] for key in _HYPER_KEYS})
-    if not step and group["average_decay"] is not None:
-        found = found._replace(average_rate=1.0 - group["average_decay"])  # the kernel knows the first step itself
+    if not step and group["weight_ema"] is not None:
+        found = found._replace(weight_ema_rate=1.0 - group["weight_ema"])  # the kernel knows the first step itself
     return found
 
 
@@ -316,7 +316,7 @@ class Plan:
         keys = {(i, layout.name): precision.base_key(seeds[i], name_key(layout.name)) for i, layout, *_ in segments}
         rows["key"] = np.array([keys[i, layout.name] for i, layout, *_ in segments], dtype=np.uint64)
         codes = [storage_codes(entry) for entry in entries]
-        for name in ("weight_type", "m1_format", "m2_format", "nu_format", "average_format", "master_kind"):
+        for name in ("weight_type", "m1_format", "m2_format", "nu_format", "weight_ema_format", "master_kind"):
             rows[name] = [codes[i][name] for i in owner]
         table = Table(
             device=entries[0].param.device,

@@ -13,8 +13,8 @@ layouts, devices or kernels, and every kernel computes them with the same intege
                         x += kb;  x *= 0xAC4C1B51;  x ^= x >> 15;  x *= 0x31848BAB;  x ^= x >> 14
 
 A word serves two tensors: its low half rounds the first of the pair, its high half the second. The pairs are
-(m1, m2), (nu, weight), (average, nothing). Shifts and multipliers are those of triple32 (C. Wellons, hash-prospector);
-with two rounds (lowbias32) the two halves of a word were measurably too even together.
+(m1, m2), (nu, weight), (weight_ema, nothing). Shifts and multipliers are those of triple32 (C. Wellons,
+hash-prospector); with two rounds (lowbias32) the two halves of a word were measurably too even together.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from shardopt.optim.reference import square_root
 from shardopt.slices import Slice, local_tensor
 
 BLOCK = 128  # elements that share a scale
-FORMATS = {"fp32": 1, "bf16": 2, "bf16_block": 3, "int8": 4}
-BLOCK_FORMATS = ("bf16_block", "int8")
+FORMATS = {"fp32": 1, "bf16": 2, "block16": 3, "block8": 4}
+BLOCK_FORMATS = ("block16", "block8")
 # state tensor -> (pair, bits to shift its half of the word down by)
-STREAMS = {"m1": (0, 0), "m2": (0, 16), "nu": (1, 0), "weight": (1, 16), "average": (2, 0)}
-ROUNDED = ("m1", "m2", "nu", "average")
+STREAMS = {"m1": (0, 0), "m2": (0, 16), "nu": (1, 0), "weight": (1, 16), "weight_ema": (2, 0)}
+ROUNDED = ("m1", "m2", "nu", "weight_ema")
 
 FLOAT_MAX, FLOAT_TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 _MASK64 = (1 << 64) - 1
@@ -114,7 +114,7 @@ def storage_dtype(fmt: str, kind: str, param_dtype: torch.dtype) -> torch.dtype:
     """dtype of the stored tensor; "fp32" means float64 where the parameter is float64."""
     if fmt == "fp32":
         return torch.float64 if param_dtype == torch.float64 else torch.float32
-    if fmt == "int8":
+    if fmt == "block8":
         return torch.uint8 if kind == "nu" else torch.int8
     return torch.bfloat16 if fmt == "bf16" else torch.int16
 
@@ -122,7 +122,7 @@ def storage_dtype(fmt: str, kind: str, param_dtype: torch.dtype) -> torch.dtype:
 def format_of(kind: str, stored: Tensor, has_scale: bool) -> str:
     """The format of a stored state tensor, from its dtype (and whether a scale stands beside it)."""
     if has_scale:
-        return "bf16_block" if stored.dtype == torch.int16 else "int8"
+        return "block16" if stored.dtype == torch.int16 else "block8"
     return "bf16" if stored.dtype == torch.bfloat16 else "fp32"
 
 
@@ -194,7 +194,7 @@ def encode(kind: str, values: Tensor, bits: Tensor | None, codes: Tensor, scale:
     if codes.dtype == torch.int16:
         _encode_block16(kind, values, bits, codes, scale, largest)
     else:
-        _encode_int8(kind, values, bits, codes, scale, largest)
+        _encode_block8(kind, values, bits, codes, scale, largest)
 
 
 def _encode_block16(kind: str, values: Tensor, bits: Tensor, codes: Tensor, scale: Tensor, largest: Tensor) -> None:
@@ -220,7 +220,7 @@ def _encode_block16(kind: str, values: Tensor, bits: Tensor, codes: Tensor, scal
     codes.copy_(code.to(torch.int16))
 
 
-def _encode_int8(kind: str, values: Tensor, bits: Tensor, codes: Tensor, scale: Tensor, largest: Tensor) -> None:
+def _encode_block8(kind: str, values: Tensor, bits: Tensor, codes: Tensor, scale: Tensor, largest: Tensor) -> None:
     """Eight bits: evenly spaced for the signed averages, squares of 0 .. 255 for nu (so evenly spaced in sqrt)."""
     steps = 255.0 * 255.0 if kind == "nu" else 127.0
     scale.copy_(largest.clamp(max=FLOAT_MAX) * (1.0 / steps))

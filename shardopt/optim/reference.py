@@ -31,12 +31,12 @@ class Scalars(NamedTuple):
     beta2: float
     beta3: float  # of this step
     alpha: float  # of this step
-    unbias1: float  # 1 / (1 - beta1 ** t)
-    unbias2: float  # 1 / (1 - beta2 ** t)
+    bias_correction1: float  # 1 / (1 - beta1 ** t)
+    bias_correction2: float  # 1 / (1 - beta2 ** t)
     eps: float
     eps_root: float
     weight_decay: float
-    average_rate: float = 0.0  # 1 - average_decay; 1 at the first step, where the average starts
+    weight_ema_rate: float = 0.0  # 1 - weight_ema; 1 at the first step, where the average starts
     yogi: bool = False
     maximize: bool = False
 
@@ -55,7 +55,7 @@ def scalars_at(
     eps_root: float = 0.0,
     second_moment: str = "adam",
     maximize: bool = False,
-    average_decay: float | None = None,
+    weight_ema: float | None = None,
 ) -> Scalars:
     """The scalars of step `step` (from 1); the schedules are at `schedule_step` (differs after a switch)."""
     beta1, beta2, beta3 = betas
@@ -65,18 +65,18 @@ def scalars_at(
         beta2=beta2,
         beta3=beta3_at(schedule_step, beta3, beta1, beta3_warmup),
         alpha=alpha_at(schedule_step, alpha, alpha_warmup),
-        unbias1=unbias(beta1, step),
-        unbias2=unbias(beta2, step),
+        bias_correction1=bias_correction(beta1, step),
+        bias_correction2=bias_correction(beta2, step),
         eps=eps,
         eps_root=eps_root,
         weight_decay=weight_decay,
-        average_rate=0.0 if average_decay is None else (1.0 if step == 1 else 1.0 - average_decay),
+        weight_ema_rate=0.0 if weight_ema is None else (1.0 if step == 1 else 1.0 - weight_ema),
         yogi=second_moment == "yogi",
         maximize=maximize,
     )
 
 
-def unbias(beta: float, step: int) -> float:
+def bias_correction(beta: float, step: int) -> float:
     """1 / (1 - beta ** step), accurate for beta close to 1."""
     return 1.0 if beta == 0.0 else -1.0 / math.expm1(step * math.log(beta))
 
@@ -88,9 +88,9 @@ def update(
     m2: Tensor,
     nu: Tensor,
     s: Scalars,
-    average: Tensor | None = None,
+    weight_ema: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """New (weight, m1, m2, nu, average), all of one shape and floating dtype; `m1` is None when beta1 is 0.
+    """New (weight, m1, m2, nu, weight_ema), all of one shape and floating dtype; `m1` is None when beta1 is 0.
 
     With lr = 0 the weight is returned as it came: not even the sign of a zero moves.
     """
@@ -107,15 +107,15 @@ def update(
         nu = nu + (squared - nu) * (1.0 - s.beta2)
     if s.lr != 0.0:
         weight = weight - (direction(g if m1 is None else m1, m2, nu, s) + weight * s.weight_decay) * s.lr
-    if average is not None:
-        average = average + (weight - average) * s.average_rate
-    return weight, m1, m2, nu, average
+    if weight_ema is not None:
+        weight_ema = weight_ema + (weight - weight_ema) * s.weight_ema_rate
+    return weight, m1, m2, nu, weight_ema
 
 
 def direction(m1: Tensor, m2: Tensor, nu: Tensor, s: Scalars) -> Tensor:
     """u, the update before learning rate and weight decay."""
-    denominator = square_root(nu * s.unbias2 + s.eps_root) + s.eps
-    return (m1 * s.unbias1 + m2 * s.alpha) / denominator
+    denominator = square_root(nu * s.bias_correction2 + s.eps_root) + s.eps
+    return (m1 * s.bias_correction1 + m2 * s.alpha) / denominator
 
 
 def square_root(x: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def state_slices(optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None 
     return slices
 
 
-def scalar_state(optimizer: Optimizer) -> dict[str, dict[str, int | float]]:
+def step_counts(optimizer: Optimizer) -> dict[str, dict[str, int | float]]:
     """Counts and other numbers in the state, by parameter name; plain JSON."""
     scalars: dict[str, dict[str, int | float]] = {}
     for param, where in layouts_of(optimizer).items():
@@ -135,8 +135,8 @@ def scalar_state(optimizer: Optimizer) -> dict[str, dict[str, int | float]]:
     return scalars
 
 
-def load_scalar_state(optimizer: Optimizer, mapping: Mapping[str, Mapping[str, int | float]]) -> None:
-    """Set what `scalar_state` returned, in place; the state exists already (`init_state`).
+def load_step_counts(optimizer: Optimizer, mapping: Mapping[str, Mapping[str, int | float]]) -> None:
+    """Set what `step_counts` returned, in place; the state exists already (`init_state`).
 
     Raises:
         InputError: a parameter that has state here and none in `mapping`.

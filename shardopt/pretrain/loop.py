@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from shardopt import checkpoint, engines
+from shardopt.distributed import Ranks
 from shardopt.engines.base import EngineInputs
-from shardopt.engines.ranks import Ranks
 from shardopt.errors import InputError
 from shardopt.pretrain import data, model, report, rng
 from shardopt.pretrain.config import Config
@@ -207,7 +207,7 @@ class Run:
 
     def _evaluate(self) -> HeldOut:
         blocks = self.config.eval.batches * self.config.train.global_batch
-        with self.engine.averaged_weights():
+        with self.engine.use_weight_ema():
             return held_out(self.engine, self.holdout_data, blocks, self.config.train.micro_batch)
 
     # ---------------------------------------------------------------- what is kept and shown
@@ -245,7 +245,7 @@ class Run:
             "step": self.progress.step,
             "skipped": self.progress.skipped,
             "skipped_in_row": self.progress.skipped_in_row,
-            "scalars": self.engine.scalar_state(),
+            "scalars": self.engine.step_counts(),
             "data": self.train_data.state_dict(),
             "data_fingerprint": self.train_data.fingerprint,
             "wandb_id": self.tracker.run_id,
@@ -265,7 +265,7 @@ class Run:
                 f"on where it stopped; restore it, or choose another run.name"
             )
         checkpoint.load(folder, engine.slices(), ranks)
-        engine.load_scalar_state(document["scalars"])
+        engine.load_step_counts(document["scalars"])
         engine.after_load()
         self.train_data.load_state_dict(document["data"])
         self.progress = Progress(document["step"], document["skipped"], document["skipped_in_row"])

@@ -24,7 +24,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from shardopt.engines.ranks import Ranks
+from shardopt.distributed import Ranks
 from shardopt.slices import Slice
 
 # Shown first and in this order; a kind that is not listed comes after them under its own name.
@@ -36,7 +36,7 @@ _LABELS = {
     "m1": "m1, fast average",
     "m2": "m2, slow average",
     "nu": "nu, second moment",
-    "average": "averaged weights",
+    "weight_ema": "averaged weights",
 }
 _MOST_RANK_COLUMNS = 4
 _LABEL_WIDTH = 14

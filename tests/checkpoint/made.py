@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardopt import checkpoint
-from shardopt.engines.ranks import Ranks
+from shardopt.distributed import Ranks
 from shardopt.slices import Layout, Range, Slice, name_key
 
 SHAPES = {"embed.weight": (13, 4), "layers.0.mlp.weight": (7, 3), "norm.weight": (1,), "layers.0.bias": (5,)}

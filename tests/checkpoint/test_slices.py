@@ -267,7 +267,7 @@ def test_a_stored_gap_is_found_before_anything_is_touched(tmp_path: Path, monkey
 
 # A block is 128 elements, so that some are full and some are not, and ranges cut through them.
 NUMBERS = torch.linspace(-1, 1, 13 * 40).view(13, 40)
-FORMATS = ("bf16_block", "int8")
+FORMATS = ("block16", "block8")
 
 
 def _blocks(fmt: str, layout: Layout, *, filled: bool) -> Slice:
@@ -306,7 +306,7 @@ def _load_blocks(rank: int, world_size: int, folder: Path, fmt: str, pieces: int
         for there, here in zip(expected.tensors, live.tensors, strict=True):
             assert torch.equal(there, here)
     # Rounded at most twice, by half a step each time.
-    step = {"bf16_block": 2.0**-14, "int8": 1.0 / 32}[fmt]
+    step = {"block16": 2.0**-14, "block8": 1.0 / 32}[fmt]
     torch.testing.assert_close(precision.read_slice(live), precision.read_slice(expected), rtol=0, atol=step)
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from shardopt import engines
+from shardopt.distributed import Ranks
 from shardopt.engines import DdpConfig, DeepspeedConfig, ZeroConfig
 from shardopt.engines.base import EngineInputs
 from shardopt.engines.deepspeed.layouts import UnknownPartitions, attach_layouts
-from shardopt.engines.ranks import Ranks
 from shardopt.errors import InputError
 from shardopt.optim import registry
 from shardopt.pretrain.tracking import read_metrics
@@ -221,7 +221,7 @@ def same(a, b):
 
 def counts(engine):
     merged = {}
-    for part in engine.ranks.gather(engine.scalar_state()):
+    for part in engine.ranks.gather(engine.step_counts()):
         for name, entry in part.items():
             assert merged.setdefault(name, entry) == entry
     return {name: entry["step"] for name, entry in merged.items()}
@@ -320,8 +320,8 @@ def _unused(rank, world_size, names):
         moved = [not torch.equal(mine[i]["layers.1.weight/m2"], mine[i - 1]["layers.1.weight/m2"]) for i in range(1, 4)]
         frozen = all(torch.equal(m["frozen.weight/weight"], expected[0]["frozen.weight/weight"]) for m in mine)
         # Through a checkpoint's scalars and back.
-        scalars = {k: v for part in engine.ranks.gather(engine.scalar_state()) for k, v in part.items()}
-        engine.load_scalar_state(scalars)
+        scalars = {k: v for part in engine.ranks.gather(engine.step_counts()) for k, v in part.items()}
+        engine.load_step_counts(scalars)
         outcome[name] = (close, moved, frozen, counts(engine))
         engine.close()
     return outcome, counts(control)
@@ -458,7 +458,7 @@ def test_partitions_that_cannot_be_found_are_an_error_only_where_rounding_is_sto
 def _refused(rank, world_size):
     said = []
     for config, optimizer in [
-        (DeepspeedConfig(), {"state_dtype": {"m2": "int8"}}),
+        (DeepspeedConfig(), {"state_dtype": {"m2": "block8"}}),
         (DeepspeedConfig(config={"zero_optimization": {"overlap_com": True}}), {}),
         (DeepspeedConfig(), {"name": "muon"}),
         (DeepspeedConfig(), {"model": Scalar()}),
@@ -476,7 +476,7 @@ def _refused(rank, world_size):
 
 def test_what_deepspeed_cannot_do_is_refused_before_it_starts():
     for said in on_ranks(2, _refused):
-        assert "optimizer.state_dtype: int8" in said[0]
+        assert "optimizer.state_dtype: block8" in said[0]
         assert "overlap_com" in said[1]
         assert "cannot shard Muon" in said[2]
         assert "parameter scale has no dimension" in said[3]

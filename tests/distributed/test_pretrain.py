@@ -76,9 +76,9 @@ def test_averaged_weights_are_evaluated_and_training_goes_on_as_without_them(fol
     changes = {"train__steps": 12, "eval__every": 4}
     averaged = changes | {"optimizer__average_decay": 0.9}
     tiny.run(0, 1, folder, run__name="plain", engine="{name: single}", **changes)
-    tiny.run(0, 1, folder, run__name="average", engine="{name: single}", **averaged)
-    assert losses(folder, "average") == losses(folder, "plain")
-    expected = eval_losses(folder, "average")
+    tiny.run(0, 1, folder, run__name="weight_ema", engine="{name: single}", **averaged)
+    assert losses(folder, "weight_ema") == losses(folder, "plain")
+    expected = eval_losses(folder, "weight_ema")
     assert all(a != pytest.approx(b, rel=1e-3) for a, b in zip(expected, eval_losses(folder, "plain"), strict=True))
     for engine in ("{name: fsdp}", "{name: fsdp, reshard_after_forward: false}", "{name: zero}"):
         name = "average-" + str(abs(hash(engine)))
@@ -93,7 +93,7 @@ def _holdings(rank, world_size, folder):
 
     from torch.distributed.tensor import DTensor
 
-    from shardopt.engines.ranks import Ranks
+    from shardopt.distributed import Ranks
     from shardopt.pretrain.loop import Run
 
     with ExitStack() as stack:
@@ -290,7 +290,7 @@ def test_the_export_loads_in_transformers_and_computes_the_same(folder):
     ids = tokenizer(text, return_tensors="pt").input_ids
     assert ids.shape[1] == len(text.encode())
     assert tokenizer.decode(ids[0]) == text
-    from shardopt.engines.ranks import Ranks
+    from shardopt.distributed import Ranks
     from shardopt.pretrain import data
 
     config = tiny.config(folder)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from shardopt.distributed import Ranks
 from shardopt.engines import DdpConfig, FsdpConfig, SingleConfig, build
 from shardopt.engines.base import EngineInputs
-from shardopt.engines.ranks import Ranks
 from shardopt.errors import InputError
 from shardopt.optim import registry
 from shardopt.pretrain.model import ModelConfig, blocks_of, initialise, meta_model, transformers_config

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from shardopt import AdEMAMix, ZeroOptimizer
+from shardopt.distributed import Ranks
 from shardopt.engines import DdpConfig, SingleConfig, ZeroConfig, build
 from shardopt.engines.base import EngineInputs
-from shardopt.engines.ranks import Ranks
 from shardopt.errors import InputError
 from shardopt.optim.registry import OptimizerSpec
 from tests.distributed.pool import on_ranks
@@ -59,7 +59,7 @@ def _frozen_and_resumed(rank, world_size):
         assert (ours.name, ours.kind, ours.layout) == (theirs.name, theirs.kind, theirs.layout)
         for a, b in zip(ours.tensors, theirs.tensors, strict=True):
             a.copy_(b)
-    second.load_scalar_state(first.scalar_state())
+    second.load_step_counts(first.step_counts())
     second.after_load()
     train(first, 3, 1)
     train(second, 3, 1)
@@ -99,7 +99,7 @@ def test_slices_cover_everything_once_and_carry_a_run(world_size):
 def _averaged(rank, world_size):
     torch.manual_seed(0)
     module = nn.Linear(40, 40)
-    optimizer = ZeroOptimizer(module, AdEMAMix, lr=0.1, average_decay=0.9)
+    optimizer = ZeroOptimizer(module, AdEMAMix, lr=0.1, weight_ema=0.9)
     trail = [module.weight.detach().clone()]
     for _ in range(5):
         with optimizer.accumulate():
@@ -107,7 +107,7 @@ def _averaged(rank, world_size):
         optimizer.step()
         optimizer.zero_grad()
         trail.append(module.weight.detach().clone())
-    with optimizer.averaged_weights():
+    with optimizer.use_weight_ema():
         inside = module.weight.detach().clone()
     low, high = torch.stack(trail).aminmax(dim=0)
     return (

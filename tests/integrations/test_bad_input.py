@@ -126,9 +126,9 @@ def test_other_arguments_than_the_trainers(tmp_path: Path) -> None:
 
 
 def test_outside_a_trainer(tmp_path: Path) -> None:
-    door, kwargs = shardopt_optimizer(arguments(tmp_path, 1))
+    comm, kwargs = shardopt_optimizer(arguments(tmp_path, 1))
     with pytest.raises(InputError, match="belongs in Trainer"):
-        door()(model(), **kwargs)
+        comm()(model(), **kwargs)
 
 
 def test_a_length_that_is_not_known(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_deepspeed_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_blocks_in_flat_partitions(tmp_path: Path) -> None:
-    for told in on_ranks(2, refused, tmp_path, host="zero2", ademamix={"state_dtype": {"m2": "int8"}}):
+    for told in on_ranks(2, refused, tmp_path, host="zero2", ademamix={"state_dtype": {"m2": "block8"}}):
         assert "use 'bf16', or DDP or FSDP2" in told
 
 

@@ -117,7 +117,7 @@ def test_resume_on_more_ranks(host: str, saved: dict, tmp_path: Path) -> None:
 
 
 def test_block_formats_resume_exactly_where_they_were_cut(tmp_path: Path) -> None:
-    options = {"ademamix": {"state_dtype": "int8"}}
+    options = {"ademamix": {"state_dtype": "block8"}}
     straight = on_ranks(2, train, tmp_path, save_strategy="steps", save_steps=3, **options)
     resumed = on_ranks(2, train, tmp_path, resume=str(tmp_path / "checkpoint-3"), **options)
     assert difference(straight[0]["weights"], resumed[0]["weights"]) == 0.0

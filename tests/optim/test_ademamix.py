@@ -38,8 +38,8 @@ def assert_equal_runs(a: nn.Module, b: nn.Module) -> None:
 OPTIONS = [
     {},
     {"state_dtype": "bf16", "seed": 3},
-    {"state_dtype": "bf16_block", "average_decay": 0.9},
-    {"state_dtype": "int8", "alpha_warmup": 5, "beta3_warmup": 5},
+    {"state_dtype": "block16", "weight_ema": 0.9},
+    {"state_dtype": "block8", "alpha_warmup": 5, "beta3_warmup": 5},
     {"betas": (0.0, 0.99, 0.999), "capturable": True},
 ]
 
@@ -115,9 +115,9 @@ def test_loading_matches_names_and_refuses_a_mismatch():
         optimizer.load_state_dict(adamw.state_dict())
     # an older state dict without a key of ours keeps what this optimizer was built with
     partial = copy.deepcopy(saved)
-    del partial["param_groups"][0]["average_decay"]
+    del partial["param_groups"][0]["weight_ema"]
     optimizer.load_state_dict(partial)
-    assert optimizer.param_groups[0]["average_decay"] is None
+    assert optimizer.param_groups[0]["weight_ema"] is None
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
@@ -216,7 +216,7 @@ def test_steps_are_counted_per_parameter_and_gradientless_ones_rest():
     assert torch.equal(net[2].bias, idle)
     net[2].bias.grad = torch.ones(3)
     optimizer.step()
-    counts = {name: counts["step"] for name, counts in states.scalar_state(optimizer).items()}
+    counts = {name: counts["step"] for name, counts in states.step_counts(optimizer).items()}
     assert counts == {"0.weight": 3, "2.weight": 3, "2.bias": 1}
     # its bias correction starts at 1: a first step of size lr (1 + alpha (1 - beta3) / ...) plus decay
     g, m2 = 1.0, 1e-4
@@ -245,7 +245,7 @@ def test_compiled_model_keeps_its_names():
     plain = shardopt.AdEMAMix(plain_net.named_parameters(), state_dtype="bf16")
     train(compiled, optimizer, 2)
     train(plain_net, plain, 2)
-    assert list(states.scalar_state(optimizer)) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert list(states.step_counts(optimizer)) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert_equal_runs(net, plain_net)  # and so do the random bits
 
 
@@ -305,13 +305,13 @@ def test_refusals_move_nothing():
         ({"beta3_warmup": 2.5}, "beta3_warmup must be None or a whole number of steps >= 1, got 2.5"),
         ({"second_moment": "adamax"}, "second_moment must be 'adam' or 'yogi', got 'adamax'"),
         ({"maximize": 1}, "maximize must be True or False, got 1"),
-        ({"state_dtype": "fp8"}, "state_dtype must be one of fp32, bf16, bf16_block, int8 .* got 'fp8'"),
+        ({"state_dtype": "fp8"}, "state_dtype must be one of fp32, bf16, block16, block8 .* got 'fp8'"),
         (
             {"state_dtype": {"exp_avg": "bf16"}},
-            "state_dtype names 'exp_avg': the state tensors are m1, m2, nu, average",
+            "state_dtype names 'exp_avg': the state tensors are m1, m2, nu, weight_ema",
         ),
         ({"master_weights": "bf16"}, "master_weights must be None, 'fp32' or 'split', got 'bf16'"),
-        ({"average_decay": 1.0}, "average_decay must be a finite number >= 0 and < 1, got 1.0"),
+        ({"weight_ema": 1.0}, "weight_ema must be a finite number >= 0 and < 1, got 1.0"),
         ({"seed": -1}, r"seed must be a whole number >= 0 and < 2\^64, got -1"),
     ],
     ids=lambda v: str(v)[:40],
@@ -333,7 +333,7 @@ def test_a_refused_group_is_not_added():
 def test_init_state_counts_nothing_and_is_idempotent():
     net = model()
     net[0].bias.requires_grad_(False)
-    optimizer = shardopt.AdEMAMix(net.named_parameters(), state_dtype="bf16", average_decay=0.99)
+    optimizer = shardopt.AdEMAMix(net.named_parameters(), state_dtype="bf16", weight_ema=0.99)
     before = [p.clone() for p in net.parameters()]
     optimizer.init_state()
     assert net[0].bias not in optimizer.state
@@ -344,7 +344,7 @@ def test_init_state_counts_nothing_and_is_idempotent():
     assert_equal_runs(net, type("N", (), {"parameters": lambda self: before})())
     net[0].bias.requires_grad_(True)
     twin = model()
-    other = shardopt.AdEMAMix(twin.named_parameters(), state_dtype="bf16", average_decay=0.99)
+    other = shardopt.AdEMAMix(twin.named_parameters(), state_dtype="bf16", weight_ema=0.99)
     train(net, optimizer, 2)
     train(twin, other, 2)
     assert_equal_runs(net, twin)
@@ -383,7 +383,7 @@ def test_a_first_step_with_lr_zero_counts_where_there_is_a_gradient():
     assert optimizer.state[net[0].weight]["step"] == 2
 
 
-@pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "int8", "bf16_block"])
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "block8", "block16"])
 def test_from_adamw_goes_on_where_adamw_was(state_dtype):
     net = model()
     adamw = torch.optim.AdamW(net.named_parameters(), lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1)
@@ -402,7 +402,7 @@ def test_from_adamw_goes_on_where_adamw_was(state_dtype):
             param = dict(net.named_parameters())[piece.name]
             from shardopt.optim.precision import read_slice
 
-            tolerance = {"fp32": 0.0, "bf16": 2**-7, "bf16_block": 2**-10, "int8": 2**-6}[state_dtype]
+            tolerance = {"fp32": 0.0, "bf16": 2**-7, "block16": 2**-10, "block8": 2**-6}[state_dtype]
             error = (read_slice(piece) - expected[param].view(-1)).abs().max() / expected[param].abs().max()
             assert error <= tolerance
     state = optimizer.state[net[0].weight]
@@ -451,7 +451,7 @@ def test_averaged_weights(fmt, dtype):
     net = nn.Linear(40, 30).to(dtype)
     unused = nn.Parameter(torch.ones(2, dtype=dtype))
     optimizer = shardopt.AdEMAMix(
-        [*net.named_parameters(), ("unused", unused)], lr=0.05, average_decay=0.9, state_dtype={"average": fmt},
+        [*net.named_parameters(), ("unused", unused)], lr=0.05, weight_ema=0.9, state_dtype={"weight_ema": fmt},
         master_weights="fp32",
     )  # fmt: skip
     average = None
@@ -463,24 +463,24 @@ def test_averaged_weights(fmt, dtype):
         weight = state.get("master", net.weight).detach().double()
         average = weight if average is None else 0.9 * average + 0.1 * weight
     inside = net.weight.detach().clone()
-    with optimizer.averaged_weights():
+    with optimizer.use_weight_ema():
         tolerance = 2e-2 if fmt == "bf16" or dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(net.weight.detach().double(), average, rtol=tolerance, atol=tolerance)
         assert torch.equal(unused, torch.ones(2, dtype=dtype))
         with pytest.raises(InputError, match="no step"):
             optimizer.step()
-        with pytest.raises(InputError, match="already"), optimizer.averaged_weights():
+        with pytest.raises(InputError, match="already"), optimizer.use_weight_ema():
             pass
     assert torch.equal(net.weight, inside)
-    with pytest.raises(RuntimeError, match="boom"), optimizer.averaged_weights():
+    with pytest.raises(RuntimeError, match="boom"), optimizer.use_weight_ema():
         raise RuntimeError("boom")
     assert torch.equal(net.weight, inside)
-    with pytest.raises(InputError, match="average_decay"), shardopt.AdEMAMix([unused]).averaged_weights():
+    with pytest.raises(InputError, match="weight_ema"), shardopt.AdEMAMix([unused]).use_weight_ema():
         pass
-    assert any(piece.kind == "average" for piece in states.state_slices(optimizer))
+    assert any(piece.kind == "weight_ema" for piece in states.state_slices(optimizer))
 
 
-@pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "bf16_block"])
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "block16"])
 def test_statistics_are_those_of_the_state(state_dtype):
     net = model()
     optimizer = shardopt.AdEMAMix(net.parameters(), lr=0.0, eps=1e-6, alpha=2.0, state_dtype=state_dtype)
@@ -509,7 +509,7 @@ def test_a_rank_may_hold_nothing_at_all():
 
 def test_empty_parameters_are_fine():
     empty, full = nn.Parameter(torch.empty(0, 4)), nn.Parameter(torch.ones(2))
-    optimizer = shardopt.AdEMAMix([("a", empty), ("b", full)], state_dtype="int8")
+    optimizer = shardopt.AdEMAMix([("a", empty), ("b", full)], state_dtype="block8")
     empty.grad, full.grad = torch.empty(0, 4), torch.ones(2)
     optimizer.step()
     assert optimizer.state[empty]["step"] == 1

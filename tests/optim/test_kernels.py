@@ -54,7 +54,7 @@ def assert_same(left, right):
             assert same_bits(a[key], b[key]), f"{key}: {(a[key] != b[key]).sum()} of {a[key].numel()} differ"
 
 
-STATES = ("fp32", "bf16", "bf16_block", "int8")
+STATES = ("fp32", "bf16", "block16", "block8")
 WEIGHTS = [
     (torch.float32, None),
     (torch.bfloat16, None),
@@ -78,14 +78,14 @@ def test_c_equals_torch_in_every_format(state, weight, master):
         {"second_moment": "yogi"},
         {"second_moment": "yogi", "state_dtype": "bf16", "maximize": True},
         {"maximize": True, "alpha_warmup": 7, "beta3_warmup": 9},
-        {"average_decay": 0.99, "state_dtype": {"m2": "bf16", "average": "bf16"}},
-        {"average_decay": 0.99, "state_dtype": "int8"},
+        {"weight_ema": 0.99, "state_dtype": {"m2": "bf16", "weight_ema": "bf16"}},
+        {"weight_ema": 0.99, "state_dtype": "block8"},
         {"eps_root": 1e-3, "eps": 0.0, "alpha": 0.0},
-        {"lr": 0.0, "state_dtype": "bf16", "average_decay": 0.9},
+        {"lr": 0.0, "state_dtype": "bf16", "weight_ema": 0.9},
         {"grad": torch.bfloat16, "state_dtype": "bf16"},
         {"grad": torch.float16},
-        {"grad": torch.float32, "weight": torch.bfloat16, "state_dtype": "bf16_block"},
-        {"state_dtype": {"nu": "bf16", "m1": "int8", "m2": "bf16_block"}},
+        {"grad": torch.float32, "weight": torch.bfloat16, "state_dtype": "block16"},
+        {"state_dtype": {"nu": "bf16", "m1": "block8", "m2": "block16"}},
     ],
     ids=str,
 )
@@ -97,7 +97,7 @@ def test_extreme_values_keep_their_bits():
     # Subnormals, huge values whose square overflows, signed zeros: each kernel does the same with them.
     values = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1e-30, 1e-20, 1.0, -1e19, 1e25, 3e38, -3e38, 65504.0]).repeat(30)
     outcomes = []
-    for kernel, state in itertools.product(("c", "torch"), ("fp32", "bf16", "bf16_block")):
+    for kernel, state in itertools.product(("c", "torch"), ("fp32", "bf16", "block16")):
         param = torch.nn.Parameter(values.clone())
         optimizer = shardopt.AdEMAMix([("p", param)], kernel=kernel, state_dtype=state, lr=1e-3)
         for _ in range(3):
@@ -153,7 +153,7 @@ def test_indices_beyond_32_bits_have_bits_of_their_own():
     ]
     assert_same(both[0], both[1])
     assert_same(both[2], both[3])
-    tiled = [run(k, sizes=(length,), layouts=[layout], state_dtype="int8", steps=2) for k in ("c", "torch")]
+    tiled = [run(k, sizes=(length,), layouts=[layout], state_dtype="block8", steps=2) for k in ("c", "torch")]
     assert_same(*tiled)
     low = Layout.contiguous("p0", (3 << 32,), start - (1 << 32), length)
     other = run("c", sizes=(length,), layouts=[low], state_dtype="bf16", steps=2)
@@ -161,7 +161,7 @@ def test_indices_beyond_32_bits_have_bits_of_their_own():
 
 
 @pytest.mark.parametrize("kernel", ["c", "torch"])
-@pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("state", ["fp32", "bf16", "block8"])
 def test_strided_weights_and_gradients(kernel, state):
     """Transposed and channels-last weights get the numbers of their contiguous twins."""
     torch.manual_seed(0)
@@ -169,7 +169,7 @@ def test_strided_weights_and_gradients(kernel, state):
     weight, grad = torch.randn(40, 33, 5, 5), torch.randn(40, 33, 5, 5)
     for weight_format, grad_format in itertools.product((torch.contiguous_format, torch.channels_last), repeat=2):
         param = torch.nn.Parameter(weight.clone(memory_format=weight_format))
-        optimizer = shardopt.AdEMAMix([("p", param)], kernel=kernel, state_dtype=state, average_decay=0.9)
+        optimizer = shardopt.AdEMAMix([("p", param)], kernel=kernel, state_dtype=state, weight_ema=0.9)
         for _ in range(2):
             param.grad = grad.clone(memory_format=grad_format)
             optimizer.step()
@@ -283,5 +283,5 @@ def test_source_machine_and_compiler_choose_the_file(monkeypatch, tmp_path):
 
 
 def test_formats_agree_on_their_numbers():
-    assert precision.formats_of("bf16") == dict.fromkeys(("m1", "m2", "nu", "average"), "bf16")
-    assert precision.formats_of({"m2": "int8"})["nu"] == "fp32"
+    assert precision.formats_of("bf16") == dict.fromkeys(("m1", "m2", "nu", "weight_ema"), "bf16")
+    assert precision.formats_of({"m2": "block8"})["nu"] == "fp32"

@@ -176,7 +176,7 @@ def test_bf16_weights_without_a_master_move_on_average(kernel):
     assert moved == pytest.approx(50 * 2**-8 / 100, rel=0.03)
 
 
-@pytest.mark.parametrize("fmt", ["bf16_block", "int8"])
+@pytest.mark.parametrize("fmt", ["block16", "block8"])
 @pytest.mark.parametrize("kind", ["m1", "m2", "nu"])
 def test_block_formats_are_unbiased_and_bounded(fmt, kind):
     generator = torch.Generator().manual_seed(0)
@@ -187,7 +187,7 @@ def test_block_formats_are_unbiased_and_bounded(fmt, kind):
     scale = torch.zeros(precision.blocks(1000))
     total, rounds = torch.zeros(1000, dtype=torch.float64), 600
     largest = torch.nn.functional.pad(values.abs(), (0, 24)).view(-1, 128).amax(1).repeat_interleave(128)[:1000]
-    if fmt == "bf16_block":
+    if fmt == "block16":
         step = torch.maximum(values.abs() * 2.0**-11, largest * 2.0**-24)
     elif kind == "nu":  # codes are squares of 0 .. 255
         step = largest * (2 * (values / largest).sqrt() * 255 + 2) / 255**2
@@ -217,12 +217,12 @@ def test_slices_are_read_and_written_in_their_format():
             tensors += (torch.zeros(precision.blocks(300) + precision.blocks(500)),)
         piece = Slice("w", "m2", layout, tensors)
         precision.write_slice(piece, values)
-        tolerance = {"fp32": 0.0, "bf16": 2**-8, "bf16_block": 2**-11, "int8": 4 / 127}[fmt]
+        tolerance = {"fp32": 0.0, "bf16": 2**-8, "block16": 2**-11, "block8": 4 / 127}[fmt]
         torch.testing.assert_close(precision.read_slice(piece), values, rtol=tolerance, atol=tolerance)
         # and a second trip changes nothing
         kept = [tensor.clone() for tensor in tensors]
         precision.write_slice(piece, precision.read_slice(piece))
-        if fmt != "int8":
+        if fmt != "block8":
             assert all(torch.equal(a, b) for a, b in zip(kept, tensors, strict=True))
 
 
@@ -233,11 +233,11 @@ def test_bytes_of_each_format():
         optimizer = shardopt.AdEMAMix([("w", param)], state_dtype=fmt)
         optimizer.init_state()
         sizes[fmt] = sum(piece.nbytes for piece in states.state_slices(optimizer)) / 12_800
-    assert sizes == pytest.approx({"fp32": 12.0, "bf16": 6.0, "bf16_block": 6.09375, "int8": 3.09375})
+    assert sizes == pytest.approx({"fp32": 12.0, "bf16": 6.0, "block16": 6.09375, "block8": 3.09375})
 
 
 # Relative RMS error of (m2, nu) that a format may show against its fp32 twin in the shortened study.
-NOISE = {"bf16": (0.20, 0.10), "bf16_block": (0.012, 0.008), "int8": (0.80, 0.10)}
+NOISE = {"bf16": (0.20, 0.10), "block16": (0.012, 0.008), "block8": (0.80, 0.10)}
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ def test_a_split_weight_that_is_set_to_zero_by_hand_stays_a_number():
 
 
 @pytest.mark.parametrize("kernel", ["c", "torch"])
-@pytest.mark.parametrize("state", ["fp32", "int8"])  # a fused loop of the C kernel, and its tiles
+@pytest.mark.parametrize("state", ["fp32", "block8"])  # a fused loop of the C kernel, and its tiles
 def test_training_goes_on_from_split_weights_set_to_zero_by_hand(kernel, state):
     torch.manual_seed(0)
     param = torch.nn.Parameter(torch.randn(1000).bfloat16())

@@ -75,7 +75,7 @@ def compare_with_unsharded(rank, size, options, dtype):
     ("options", "dtype"),
     [
         ({"state_dtype": "bf16"}, torch.float32),
-        ({"state_dtype": "bf16", "average_decay": 0.9, "kernel": "torch"}, torch.bfloat16),
+        ({"state_dtype": "bf16", "weight_ema": 0.9, "kernel": "torch"}, torch.bfloat16),
         ({"master_weights": "split"}, torch.bfloat16),
         ({"capturable": True, "state_dtype": {"nu": "bf16"}}, torch.float32),
     ],

@@ -50,7 +50,7 @@ def test_init_state_moves_and_counts_nothing(name):
         assert torch.equal(param.detach().view(-1).view(torch.int32), kept.view(-1).view(torch.int32))
         assert param.grad is None
     assert not optimizer.state.get(net[2].bias)
-    assert all(not any(counts.values()) for counts in states.scalar_state(optimizer).values())
+    assert all(not any(counts.values()) for counts in states.step_counts(optimizer).values())
     # a run that began with init_state is the run that did not
     twin = model()
     twin[2].bias.requires_grad_(False)
@@ -67,7 +67,7 @@ def test_slices_and_scalars_carry_a_run_over(name):
     optimizer = build(name, net)
     train(net, optimizer, 3)
     pieces = states.state_slices(optimizer)
-    scalars = states.scalar_state(optimizer)
+    scalars = states.step_counts(optimizer)
     if pieces:
         assert all(piece.layout.is_whole for piece in pieces)
         assert ("scale", ()) in {(piece.name, piece.layout.shape) for piece in pieces}
@@ -77,8 +77,8 @@ def test_slices_and_scalars_carry_a_run_over(name):
     for target, source in zip(states.state_slices(other), pieces, strict=True):
         assert (target.name, target.kind, target.layout) == (source.name, source.kind, source.layout)
         target.tensors[0].copy_(source.tensors[0])
-    states.load_scalar_state(other, scalars)
-    assert states.scalar_state(other) == scalars
+    states.load_step_counts(other, scalars)
+    assert states.step_counts(other) == scalars
     train(net, optimizer, 2)
     train(twin, other, 2)
     for param, copied in zip(net.parameters(), twin.parameters(), strict=True):
@@ -89,9 +89,9 @@ def test_adamw_counts_are_found_and_missing_ones_named():
     net = model()
     optimizer = build("adamw", net)
     train(net, optimizer, 2)
-    assert states.scalar_state(optimizer)["scale"] == {"step": 2}
+    assert states.step_counts(optimizer)["scale"] == {"step": 2}
     with pytest.raises(InputError, match=r"no step for parameter '0.bias'"):
-        states.load_scalar_state(optimizer, {"0.weight": {"step": 1}, "scale": {"step": 1}})
+        states.load_step_counts(optimizer, {"0.weight": {"step": 1}, "scale": {"step": 1}})
 
 
 def test_a_switch_from_adamw_keeps_both_counts():
@@ -100,17 +100,17 @@ def test_a_switch_from_adamw_keeps_both_counts():
     train(net, adamw, 4)
     optimizer = shardopt.AdEMAMix.from_adamw(adamw)
     train(net, optimizer, 1)
-    saved = states.scalar_state(optimizer)
+    saved = states.step_counts(optimizer)
     assert saved["0.weight"] == {"step": 5, "schedule_step": 1}
     for capturable in (False, True):
         other = shardopt.AdEMAMix(net.named_parameters(), capturable=capturable)
         other.init_state()
-        states.load_scalar_state(other, saved)
-        assert states.scalar_state(other) == saved
+        states.load_step_counts(other, saved)
+        assert states.step_counts(other) == saved
         assert isinstance(other.state[net[0].weight]["schedule_step"], torch.Tensor) == capturable
     # and one that did not switch has no second count
     optimizer_scalars = {name: {"step": 5} for name in saved}
-    states.load_scalar_state(optimizer, optimizer_scalars)
+    states.load_step_counts(optimizer, optimizer_scalars)
     assert "schedule_step" not in optimizer.state[net[0].weight]
 
 
@@ -127,7 +127,7 @@ def test_a_flat_partition_is_several_slices():
     assert piece.layout.ranges == (Range(0, 0, 4),)
     torch.testing.assert_close(piece.tensors[0], 0.1 * torch.arange(3.0, 7.0))
     assert found["a", "nu"].nbytes == 12
-    assert states.scalar_state(optimizer) == {"a": {"step": 1}, "b": {"step": 1}}
+    assert states.step_counts(optimizer) == {"a": {"step": 1}, "b": {"step": 1}}
     piece.tensors[0].fill_(7.0)  # the live state itself
     assert optimizer.state[flat]["m1"][3:7].tolist() == [7.0] * 4
     assert optimizer.state[flat]["m1"][7:].tolist() == [0.0] * 3

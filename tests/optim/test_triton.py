@@ -73,14 +73,14 @@ def test_every_format_has_the_bits_of_torch(interpreted, state, weight, master):
         {"betas": (0.0, 0.99, 0.9999), "second_moment": "yogi", "beta3_warmup": 5},
         {"second_moment": "yogi", "state_dtype": "bf16", "maximize": True},
         {"maximize": True, "alpha_warmup": 7, "beta3_warmup": 9, "eps_root": 1e-3, "eps": 0.0},
-        {"average_decay": 0.99, "state_dtype": {"m2": "bf16", "average": "bf16"}},
-        {"average_decay": 0.99, "state_dtype": "int8"},
-        {"lr": 0.0, "state_dtype": "bf16", "average_decay": 0.9},
+        {"weight_ema": 0.99, "state_dtype": {"m2": "bf16", "weight_ema": "bf16"}},
+        {"weight_ema": 0.99, "state_dtype": "block8"},
+        {"lr": 0.0, "state_dtype": "bf16", "weight_ema": 0.9},
         {"lr": 0.0, "weight": torch.bfloat16, "master_weights": "split"},
         {"grad": torch.bfloat16, "state_dtype": "bf16"},
         {"grad": torch.float16},
-        {"grad": torch.float32, "weight": torch.bfloat16, "state_dtype": "bf16_block"},
-        {"state_dtype": {"nu": "bf16", "m1": "int8", "m2": "bf16_block"}},
+        {"grad": torch.float32, "weight": torch.bfloat16, "state_dtype": "block16"},
+        {"state_dtype": {"nu": "bf16", "m1": "block8", "m2": "block16"}},
     ],
     ids=str,
 )
@@ -88,7 +88,7 @@ def test_every_option_has_the_bits_of_torch(interpreted, options):
     interpreted(same_as_torch, **options)
 
 
-@pytest.mark.parametrize("state", ["bf16", "int8"])
+@pytest.mark.parametrize("state", ["bf16", "block8"])
 def test_indices_beyond_32_bits(interpreted, state):
     # The keys change in the middle of a program; and a row that does not begin on 16 bytes.
     layout = Layout("p0", (3 << 32,), (Range((1 << 33) - 600, 1, 1300),))
@@ -163,10 +163,10 @@ def far(state):
     def shifted(table, raw, capturing):
         launches = made(table, raw, capturing)
         rows = table.rows
-        size = {"fp32": 4, "bf16": 2, "int8": 1}[state]
+        size = {"fp32": 4, "bf16": 2, "block8": 1}[state]
         for field, step in [("weight", 4), ("grad", 4), ("m1", size), ("m2", size), ("nu", size)]:
             rows[field] -= np.uint64(offset * step)
-        if state == "int8":
+        if state == "block8":
             for field in ("m1_scale", "m2_scale", "nu_scale"):
                 rows[field] -= np.uint64(offset // 128 * 4)
         rows["length"] += offset
@@ -183,12 +183,12 @@ def far(state):
         kernel._launches = made
 
 
-@pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("state", ["fp32", "bf16", "block8"])
 def test_elements_beyond_two_to_the_31(interpreted, state):
     interpreted(far, state)
 
 
-STALE = ("lr", "beta3", "alpha", "unbias1", "unbias2", "step")
+STALE = ("lr", "beta3", "alpha", "bias_correction1", "bias_correction2", "step")
 
 
 def captured(start, options):
@@ -203,7 +203,7 @@ def captured(start, options):
         params = [torch.nn.Parameter(torch.randn(n)) for n in (3, 200)]
         groups = [
             {"params": [("a", params[0])]},
-            {"params": [("b", params[1])], "lr": 0.01, "average_decay": None, "alpha_warmup": None},
+            {"params": [("b", params[1])], "lr": 0.01, "weight_ema": None, "alpha_warmup": None},
         ]
         optimizer = shardopt.AdEMAMix(groups, lr=lr, kernel="triton", capturable=True, **options)
         optimizer.init_state()
@@ -218,7 +218,7 @@ def captured(start, options):
             table.rows["lr"][0] = 7.0
             for field in STALE[1:]:
                 table.rows[field] = 3
-            table.rows["average_rate"] = 1.0 - options.get("average_decay", 1.0)
+            table.rows["weight_ema_rate"] = 1.0 - options.get("weight_ema", 1.0)
             run_kernel(self, table)
 
         TritonKernel.run = stale if on_device else run_kernel
@@ -239,7 +239,7 @@ def captured(start, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"alpha_warmup": 4, "beta3_warmup": 5, "state_dtype": "bf16", "average_decay": 0.9},
+        {"alpha_warmup": 4, "beta3_warmup": 5, "state_dtype": "bf16", "weight_ema": 0.9},
         {"betas": (0.0, 0.9999, 0.99999), "beta3_warmup": 1005, "alpha_warmup": 1003},
         {"betas": (0.9, 0.0, 0.0), "state_dtype": {"m2": "bf16"}},
     ],
@@ -273,10 +273,10 @@ def instructions(capability, cache, **constants):
     return Counter(re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.:]*)\s", built.asm["ptx"], re.MULTILINE))
 
 
-PLAIN = {"WEIGHT": 1, "GRAD": 1, "M1": 1, "M2": 1, "NU": 1, "AVERAGE": 0, "MASTER": 0}
+PLAIN = {"WEIGHT": 1, "GRAD": 1, "M1": 1, "M2": 1, "NU": 1, "WEIGHT_EMA": 0, "MASTER": 0}
 PLAIN |= {"IS_YOGI": False, "ALIGNED": True, "BLOCK": 1024}
 BF16 = PLAIN | {"M1": 2, "M2": 2, "NU": 2}
-MIXED = PLAIN | {"WEIGHT": 2, "GRAD": 5, "M1": 4, "M2": 3, "NU": 4, "AVERAGE": 4, "MASTER": 2, "IS_YOGI": True}
+MIXED = PLAIN | {"WEIGHT": 2, "GRAD": 5, "M1": 4, "M2": 3, "NU": 4, "WEIGHT_EMA": 4, "MASTER": 2, "IS_YOGI": True}
 
 
 @pytest.mark.parametrize("capability", [80, 90])

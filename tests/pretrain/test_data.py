@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from shardopt.engines.ranks import Ranks
+from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 from shardopt.pretrain.data import DataConfig, HoldoutData, TrainData, packing, prepare, sources, tokenizers
 from shardopt.pretrain.data.packing import is_held_out

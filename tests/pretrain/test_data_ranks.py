@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardopt.engines.ranks import Ranks
+from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 from shardopt.pretrain.data import DataConfig, prepare
 from shardopt.pretrain.data.sources import Corpus

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from torch import nn
 
-from shardopt.engines.ranks import Ranks
+from shardopt.distributed import Ranks
 from shardopt.pretrain.report import Head, Holdings, Outcome, Report, holdings, printable, render
 from shardopt.slices import Layout, Slice, layout_of, local_tensor
 from tests.distributed.pool import on_ranks
@@ -53,7 +53,7 @@ def fsdp_body(rank, world_size):
         slices.append(Slice(name, "m1", layout, (local.to(torch.bfloat16),)))
         scale = torch.ones(min(1, local.numel()), dtype=torch.float32)
         slices.append(Slice(name, "nu", layout, (local.to(torch.uint8), scale)))
-        slices.append(Slice(name, "average", Layout.whole(name, param.shape), (torch.zeros(param.shape),)))
+        slices.append(Slice(name, "weight_ema", Layout.whole(name, param.shape), (torch.zeros(param.shape),)))
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"), True)
     return holdings(slices, gradient_bytes=100 + rank, ranks=ranks)
 
@@ -65,15 +65,15 @@ def test_holdings_are_counted_from_the_slices_of_every_rank():
     rows = [(8 + 1) * 3 + (5 + 1), (8 + 1) * 2]
     assert first.unsharded["weight"] == first.unsharded["gradient"] == 4 * numel
     assert first.unsharded["m1"] == 2 * numel
-    assert first.unsharded["average"] == 4 * numel  # held twice, counted once
+    assert first.unsharded["weight_ema"] == 4 * numel  # held twice, counted once
     # A byte an element and a scale a tensor on the rank that holds its start; scaled up where the rest is elsewhere.
     assert first.unsharded["nu"] == round(28 * 40 / 24) + round(7 * 5 / 3) + (5 + 4) + (1 + 4)
     assert [rank["weight"] for rank in first.per_rank] == [4 * rows[0], 4 * rows[1]]
     assert [rank["m1"] for rank in first.per_rank] == [2 * rows[0], 2 * rows[1]]
     assert [rank["nu"] for rank in first.per_rank] == [rows[0] + 4 * 4, rows[1] + 2 * 4]
-    assert [rank["average"] for rank in first.per_rank] == [4 * numel, 4 * numel]
+    assert [rank["weight_ema"] for rank in first.per_rank] == [4 * numel, 4 * numel]
     assert [rank["gradient"] for rank in first.per_rank] == [100, 101]
-    assert first.kinds == ["weight", "gradient", "m1", "nu", "average"]
+    assert first.kinds == ["weight", "gradient", "m1", "nu", "weight_ema"]
 
 
 def test_a_process_alone_holds_everything():

@@ -182,14 +182,14 @@ class DeepspeedEngine(Engine):
     def slices(self) -> list[Slice]:
         return self.partitions.slices()
 
-    def scalar_state(self) -> dict[str, dict[str, int | float]]:
-        scalars = super().scalar_state()
+    def step_counts(self) -> dict[str, dict[str, int | float]]:
+        scalars = super().step_counts()
         for name, missed in self._missed.items():
             for key in scalars.get(name, {}).keys() & _COUNTS:
                 scalars[name][key] -= missed
         return scalars
 
-    def load_scalar_state(self, scalars: dict[str, dict[str, int | float]]) -> None:
+    def load_step_counts(self, scalars: dict[str, dict[str, int | float]]) -> None:
         # A partition has one count for all its parameters: that of the one with the most steps.
         leading = dict(scalars)
         self._missed = {}
@@ -200,7 +200,7 @@ class DeepspeedEngine(Engine):
                 leading[name] = first
                 if missed := int(first.get("step", 0) - entry.get("step", 0)):
                     self._missed[name] = missed
-        super().load_scalar_state(leading)
+        super().load_step_counts(leading)
 
     def gradient_bytes(self) -> int:
         return self.partitions.stage.gradient_bytes()

@@ -1,4 +1,4 @@
-"""The one door to the process group: reduce a bucket onto its owners, hand the owners' parts round again.
+"""The one communicator of a process group: reduce a bucket onto its owners, hand the owners' parts round again.
 
 gloo gets pairwise exchanges: every rank sends each other rank that rank's part and adds what it receives, in
 rank order and in fp32 whatever is on the wire. That is several times faster than gloo's reduce-scatter, lets
@@ -100,7 +100,7 @@ class Collectives(abc.ABC):
             )
         return values
 
-    def named(self, rank: int) -> int:
+    def global_rank(self, rank: int) -> int:
         """What the whole job calls `rank` of this group."""
         return dist.get_global_rank(self.group, rank) if self.group is not None else rank
 
@@ -156,8 +156,8 @@ def stretches(messages: Part, world_size: int) -> Iterator[tuple[int, int, int, 
 class Exchange(Reduction):
     """A reduction that has every rank's part at hand, and adds them up here."""
 
-    def __init__(self, door: Collectives) -> None:
-        self.door = door
+    def __init__(self, comm: Collectives) -> None:
+        self.comm = comm
 
     @abc.abstractmethod
     def parts(self) -> Iterator[tuple[list[Tensor], int, int]]:
@@ -174,29 +174,29 @@ class Exchange(Reduction):
         bad: set[int] = set()
         for parts, *_ in self.parts():
             bad |= {rank for rank, part in enumerate(parts) if not part.isfinite().all()}
-        return sorted(map(self.door.named, bad))
+        return sorted(map(self.comm.global_rank, bad))
 
 
 class _PairwiseExchange(Exchange):
-    def __init__(self, door: Pairwise, parts: Sequence[Part]) -> None:
-        super().__init__(door)
-        mine = parts[door.rank]
+    def __init__(self, comm: Pairwise, parts: Sequence[Part]) -> None:
+        super().__init__(comm)
+        mine = parts[comm.rank]
         self.sent, self.mine = parts, mine
         total = sum(m.numel() for m in mine)
-        peers = door.peers()
+        peers = comm.peers()
         self.received = {peer: mine[0].new_empty(total) for peer in peers}
         self.receives: dict[int, list[dist.Work | None]] = {}
         self.sends: list[tuple[int, dist.Work | None]] = []
         for peer in peers:
             lengths = [m.numel() for m in mine]
             self.receives[peer] = [
-                dist.irecv(chunk, group=door.group, group_src=peer, tag=_TAG)
+                dist.irecv(chunk, group=comm.group, group_src=peer, tag=_TAG)
                 for chunk in self.received[peer].split(lengths)
             ]
         for peer in peers:
             for message in parts[peer]:
-                self.sends.append((peer, dist.isend(message, group_dst=peer, group=door.group, tag=_TAG)))
-                door.reduce_bytes += message.nbytes
+                self.sends.append((peer, dist.isend(message, group_dst=peer, group=comm.group, tag=_TAG)))
+                comm.reduce_bytes += message.nbytes
 
     def held_bytes(self) -> int:
         return sum(m.nbytes for part in self.sent for m in part) + sum(r.nbytes for r in self.received.values())
@@ -204,18 +204,18 @@ class _PairwiseExchange(Exchange):
     def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
         for peer, works in self.receives.items():
             for work in works:
-                wait(work, self.door.timeout, f"receiving from rank {self.door.named(peer)}")
+                wait(work, self.comm.timeout, f"receiving from rank {self.comm.global_rank(peer)}")
         return super().finish(out, accumulate, scale)
 
     def parts(self) -> Iterator[tuple[list[Tensor], int, int]]:
-        rank, size = self.door.rank, self.door.size
+        rank, size = self.comm.rank, self.comm.size
         for number, first, start, end in stretches(self.mine, size):
             own = self.mine[number][first : first + end - start]
             yield [own if r == rank else self.received[r][start:end] for r in range(size)], start, end
 
     def release(self) -> None:
         for peer, work in self.sends:
-            wait(work, self.door.timeout, f"sending to rank {self.door.named(peer)}")
+            wait(work, self.comm.timeout, f"sending to rank {self.comm.global_rank(peer)}")
 
 
 class Pairwise(Collectives):
@@ -233,13 +233,13 @@ class Pairwise(Collectives):
         for peer in self.peers():
             works.append(
                 (
-                    f"receiving from rank {self.named(peer)}",
+                    f"receiving from rank {self.global_rank(peer)}",
                     dist.irecv(parts[peer], group=self.group, group_src=peer, tag=_TAG),
                 )
             )
         for peer in self.peers():
             work = dist.isend(parts[self.rank], group_dst=peer, group=self.group, tag=_TAG)
-            works.append((f"sending to rank {self.named(peer)}", work))
+            works.append((f"sending to rank {self.global_rank(peer)}", work))
             self.gather_bytes += parts[self.rank].nbytes
 
         def finish() -> None:
@@ -250,24 +250,24 @@ class Pairwise(Collectives):
 
 
 class _NativeReduction(Reduction):
-    def __init__(self, door: Native, flat: Tensor, accumulate_dtype: torch.dtype) -> None:
-        self.door, self.flat = door, flat
+    def __init__(self, comm: Native, flat: Tensor, accumulate_dtype: torch.dtype) -> None:
+        self.comm, self.flat = comm, flat
         # A native sum in 16 bits would round at every hop: exchange instead, and add in fp32 here.
         self.exchanged = flat.dtype != accumulate_dtype
         if self.exchanged:
             self.received = torch.empty_like(flat)
-            self.work = dist.all_to_all_single(self.received, flat, group=door.group, async_op=True)
+            self.work = dist.all_to_all_single(self.received, flat, group=comm.group, async_op=True)
         else:
-            self.received = flat.new_empty(flat.numel() // door.size)
-            self.work = _reduce_scatter(self.received, flat, group=door.group, async_op=True)
-        door.reduce_bytes += flat.nbytes // door.size * (door.size - 1)
+            self.received = flat.new_empty(flat.numel() // comm.size)
+            self.work = _reduce_scatter(self.received, flat, group=comm.group, async_op=True)
+        comm.reduce_bytes += flat.nbytes // comm.size * (comm.size - 1)
 
     def held_bytes(self) -> int:
         return self.flat.nbytes + self.received.nbytes
 
     def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
-        wait(self.work, self.door.timeout, "the reduce-scatter")
-        parts = list(self.received.view(self.door.size, -1)) if self.exchanged else [self.received]
+        wait(self.work, self.comm.timeout, "the reduce-scatter")
+        parts = list(self.received.view(self.comm.size, -1)) if self.exchanged else [self.received]
         sum_parts(parts, out, accumulate, scale)
         return torch.linalg.vector_norm(out)
 
@@ -295,7 +295,7 @@ class Native(Collectives):
 
 
 def collectives(group: dist.ProcessGroup | None, device: torch.device, timeout: timedelta | None) -> Collectives:
-    """The door for tensors on `device`; `group` None is one process alone."""
+    """The communicator for tensors on `device`; `group` None is one process alone."""
     if group is None or dist.get_world_size(group) == 1:
         return Pairwise(group, timeout)
     # "cpu:gloo,cuda:nccl"

@@ -104,7 +104,7 @@ class ZeroOptimizer(Optimizer):
             (replicate, shard) shards over its second dimension and keeps replicas over the first.
         model: registration order, buffers and module hooks, where `params` is not the model itself.
         gradients: "own" watches autograd and reduces; "host" takes `.grad` as some host (DDP) has already reduced
-            it; "delivered" reduces what `deliver` is given (see shardopt.hooks.reduce_scatter_into).
+            it; "delivered" reduces what `deliver` is given (see shardopt.engines.gradient_hooks.reduce_scatter_into).
         overlap_gather: modules (transformer blocks) that are alone in using their own weights. `step` then returns
             while updated weights are on their way; the forward of each waits for its own, the model's for the
             rest. To read weights otherwise, between a step and the next forward, call `wait` first;
@@ -143,7 +143,7 @@ class ZeroOptimizer(Optimizer):
         refuse_unless_elementwise(optimizer_class, optimizer_kwargs)
         device = self._named[0][1].device
 
-        self._shard, self._replicate = _doors(process_group, device, timeout)
+        self._shard, self._replicate = _communicators(process_group, device, timeout)
         world = self._shard.size
         self.buckets = lay_out([(n, tuple(p.shape), p.dtype) for n, p in self._named], world, bucket_mb * 2**20)
         settings = [optimizer_class.__name__, stage, reduce_dtype, gradients, _plain(optimizer_kwargs)]
@@ -224,9 +224,9 @@ class ZeroOptimizer(Optimizer):
         if device.type == "meta":  # simulated ranks do not answer
             return
         mark = float(fingerprint(self.buckets, repr(settings)))
-        for door in (self._shard, self._replicate):
-            total = door.sum(torch.tensor([mark], dtype=torch.float64, device=device))
-            if total.item() != mark * door.size:
+        for comm in (self._shard, self._replicate):
+            total = comm.sum(torch.tensor([mark], dtype=torch.float64, device=device))
+            if total.item() != mark * comm.size:
                 raise InputError(
                     "the ranks were given different parameters or settings: build the same model, with the same "
                     "frozen parameters, groups, hyper-parameters and stage, on every rank"
@@ -250,10 +250,10 @@ class ZeroOptimizer(Optimizer):
         if self.model is not None:
             trained = {param for _, param in self._named}
             rest = [p.data for p in self.model.parameters() if p not in trained] + list(self.model.buffers())
-        for door in (self._replicate, self._shard):
-            if door.size > 1:
+        for comm in (self._replicate, self._shard):
+            if comm.size > 1:
                 for tensor in (*self._flats, *rest):
-                    dist.broadcast(tensor, group=door.group, group_src=0)
+                    dist.broadcast(tensor, group=comm.group, group_src=0)
 
     def _slice(self, index: int) -> nn.Parameter:
         bucket, member = self._members[index]
@@ -589,11 +589,11 @@ class ZeroOptimizer(Optimizer):
         return getattr(self.inner, "kernel", "torch")
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def use_weight_ema(self) -> Iterator[None]:
         """The inner optimizer's averaged weights in the model, on every rank, until the block is left."""
         self._usable()
         self.wait()
-        with self.inner.averaged_weights():  # type: ignore[attr-defined]
+        with self.inner.use_weight_ema():  # type: ignore[attr-defined]
             self._gather()
             self.wait()
             yield
@@ -749,7 +749,7 @@ def _in_order(groups: list[tuple[dict[str, Any], Pairs]], model: nn.Module | Non
     return pairs
 
 
-def _doors(
+def _communicators(
     where: dist.ProcessGroup | DeviceMesh | None, device: torch.device, timeout: timedelta | None
 ) -> tuple[Collectives, Collectives]:
     """The ranks to shard over, and those that hold the same slices."""

@@ -17,7 +17,7 @@ from shardopt.errors import InputError
 
 
 class GradientHook(Protocol):
-    """What a user may do to gradients; see shardopt.hooks. Both work in place, on every rank alike."""
+    """What a user may do to gradients; see shardopt.engines.gradient_hooks. Both work in place, on every rank alike."""
 
     def before_reduce(self, bucket: int, flat: Tensor) -> None:
         """This rank's gradients of one bucket, flat with padding, in fp32 (or wider), before they are sent."""

@@ -1,7 +1,7 @@
 """Ranks of one host read each other's memory, instead of sending it through sockets.
 
-A rank writes on a board of its own where a part lies; the part's owner looks there, copies it (process_vm_readv,
-Linux) while it adds it up, and writes on the same board that it has: one copy into the cache, against three and a
+A rank writes on a mailbox of its own where a part lies; the part's owner looks there, copies it (process_vm_readv,
+Linux) while it adds it up, and writes on the same mailbox that it has: one copy into the cache, against three and a
 buffer by way of gloo, and no thread beside backward's. The kernel allows a process to reach into those of the same user
 unless Yama (kernel.yama.ptrace_scope > 0) or a container's seccomp profile forbids it; then the sockets remain.
 """
@@ -32,9 +32,9 @@ from shardopt.engines.zero.collectives import (
     stretches,
 )
 
-_WORD = 8  # bytes; boards and tables are of 64-bit integers
-_PAUSE = 1e-6  # seconds; so much longer after each look at a board
-_boards: list[ctypes.Array[ctypes.c_int64]] = []  # never freed: a peer may still look at one after its owner failed
+_WORD = 8  # bytes; mailboxes and tables are of 64-bit integers
+_PAUSE = 1e-6  # seconds; so much longer after each look at a mailbox
+_mailboxes: list[ctypes.Array[ctypes.c_int64]] = []  # never freed: a peer may still look at one after its owner failed
 
 
 class _Piece(ctypes.Structure):
@@ -76,18 +76,18 @@ def _integers(process: int, address: int, count: int) -> list[int]:
 
 
 def join(group: dist.ProcessGroup, timeout: timedelta | None, outstanding: int) -> SameHost | None:
-    """A door for the CPU ranks of `group` if each can read every other one's memory, else None. A collective.
+    """A communicator for the CPU ranks of `group` if each can read every other one's memory, else None. A collective.
 
     Args:
         timeout: of a wait; None takes the process group's own.
         outstanding: reductions, and gathers, that are on their way at a time at most.
     """
-    door = SameHost(group, timeout, outstanding)
+    comm = SameHost(group, timeout, outstanding)
     boot = Path("/proc/sys/kernel/random/boot_id")
     able = _system_call("process_vm_readv") is not None and boot.exists()
     probe = (ctypes.c_int64 * 1)(secrets.randbits(62))
-    mine = (boot.read_text() if able else "", os.getpid(), ctypes.addressof(probe), probe[0], door.addresses())
-    theirs = [mine] * door.size
+    mine = (boot.read_text() if able else "", os.getpid(), ctypes.addressof(probe), probe[0], comm.addresses())
+    theirs = [mine] * comm.size
     dist.all_gather_object(theirs, mine, group=group)
     able = able and all(host == mine[0] for host, *_ in theirs)
     if able:
@@ -95,10 +95,10 @@ def join(group: dist.ProcessGroup, timeout: timedelta | None, outstanding: int) 
             able = all(_integers(process, address, 1) == [value] for _, process, address, value, _ in theirs)
         except OSError:  # no such process in this container, or not allowed: all ranks are told
             able = False
-    door.meet([process for _, process, *_ in theirs], [addresses for *_, addresses in theirs])
+    comm.meet([process for _, process, *_ in theirs], [addresses for *_, addresses in theirs])
     agreed = torch.tensor([int(able)])
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)  # also keeps the probe until all have looked
-    return door if agreed.item() else None
+    return comm if agreed.item() else None
 
 
 class SameHost(Collectives):
@@ -111,15 +111,15 @@ class SameHost(Collectives):
     def __init__(self, group: dist.ProcessGroup, timeout: timedelta | None, outstanding: int) -> None:
         super().__init__(group, timeout)
         self.processes: list[int] = []
-        self._reductions, self._gathers = _Board(self, outstanding), _Board(self, outstanding)
+        self._reductions, self._gathers = _Mailbox(self, outstanding), _Mailbox(self, outstanding)
         options = group._get_backend(torch.device("cpu")).options
         self.patience = (timeout or options._timeout).total_seconds()
 
     def addresses(self) -> list[int]:
-        return [board.address for board in (self._reductions, self._gathers)]
+        return [mailbox.address for mailbox in (self._reductions, self._gathers)]
 
     def meet(self, processes: list[int], addresses: list[list[int]]) -> None:
-        """Learn every rank's process, and where its boards are."""
+        """Learn every rank's process, and where its mailboxes are."""
         self.processes = processes
         self._reductions.theirs, self._gathers.theirs = map(list, zip(*addresses, strict=True))
 
@@ -131,26 +131,26 @@ class SameHost(Collectives):
             raise self.lost(peer, error) from error
 
     def lost(self, peer: int, error: OSError) -> PeerError:
-        return PeerError(f"reading from rank {self.named(peer)} failed: {error.strerror}")
+        return PeerError(f"reading from rank {self.global_rank(peer)} failed: {error.strerror}")
 
     def reduce_scatter(self, parts: Sequence[Part]) -> Reduction:
         return _Reading(self, self._reductions, parts)
 
     def all_gather(self, flat: Tensor) -> Callable[[], None]:
-        board, parts = self._gathers, flat.view(self.size, -1)
-        number = board.announce([[parts[self.rank].data_ptr()]] * self.size)
+        mailbox, parts = self._gathers, flat.view(self.size, -1)
+        number = mailbox.announce([[parts[self.rank].data_ptr()]] * self.size)
         self.gather_bytes += parts[self.rank].nbytes * (self.size - 1)
 
         def finish() -> None:
             for peer in self.peers():
-                (address,) = board.look(peer, number, 1)
+                (address,) = mailbox.look(peer, number, 1)
                 self.read(peer, address, parts[peer])
-            board.answer(number)
+            mailbox.answer(number)
 
         return finish
 
 
-class _Board:
+class _Mailbox:
     """What this rank tells the others, in words of 64 bits; every rank makes the same announcements in one order.
 
     First `outstanding` pairs: the number of an announcement, from 1, and where its table lies (for each rank where
@@ -158,10 +158,10 @@ class _Board:
     which it has read this rank's announcements: written here, it is still there when that rank has gone home.
     """
 
-    def __init__(self, door: SameHost, outstanding: int) -> None:
-        self.door, self.outstanding = door, outstanding
-        self.words = (ctypes.c_int64 * (2 * outstanding + door.size))()
-        _boards.append(self.words)
+    def __init__(self, comm: SameHost, outstanding: int) -> None:
+        self.comm, self.outstanding = comm, outstanding
+        self.words = (ctypes.c_int64 * (2 * outstanding + comm.size))()
+        _mailboxes.append(self.words)
         self.address = ctypes.addressof(self.words)
         self.theirs: list[int] = []  # the address of every rank's
         self._number = 0
@@ -186,20 +186,20 @@ class _Board:
         slot = self.theirs[peer] + self._slot(number) * _WORD
         self._await(peer, lambda: self._integers(peer, slot, 1)[0] >= number, "receiving from")
         (table,) = self._integers(peer, slot + _WORD, 1)
-        (begin,) = self._integers(peer, table + self.door.rank * _WORD, 1)
+        (begin,) = self._integers(peer, table + self.comm.rank * _WORD, 1)
         return self._integers(peer, table + begin * _WORD, count)
 
     def answer(self, number: int) -> None:
         """Say that this rank has read everybody's announcement, and wait until everybody has read this rank's."""
-        door, done = self.door, 2 * self.outstanding
+        comm, done = self.comm, 2 * self.outstanding
         mine = (ctypes.c_int64 * 1)(number)
-        for peer in door.peers():
-            there = self.theirs[peer] + (done + door.rank) * _WORD
+        for peer in comm.peers():
+            there = self.theirs[peer] + (done + comm.rank) * _WORD
             try:
-                _copy("process_vm_writev", door.processes[peer], there, ctypes.addressof(mine), _WORD)
+                _copy("process_vm_writev", comm.processes[peer], there, ctypes.addressof(mine), _WORD)
             except OSError as error:
-                raise door.lost(peer, error) from error
-        for peer in door.peers():
+                raise comm.lost(peer, error) from error
+        for peer in comm.peers():
 
             def answered(peer: int = peer) -> bool:
                 if self.words[done + peer] >= number:
@@ -218,48 +218,48 @@ class _Board:
         return 2 * (number % self.outstanding)
 
     def _await(self, peer: int, ready: Callable[[], bool], doing: str) -> None:
-        deadline = time.monotonic() + self.door.patience
+        deadline = time.monotonic() + self.comm.patience
         looks = 0
         while not ready():
             looks += 1
             if time.monotonic() > deadline:
-                name = self.door.named(peer)
-                raise PeerError(f"{doing} rank {name} failed: timed out after {self.door.patience:g} s")
+                name = self.comm.global_rank(peer)
+                raise PeerError(f"{doing} rank {name} failed: timed out after {self.comm.patience:g} s")
             time.sleep(min(looks * _PAUSE, 1e-3))  # short waits are met at once, long ones cost no processor time
 
     def _integers(self, peer: int, address: int, count: int) -> list[int]:
         try:
-            return _integers(self.door.processes[peer], address, count)
+            return _integers(self.comm.processes[peer], address, count)
         except OSError as error:
-            raise self.door.lost(peer, error) from error
+            raise self.comm.lost(peer, error) from error
 
 
 class _Reading(Exchange):
-    door: SameHost
+    comm: SameHost
 
-    def __init__(self, door: SameHost, board: _Board, parts: Sequence[Part]) -> None:
-        super().__init__(door)
-        self.board, self.mine = board, parts[door.rank]
+    def __init__(self, comm: SameHost, mailbox: _Mailbox, parts: Sequence[Part]) -> None:
+        super().__init__(comm)
+        self.mailbox, self.mine = mailbox, parts[comm.rank]
         self.sent = parts  # they must live until the others have read them
-        self.number = board.announce([[message.data_ptr() for message in part] for part in parts])
-        door.reduce_bytes += sum(message.nbytes for peer in door.peers() for message in parts[peer])
+        self.number = mailbox.announce([[message.data_ptr() for message in part] for part in parts])
+        comm.reduce_bytes += sum(message.nbytes for peer in comm.peers() for message in parts[peer])
 
     def held_bytes(self) -> int:
         return sum(message.nbytes for part in self.sent for message in part)
 
     def release(self) -> None:
-        self.board.answer(self.number)
+        self.mailbox.answer(self.number)
 
     def parts(self) -> Iterator[tuple[list[Tensor], int, int]]:
-        door = self.door
-        addresses = {peer: self.board.look(peer, self.number, len(self.mine)) for peer in door.peers()}
+        comm = self.comm
+        addresses = {peer: self.mailbox.look(peer, self.number, len(self.mine)) for peer in comm.peers()}
         scratch = {peer: self.mine[0].new_empty(0) for peer in addresses}
-        for number, first, start, end in stretches(self.mine, door.size):
+        for number, first, start, end in stretches(self.mine, comm.size):
             own = self.mine[number][first : first + end - start]
-            parts = [own] * door.size
+            parts = [own] * comm.size
             for peer, at in addresses.items():
                 if scratch[peer].numel() < own.numel():
                     scratch[peer] = torch.empty_like(own)
                 parts[peer] = scratch[peer][: own.numel()]
-                door.read(peer, at[number] + first * own.itemsize, parts[peer])
+                comm.read(peer, at[number] + first * own.itemsize, parts[peer])
             yield parts, start, end

@@ -26,12 +26,12 @@ encode with the row's random bits. With lr = 0 neither the weight nor its master
 (`m1_format` NONE), the gradient takes its place.
 
 Capturable tables (`table.capturable`) are for replayed CUDA graphs. Host scalars that depend on the step (`lr`,
-`beta3`, `alpha`, `unbias1`, `unbias2`, `average_rate`, `step`) are then stale; the kernel computes them itself, in
-double, from
+`beta3`, `alpha`, `bias_correction1`, `bias_correction2`, `weight_ema_rate`, `step`) are then stale; the kernel
+computes them itself, in double, from
     step_pointer      float32 scalar on the device, already counted up for this step
     schedule_pointer  the same for the schedules, 0 where the step itself is meant
     lr_pointer        float32 scalar on the device, or 0: then `lr` holds (a host number cannot change in a graph)
-    alpha_final, beta3_final, alpha_warmup, beta3_warmup (0: none), beta1, beta2, average_rate (of steps after the
+    alpha_final, beta3_final, alpha_warmup, beta3_warmup (0: none), beta1, beta2, weight_ema_rate (of steps after the
     first)
 """
 
@@ -49,15 +49,18 @@ from torch import Tensor
 from shardopt.errors import InputError
 
 SEGMENT = np.dtype(
-    [(k, np.uint64) for k in ("weight", "grad", "m1", "m2", "nu", "master", "average")]
-    + [(k, np.uint64) for k in ("m1_scale", "m2_scale", "nu_scale", "average_scale")]
+    [(k, np.uint64) for k in ("weight", "grad", "m1", "m2", "nu", "master", "weight_ema")]
+    + [(k, np.uint64) for k in ("m1_scale", "m2_scale", "nu_scale", "weight_ema_scale")]
     + [("length", np.int64), ("start", np.int64), ("key", np.uint64), ("step", np.int64)]
-    + [(k, np.float64) for k in ("lr", "beta1", "beta2", "beta3", "alpha", "unbias1", "unbias2", "eps")]
-    + [(k, np.float64) for k in ("eps_root", "weight_decay", "average_rate")]
+    + [
+        (k, np.float64)
+        for k in ("lr", "beta1", "beta2", "beta3", "alpha", "bias_correction1", "bias_correction2", "eps")
+    ]
+    + [(k, np.float64) for k in ("eps_root", "weight_decay", "weight_ema_rate")]
     + [(k, np.float64) for k in ("alpha_final", "beta3_final", "alpha_warmup", "beta3_warmup")]
     + [(k, np.uint64) for k in ("step_pointer", "schedule_pointer", "lr_pointer")]
     + [(k, np.uint8) for k in ("weight_type", "grad_type", "m1_format", "m2_format", "nu_format")]
-    + [(k, np.uint8) for k in ("average_format", "master_kind", "flags")],
+    + [(k, np.uint8) for k in ("weight_ema_format", "master_kind", "flags")],
     align=True,
 )
 # weight_type, grad_type

@@ -10,18 +10,18 @@
 
 /* the same fields in the same order as kernels.SEGMENT */
 typedef struct {
-    uint64_t weight, grad, m1, m2, nu, master, average;
-    uint64_t m1_scale, m2_scale, nu_scale, average_scale;
+    uint64_t weight, grad, m1, m2, nu, master, weight_ema;
+    uint64_t m1_scale, m2_scale, nu_scale, weight_ema_scale;
     int64_t length, start;
     uint64_t key;
     int64_t step;
-    double lr, beta1, beta2, beta3, alpha, unbias1, unbias2, eps, eps_root, weight_decay, average_rate;
+    double lr, beta1, beta2, beta3, alpha, bias_correction1, bias_correction2, eps, eps_root, weight_decay, weight_ema_rate;
     double alpha_final, beta3_final, alpha_warmup, beta3_warmup;
     uint64_t step_pointer, schedule_pointer, lr_pointer;
-    uint8_t weight_type, grad_type, m1_format, m2_format, nu_format, average_format, master_kind, flags;
+    uint8_t weight_type, grad_type, m1_format, m2_format, nu_format, weight_ema_format, master_kind, flags;
 } Segment;
 
-enum { NONE = 0, FP32 = 1, BF16 = 2, BLOCK16 = 3, INT8 = 4, FP16 = 5 }; /* formats; types are FP32, BF16, FP16 */
+enum { NONE = 0, FP32 = 1, BF16 = 2, BLOCK16 = 3, BLOCK8 = 4, FP16 = 5 }; /* formats; types are FP32, BF16, FP16 */
 enum { NO_MASTER = 0, FP32_MASTER = 1, SPLIT_MASTER = 2 };
 enum { SKIP = 1, MAXIMIZE = 2, YOGI = 4 };
 #define BLOCK 128
@@ -83,8 +83,8 @@ INLINE float joined(uint16_t high, int16_t low) {
 /* -- the update ----------------------------------------------------------------------------------------- */
 
 typedef struct {
-    float rate1, rate2, rate3, alpha, unbias1, unbias2, eps, eps_root, lr, weight_decay;
-    float average_rate, sign;
+    float rate1, rate2, rate3, alpha, bias_correction1, bias_correction2, eps, eps_root, lr, weight_decay;
+    float weight_ema_rate, sign;
 } Scalars;
 
 static Scalars scalars_of(const Segment *s) {
@@ -93,13 +93,13 @@ static Scalars scalars_of(const Segment *s) {
     c.rate3 = (float)(1.0 - s->beta3);
     c.rate2 = (float)(1.0 - s->beta2);
     c.alpha = (float)s->alpha;
-    c.unbias1 = (float)s->unbias1;
-    c.unbias2 = (float)s->unbias2;
+    c.bias_correction1 = (float)s->bias_correction1;
+    c.bias_correction2 = (float)s->bias_correction2;
     c.eps = (float)s->eps;
     c.eps_root = (float)s->eps_root;
     c.lr = (float)s->lr;
     c.weight_decay = (float)s->weight_decay;
-    c.average_rate = (float)s->average_rate;
+    c.weight_ema_rate = (float)s->weight_ema_rate;
     c.sign = (s->flags & MAXIMIZE) ? -1.0f : 1.0f;
     return c;
 }
@@ -115,7 +115,7 @@ INLINE float second_moment(float nu, float g, const Scalars *c, int yogi) {
 }
 
 INLINE float moved(float w, float m1, float m2, float nu, const Scalars *c) {
-    float u = (m1 * c->unbias1 + m2 * c->alpha) / (sqrtf(nu * c->unbias2 + c->eps_root) + c->eps);
+    float u = (m1 * c->bias_correction1 + m2 * c->alpha) / (sqrtf(nu * c->bias_correction2 + c->eps_root) + c->eps);
     return w - (u + w * c->weight_decay) * c->lr;
 }
 
@@ -199,7 +199,7 @@ static void load_state(float *restrict out, uint64_t codes, uint64_t scales, int
                 out[i] = !is_nu && (p[i] & 0x8000u) ? -x : x;
             }
         }
-    } else if (format == INT8) {
+    } else if (format == BLOCK8) {
         const int8_t *restrict p = (const int8_t *)(uintptr_t)codes + at;
         const uint8_t *restrict q = (const uint8_t *)p;
         for (int from = 0; from < n; from += BLOCK) {
@@ -300,7 +300,7 @@ static void tiled(const Segment *s, int64_t from, int64_t n) {
     const Scalars c = scalars_of(s);
     void *weight = (void *)(uintptr_t)s->weight, *master = (void *)(uintptr_t)s->master;
     const int yogi = (s->flags & YOGI) != 0, has_m1 = s->m1_format != NONE, moves = s->lr != 0.0;
-    float w[TILE], g[TILE], m1[TILE], m2[TILE], nu[TILE], average[TILE];
+    float w[TILE], g[TILE], m1[TILE], m2[TILE], nu[TILE], weight_ema[TILE];
     uint32_t words[TILE];
     for (int64_t at = from; at < from + n; at += TILE) {
         const int count = (int)(from + n - at < TILE ? from + n - at : TILE);
@@ -321,11 +321,11 @@ static void tiled(const Segment *s, int64_t from, int64_t n) {
         else for (int i = 0; i < count; i++) nu[i] = second_moment(nu[i], g[i], &c, 0);
         const float *fast = has_m1 ? m1 : g;
         if (moves) for (int i = 0; i < count; i++) w[i] = moved(w[i], fast[i], m2[i], nu[i], &c);
-        if (s->average_format != NONE) {
-            load_state(average, s->average, s->average_scale, at, count, s->average_format, 0);
-            for (int i = 0; i < count; i++) average[i] = average[i] + (w[i] - average[i]) * c.average_rate;
-            if (s->average_format != FP32) fill_words(words, s, at, count, 2);
-            store_state(average, s->average, s->average_scale, at, count, s->average_format, 0, words, 0);
+        if (s->weight_ema_format != NONE) {
+            load_state(weight_ema, s->weight_ema, s->weight_ema_scale, at, count, s->weight_ema_format, 0);
+            for (int i = 0; i < count; i++) weight_ema[i] = weight_ema[i] + (w[i] - weight_ema[i]) * c.weight_ema_rate;
+            if (s->weight_ema_format != FP32) fill_words(words, s, at, count, 2);
+            store_state(weight_ema, s->weight_ema, s->weight_ema_scale, at, count, s->weight_ema_format, 0, words, 0);
         }
         if (s->m1_format > FP32 || s->m2_format > FP32) fill_words(words, s, at, count, 0);
         if (has_m1) store_state(m1, s->m1, s->m1_scale, at, count, s->m1_format, 0, words, 0);
@@ -353,7 +353,7 @@ static void tiled(const Segment *s, int64_t from, int64_t n) {
 
 static void chunk(const Segment *s, int64_t from, int64_t n) {
     const int f = s->m1_format;
-    const int plain = (f == FP32 || f == BF16) && s->m2_format == f && s->nu_format == f && s->average_format == NONE
+    const int plain = (f == FP32 || f == BF16) && s->m2_format == f && s->nu_format == f && s->weight_ema_format == NONE
         && !(s->flags & YOGI) && s->lr != 0.0;
     const int64_t until = (int64_t)(0x100000000ull - ((uint64_t)(s->start + from) & 0xFFFFFFFFull));
 #define CASE(W, M, G, F)                                                                                     \

@@ -15,7 +15,7 @@ from shardopt.optim.reference import Scalars
 # Temporaries are tiles, never as large as a large parameter; a CPU's fit its cache. Multiples of precision.BLOCK.
 _TILE = {"cpu": 1 << 17}
 _TILE_ELSEWHERE = 1 << 22
-_STATES = ("m1", "m2", "nu", "average")
+_STATES = ("m1", "m2", "nu", "weight_ema")
 
 
 class EagerKernel:
@@ -81,16 +81,16 @@ def _tile(
         for kind in _STATES
         if kind in entry.tensors
     }
-    new_weight, m1, m2, nu, average = reference.update(
+    new_weight, m1, m2, nu, weight_ema = reference.update(
         exact,
         part(grad).to(compute),
         values.get("m1"),
         values["m2"],
         values["nu"],
         s,
-        values.get("average"),
+        values.get("weight_ema"),
     )
-    for kind, value in zip(_STATES, (m1, m2, nu, average), strict=True):
+    for kind, value in zip(_STATES, (m1, m2, nu, weight_ema), strict=True):
         if value is None:
             continue
         codes = part(entry.tensors[kind])

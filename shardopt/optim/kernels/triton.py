@@ -42,7 +42,7 @@ _BLOCK = 1024  # elements of a program; a multiple of precision.BLOCK
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 # Formats, types and masters as in kernels/__init__.py; Triton reads only constants that are marked as such.
-_FP32, _BF16, _BLOCK16, _INT8, _FP16 = (tl.constexpr(i) for i in (1, 2, 3, 4, 5))
+_FP32, _BF16, _BLOCK16, _BLOCK8, _FP16 = (tl.constexpr(i) for i in (1, 2, 3, 4, 5))
 _FP32_MASTER, _SPLIT_MASTER = tl.constexpr(1), tl.constexpr(2)
 _SKIP = tl.constexpr(1)
 _SCALE_BLOCK = tl.constexpr(128)
@@ -52,19 +52,19 @@ _FIELDS: Mapping[str, Any] = SEGMENT.fields or {}
 _PLACE = {name: field[1] // 8 for name, field in _FIELDS.items()}
 _WORDS = tl.constexpr(SEGMENT.itemsize // 8)
 _COPIED = [
-    *("weight", "grad", "m1", "m2", "nu", "master", "average"),
-    *("m1_scale", "m2_scale", "nu_scale", "average_scale", "length", "start"),
+    *("weight", "grad", "m1", "m2", "nu", "master", "weight_ema"),
+    *("m1_scale", "m2_scale", "nu_scale", "weight_ema_scale", "length", "start"),
 ]
 _DOUBLES = [
-    *("lr", "beta1", "beta2", "beta3", "alpha", "unbias1", "unbias2"),
-    *("eps", "eps_root", "weight_decay", "average_rate"),
+    *("lr", "beta1", "beta2", "beta3", "alpha", "bias_correction1", "bias_correction2"),
+    *("eps", "eps_root", "weight_decay", "weight_ema_rate"),
 ]
-_KIND = ("weight_type", "grad_type", "m1_format", "m2_format", "nu_format", "average_format", "master_kind", "flags")
+_KIND = ("weight_type", "grad_type", "m1_format", "m2_format", "nu_format", "weight_ema_format", "master_kind", "flags")
 assert [*_PLACE][: len(_COPIED)] == _COPIED
 assert [_PLACE[name] - _PLACE["lr"] for name in _DOUBLES] == list(range(11))
 assert [_FIELDS[name][1] for name in _KIND] == list(range(SEGMENT.itemsize - 8, SEGMENT.itemsize))
 _KEY_AT, _LR_AT, _BETA1_AT, _BETA2_AT, _RATE_AT = (
-    tl.constexpr(_PLACE[name]) for name in ("key", "lr", "beta1", "beta2", "average_rate")
+    tl.constexpr(_PLACE[name]) for name in ("key", "lr", "beta1", "beta2", "weight_ema_rate")
 )
 _ALPHA_AT, _BETA3_AT, _ALPHA_WARMUP_AT, _BETA3_WARMUP_AT = (
     tl.constexpr(_PLACE[name]) for name in ("alpha_final", "beta3_final", "alpha_warmup", "beta3_warmup")
@@ -74,13 +74,13 @@ _STEP_POINTER_AT, _SCHEDULE_POINTER_AT, _LR_POINTER_AT = (
 )
 
 # A row on the device, in 64-bit words: the first fields of SEGMENT as they are, then what is worked out from the rest.
-_WEIGHT, _GRAD, _M1, _M2, _NU, _MASTER, _AVERAGE = (tl.constexpr(i) for i in range(7))
-_M1_SCALE, _M2_SCALE, _NU_SCALE, _AVERAGE_SCALE, _LENGTH, _START = (tl.constexpr(i) for i in range(7, 13))
+_WEIGHT, _GRAD, _M1, _M2, _NU, _MASTER, _WEIGHT_EMA = (tl.constexpr(i) for i in range(7))
+_M1_SCALE, _M2_SCALE, _NU_SCALE, _WEIGHT_EMA_SCALE, _LENGTH, _START = (tl.constexpr(i) for i in range(7, 13))
 _STREAM, _FIRST, _FLAGS, _FLOATS = (tl.constexpr(i) for i in (13, 16, 17, 18))  # 3 streams, 12 floats in 6 words
 _COLUMNS = tl.constexpr(24)
 # the floats: _DOUBLES with 1 - beta in the place of beta, and the gradient's sign
-_LR, _RATE1, _RATE2, _RATE3, _ALPHA, _UNBIAS1, _UNBIAS2 = (tl.constexpr(i) for i in range(7))
-_EPS, _EPS_ROOT, _DECAY, _AVERAGE_RATE, _SIGN = (tl.constexpr(i) for i in range(7, 12))
+_LR, _RATE1, _RATE2, _RATE3, _ALPHA, _BIAS_CORRECTION1, _BIAS_CORRECTION2 = (tl.constexpr(i) for i in range(7))
+_EPS, _EPS_ROOT, _DECAY, _WEIGHT_EMA_RATE, _SIGN = (tl.constexpr(i) for i in range(7, 12))
 
 # -- random bits: see precision.py ------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ def _update(
     M1: tl.constexpr,
     M2: tl.constexpr,
     NU: tl.constexpr,
-    AVERAGE: tl.constexpr,
+    WEIGHT_EMA: tl.constexpr,
     MASTER: tl.constexpr,
     IS_YOGI: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -298,16 +298,20 @@ def _update(
     m1_at, m1_scales = tl.load(row + _M1), tl.load(row + _M1_SCALE)
     if M1 != 0:
         m1 = _read_state(m1_at, m1_scales, M1, False, block, offsets, groups, live, some, ALIGNED, FULL)
-    average_at, average_scales = tl.load(row + _AVERAGE), tl.load(row + _AVERAGE_SCALE)
-    if AVERAGE != 0:
-        average = _read_state(
-            average_at, average_scales, AVERAGE, False, block, offsets, groups, live, some, ALIGNED, FULL
+    weight_ema_at, weight_ema_scales = tl.load(row + _WEIGHT_EMA), tl.load(row + _WEIGHT_EMA_SCALE)
+    if WEIGHT_EMA != 0:
+        weight_ema = _read_state(
+            weight_ema_at, weight_ema_scales, WEIGHT_EMA, False, block, offsets, groups, live, some, ALIGNED, FULL
         )
     c = (row + _FLOATS).to(tl.pointer_type(tl.float32), bitcast=True)
     rate1, rate2, rate3 = tl.load(c + _RATE1), tl.load(c + _RATE2), tl.load(c + _RATE3)
-    unbias1, unbias2, alpha = tl.load(c + _UNBIAS1), tl.load(c + _UNBIAS2), tl.load(c + _ALPHA)
+    bias_correction1, bias_correction2, alpha = (
+        tl.load(c + _BIAS_CORRECTION1),
+        tl.load(c + _BIAS_CORRECTION2),
+        tl.load(c + _ALPHA),
+    )
     eps, eps_root, decay = tl.load(c + _EPS), tl.load(c + _EPS_ROOT), tl.load(c + _DECAY)
-    lr, average_rate, sign = tl.load(c + _LR), tl.load(c + _AVERAGE_RATE), tl.load(c + _SIGN)
+    lr, weight_ema_rate, sign = tl.load(c + _LR), tl.load(c + _WEIGHT_EMA_RATE), tl.load(c + _SIGN)
     first = (tl.load(row + _START) + block).to(tl.uint64)
     stream0 = tl.load(row + _STREAM).to(tl.uint64)
     stream1 = tl.load(row + _STREAM + 1).to(tl.uint64)
@@ -327,7 +331,7 @@ def _update(
     else:
         nu = nu + (squared - nu) * rate2
     moves = lr != 0.0
-    u = tl.div_rn(fast * unbias1 + m2 * alpha, tl.sqrt_rn(nu * unbias2 + eps_root) + eps)
+    u = tl.div_rn(fast * bias_correction1 + m2 * alpha, tl.sqrt_rn(nu * bias_correction2 + eps_root) + eps)
     w = tl.where(moves, w - (u + w * decay) * lr, w)
 
     ROUNDS_WEIGHT: tl.constexpr = WEIGHT == _BF16 and MASTER == 0
@@ -355,12 +359,14 @@ def _update(
                 _write(master_at, tl.uint16, rest.to(tl.uint16), block, offsets, live, ALIGNED, FULL)
         if MASTER == _FP32_MASTER:
             _write(master_at, tl.float32, w, block, offsets, live, ALIGNED, FULL)
-    if AVERAGE != 0:
-        average = average + (w - average) * average_rate
-        if AVERAGE > _FP32:
+    if WEIGHT_EMA != 0:
+        weight_ema = weight_ema + (w - weight_ema) * weight_ema_rate
+        if WEIGHT_EMA > _FP32:
             words = _words(stream2, first, offsets) & 0xFFFF
-        at, scales = average_at, average_scales
-        _write_state(at, scales, AVERAGE, False, average, words, block, offsets, groups, live, some, ALIGNED, FULL)
+        at, scales = weight_ema_at, weight_ema_scales
+        _write_state(
+            at, scales, WEIGHT_EMA, False, weight_ema, words, block, offsets, groups, live, some, ALIGNED, FULL
+        )
 
 
 @triton.jit
@@ -372,7 +378,7 @@ def _step_kernel(
     M1: tl.constexpr,
     M2: tl.constexpr,
     NU: tl.constexpr,
-    AVERAGE: tl.constexpr,
+    WEIGHT_EMA: tl.constexpr,
     MASTER: tl.constexpr,
     IS_YOGI: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -385,9 +391,9 @@ def _step_kernel(
     left = tl.load(row + _LENGTH) - block
     if (flags & _SKIP) == 0:
         if left >= BLOCK:  # a mask of its own would keep the compiler from wide loads
-            _update(row, block, left, WEIGHT, GRAD, M1, M2, NU, AVERAGE, MASTER, IS_YOGI, ALIGNED, BLOCK, True)
+            _update(row, block, left, WEIGHT, GRAD, M1, M2, NU, WEIGHT_EMA, MASTER, IS_YOGI, ALIGNED, BLOCK, True)
         else:
-            _update(row, block, left, WEIGHT, GRAD, M1, M2, NU, AVERAGE, MASTER, IS_YOGI, ALIGNED, BLOCK, False)
+            _update(row, block, left, WEIGHT, GRAD, M1, M2, NU, WEIGHT_EMA, MASTER, IS_YOGI, ALIGNED, BLOCK, False)
 
 
 # -- captured steps: the scalars of a row, on the device ------------------------------------------------------------
@@ -406,7 +412,7 @@ def _number(address, live):
 
 @triton.jit
 def _unbias(beta, step):
-    """reference.unbias; exp(x) - 1 after W. Kahan, accurate for small x."""
+    """reference.bias_correction; exp(x) - 1 after W. Kahan, accurate for small x."""
     x = step * tl.log(beta)
     e = tl.exp(x)
     less_one = tl.where(e == 1.0, x, tl.where(e < 0.5, e - 1.0, (e - 1.0) * x / tl.log(e)))
@@ -440,14 +446,14 @@ def _scalars_kernel(table, count, BLOCK: tl.constexpr):
     start = tl.log(beta1)
     rising = tl.where(beta1 == 0.0, end / fraction, start * end / ((1.0 - fraction) * end + fraction * start))
     beta3 = tl.where(warmup > scheduled, tl.exp(rising), beta3)
-    average_rate = tl.where(step == 1.0, 1.0, _double(given, _RATE_AT, live))
+    weight_ema_rate = tl.where(step == 1.0, 1.0, _double(given, _RATE_AT, live))
 
     tl.store(c + _LR, lr.to(tl.float32), mask=live)
     tl.store(c + _RATE3, (1.0 - beta3).to(tl.float32), mask=live)
     tl.store(c + _ALPHA, alpha.to(tl.float32), mask=live)
-    tl.store(c + _UNBIAS1, _unbias(beta1, step), mask=live)
-    tl.store(c + _UNBIAS2, _unbias(_double(given, _BETA2_AT, live), step), mask=live)
-    tl.store(c + _AVERAGE_RATE, average_rate.to(tl.float32), mask=live)
+    tl.store(c + _BIAS_CORRECTION1, _unbias(beta1, step), mask=live)
+    tl.store(c + _BIAS_CORRECTION2, _unbias(_double(given, _BETA2_AT, live), step), mask=live)
+    tl.store(c + _WEIGHT_EMA_RATE, weight_ema_rate.to(tl.float32), mask=live)
     key = tl.load(given + _KEY_AT, mask=live, other=0).to(tl.uint64)
     for pair in tl.static_range(3):
         stream = _mix64(key + (step.to(tl.int64).to(tl.uint64) * 4 + pair) * 0x9E3779B97F4A7C15)
@@ -565,9 +571,9 @@ def _launches(table: Table, raw: np.ndarray, capturing: bool) -> list[_Launch]:
         first[members] = np.cumsum(programs[members]) - programs[members]
         words = _pinned((total + 1) // 2, table.device)
         words.view(torch.int32).numpy()[:total] = np.repeat(members, programs[members])
-        weight, grad, m1, m2, nu, average, master, flags = int(kind).to_bytes(8, "little")
+        weight, grad, m1, m2, nu, weight_ema, master, flags = int(kind).to_bytes(8, "little")
         constants = {
-            **{"WEIGHT": weight, "GRAD": grad or weight, "M1": m1, "M2": m2, "NU": nu, "AVERAGE": average},
+            **{"WEIGHT": weight, "GRAD": grad or weight, "M1": m1, "M2": m2, "NU": nu, "WEIGHT_EMA": weight_ema},
             **{"MASTER": master, "IS_YOGI": bool(flags & YOGI), "ALIGNED": bool(flags & _ALIGNED)},
         }
         device = words.to(table.device, non_blocking=True)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shardopt.engines.ranks import Ranks
+from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 from shardopt.pretrain.data.batches import HoldoutData, Shuffled, Source, Stream, TrainData
 from shardopt.pretrain.data.config import BpeTokenizer, ByteTokenizer, DataConfig, HfSource

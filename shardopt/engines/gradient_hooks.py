@@ -151,9 +151,9 @@ def attach(hooks: GradientHook | Sequence[GradientHook], target: ZeroOptimizer |
     if isinstance(target, ZeroOptimizer):
         _attach_zero(hooks, target)
     elif isinstance(target, DistributedDataParallel):
-        door = collectives(target.process_group, next(target.parameters()).device, None)
-        _bind(hooks, door.group)
-        _register(target, _DdpReduction(hooks, door))
+        comm = collectives(target.process_group, next(target.parameters()).device, None)
+        _bind(hooks, comm.group)
+        _register(target, _DdpReduction(hooks, comm))
     elif isinstance(target, FSDPModule):
         _attach_fsdp(hooks, target)
     else:
@@ -193,8 +193,8 @@ def _register(ddp: DistributedDataParallel, reduce: Callable[[dist.GradBucket], 
     ddp.register_comm_hook(None, hook)
 
 
-def _reduce(door: Collectives, sent: Tensor, out: Tensor, scale: float) -> None:
-    reduction = door.reduce_scatter([[part] for part in sent.chunk(door.size)])
+def _reduce(comm: Collectives, sent: Tensor, out: Tensor, scale: float) -> None:
+    reduction = comm.reduce_scatter([[part] for part in sent.chunk(comm.size)])
     reduction.finish(out, accumulate=False, scale=scale)
     reduction.release()
 
@@ -202,24 +202,24 @@ def _reduce(door: Collectives, sent: Tensor, out: Tensor, scale: float) -> None:
 class _DdpReduction:
     """Reduce a bucket of DDP onto its owners, let the hooks see it, hand it round again."""
 
-    def __init__(self, hooks: list[GradientHook], door: Collectives) -> None:
-        self.hooks, self.door = hooks, door
+    def __init__(self, hooks: list[GradientHook], comm: Collectives) -> None:
+        self.hooks, self.comm = hooks, comm
 
     def __call__(self, bucket: dist.GradBucket) -> None:
-        buffer, door = bucket.buffer(), self.door
-        part = -(-buffer.numel() // door.size)
-        flat = buffer.new_zeros(part * door.size, dtype=torch.promote_types(buffer.dtype, torch.float32))
+        buffer, comm = bucket.buffer(), self.comm
+        part = -(-buffer.numel() // comm.size)
+        flat = buffer.new_zeros(part * comm.size, dtype=torch.promote_types(buffer.dtype, torch.float32))
         flat[: buffer.numel()].copy_(buffer)
         for hook in self.hooks:
             hook.before_reduce(bucket.index(), flat)
         sent = flat.to(_wire_of(self.hooks, buffer.dtype))
-        own = flat[door.rank * part : (door.rank + 1) * part]
+        own = flat[comm.rank * part : (comm.rank + 1) * part]
         reduced = torch.empty_like(own)
-        _reduce(door, sent, reduced, 1.0 / door.size)
+        _reduce(comm, sent, reduced, 1.0 / comm.size)
         own.copy_(reduced)
         for hook in self.hooks:
             hook.after_reduce(bucket.index(), own)
-        door.all_gather(flat)()
+        comm.all_gather(flat)()
         buffer.copy_(flat[: buffer.numel()])
 
 
@@ -228,7 +228,7 @@ class _FsdpReduction:
 
     def __init__(self, hooks: list[GradientHook], index: int) -> None:
         self.hooks, self.index = hooks, index
-        self.doors: dict[dist.ProcessGroup, Collectives] = {}
+        self.comms: dict[dist.ProcessGroup, Collectives] = {}
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -236,10 +236,10 @@ class _FsdpReduction:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
-        if group not in self.doors:
-            self.doors[group] = collectives(group, input_tensor.device, None)
-        door = self.doors[group]
-        scale = {dist.ReduceOp.SUM: 1.0, dist.ReduceOp.AVG: 1.0 / door.size}.get(getattr(op, "op", op))
+        if group not in self.comms:
+            self.comms[group] = collectives(group, input_tensor.device, None)
+        comm = self.comms[group]
+        scale = {dist.ReduceOp.SUM: 1.0, dist.ReduceOp.AVG: 1.0 / comm.size}.get(getattr(op, "op", op))
         if scale is None:
             raise InputError(f"FSDP2 asks for the reduction {op}, which our hooks do not have: keep its divide factors")
         wide = torch.promote_types(input_tensor.dtype, torch.float32)
@@ -248,7 +248,7 @@ class _FsdpReduction:
             hook.before_reduce(self.index, flat)
         sent = flat.to(_wire_of(self.hooks, input_tensor.dtype))
         reduced = output_tensor if output_tensor.dtype == wide else torch.empty_like(output_tensor, dtype=wide)
-        _reduce(door, sent, reduced, scale)
+        _reduce(comm, sent, reduced, scale)
         output_tensor.copy_(reduced)
 
 
