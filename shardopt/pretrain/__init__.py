@@ -1,1 +1,1 @@
-"""Pretraining a causal language model: config, data, model, loop, tracking, report."""
+"""Pretraining a causal language model: config, data, model, loop, metrics, report."""

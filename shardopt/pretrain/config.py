@@ -24,10 +24,10 @@ from shardopt.engines import EngineConfig, FsdpConfig
 from shardopt.errors import InputError
 from shardopt.optim import registry
 from shardopt.pretrain.data.config import DataConfig
+from shardopt.pretrain.metrics import TrackingConfig
 from shardopt.pretrain.model import ModelConfig, transformers_config
 from shardopt.pretrain.schedule import ScheduleConfig
 from shardopt.pretrain.section import Section
-from shardopt.pretrain.tracking import TrackingConfig
 
 
 class RunConfig(Section):

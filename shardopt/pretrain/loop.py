@@ -19,10 +19,10 @@ from shardopt.errors import InputError
 from shardopt.pretrain import data, model, report, rng
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.folder import RunFolder
+from shardopt.pretrain.metrics import Tracker
 from shardopt.pretrain.schedule import lr_factor
 from shardopt.pretrain.scoring import HeldOut, generate, held_out, token_loss_sum
 from shardopt.pretrain.signals import Stop, stop_signals
-from shardopt.pretrain.tracking import Tracker
 
 FORMAT = "shardopt.pretrain/1"
 

@@ -24,7 +24,7 @@ from shardopt.engines.base import EngineInputs
 from shardopt.engines.deepspeed.layouts import UnknownPartitions, attach_layouts
 from shardopt.errors import InputError
 from shardopt.optim import registry
-from shardopt.pretrain.tracking import read_metrics
+from shardopt.pretrain.metrics import read_metrics
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
 

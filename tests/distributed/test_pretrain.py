@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from shardopt.cli import main
-from shardopt.pretrain.tracking import read_metrics
+from shardopt.pretrain.metrics import read_metrics
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
 
@@ -74,7 +74,7 @@ def eval_losses(folder, name):
 
 def test_averaged_weights_are_evaluated_and_training_goes_on_as_without_them(folder):
     changes = {"train__steps": 12, "eval__every": 4}
-    averaged = changes | {"optimizer__average_decay": 0.9}
+    averaged = changes | {"optimizer__weight_ema": 0.9}
     tiny.run(0, 1, folder, run__name="plain", engine="{name: single}", **changes)
     tiny.run(0, 1, folder, run__name="weight_ema", engine="{name: single}", **averaged)
     assert losses(folder, "weight_ema") == losses(folder, "plain")

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from shardopt.cli import main
-from shardopt.pretrain.tracking import read_metrics
+from shardopt.pretrain.metrics import read_metrics
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
 

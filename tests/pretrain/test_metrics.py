@@ -17,7 +17,8 @@ import wandb
 from pydantic import ValidationError
 
 from shardopt.errors import InputError, MissingExtraError
-from shardopt.pretrain.tracking import Tracker, TrackingConfig, WandbConfig, read_metrics
+from shardopt.pretrain.metrics import Tracker, TrackingConfig, read_metrics
+from shardopt.pretrain.wandb_run import WandbConfig
 
 OFF = TrackingConfig(wandb=WandbConfig(mode="disabled"))
 KEY = "0123456789" * 4
@@ -160,7 +161,6 @@ def test_folder_that_cannot_be_written_is_an_input_error(tmp_path):
 def test_other_ranks_leave_nothing(tmp_path):
     tracker = track(tmp_path, TrackingConfig(), is_main=False)
     log(tracker, [1, 1])
-    tracker.summary({"loss": 1.0})
     tracker.close()
     assert tracker.run_id is None
     assert tracker.where is None
@@ -212,7 +212,6 @@ def test_offline_runs_of_one_id_make_one_history(tmp_path, capfd):
     tracker = track(tmp_path, TrackingConfig(), resume_step=310, run_config=run_config)
     assert tracker.run_id == first
     log(tracker, [320, 330])
-    tracker.summary({"final_loss": 0.5})
     end(tracker)
 
     before, after = offline_records(tmp_path)
@@ -228,8 +227,6 @@ def test_offline_runs_of_one_id_make_one_history(tmp_path, capfd):
         assert logged["optimizer"] == run_config["optimizer"]
         axes = {record.metric.name or record.metric.glob_name: record.metric.step_metric for record in records}
         assert axes["*"] == "step"
-    summary = [item for record in after if record.HasField("summary") for item in record.summary.update]
-    assert ("final_loss", "0.5") in [(item.key or ".".join(item.nested_key), item.value_json) for item in summary]
     assert [record.exit.exit_code for record in after if record.HasField("exit")] == [0]
     assert capfd.readouterr() == ("", "")
 
@@ -253,11 +250,11 @@ def test_failures_of_wandb_warn_once_and_training_goes_on(tmp_path, monkeypatch)
         raise ConnectionResetError("Connection\nlost")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracker._run, "log", fail)
+        patch.setattr(tracker._wandb._run, "log", fail)
         log(tracker, [1, 2])
     assert warnings == ["W&B failed, training goes on without it: ConnectionResetError: Connection lost"]
     log(tracker, [3])
-    monkeypatch.setattr(tracker._run, "finish", fail)
+    monkeypatch.setattr(tracker._wandb._run, "finish", fail)
     tracker.close()
     assert warnings[1:] == ["W&B: 3 writes failed in all"]
     assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3]
@@ -439,7 +436,7 @@ def test_offline_folders_sync_into_one_run(tmp_path, backend):
 
 
 def test_server_that_does_not_answer_leaves_the_run_offline(tmp_path, monkeypatch):
-    monkeypatch.setattr("shardopt.pretrain.tracking._INIT_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr("shardopt.pretrain.wandb_run._INIT_TIMEOUT_SECONDS", 1.0)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nothing listens
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     warnings = []

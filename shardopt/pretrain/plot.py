@@ -1,0 +1,68 @@
+"""loss.png: the train loss, raw and smoothed, and the held-out loss of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def draw_loss(rows: Sequence[Mapping[str, Any]], target: Path, title: str) -> None:
+    """Draw the `loss` and `eval_loss` of rows of metrics over their `step`, as a PNG of 1200 × 675 pixels.
+
+    Smoothing is an exponential average over about a fiftieth of the logged steps, corrected for its start.
+    The first steps fall from far above: the y axis ends where the rest, all but the first twentieth, ends.
+    Without any loss nothing is drawn.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train, held_out = (
+        [(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in ("loss", "eval_loss")
+    )
+    if not train and not held_out:
+        return
+    # Its own canvas: pyplot would choose a back end for the whole process and keep the figure.
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        steps, losses = [step for step, _ in train], [loss for _, loss in train]
+        smooth = _smooth(losses, max(1.0, len(losses) / 50))
+        marker = "o" if len(train) == 1 else ""
+        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, marker=marker, label="train, raw")
+        axes.plot(steps, smooth, color="tab:blue", linewidth=1.8, label="train, smoothed")
+    if held_out:
+        axes.plot(
+            *zip(*held_out, strict=True),
+            color="tab:red",
+            marker="o",
+            markersize=5,
+            linewidth=1,
+            linestyle="--",
+            label=f"held-out ({held_out[-1][1]:.3f} at step {held_out[-1][0]})",
+            zorder=3,
+        )
+    if len(train) >= 40:
+        settled = [loss for _, loss in train[len(train) // 20 :]] + [loss for _, loss in held_out[1:]]
+        low, high = min(settled), max(settled)
+        margin = 0.05 * (high - low) or 0.1
+        axes.set_ylim(low - margin, high + margin)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title, parse_math=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    aside = target.with_suffix(".png.tmp")
+    figure.savefig(aside, format="png", dpi=150)
+    aside.replace(target)
+
+
+def _smooth(values: list[float], span: float) -> list[float]:
+    decay, average, weight, smoothed = 1 - 1 / span, 0.0, 0.0, []
+    for value in values:
+        average = decay * average + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        smoothed.append(average / weight)
+    return smoothed
