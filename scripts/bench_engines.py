@@ -136,10 +136,10 @@ def plain_step(model: Any, optimizer: Any) -> Callable[[Any], None]:
 
 def zero(model: Any, settings: dict[str, Any], cls: Any, kwargs: dict[str, Any]) -> Callable[[Any], None]:
     from shardopt import ZeroOptimizer
-    from shardopt.engines.zero import same_host
+    from shardopt.engines.zero.transports import shared_memory
 
     if settings.get("sockets"):  # as where the ranks may not read each other's memory
-        same_host.join = lambda *_: None  # type: ignore[assignment]
+        shared_memory.join = lambda *_: None  # type: ignore[assignment]
     optimizer = ZeroOptimizer(model, cls, stage=settings["stage"], overlap_gather=model.model.layers, **kwargs)
     assert optimizer.transport == ("sockets" if settings.get("sockets") else "memory")
 

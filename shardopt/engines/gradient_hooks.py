@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from shardopt.engines.zero.collectives import Collectives, collectives
+from shardopt.engines.zero import ZeroOptimizer
+from shardopt.engines.zero.transports import Communicator, communicator
 from shardopt.errors import InputError
-
-if TYPE_CHECKING:
-    from shardopt.engines.zero import ZeroOptimizer
 
 __all__ = ["ErrorFeedback", "GradientHook", "GradientStatistics", "NonFinite", "attach", "reduce_scatter_into"]
 
@@ -145,13 +143,11 @@ def attach(hooks: GradientHook | Sequence[GradientHook], target: ZeroOptimizer |
     Raises:
         InputError: another kind of target, or a wire dtype that a ZeroOptimizer was not built for.
     """
-    from shardopt.engines.zero import ZeroOptimizer
-
     hooks = [hooks] if isinstance(hooks, GradientHook) else list(hooks)
     if isinstance(target, ZeroOptimizer):
         _attach_zero(hooks, target)
     elif isinstance(target, DistributedDataParallel):
-        comm = collectives(target.process_group, next(target.parameters()).device, None)
+        comm = communicator(target.process_group, next(target.parameters()).device)
         _bind(hooks, comm.group)
         _register(target, _DdpReduction(hooks, comm))
     elif isinstance(target, FSDPModule):
@@ -193,7 +189,7 @@ def _register(ddp: DistributedDataParallel, reduce: Callable[[dist.GradBucket], 
     ddp.register_comm_hook(None, hook)
 
 
-def _reduce(comm: Collectives, sent: Tensor, out: Tensor, scale: float) -> None:
+def _reduce(comm: Communicator, sent: Tensor, out: Tensor, scale: float) -> None:
     reduction = comm.reduce_scatter([[part] for part in sent.chunk(comm.size)])
     reduction.finish(out, accumulate=False, scale=scale)
     reduction.release()
@@ -202,7 +198,7 @@ def _reduce(comm: Collectives, sent: Tensor, out: Tensor, scale: float) -> None:
 class _DdpReduction:
     """Reduce a bucket of DDP onto its owners, let the hooks see it, hand it round again."""
 
-    def __init__(self, hooks: list[GradientHook], comm: Collectives) -> None:
+    def __init__(self, hooks: list[GradientHook], comm: Communicator) -> None:
         self.hooks, self.comm = hooks, comm
 
     def __call__(self, bucket: dist.GradBucket) -> None:
@@ -228,7 +224,7 @@ class _FsdpReduction:
 
     def __init__(self, hooks: list[GradientHook], index: int) -> None:
         self.hooks, self.index = hooks, index
-        self.comms: dict[dist.ProcessGroup, Collectives] = {}
+        self.comms: dict[dist.ProcessGroup, Communicator] = {}
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -237,7 +233,7 @@ class _FsdpReduction:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
         if group not in self.comms:
-            self.comms[group] = collectives(group, input_tensor.device, None)
+            self.comms[group] = communicator(group, input_tensor.device)
         comm = self.comms[group]
         scale = {dist.ReduceOp.SUM: 1.0, dist.ReduceOp.AVG: 1.0 / comm.size}.get(getattr(op, "op", op))
         if scale is None:

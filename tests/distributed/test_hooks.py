@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from shardopt import ZeroOptimizer, hooks
+from shardopt import ZeroOptimizer
+from shardopt.engines import gradient_hooks as hooks
 from shardopt.errors import InputError
 from tests.distributed.pool import on_ranks
 from tests.distributed.test_zero import (

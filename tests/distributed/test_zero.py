@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from shardopt import AdEMAMix, ZeroOptimizer
-from shardopt.engines.zero import same_host
+from shardopt.engines.zero.transports import shared_memory
 from shardopt.errors import InputError
 from tests.distributed.pool import RankError, on_ranks
 
@@ -108,8 +108,8 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, 
 
 def over_sockets(rank, world_size, body, *args):
     """`body` where the last rank may not read the others' memory."""
-    allowed = None if rank == world_size - 1 else same_host._system_call("process_vm_readv")
-    with mock.patch.object(same_host, "_system_call", return_value=allowed):
+    allowed = None if rank == world_size - 1 else shared_memory._process_vm_readv()
+    with mock.patch.object(shared_memory, "_process_vm_readv", return_value=allowed):
         assert ZeroOptimizer(model(), AdEMAMix).transport == "sockets"
         return body(rank, world_size, *args)
 

@@ -1,7 +1,7 @@
 """Our own ZeRO: optimizer state (stage 1) and gradients (stage 2) sharded over ranks, on plain torch modules."""
 
-from shardopt.engines.zero.collectives import PeerError
 from shardopt.engines.zero.engine import ZeroConfig, ZeroEngine
 from shardopt.engines.zero.optimizer import NonFiniteGradientError, ZeroOptimizer
+from shardopt.engines.zero.transports import PeerError
 
 __all__ = ["NonFiniteGradientError", "PeerError", "ZeroConfig", "ZeroEngine", "ZeroOptimizer"]

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from shardopt.engines.zero import same_host
 from shardopt.engines.zero.buckets import Bucket, fingerprint, lay_out
-from shardopt.engines.zero.collectives import Collectives, Pairwise, PeerError, collectives
-from shardopt.engines.zero.reducer import GradientHook, Reducer
+from shardopt.engines.zero.reducer import Reducer
+from shardopt.engines.zero.transports import PeerError, communicator
 from shardopt.errors import InputError
 from shardopt.optim import states
 from shardopt.slices import Layout, Slice, canonical_name, named_parameters
+
+if TYPE_CHECKING:
+    from shardopt.engines.gradient_hooks import GradientHook
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -143,13 +145,13 @@ class ZeroOptimizer(Optimizer):
         refuse_unless_elementwise(optimizer_class, optimizer_kwargs)
         device = self._named[0][1].device
 
-        self._shard, self._replicate = _communicators(process_group, device, timeout)
-        world = self._shard.size
+        shard, replicate = _groups(process_group)
+        world = dist.get_world_size(shard) if shard is not None else 1
         self.buckets = lay_out([(n, tuple(p.shape), p.dtype) for n, p in self._named], world, bucket_mb * 2**20)
+        self._shard = communicator(shard, device, timeout, in_flight=len(self.buckets))
+        self._replicate = communicator(replicate, device, timeout)
         settings = [optimizer_class.__name__, stage, reduce_dtype, gradients, _plain(optimizer_kwargs)]
         self._agree_on_layout(device, settings + [_plain(options) for options, _ in groups])
-        if isinstance(self._shard, Pairwise) and self._shard.group is not None and world > 1 and device.type == "cpu":
-            self._shard = same_host.join(self._shard.group, timeout, len(self.buckets)) or self._shard
         self._flats = [self._flatten(b) for b in self.buckets]
         self._start_alike()
 
@@ -749,9 +751,9 @@ def _in_order(groups: list[tuple[dict[str, Any], Pairs]], model: nn.Module | Non
     return pairs
 
 
-def _communicators(
-    where: dist.ProcessGroup | DeviceMesh | None, device: torch.device, timeout: timedelta | None
-) -> tuple[Collectives, Collectives]:
+def _groups(
+    where: dist.ProcessGroup | DeviceMesh | None,
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """The ranks to shard over, and those that hold the same slices."""
     shard: dist.ProcessGroup | None
     replicate: dist.ProcessGroup | None = None
@@ -764,7 +766,7 @@ def _communicators(
         shard = where
         if shard is None and dist.is_available() and dist.is_initialized():
             shard = dist.group.WORLD
-    return collectives(shard, device, timeout), collectives(replicate, device, timeout)
+    return shard, replicate
 
 
 @torch.no_grad()

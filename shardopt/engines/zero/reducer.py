@@ -5,25 +5,18 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
 from shardopt.engines.zero.buckets import Bucket, Member
-from shardopt.engines.zero.collectives import Collectives, Part, PeerError, Reduction
+from shardopt.engines.zero.transports import Communicator, Part, PeerError, Reduction
 from shardopt.errors import InputError
 
-
-class GradientHook(Protocol):
-    """What a user may do to gradients; see shardopt.engines.gradient_hooks. Both work in place, on every rank alike."""
-
-    def before_reduce(self, bucket: int, flat: Tensor) -> None:
-        """This rank's gradients of one bucket, flat with padding, in fp32 (or wider), before they are sent."""
-
-    def after_reduce(self, bucket: int, reduced: Tensor) -> None:
-        """This rank's part of a bucket, reduced over ranks and micro-batches, before clipping and the step."""
+if TYPE_CHECKING:
+    from shardopt.engines.gradient_hooks import GradientHook
 
 
 # Elements [first, last) of a member's gradient, which lie from `at` in a message.
@@ -40,7 +33,7 @@ class Reducer:
     Args:
         buckets: the layout.
         params: the model's parameters in registration order (`Member.index`).
-        collectives: the ranks that the buckets are cut over.
+        comm: the ranks that the buckets are cut over.
         reduce_dtype: bf16 makes wider gradients narrower on the wire; fp32 leaves all as they are.
 
     Attributes:
@@ -55,11 +48,11 @@ class Reducer:
         self,
         buckets: Sequence[Bucket],
         params: Sequence[nn.Parameter],
-        collectives: Collectives,
+        comm: Communicator,
         reduce_dtype: torch.dtype,
         scale: float,
     ) -> None:
-        self.buckets, self.params, self.collectives = buckets, params, collectives
+        self.buckets, self.params, self.comm = buckets, params, comm
         self.reduce_dtype, self.scale = reduce_dtype, scale
         self.hooks: list[GradientHook] = []
         self.storage: dict[torch.dtype, Tensor] = {}
@@ -79,7 +72,7 @@ class Reducer:
         self._wire = [b.dtype if b.dtype.itemsize <= 2 or reduce_dtype.itemsize > 2 else reduce_dtype for b in buckets]
         self._order = [m.index for b in buckets for m in b.members]
         self._bucket_of = {m.index: b for b in buckets for m in b.members}
-        self._plans = [self._plan(b) for b in buckets] if collectives.takes_messages else []
+        self._plans = [self._plan(b) for b in buckets] if comm.takes_messages else []
         sizes = [b.numel * max(b.dtype.itemsize, w.itemsize) for b, w in zip(buckets, self._wire, strict=True)]
         self.budget = 2 * max(sizes)
         self.delivered: dict[int, Tensor] = {}
@@ -192,7 +185,7 @@ class Reducer:
                     for of in zip(bucket.messages, self._plans[bucket.index], strict=True)
                 ]
             gradients.clear()
-            reduction = self.collectives.reduce_scatter(parts)
+            reduction = self.comm.reduce_scatter(parts)
             self._flying.append((bucket, reduction))
             self._flying_bytes += reduction.held_bytes()
             self._next = bucket.index + 1
@@ -224,7 +217,7 @@ class Reducer:
         flat[end:].zero_()
         for hook in self.hooks:
             hook.before_reduce(bucket.index, flat)
-        return [[part] for part in flat.to(wire).chunk(self.collectives.size)]
+        return [[part] for part in flat.to(wire).chunk(self.comm.size)]
 
     def _complete(self) -> None:
         bucket, reduction = self._flying.popleft()

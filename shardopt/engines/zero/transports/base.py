@@ -1,0 +1,185 @@
+"""What ZeRO asks of a transport: reduce-scatter a bucket onto the ranks that own its parts, all-gather the parts.
+
+gloo gets pairwise exchanges (sockets.py): every rank sends each other rank that rank's part and adds what it receives,
+in rank order and in fp32 whatever is on the wire. That is several times faster than gloo's reduce-scatter, sends
+gradients from where autograd left them, and makes the sum independent of how buckets are cut. Ranks of one machine need
+not even send (shared_memory.py). NCCL and other backends use their own collectives (native.py).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Messages for one rank, in order: together they are that rank's part of a bucket.
+Part = Sequence[Tensor]
+_IN_CACHE = 1 << 17  # elements that are added up at a time, of all ranks together; half a MiB in fp32
+
+
+class PeerError(RuntimeError):
+    """Another rank did not take part in a collective: it died, raised, or went another way through the code."""
+
+
+class Reduction(abc.ABC):
+    """A reduce-scatter in flight."""
+
+    @abc.abstractmethod
+    def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
+        """Wait, and write `scale` times the sum over ranks of this rank's part to `out` (or add it).
+
+        Args:
+            out: 1-D, fp32 or wider, as long as the part.
+            accumulate: add to `out` instead of overwriting it.
+            scale: what the sum is multiplied by.
+
+        Returns:
+            The L2 norm of what `out` then holds, a tensor without dimensions.
+
+        Raises:
+            PeerError: a rank did not send its part in time.
+        """
+
+    @abc.abstractmethod
+    def release(self) -> None:
+        """After `finish` and `not_finite`: wait until the tensors that were sent may change.
+
+        Raises:
+            PeerError: a rank did not receive its part in time.
+        """
+
+    @abc.abstractmethod
+    def held_bytes(self) -> int:
+        """Bytes that this reduction keeps alive: what is being sent, and where it is received."""
+
+    def not_finite(self) -> list[int]:
+        """After `finish`: the global ranks that sent a NaN or an infinity; empty where they cannot be told apart."""
+        return []
+
+
+class Communicator(abc.ABC):
+    """A process group as ZeRO uses it; `transports.communicator` makes the right kind.
+
+    Communicators on one group keep their messages apart by `channel`, so that the reductions of two optimizers may be
+    in flight at once, launched in another order on each rank. All calls on one communicator must come in the same
+    order on every rank.
+
+    Args:
+        group: None for a single process.
+        timeout: of every wait; None is the process group's own.
+        channel: a number that no other communicator on this group has, the same on all of its ranks.
+
+    Attributes:
+        name: what ZeroOptimizer.transport shows.
+        takes_messages: whether a part may be several messages; if not, the parts are consecutive in one flat bucket.
+        in_background: whether data moves while nobody waits, so that waiting late pays.
+        rank, size: this rank's place in the group, and the group's size.
+        reduce_bytes, gather_bytes: what this rank has sent, by reduce-scatters and by all-gathers.
+    """
+
+    name: str
+    takes_messages: bool
+    in_background = True
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout: timedelta | None = None, channel: int = 0) -> None:
+        self.group, self.timeout, self.channel = group, timeout, channel
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self.reduce_bytes = self.gather_bytes = 0
+
+    @abc.abstractmethod
+    def reduce_scatter(self, parts: Sequence[Part]) -> Reduction:
+        """Start sending parts[r] to rank r for every r; the tensors must not change before `Reduction.release`."""
+
+    @abc.abstractmethod
+    def all_gather(self, flat: Tensor) -> Callable[[], None]:
+        """Start filling `flat` in place, rank r's equal part from rank r; returns the function that waits for it."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """All-reduce a few values in place: their sum over ranks, the same bits on every rank."""
+        if self.size > 1:
+            wait(dist.all_reduce(values, group=self.group, async_op=True), self.timeout, "the agreement on gradients")
+        return values
+
+    def global_rank(self, rank: int) -> int:
+        """The rank in the whole job of this group's `rank`."""
+        return dist.get_global_rank(self.group, rank) if self.group is not None else rank
+
+    def peers(self) -> list[int]:
+        """The other ranks, beginning with the next one, so that not all ranks turn to the same one first."""
+        return [(self.rank + i) % self.size for i in range(1, self.size)]
+
+
+def wait(work: dist.Work | None, timeout: timedelta | None, what: str) -> None:
+    """Wait for `work`. Raises PeerError, which says `what` was being waited for, if it fails."""
+    if work is None:
+        return
+    try:
+        if timeout is None:
+            work.wait()
+        else:
+            work.wait(timeout)
+    except RuntimeError as error:
+        raise PeerError(f"{what} failed: {error}") from error
+
+
+def sum_parts(parts: Sequence[Tensor], out: Tensor, accumulate: bool, scale: float) -> None:
+    """out (+)= scale (parts[0] + parts[1] + ...), added in that order in out's dtype; the parts stay as they are."""
+    # The sum of the parts comes first, so that it does not depend on what was there.
+    total = torch.empty_like(out) if accumulate else out
+    if len(parts) > 1 and parts[0].dtype == parts[1].dtype == out.dtype:
+        torch.add(parts[0], parts[1], out=total)
+        rest = parts[2:]
+    else:
+        total.copy_(parts[0])
+        rest = parts[1:]
+    for part in rest:
+        total.add_(part)
+    if accumulate:
+        out.add_(total, alpha=scale)
+    elif scale != 1.0:
+        out.mul_(scale)
+
+
+def chunks(messages: Part, world_size: int) -> Iterator[tuple[int, int, int, int]]:
+    """Chunks of a part that fit the cache for all ranks together: (message, its start there, start, end in the part).
+
+    The elements of chunk (i, first, start, end) are messages[i][first : first + end - start].
+    """
+    at = 0
+    for number, message in enumerate(messages):
+        size = max(1, _IN_CACHE // world_size if message.device.type == "cpu" else message.numel())
+        for first in range(0, message.numel(), size):
+            yield number, first, at + first, at + min(first + size, message.numel())
+        at += message.numel()
+
+
+class ExchangedReduction(Reduction):
+    """A reduction that is sent every rank's part as it is, and adds them up here."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+
+    @abc.abstractmethod
+    def received_parts(self) -> Iterator[tuple[list[Tensor], int, int]]:
+        """By chunks: what each rank sent, in rank order, and where the chunk starts and ends in this rank's part.
+
+        The tensors are good until the next chunk is asked for.
+        """
+
+    def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
+        norms = []
+        for parts, start, end in self.received_parts():
+            sum_parts(parts, out[start:end], accumulate, scale)
+            norms.append(torch.linalg.vector_norm(out[start:end]))
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def not_finite(self) -> list[int]:
+        bad: set[int] = set()
+        for parts, *_ in self.received_parts():
+            bad |= {rank for rank, part in enumerate(parts) if not part.isfinite().all()}
+        return sorted(map(self.comm.global_rank, bad))

@@ -1,0 +1,278 @@
+"""Ranks of one machine read each other's memory instead of sending it through sockets.
+
+A rank writes into its own mailbox where a part lies; the part's owner finds it there, copies it (process_vm_readv,
+Linux) while it adds it up, and writes into its own mailbox that it has: one copy into the cache, against three and a
+buffer by way of gloo, and no thread beside backward's. Nothing is ever written into another process, and every read
+also fetches the secret of the mailbox that it expects there, in the same system call: a process that was given the PID
+of a rank that died is not mistaken for it. The kernel lets a process read those of the same user unless Yama
+(kernel.yama.ptrace_scope > 0) or a container's seccomp profile forbids it; then the sockets remain.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardopt.engines.zero.transports.base import (
+    Communicator,
+    ExchangedReduction,
+    Part,
+    PeerError,
+    Reduction,
+    chunks,
+)
+
+_WORD = 8  # bytes; mailboxes and tables are of 64-bit integers
+_PAUSE = 1e-6  # seconds; every pause between two looks into a mailbox is longer by this
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
+_mailboxes: list[ctypes.Array[ctypes.c_int64]] = []  # never freed: a peer may still read one after its owner failed
+
+
+class _IoVec(ctypes.Structure):
+    """The kernel's struct iovec."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+@cache
+def _process_vm_readv() -> Callable[..., int] | None:
+    """The system call, where this machine has it and it is enough."""
+    # Only x86 shows one processor's stores to the others in order without barriers, which Python does not have.
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64" or not _BOOT_ID.exists():
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
+    if function is not None:
+        vector = ctypes.POINTER(_IoVec)
+        function.argtypes = [ctypes.c_int, vector, ctypes.c_ulong, vector, ctypes.c_ulong, ctypes.c_ulong]
+        function.restype = ctypes.c_ssize_t
+    return function
+
+
+class _Process:
+    """Another rank's process, known by its PID and by a secret at an address of its memory."""
+
+    def __init__(self, pid: int, address: int, secret: int) -> None:
+        self.pid, self.address, self.secret = pid, address, secret
+
+    def read(self, address: int, into: int, nbytes: int) -> None:
+        """Copy `nbytes` from `address` there to `into` here.
+
+        Raises:
+            OSError: the process has ended, another one has its PID, or the kernel forbids it.
+        """
+        call = _process_vm_readv()
+        assert call is not None
+        found = ctypes.c_int64()
+        done = 0
+        while done < nbytes:
+            here = (_IoVec * 2)(_IoVec(ctypes.addressof(found), _WORD), _IoVec(into + done, nbytes - done))
+            there = (_IoVec * 2)(_IoVec(self.address, _WORD), _IoVec(address + done, nbytes - done))
+            count = call(self.pid, here, 2, there, 2, 0)
+            if count < 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            if count < _WORD or found.value != self.secret:
+                raise OSError(errno.ESRCH, "its process has ended and another one has its PID")
+            if count == _WORD:
+                raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+            done += count - _WORD
+
+    def words(self, address: int, count: int) -> list[int]:
+        into = (ctypes.c_int64 * count)()
+        self.read(address, ctypes.addressof(into), count * _WORD)
+        return list(into)
+
+
+def join(
+    group: dist.ProcessGroup, timeout: timedelta | None, channel: int, in_flight: int
+) -> SharedMemoryCommunicator | None:
+    """A communicator for the CPU ranks of `group` if each can read every other one's memory, else None. A collective.
+
+    Args:
+        timeout: of every wait; None is the process group's own.
+        channel: see Communicator.
+        in_flight: reduce-scatters, and all-gathers, that are in flight at most at a time.
+    """
+    comm = SharedMemoryCommunicator(group, timeout, channel, in_flight)
+    able = _process_vm_readv() is not None
+    mine = (_BOOT_ID.read_text() if able else "", os.getpid(), [(m.address, m.secret) for m in comm.mailboxes])
+    everyone = [mine] * comm.size
+    dist.all_gather_object(everyone, mine, group=group)
+    for mailbox, places in zip(comm.mailboxes, zip(*(places for *_, places in everyone), strict=True), strict=True):
+        mailbox.peers = [_Process(pid, *place) for (_, pid, _), place in zip(everyone, places, strict=True)]
+    able = able and all(machine == mine[0] for machine, *_ in everyone)
+    try:
+        if able:
+            for mailbox in comm.mailboxes:
+                for process in mailbox.peers:
+                    process.words(process.address, 1)
+    except OSError:  # no such process in this container, or not allowed: all ranks agree on that
+        able = False
+    agreed = torch.tensor([int(able)])
+    dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
+    return comm if agreed.item() else None
+
+
+class SharedMemoryCommunicator(Communicator):
+    """Adds up and copies out of the peers' memory; made by `join`."""
+
+    name = "memory"
+    takes_messages = True
+    in_background = False
+
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta | None, channel: int, in_flight: int) -> None:
+        super().__init__(group, timeout, channel)
+        options = group._get_backend(torch.device("cpu")).options
+        self.patience = (timeout or options._timeout).total_seconds()
+        self.mailboxes = self._reductions, self._gathers = _Mailbox(self, in_flight), _Mailbox(self, in_flight)
+
+    def reduce_scatter(self, parts: Sequence[Part]) -> Reduction:
+        return _SharedMemoryReduction(self, self._reductions, parts)
+
+    def all_gather(self, flat: Tensor) -> Callable[[], None]:
+        mailbox, parts = self._gathers, flat.view(self.size, -1)
+        number = mailbox.post([[parts[self.rank].data_ptr()]] * self.size)
+        self.gather_bytes += parts[self.rank].nbytes * (self.size - 1)
+
+        def finish() -> None:
+            for peer in self.peers():
+                (address,) = mailbox.fetch(peer, number, 1)
+                mailbox.read(peer, address, parts[peer])
+            mailbox.mark_read(number)
+            mailbox.wait_until_read(number)
+
+        return finish
+
+
+class _Mailbox:
+    """Where this rank posts the addresses of what it sends; every rank posts as often, and reads all the others'.
+
+    In words of 64 bits: a secret, then for each of `in_flight` posts three words: its number, counted from 1; where
+    its table lies; and the number again once this rank has read the same post of all its peers. A table holds for each
+    rank where in the table its addresses begin, then the addresses.
+    """
+
+    def __init__(self, comm: SharedMemoryCommunicator, in_flight: int) -> None:
+        self.comm, self.in_flight = comm, in_flight
+        self.secret = secrets.randbits(63)
+        self.words = (ctypes.c_int64 * (1 + 3 * in_flight))(self.secret)
+        _mailboxes.append(self.words)
+        self.address = ctypes.addressof(self.words)
+        self.peers: list[_Process] = []  # by rank, this one included
+        self._number = 0
+        self._tables: dict[int, ctypes.Array[ctypes.c_int64]] = {}
+
+    def post(self, addresses: Sequence[Sequence[int]]) -> int:
+        """Post addresses[r] for rank r; returns the number of the post."""
+        begins: list[int] = []
+        flat: list[int] = []
+        for theirs in addresses:
+            begins.append(len(addresses) + len(flat))
+            flat += theirs
+        self._number += 1
+        table = self._tables[self._number] = (ctypes.c_int64 * (len(begins) + len(flat)))(*begins, *flat)
+        slot = self._slot(self._number)
+        self.words[slot + 1] = ctypes.addressof(table)
+        self.words[slot] = self._number  # last, since it says that the rest is there
+        return self._number
+
+    def fetch(self, peer: int, number: int, count: int) -> list[int]:
+        """Wait for `peer`'s post and return the `count` addresses in it that are for this rank."""
+        slot = self.peers[peer].address + self._slot(number) * _WORD
+        self._wait(lambda: self._words(peer, slot, 1)[0] >= number, f"receiving from rank {self._name(peer)}")
+        (table,) = self._words(peer, slot + _WORD, 1)
+        (begin,) = self._words(peer, table + self.comm.rank * _WORD, 1)
+        return self._words(peer, table + begin * _WORD, count)
+
+    def mark_read(self, number: int) -> None:
+        """Say that this rank has read what all its peers posted as `number`."""
+        self.words[self._slot(number) + 2] = number
+
+    def wait_until_read(self, number: int) -> None:
+        """Wait until no peer will read this rank's post again."""
+        mark = (self._slot(number) + 2) * _WORD
+        for peer in self.comm.peers():
+            process = self.peers[peer]
+
+            def read(process: _Process = process) -> bool:
+                try:
+                    return process.words(process.address + mark, 1)[0] >= number
+                except OSError as error:
+                    return error.errno == errno.ESRCH  # it has ended, perhaps after its last step
+
+            self._wait(read, f"sending to rank {self._name(peer)}")
+        del self._tables[number]
+
+    def read(self, peer: int, address: int, into: Tensor) -> None:
+        """Fill the contiguous `into` from `peer`'s memory."""
+        with self._peer_errors(peer):
+            self.peers[peer].read(address, into.data_ptr(), into.nbytes)
+
+    def _words(self, peer: int, address: int, count: int) -> list[int]:
+        with self._peer_errors(peer):
+            return self.peers[peer].words(address, count)
+
+    @contextmanager
+    def _peer_errors(self, peer: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PeerError(f"reading from rank {self._name(peer)} failed: {error.strerror}") from error
+
+    def _slot(self, number: int) -> int:
+        return 1 + 3 * (number % self.in_flight)
+
+    def _name(self, peer: int) -> int:
+        return self.comm.global_rank(peer)
+
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + self.comm.patience
+        looks = 0
+        while not ready():
+            looks += 1
+            if time.monotonic() > deadline:
+                raise PeerError(f"{what} failed: timed out after {self.comm.patience:g} s")
+            time.sleep(min(looks * _PAUSE, 1e-3))  # short waits end at once, long ones cost no processor time
+
+
+class _SharedMemoryReduction(ExchangedReduction):
+    def __init__(self, comm: SharedMemoryCommunicator, mailbox: _Mailbox, parts: Sequence[Part]) -> None:
+        super().__init__(comm)
+        self.mailbox, self.own = mailbox, parts[comm.rank]
+        self.sent = parts  # they must live until the others have read them
+        self.number = mailbox.post([[message.data_ptr() for message in part] for part in parts])
+        comm.reduce_bytes += sum(message.nbytes for peer in comm.peers() for message in parts[peer])
+
+    def held_bytes(self) -> int:
+        return sum(message.nbytes for part in self.sent for message in part)
+
+    def release(self) -> None:
+        self.mailbox.mark_read(self.number)
+        self.mailbox.wait_until_read(self.number)
+
+    def received_parts(self) -> Iterator[tuple[list[Tensor], int, int]]:
+        comm = self.comm
+        addresses = {peer: self.mailbox.fetch(peer, self.number, len(self.own)) for peer in comm.peers()}
+        scratch = {peer: self.own[0].new_empty(0) for peer in addresses}
+        for number, first, start, end in chunks(self.own, comm.size):
+            own = self.own[number][first : first + end - start]
+            parts = [own] * comm.size
+            for peer, at in addresses.items():
+                if scratch[peer].numel() < own.numel():
+                    scratch[peer] = torch.empty_like(own)
+                parts[peer] = scratch[peer][: own.numel()]
+                self.mailbox.read(peer, at[number] + first * own.itemsize, parts[peer])
+            yield parts, start, end
