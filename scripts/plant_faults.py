@@ -1,0 +1,128 @@
+"""Plant one fault at a time in a copy of the tree and see whether the tests notice.
+
+    python scripts/plant_faults.py              # every fault of scripts/faults.yaml
+    python scripts/plant_faults.py -k schedule  # those whose file or name holds the word
+
+faults.yaml is a list of groups: a file, the tests that should notice (paths and -k expressions, as pytest takes
+them), and the faults in it. A fault is a name, the exact text that is there once, and what stands there instead; it
+may have tests of its own.
+
+    - file: shardopt/pretrain/schedule.py
+      tests: tests/pretrain/test_config.py -k schedule
+      faults:
+        - {name: warm-up starts at zero, old: return step / config.warmup, new: return (step - 1) / config.warmup}
+
+The tests of a group run without a fault first. A fault is caught when a test fails or does not end; the status is 1
+when one is missed, or is planted no more because its text has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def read_faults(path: Path, word: str) -> list[Fault]:
+    groups = yaml.safe_load(path.read_text())
+    faults = [
+        Fault(given["name"], group["file"], given["old"], given["new"], given.get("tests", group["tests"]))
+        for group in groups
+        for given in group["faults"]
+    ]
+    return [fault for fault in faults if word in fault.file or word in fault.name]
+
+
+def copy_tree(target: Path) -> None:
+    """Copy what git tracks or would track, as it lies in the working tree."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def run_tests(tree: Path, tests: str) -> str:
+    """`passed`, `failed` (or did not end), or pytest's last words where no test was run."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            [*command, *shlex.split(tests)], cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return "failed"
+    if done.returncode > 1:
+        return (done.stdout + done.stderr).strip()[-2000:]
+    return "failed" if done.returncode else "passed"
+
+
+def judge(tree: Path, fault: Fault) -> str:
+    """`caught`, `missed`, or why the fault could not be tried."""
+    path = tree / fault.file
+    whole = path.read_text()
+    if (count := whole.count(fault.old)) != 1:
+        return f"stale: its text stands {count} times in {fault.file}"
+    path.write_text(whole.replace(fault.old, fault.new))
+    try:
+        outcome = run_tests(tree, fault.tests)
+    finally:
+        path.write_text(whole)
+    return {"failed": "caught", "passed": "missed"}.get(outcome, f"no test ran: {outcome}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-k", dest="word", default="", help="only faults whose file or name holds this word")
+    parser.add_argument("--faults", type=Path, default=Path(__file__).with_name("faults.yaml"))
+    options = parser.parse_args()
+    faults = read_faults(options.faults, options.word)
+    verdicts: dict[Fault, str] = {}
+    sound: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        copy_tree(tree)
+        for fault in faults:
+            began = time.monotonic()
+            if fault.tests not in sound:
+                sound[fault.tests] = run_tests(tree, fault.tests)
+            good = sound[fault.tests] == "passed"
+            verdicts[fault] = judge(tree, fault) if good else f"without a fault: {sound[fault.tests]}"
+            print(f"{verdicts[fault]:8} {fault.file}: {fault.name} ({time.monotonic() - began:.0f} s)", flush=True)
+    print(f"\n{'file':40} {'caught':>6} {'of':>4}")
+    for file in dict.fromkeys(fault.file for fault in faults):
+        own = [verdict for fault, verdict in verdicts.items() if fault.file == file]
+        print(f"{file:40} {own.count('caught'):6} {len(own):4}")
+    caught = list(verdicts.values()).count("caught")
+    print(f"{'all':40} {caught:6} {len(faults):4}  {100 * caught / max(1, len(faults)):.0f} %")
+    return caught < len(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
