@@ -9,11 +9,11 @@ import hashlib
 import math
 import os
 import re
-import resource
 import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import wandb
@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardopt.distributed import Ranks
 from shardopt.pretrain import data, loop, model
-from shardopt.pretrain.tracking import read_metrics
+from shardopt.pretrain.metrics import read_metrics
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
-from tests.pretrain.test_tracking import history, offline_records
+from tests.pretrain.test_metrics import history, offline_records
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), False)
 SINGLE = {"engine": "{name: single}"}
@@ -291,22 +291,22 @@ def test_tokens_per_second_are_of_the_steps_and_not_of_the_evaluations(folder, m
 
 
 def test_memory_is_the_most_that_the_process_has_held(folder, monkeypatch):
-    def peak():
-        """The kernel's other count, in bytes; a few pages behind."""
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    process, held = psutil.Process(), {}
 
     def allocate(step):
-        if step == 3:
-            held = int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-            torch.ones((peak() - held + 2**26) // 4)  # 64 MiB beyond the highest so far, and let go
+        highest = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        if step == 3:  # 64 MiB beyond the highest so far, and let go
+            block = torch.ones((highest - process.memory_info().rss + 2**26) // 4)
+            held["block"] = process.memory_info().rss
+            del block
+        held[step] = highest
 
     Watched(monkeypatch, at_step=allocate)
-    before = max(peak(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     tiny.run(0, 1, folder, run__name="memory", train__steps=4, **SINGLE)
-    first, second, third, fourth = (row["memory_bytes"] for row in rows_of(folder, "memory"))
-    assert before - 2**20 <= first <= second < third <= fourth
-    assert third - second > 2**25
-    assert fourth == pytest.approx(peak(), rel=0.01)
+    rows = [row["memory_bytes"] for row in rows_of(folder, "memory")]
+    assert rows == sorted(rows)
+    assert held[1] <= rows[0] <= held[2] <= rows[1] <= held[3]
+    assert rows[3] == pytest.approx(held["block"], rel=0.01)
 
 
 def test_the_console_shows_the_logged_figures(folder, capsys):
