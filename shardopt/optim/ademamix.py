@@ -5,26 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from shardopt.errors import InputError
 from shardopt.optim import kernels, precision, reference, states
+from shardopt.optim.checked import CheckedOptimizer, Stored, placed_like, shards_of
 from shardopt.optim.kernels import TYPES, Entry
-from shardopt.optim.plan import Plan, make_entry, placed_ranges, scalars_of
+from shardopt.optim.plan import Plan, placed_ranges, scalars_of
 from shardopt.optim.schedules import alpha_at, beta3_at
-from shardopt.slices import Layout, layout_of, local_tensor, name_key
+from shardopt.slices import Layout, PlacementError, layout_of, local_tensor
 
 StateDtype = str | Mapping[str, str]
-_STATE_KEYS = {"step", "schedule_step", "m1", "m2", "nu", "master", "master_low", "weight_ema"}
-_STATE_KEYS |= {"m1_scale", "m2_scale", "nu_scale", "weight_ema_scale"}
 _TILE = 1 << 20  # elements that a temporary may have, where a pass outside the kernels needs one
+_unnamed = count()  # a number for each optimizer of this process whose parameters have no names
 
 
-class AdEMAMix(Optimizer):
+class AdEMAMix(CheckedOptimizer):
     """AdEMAMix: AdamW with a second, slow average of the gradient.
 
     Source: Pagliardini, Ablin, Grangier, "The AdEMAMix Optimizer", arXiv 2409.03137, algorithm 1. Step t counts from
@@ -32,7 +33,9 @@ class AdEMAMix(Optimizer):
 
     Args:
         params: tensors, (name, tensor) pairs or parameter groups of them; every argument up to `weight_ema`,
-            `capturable` and `seed` may be given for a group. Without names, a parameter's position stands for it.
+            `capturable` and `seed` may be given for a group. Without names, a parameter's position stands for it, and
+            the optimizer's number among the process's own without names keeps its random bits apart from theirs: make
+            such optimizers in the same order on every rank and in every run. The number is in the state_dict.
         lr: learning rate, a number or a 0-d tensor. With 0 the averages move and no weight does.
         betas: decays of the fast average m1, the second moment nu and the slow average m2. beta1 = 0 keeps no m1.
         alpha: weight of the slow average in the update.
@@ -51,7 +54,28 @@ class AdEMAMix(Optimizer):
         seed: of the stochastic rounding. Saved in the state_dict.
 
     Raises:
-        InputError: a hyper-parameter out of its range, a parameter or gradient of a kind that is not supported.
+        InputError: a hyper-parameter out of its range, a parameter or gradient of a kind that is not supported, two
+            parameters of one name.
+
+    Example:
+        >>> import torch, shardopt
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = shardopt.AdEMAMix(
+        ...     model.named_parameters(), lr=1e-3, alpha=8.0, alpha_warmup=100, beta3_warmup=100, state_dtype="bf16"
+        ... )
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(2, 4)).square().mean().backward()
+        ...     optimizer.step()
+        >>> optimizer.state[model.weight]["step"], optimizer.state[model.weight]["m2"].dtype
+        (3, torch.bfloat16)
+        >>> optimizer.schedule_values()["alpha"]
+        0.24
+
+        Go on from AdamW in mid-run:
+
+        >>> adamw = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+        >>> optimizer = shardopt.AdEMAMix.from_adamw(adamw, alpha=8.0, alpha_warmup=100)
     """
 
     def __init__(
@@ -99,7 +123,9 @@ class AdEMAMix(Optimizer):
         self._kernel_choice = kernel
         self._plan: Plan | None = None
         self._averaged = False
+        self._sizes: list[int] = []
         super().__init__(params, defaults)
+        states.parameter_names(self)  # refuses two parameters of one name
 
     # -- what hosts and engines ask ---------------------------------------------------------------------------
 
@@ -128,28 +154,22 @@ class AdEMAMix(Optimizer):
 
     def schedule_values(self) -> dict[str, float]:
         """alpha and beta3 as the latest step used them (those of the first group that has state)."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state.get(param)
-                if state:
-                    step = max(1, int(state.get("schedule_step", state["step"])))
-                    return {
-                        "alpha": alpha_at(step, group["alpha"], group["alpha_warmup"]),
-                        "beta3": beta3_at(step, group["betas"][2], group["betas"][0], group["beta3_warmup"]),
-                    }
-        group = self.param_groups[0]
+        found = ((group, self.state[p]) for group in self.param_groups for p in group["params"] if self.state.get(p))
+        group, state = next(found, (self.param_groups[0], {"step": 1}))
+        step = max(1, int(state.get("schedule_step", state["step"])))
         return {
-            "alpha": alpha_at(1, group["alpha"], group["alpha_warmup"]),
-            "beta3": beta3_at(1, group["betas"][2], group["betas"][0], group["beta3_warmup"]),
+            "alpha": alpha_at(step, group["alpha"], group["alpha_warmup"]),
+            "beta3": beta3_at(step, group["betas"][2], group["betas"][0], group["beta3_warmup"]),
         }
 
     @torch.no_grad()
     def init_state(self) -> None:
         """Create the state of every parameter that requires grad. Counts no step, leaves existing state alone."""
+        self._check_changes()
         for group in self.param_groups:
             for param in group["params"]:
                 if param.requires_grad and not self.state.get(param):
-                    self._create_state(param, group)
+                    self._create_state(group, param)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, Tensor]:
@@ -188,15 +208,15 @@ class AdEMAMix(Optimizer):
     def use_weight_ema(self) -> Iterator[None]:
         """Swap the averaged weights into the parameters for evaluation or export, and back on leaving.
 
-        Parameters that have not made a step keep their weights. No step may be taken inside.
+        Parameters that have not made a step keep their weights. Inside, `step`, `state_dict`, `load_state_dict` and
+        our checkpoints are refused: they would take the averaged weights for the trained ones.
 
         Raises:
-            InputError: no group has an `weight_ema`, or this is already inside another such block.
+            InputError: no group has a `weight_ema`, or this is already inside another such block.
         """
         if all(group["weight_ema"] is None for group in self.param_groups):
             raise InputError("use_weight_ema() needs an optimizer built with weight_ema, such as 0.999")
-        if self._averaged:
-            raise InputError("use_weight_ema() is already in force")
+        self.refuse_weight_ema("use_weight_ema()")
         kept: list[tuple[Tensor, Tensor]] = []
         self._averaged = True
         try:
@@ -204,7 +224,7 @@ class AdEMAMix(Optimizer):
                 for entry, weight, ranges in self._current_plan().held():
                     if "weight_ema" not in entry.tensors or not entry.state["step"]:
                         continue
-                    kept.append((weight, weight.clone()))
+                    kept.append((entry.param, weight.clone()))
                     flat = weight.reshape(-1)
                     for local, scale, length in ranges:
                         value = _decoded(entry, "weight_ema", local, scale, length)
@@ -215,83 +235,37 @@ class AdEMAMix(Optimizer):
             yield
         finally:
             with torch.no_grad():
-                for target, value in kept:
-                    target.copy_(value)
+                for param, value in kept:
+                    local_tensor(param).copy_(value)
             self._averaged = False
+
+    def refuse_weight_ema(self, what: str) -> None:
+        """Raise an InputError inside `use_weight_ema()`; `what` is what cannot be done there."""
+        if self._averaged:
+            raise InputError(f"{what} inside use_weight_ema(): the averaged weights are in force, leave it first")
 
     @classmethod
     def from_adamw(cls, adamw: Optimizer, **options: Any) -> AdEMAMix:
-        """Go on from a torch AdamW (or Adam with decoupled decay) in mid-run.
+        """Go on from a torch AdamW (or an Adam without L2 weight decay) in mid-run.
 
         exp_avg, exp_avg_sq and the step are taken over (fp32 tensors without a copy: drop the old optimizer); m2
-        starts at zero. The bias corrections go on counting, the schedules of alpha and beta3 start at the switch.
-        lr, weight decay, eps, beta1, beta2 and maximize come from `adamw`'s groups: change them there before, or
-        in the new groups after.
+        starts at zero, an average of the weights at the weights. The bias corrections go on counting, the schedules
+        of alpha and beta3 start at the switch. lr, weight decay, eps, beta1, beta2 and maximize come from `adamw`'s
+        groups: change them there before, or in the new groups after.
 
         Args:
+            adamw: the optimizer to go on from, with or without state.
             options: AdEMAMix's other arguments. `betas` may be given for its beta3, which else is 0.9999.
+
+        Returns:
+            A new optimizer over the same parameters and groups.
 
         Raises:
             InputError: an amsgrad optimizer (its maximum has no counterpart), or another kind of optimizer.
         """
-        if any(group.get("amsgrad") for group in adamw.param_groups):
-            raise InputError("from_adamw cannot take over an amsgrad optimizer: its running maximum has no counterpart")
-        if not isinstance(adamw, AdamW) and not (
-            all("betas" in group for group in adamw.param_groups)
-            and all({"exp_avg", "exp_avg_sq", "step"} <= set(state) for state in adamw.state.values() if state)
-        ):
-            raise InputError(f"from_adamw takes a torch.optim.AdamW, got {type(adamw).__name__}")
-        if any(group.get("decoupled_weight_decay") is False and group["weight_decay"] for group in adamw.param_groups):
-            raise InputError("from_adamw cannot take over Adam's L2 weight decay: AdEMAMix decays as AdamW does")
-        if taken := sorted({"lr", "eps", "weight_decay", "maximize"} & set(options)):
-            raise InputError(f"from_adamw takes {', '.join(taken)} from the AdamW: set them in its groups before")
-        betas = options.pop("betas", None)
-        if betas is not None and len(betas) != 3:
-            raise InputError(f"betas must be three numbers, got {betas!r}")
-        beta3 = 0.9999 if betas is None else betas[2]
-        groups = []
-        for old in adamw.param_groups:
-            group: dict[str, Any] = {key: old[key] for key in ("lr", "eps", "weight_decay", "initial_lr") if key in old}
-            group["maximize"] = bool(old.get("maximize", False))
-            group["betas"] = (*old["betas"], beta3)
-            names = old.get("param_names")
-            group["params"] = list(zip(names, old["params"], strict=True)) if names else list(old["params"])
-            groups.append(group)
-        new = cls(groups, **options)
-        with torch.no_grad():
-            for added in new.param_groups:
-                for param in added["params"]:
-                    old_state = adamw.state.get(param)
-                    if old_state:
-                        new._take_over(param, added, old_state)
-        return new
+        from shardopt.optim.from_adamw import take_over
 
-    def _take_over(self, param: Tensor, group: dict[str, Any], old: dict[str, Any]) -> None:
-        state = self._create_state(param, group)
-        step = int(old["step"])
-        for key, value in (("m1", old["exp_avg"]), ("nu", old["exp_avg_sq"])):
-            if key not in state:
-                continue
-            source, held = local_tensor(value), local_tensor(state[key])
-            if source.dtype == held.dtype and source.is_contiguous():
-                state[key] = _like(param, source)
-                continue
-            layouts = self._layouts(param, states.parameter_names(self)[param])
-            entry = make_entry(param, 0, state)
-            for layout, r, scale in placed_ranges(layouts):
-                base = precision.base_key(group["seed"], name_key(layout.name))
-                bits = precision.random_bits(key, base, step, r.global_start, r.length, source.device)
-                scales = entry.tensors.get(f"{key}_scale")
-                precision.encode(
-                    key,
-                    source.reshape(-1).narrow(0, r.local_start, r.length).float(),
-                    bits,
-                    entry.tensors[key].view(-1).narrow(0, r.local_start, r.length),
-                    None if scales is None else scales.narrow(0, scale, precision.blocks(r.length)),
-                )
-        state["step"] = _counter(step, param, group)
-        state["schedule_step"] = _counter(0, param, group)
-        self._plan = None
+        return take_over(cls, adamw, options)
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -301,148 +275,130 @@ class AdEMAMix(Optimizer):
             return (layout_of(param, name),)
         return (layout,) if isinstance(layout, Layout) else tuple(layout)
 
-    def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        local = local_tensor(param)
+    def _counter(self, step: int, group: Mapping[str, Any], param: Tensor) -> int | Tensor:
+        """A step count: a number, or an fp32 scalar on the parameter's device for capturable groups."""
+        if not group["capturable"]:
+            return step
+        return torch.full((), float(step), dtype=torch.float32, device=local_tensor(param.detach()).device)
+
+    def _stored(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Stored]:
+        local = local_tensor(param.detach())
+        formats = precision.formats_of(group["state_dtype"])
+        stored = {}
+        for key in ("m1", "m2", "nu", "weight_ema"):
+            if (key == "m1" and group["betas"][0] == 0.0) or (key == "weight_ema" and group["weight_ema"] is None):
+                continue
+            stored[key] = Stored(precision.storage_dtype(formats[key], key, local.dtype), local.shape)
+            if formats[key] in precision.BLOCK_FORMATS:
+                stored[f"{key}_scale"] = Stored(torch.float32, self._scale_shape(param))
+        if group["master_weights"] is not None and local.dtype in (torch.bfloat16, torch.float16):
+            split = group["master_weights"] == "split"
+            stored["master_low" if split else "master"] = Stored(torch.int16 if split else torch.float32, local.shape)
+        return stored
+
+    def _scale_shape(self, param: Tensor) -> torch.Size:
+        """(blocks held here); of a DTensor (1, blocks of the largest shard), as every shard is a row of the whole."""
+        try:
+            layouts = self._layouts(param, "a parameter")
+        except PlacementError as e:
+            raise InputError(f"block formats cannot place {e}; use state_dtype='fp32'") from e
+        if not hasattr(param, "placements"):
+            return torch.Size([sum(precision.blocks(r.length) for layout in layouts for r in layout.ranges)])
+        shards = shards_of(param)
+        largest = param.numel() if shards == 1 else -(-param.shape[0] // shards) * math.prod(param.shape[1:])
+        return torch.Size([1, precision.blocks(largest)])
+
+    def _create_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        local = local_tensor(param.detach())
         if local.dtype not in TYPES:
             raise InputError(f"AdEMAMix takes float64, float32, bfloat16 and float16 weights, not {local.dtype}")
-        master = group["master_weights"] if local.dtype in (torch.bfloat16, torch.float16) else None
-        if local.dtype == torch.float16 and master != "fp32":
+        if local.dtype == torch.float16 and group["master_weights"] != "fp32":
             raise InputError(
                 "float16 weights are too coarse near zero to be updated in place: give master_weights='fp32' (split "
                 "masters are for bfloat16)"
             )
-        formats = precision.formats_of(group["state_dtype"])
-        state: dict[str, Any] = {"step": _counter(0, param, group)}
-        for key in ("m1", "m2", "nu", "weight_ema"):
-            if (key == "m1" and group["betas"][0] == 0.0) or (key == "weight_ema" and group["weight_ema"] is None):
-                continue
-            dtype = precision.storage_dtype(formats[key], key, local.dtype)
-            values = torch.zeros(local.shape, dtype=dtype, device=local.device)
-            state[key] = _like(param, values)
-            if formats[key] in precision.BLOCK_FORMATS:
-                layouts = self._layouts(param, states.parameter_names(self)[param])
-                count = sum(precision.blocks(r.length) for layout in layouts for r in layout.ranges)
-                state[f"{key}_scale"] = torch.zeros(count, dtype=torch.float32, device=local.device)
-            elif key == "weight_ema":
-                values.copy_(local)
-        if master == "fp32":
-            state["master"] = _like(param, local.float().contiguous())
-        elif master == "split":
-            state["master_low"] = _like(param, torch.zeros(local.shape, dtype=torch.int16, device=local.device))
+        state: dict[str, Any] = {"step": self._counter(0, group, param)}
+        for key, (dtype, shape) in self._stored(group, param).items():
+            zeros = torch.zeros(shape, dtype=dtype, device=local.device)
+            state[key] = placed_like(param, zeros, per_shard=key.endswith("_scale"))
+        for key in ("master", "weight_ema"):
+            if key in state:
+                self._store(param, state, key, local)
         self.state[param] = state
         self._plan = None
         return state
 
+    def _store(self, param: Tensor, state: dict[str, Any], key: str, values: Tensor) -> None:
+        """Encode the local `values` as the state tensor `key`, rounded to nearest."""
+        codes = local_tensor(state[key])
+        if f"{key}_scale" not in state:
+            codes.copy_(values)
+            return
+        flat, scales = values.reshape(-1).float(), local_tensor(state[f"{key}_scale"]).view(-1)
+        for _, r, block in placed_ranges(self._layouts(param, key)):
+            part = codes.view(-1).narrow(0, r.local_start, r.length)
+            scale = scales.narrow(0, block, precision.blocks(r.length))
+            precision.encode(key, flat.narrow(0, r.local_start, r.length), None, part, scale)
+
+    def _names(self) -> dict[Tensor, str]:
+        """What the random bits of each parameter are keyed by; unnamed ones say which optimizer they belong to."""
+        names = states.parameter_names(self)
+        for group in self.param_groups:
+            if group.get("stream") and "param_names" not in group:
+                names.update((param, f"{names[param]} of optimizer {group['stream']}") for param in group["params"])
+        return names
+
     def _current_plan(self, params: list[Tensor] | None = None) -> Plan:
         if params is None:
             params = [param for group in self.param_groups for param in group["params"]]
-        if self._plan is None or self._plan.groups is not self.param_groups or not self._plan.holds(params, self.state):
-            names = states.parameter_names(self)
-            self._plan = Plan(self.param_groups, params, names, self.state, self._layouts, self._kernel_choice)
-        return self._plan
+        sizes = [len(group["params"]) for group in self.param_groups]  # a parameter may have moved to another group
+        plan = self._plan
+        if (
+            plan is None
+            or plan.groups is not self.param_groups
+            or sizes != self._sizes
+            or not plan.holds(params, self.state)
+        ):
+            self._plan, self._sizes = None, sizes
+            for key, state in self.state.items():
+                if not isinstance(key, Tensor) or not isinstance(state, dict):
+                    raise InputError(f"optimizer.state[{key!r}] is not the state of a parameter: delete it")
+            self._plan = plan = Plan(
+                self.param_groups, params, self._names(), self.state, self._layouts, self._kernel_choice
+            )
+        return plan
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group (see the class for what it may set).
-
-        Raises:
-            InputError: a hyper-parameter out of its range or a complex parameter.
-        """
         super().add_param_group(param_group)
-        added = self.param_groups[-1]
-        try:
-            _check_hyper_parameters(added)
-            for i, param in enumerate(added["params"]):
-                if param.is_complex():
-                    name = added.get("param_names", {i: f"number {i} of its group"})[i]
-                    raise InputError(f"parameter {name} is complex: optimise torch.view_as_real of it")
-        except InputError:
-            self.param_groups.pop()
-            raise
-        added["betas"] = tuple(added["betas"])
-        if isinstance(added["state_dtype"], Mapping):
-            added["state_dtype"] = dict(added["state_dtype"])
+        first, added = self.param_groups[0], self.param_groups[-1]
+        if "param_names" not in added and "stream" not in added:
+            added["stream"] = next(_unnamed) if added is first else first.get("stream", 0)
         self._plan = None
+
+    def _check_settings(self, group: Mapping[str, Any]) -> None:
+        _check_hyper_parameters(group)
+
+    def _check_parameter(self, group: Mapping[str, Any], param: Tensor, name: str) -> None:
+        if param.is_complex():
+            raise InputError(f"parameter {name} is complex: optimise torch.view_as_real of it")
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in ("explicit_layouts", "_kernel_choice")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        held = self.__dict__.get("state", {})
-        copies: list[tuple[Tensor, Tensor]] = []  # made last, so that a refusal changes nothing
         super().__setstate__(state)
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                if key != "differentiable":
-                    group.setdefault(key, value)
-            group["betas"] = tuple(group["betas"])
-            for param in group["params"]:
-                saved = self.state.get(param)
-                if isinstance(saved, _Box):
-                    self.state[param] = self._adopt(param, group, saved.state, held.get(param, {}), copies)
-        with torch.no_grad():
-            for target, source in copies:
-                target.copy_(source)
         self._plan = None
         self._averaged = False
 
-    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the settings, as torch's; refused inside `use_weight_ema`."""
+        self.refuse_weight_ema("state_dict()")
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; every state tensor keeps the dtype it was saved in.
-
-        Named parameters are matched by name. The saved hyper-parameters, seed included, replace the present ones.
-
-        Raises:
-            InputError: names, shapes or state keys that do not fit, saying which.
-        """
-        before = self.state, self.param_groups
-        handle = self.register_load_state_dict_pre_hook(_box_states)
-        try:
-            super().load_state_dict(state_dict)
-        except Exception:
-            self.state, self.param_groups = before  # nothing has been copied yet
-            raise
-        finally:
-            handle.remove()
-
-    @staticmethod
-    def _adopt(
-        param: Tensor,
-        group: dict[str, Any],
-        saved: dict[str, Any],
-        held: dict[str, Any],
-        copies: list[tuple[Tensor, Tensor]],
-    ) -> dict[str, Any]:
-        """A parameter's saved state as this process's own, in the storage it has already where that fits."""
-        unknown = sorted(set(saved) - _STATE_KEYS)
-        if unknown:
-            hint = "; AdEMAMix.from_adamw takes over an AdamW" if "exp_avg" in unknown else ""
-            raise InputError(f"the saved state has {', '.join(map(repr, unknown))}: it is another optimizer's{hint}")
-        state: dict[str, Any] = {}
-        local = local_tensor(param.detach())
-        for key, value in saved.items():
-            if key in ("step", "schedule_step"):
-                state[key] = _counter(int(value), param, group)
-                continue
-            tensor = local_tensor(value)
-            if type(value) is type(tensor) and tensor.shape == param.shape != local.shape:
-                whole, tensor = tensor, torch.empty(local.shape, dtype=tensor.dtype, device=tensor.device)
-                layout_of(param, key).copy_from_whole(tensor, whole)  # the whole was saved, a shard is held
-            if not key.endswith("_scale") and tensor.numel() != local.numel():
-                raise InputError(
-                    f"the saved {key} has {tensor.numel()} elements, the parameter of shape {tuple(param.shape)} "
-                    f"has {local.numel()} here"
-                )
-            old = held.get(key)
-            old_local = None if old is None else local_tensor(old)
-            if old_local is not None and (old_local.dtype, old_local.shape) == (tensor.dtype, tensor.shape):
-                if old_local.data_ptr() != tensor.data_ptr():
-                    copies.append((old_local, tensor))
-                state[key] = old
-            else:
-                copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=local.device).copy_(tensor)
-                state[key] = copied if key.endswith("_scale") else _like(param, copied.view(local.shape))
-        return state
+        self.refuse_weight_ema("load_state_dict()")
+        super().load_state_dict(state_dict)
 
     # -- the step -----------------------------------------------------------------------------------------------
 
@@ -452,14 +408,15 @@ class AdEMAMix(Optimizer):
         """One step on every parameter that has a gradient; returns the closure's loss.
 
         Raises:
-            InputError: a sparse gradient, or one placed otherwise than its parameter. Nothing has moved then.
+            InputError: a setting changed to one out of its range, a sparse gradient, or one placed otherwise than its
+                parameter. Nothing has moved then.
         """
+        self.refuse_weight_ema("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._averaged:
-            raise InputError("no step may be taken inside use_weight_ema()")
+        self._check_changes()
         if not self.state and self._only_creates_state():
             self.init_state()
             return loss
@@ -468,73 +425,12 @@ class AdEMAMix(Optimizer):
         plan = self._current_plan(params)
         missing = [i for i in plan.absent if grads[i] is not None]
         if missing:
+            groups = [group for group in self.param_groups for _ in group["params"]]
             for i in missing:
-                self._create_state(params[i], self._group_of(i))
+                self._create_state(groups[i], params[i])
             plan = self._current_plan(params)
         plan.step(grads)
         return loss
-
-    def _group_of(self, position: int) -> dict[str, Any]:
-        for group in self.param_groups:
-            if position < len(group["params"]):
-                return group
-            position -= len(group["params"])
-        raise IndexError(position)
-
-    def _only_creates_state(self) -> bool:
-        """torch.distributed.checkpoint makes state by a step without state, lr = 0 and zero gradients."""
-        if any(float(group["lr"]) != 0.0 for group in self.param_groups):
-            return False
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return bool(grads) and not any(bool(local_tensor(g).any()) for g in grads if not g.is_sparse)
-
-
-class _Box:
-    """Hides a saved state from torch's load_state_dict, which would cast it to the parameter's dtype."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-
-def _box_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The last of the pre-hooks: match saved parameters to ours by name, where both have names."""
-    saved_groups = [dict(group) for group in state_dict["param_groups"]]
-    for number, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=False)):
-        if "param_names" not in group or "param_names" not in saved:
-            continue
-        ours = [states.canonical_name(name) for name in group["param_names"]]
-        ids = dict(zip(map(states.canonical_name, saved["param_names"]), saved["params"], strict=True))
-        missing, extra = sorted(set(ours) - set(ids)), sorted(set(ids) - set(ours))
-        if missing or extra:
-            raise InputError(
-                f"parameter group {number} of the saved optimizer state does not fit: "
-                f"it lacks {missing[:5] or 'nothing'} and has {extra[:5] or 'nothing'} besides"
-            )
-        saved["params"], saved["param_names"] = [ids[name] for name in ours], list(group["param_names"])
-    return {
-        **state_dict,
-        "param_groups": saved_groups,
-        "state": {key: _Box(value) for key, value in state_dict["state"].items()},
-    }
-
-
-def _counter(step: int, param: Tensor, group: dict[str, Any]) -> int | Tensor:
-    """A step count: a number, or an fp32 scalar on the parameter's device for capturable groups."""
-    if not group["capturable"]:
-        return step
-    return torch.full((), float(step), dtype=torch.float32, device=local_tensor(param.detach()).device)
-
-
-def _like(param: Tensor, local: Tensor) -> Tensor:
-    """`local` as a DTensor of `param`'s placement where `param` is one, so that hosts treat the two alike."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(param, DTensor):
-        return local
-    stride = tuple(math.prod(param.shape[i + 1 :]) for i in range(param.dim()))
-    return DTensor.from_local(
-        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=stride
-    )
 
 
 def _decoded(entry: Entry, key: str, local: int, scale: int, count: int) -> Tensor | None:

@@ -53,6 +53,7 @@ def scalars_of(group: Mapping[str, Any], step: int, schedule_step: int) -> Scala
 
 def make_entry(param: Tensor, group: int, state: dict[str, Any]) -> Entry:
     tensors = {k: local_tensor(v) for k, v in state.items() if isinstance(v, Tensor) and k not in COUNTS}
+    tensors |= {k: v.view(-1) for k, v in tensors.items() if k.endswith("_scale")}  # a row of a DTensor
     return Entry(param, group, state, tensors)
 
 

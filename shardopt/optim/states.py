@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shardopt.errors import InputError
+from shardopt.optim import precision
 from shardopt.slices import Layout, Range, Slice, canonical_name, layout_of, local_tensor
 
 Layouts = Layout | Sequence[Layout]
@@ -21,20 +22,26 @@ def parameter_names(optimizer: Optimizer) -> dict[Tensor, str]:
 
     Positions are not portable between engines. A host that replaced a group's parameters by flat ones (their
     number no longer fits the names) also falls back to positions.
+
+    Raises:
+        InputError: two parameters of one name, or parameters that were moved between groups without their names.
     """
     names: dict[Tensor, str] = {}
-    taken: set[str] = set()
+    owners: dict[str, Tensor] = {}
     position = 0
+    sizes = [(len(group["params"]), len(group.get("param_names", group["params"]))) for group in optimizer.param_groups]
+    if any(a != b for a, b in sizes) and sum(a for a, _ in sizes) == sum(b for _, b in sizes):
+        raise InputError("parameters were moved between parameter groups: move their entries of 'param_names' along")
     for group in optimizer.param_groups:
         given = group.get("param_names")
         if given is not None and len(given) != len(group["params"]):
             given = None
         for i, param in enumerate(group["params"]):
-            name = str(position) if given is None else canonical_name(given[i])
-            while name in taken:  # the same name twice would make two tensors share random bits
-                name += "#"
-            names.setdefault(param, name)
-            taken.add(name)
+            name = names.setdefault(param, str(position) if given is None else canonical_name(given[i]))
+            if owners.setdefault(name, param) is not param:
+                raise InputError(
+                    f"two parameters are named {name!r} (without the prefixes of wrappers): give each a name of its own"
+                )
             position += 1
     return names
 
@@ -114,7 +121,9 @@ def state_slices(optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None 
                     raise InputError(
                         f"{where[0].name}: block formats need one parameter a tensor, not a flat partition"
                     )
-                slices.append(Slice(where[0].name, key, where[0], (values, local_tensor(scale))))
+                used = sum(precision.blocks(r.length) for r in where[0].ranges)  # a smaller shard leaves some unused
+                scales = local_tensor(scale).view(-1).narrow(0, 0, used)
+                slices.append(Slice(where[0].name, key, where[0], (values, scales)))
                 continue
             slices += [Slice(w.name, key, w, (piece,)) for w, piece in _pieces(values, where)]
     return slices

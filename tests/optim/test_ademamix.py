@@ -107,11 +107,11 @@ def test_loading_matches_names_and_refuses_a_mismatch():
     with pytest.raises(InputError, match=r"lacks \['3.bias', '3.weight'\] and has \['2.bias', '2.weight'\] besides"):
         renamed.load_state_dict(saved)
     wider = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3))
-    with pytest.raises(InputError, match=r"the saved m1 has 54 elements, the parameter of shape .10, 6. has 60"):
+    with pytest.raises(InputError, match=r"saved m1 of parameter 0.weight is .* shape .9, 6.; here it is .* .10, 6."):
         shardopt.AdEMAMix(wider.named_parameters()).load_state_dict(saved)
     adamw = torch.optim.AdamW(net.named_parameters())
     train(net, adamw, 1)
-    with pytest.raises(InputError, match=r"'exp_avg'.*from_adamw"):
+    with pytest.raises(InputError, match=r"another optimizer's; AdEMAMix.from_adamw takes over"):
         optimizer.load_state_dict(adamw.state_dict())
     # an older state dict without a key of ours keeps what this optimizer was built with
     partial = copy.deepcopy(saved)
@@ -467,9 +467,9 @@ def test_averaged_weights(fmt, dtype):
         tolerance = 2e-2 if fmt == "bf16" or dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(net.weight.detach().double(), average, rtol=tolerance, atol=tolerance)
         assert torch.equal(unused, torch.ones(2, dtype=dtype))
-        with pytest.raises(InputError, match="no step"):
+        with pytest.raises(InputError, match=r"step\(\) inside use_weight_ema"):
             optimizer.step()
-        with pytest.raises(InputError, match="already"), optimizer.use_weight_ema():
+        with pytest.raises(InputError, match=r"use_weight_ema\(\) inside use_weight_ema"), optimizer.use_weight_ema():
             pass
     assert torch.equal(net.weight, inside)
     with pytest.raises(RuntimeError, match="boom"), optimizer.use_weight_ema():

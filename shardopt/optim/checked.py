@@ -1,0 +1,279 @@
+"""The base class of our optimizers: settings are checked wherever they come from, and state is loaded whole or not."""
+
+from __future__ import annotations
+
+import abc
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shardopt.errors import InputError
+from shardopt.optim import states
+from shardopt.slices import canonical_name, layout_of, local_tensor
+
+_COUNTS = ("step", "schedule_step")
+
+
+class Stored(NamedTuple):
+    """The local tensor that a state key stands for."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class CheckedOptimizer(Optimizer, abc.ABC):
+    """A torch optimizer that refuses wrong settings and foreign state by name; subclasses add the update."""
+
+    _checked: Sequence[tuple[Any, ...]] = ()  # each group's settings as they were when last checked
+
+    @abc.abstractmethod
+    def _check_settings(self, group: Mapping[str, Any]) -> None:
+        """Refuse hyper-parameters out of range, with an InputError."""
+
+    @abc.abstractmethod
+    def _check_parameter(self, group: Mapping[str, Any], param: Tensor, name: str) -> None:
+        """Refuse a parameter of a kind that the optimizer cannot update, with an InputError."""
+
+    @abc.abstractmethod
+    def _stored(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Stored]:
+        """The state tensors of `param` beside its counts, in the order in which they are made."""
+
+    @abc.abstractmethod
+    def _counter(self, step: int, group: Mapping[str, Any], param: Tensor) -> int | Tensor:
+        """A new step count."""
+
+    @abc.abstractmethod
+    def init_state(self) -> None:
+        """Create the state of every parameter that requires grad. Counts no step, leaves existing state alone."""
+
+    # -- settings -------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group (see the class for what it may set).
+
+        Raises:
+            InputError: a hyper-parameter out of its range, or a parameter that cannot be updated. The group is then
+                not added.
+        """
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        try:
+            self._normalise(added)
+            self._check_settings(added)
+            for i, param in enumerate(added["params"]):
+                self._check_parameter(added, param, added.get("param_names", {i: f"number {i} of its group"})[i])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _normalise(self, group: dict[str, Any]) -> None:
+        """Plain Python numbers for numpy's, and copies of what the caller could change behind our back."""
+        for key, value in group.items():
+            if isinstance(value, np.generic):
+                group[key] = value.item()
+            elif isinstance(value, Mapping):
+                group[key] = dict(value)
+        if isinstance(group["betas"], (list, tuple)):
+            group["betas"] = tuple(beta.item() if isinstance(beta, np.generic) else beta for beta in group["betas"])
+
+    def _check_changes(self) -> None:
+        """Check the groups' settings where they are not those that were checked last; cheap where they are."""
+        keys = [key for key in self.defaults if key not in ("lr", "differentiable")]
+        now = [tuple(map(group.get, keys)) for group in self.param_groups]
+        for i, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            if type(lr) is float and 0.0 <= lr < math.inf and self._checked[i : i + 1] == now[i : i + 1]:
+                continue
+            self._normalise(group)
+            self._check_settings(group)
+            if i < len(self._checked):
+                for param in group["params"]:
+                    if self.state.get(param):
+                        self._check_fit(group, param)
+        self._checked = now
+
+    def _check_fit(self, group: Mapping[str, Any], param: Tensor) -> None:
+        """Refuse a group's settings that want another state than `param` has."""
+        wanted: dict[str, Any] = {key: stored.dtype for key, stored in self._stored(group, param).items()}
+        wanted["step"] = type(self._counter(0, group, param))
+        state = self.state[param]
+        for key in sorted({*wanted, *state} - {"schedule_step"}):
+            held = state.get(key)
+            there = type(held) if key == "step" or held is None else held.dtype
+            if wanted.get(key, type(None)) != there:
+                name = states.parameter_names(self)[param]
+                raise InputError(
+                    f"the settings of its group no longer fit the {key} of parameter {name} ({there}): "
+                    f"what decides which state is kept, and how, must not change once there is state"
+                )
+
+    # -- loading --------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; every state tensor keeps the dtype it was saved in.
+
+        Named parameters are matched by name. The saved hyper-parameters, seed included, replace the present ones;
+        those that an older state dict lacks stay. A refusal leaves everything as it was.
+
+        Raises:
+            InputError: names, settings, state keys, dtypes or shapes that do not fit, saying which.
+        """
+        handle = self.register_load_state_dict_pre_hook(_prepare)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        before: dict[str, Any] = {key: self.__dict__[key] for key in ("state", "param_groups") if key in self.__dict__}
+        held = before.get("state", {})
+        copies: list[tuple[Tensor, Tensor]] = []  # made last, so that a refusal changes nothing
+        super().__setstate__(state)
+        self._checked = ()
+        try:
+            for group in self.param_groups:
+                self._normalise(group)
+                self._check_settings(group)
+                for param in group["params"]:
+                    saved = self.state.get(param)
+                    if isinstance(saved, _Box):
+                        self.state[param] = self._adopt(group, param, saved, held.get(param, {}), copies)
+        except Exception:
+            self.__dict__.update(before)
+            raise
+        with torch.no_grad():
+            for target, source in copies:
+                target.copy_(source)
+
+    def _adopt(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        box: _Box,
+        held: dict[str, Any],
+        copies: list[tuple[Tensor, Tensor]],
+    ) -> dict[str, Any]:
+        """A parameter's saved state as this process's own, in the storage it has already where that fits."""
+        saved, name, stored = box.state, box.name, self._stored(group, param)
+        unknown = sorted(set(saved) - {*stored, *_COUNTS}, key=str)
+        lacking = sorted({"step", *stored} - set(saved))
+        if unknown or lacking:
+            hint = "; AdEMAMix.from_adamw takes over an AdamW" if "exp_avg" in unknown else ""
+            raise InputError(
+                f"the saved state of parameter {name} lacks {lacking or 'nothing'} and has {unknown or 'nothing'} "
+                f"besides: it is another optimizer's, or of other settings{hint}"
+            )
+        state: dict[str, Any] = {}
+        local = local_tensor(param.detach())
+        for key, value in saved.items():
+            if key in _COUNTS:
+                count = float(value)
+                if count < 0 or count != int(count):
+                    raise InputError(f"the saved {key} of parameter {name} must be a count, got {value!r}")
+                state[key] = self._counter(int(count), group, param)
+                if isinstance(held.get(key), Tensor) and isinstance(state[key], Tensor):
+                    copies.append((held[key], state[key]))  # a captured graph reads the one that is held
+                    state[key] = held[key]
+                continue
+            want = stored[key]
+            tensor = local_tensor(value)
+            whole = type(value) is type(tensor) and tensor.shape == param.shape != local.shape == want.shape
+            if whole and f"{key}_scale" not in stored:  # blocks of a whole are not those of a shard
+                tensor = torch.empty(local.shape, dtype=value.dtype, device=value.device)
+                layout_of(param, name).copy_from_whole(tensor, value)
+            placements = getattr(value, "placements", None)
+            if (tensor.dtype, tensor.shape) != want or placements not in (None, getattr(param, "placements", None)):
+                placed = "" if placements is None else f", placed as {placements}"
+                raise InputError(
+                    f"the saved {key} of parameter {name} is {tensor.dtype} of shape {tuple(tensor.shape)}{placed}; "
+                    f"here it is {want.dtype} of shape {tuple(want.shape)}"
+                )
+            old = held.get(key)
+            if old is not None and Stored(local_tensor(old).dtype, local_tensor(old).shape) == want:
+                if local_tensor(old).data_ptr() != tensor.data_ptr():
+                    copies.append((local_tensor(old), tensor))
+                state[key] = old
+            else:
+                copied = torch.empty(want.shape, dtype=want.dtype, device=local.device).copy_(tensor)
+                state[key] = placed_like(param, copied, per_shard=key.endswith("_scale"))
+        return state
+
+    def _only_creates_state(self) -> bool:
+        """Whether this first step is the one by which torch.distributed.checkpoint creates state: it must not count.
+
+        Its gradients are zeros and lr is 0. But so may be those of a true first step where this rank's shards are
+        empty or have met no token yet, and then the other ranks count it: only the caller tells the two apart.
+        """
+        if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
+            return False
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != "_init_optim_state":
+            frame = frame.f_back  # type: ignore[assignment]
+        return frame is not None
+
+
+class _Box:
+    """Hides a saved state from torch's load_state_dict, which would cast it to the parameter's dtype."""
+
+    def __init__(self, name: str, state: dict[str, Any]) -> None:
+        self.name, self.state = name, state
+
+
+def _prepare(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The last of the pre-hooks: match saved parameters by name where both have names, keep settings not saved."""
+    saved_groups = [dict(group) for group in state_dict["param_groups"]]
+    for number, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=False)):
+        if "foreach" in saved or ("alpha" in group) != ("alpha" in saved):  # torch's own all have foreach
+            hint = "; AdEMAMix.from_adamw takes over an AdamW" if "alpha" in group else ""
+            raise InputError(f"parameter group {number} of the saved state is another optimizer's{hint}")
+        if "param_names" in group and "param_names" in saved:
+            ours = [canonical_name(name) for name in group["param_names"]]
+            ids = dict(zip(map(canonical_name, saved["param_names"]), saved["params"], strict=True))
+            missing, extra = sorted(set(ours) - set(ids)), sorted(set(ids) - set(ours))
+            if missing or extra:
+                raise InputError(
+                    f"parameter group {number} of the saved optimizer state does not fit: "
+                    f"it lacks {missing[:5] or 'nothing'} and has {extra[:5] or 'nothing'} besides"
+                )
+            saved["params"], saved["param_names"] = [ids[name] for name in ours], list(group["param_names"])
+        for key, value in group.items():
+            saved.setdefault(key, value)
+    names = states.parameter_names(optimizer)
+    of_id = {
+        key: names[param]
+        for group, saved in zip(optimizer.param_groups, saved_groups, strict=False)
+        for key, param in zip(saved["params"], group["params"], strict=False)
+    }
+    if strangers := [key for key in state_dict["state"] if key not in of_id]:
+        raise InputError(f"the saved state has an entry {strangers[0]!r} that belongs to none of its parameters")
+    boxes = {key: _Box(of_id[key], state) for key, state in state_dict["state"].items()}
+    return {**state_dict, "param_groups": saved_groups, "state": boxes}
+
+
+def shards_of(param: Tensor) -> int:
+    """Into how many shards `param` is cut; 1 for an ordinary tensor."""
+    placements = getattr(param, "placements", ())
+    return math.prod(param.device_mesh.size(i) for i, p in enumerate(placements) if p.is_shard())  # type: ignore[attr-defined]
+
+
+def placed_like(param: Tensor, local: Tensor, *, per_shard: bool = False) -> Tensor:
+    """`local` as a DTensor where `param` is one, so that hosts and torch.distributed.checkpoint treat the two alike.
+
+    Args:
+        local: the local part of a tensor of `param`'s shape. With `per_shard`, a shard's own row, of shape (1, n) on
+            every rank: the whole is then of shape (shards, n).
+    """
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(param, DTensor):
+        return local
+    shape = torch.Size([shards_of(param), local.shape[1]]) if per_shard else param.shape
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return DTensor.from_local(local, param.device_mesh, param.placements, run_check=False, shape=shape, stride=stride)
