@@ -6,9 +6,17 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from shardopt import __version__
 from shardopt.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from shardopt.pretrain.config import Config
+
+# How long a rank waits for rank 0 to print the error that both have.
+_SAYING = timedelta(seconds=30)
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
@@ -34,17 +42,13 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     try:
         return _pretrain(arguments)
     except (InputError, MissingExtraError) as e:
-        # Every rank has the same error, and one of them says it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"shardopt: {e}", file=sys.stderr, flush=True)
+        _say(str(e))
         return 2
     except KeyboardInterrupt:
         return 130
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    if arguments.nproc_per_node is not None and "RANK" not in os.environ and not arguments.print_config:
-        return _start_ranks(arguments)
     try:
         from shardopt.pretrain import config as configuration
     except ModuleNotFoundError as e:
@@ -54,19 +58,42 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(config.as_yaml(), end="")
         return 0
+    if arguments.nproc_per_node is not None and "RANK" not in os.environ:
+        return _start_ranks(arguments, config)
     from shardopt.pretrain.loop import NonFiniteError, pretrain
 
     try:
         pretrain(config)
     except NonFiniteError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"shardopt: {e}", file=sys.stderr, flush=True)
+        _say(str(e))
         return 1
     return 0
 
 
-def _start_ranks(arguments: argparse.Namespace) -> int:
-    """torchrun, without its traceback where a rank has already said what is wrong or was asked to stop."""
+def _say(error: str) -> None:
+    """Print an error that every rank has, once, and return on no rank before it is printed.
+
+    torchrun kills the other ranks as soon as one has ended, rank 0 among them.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    line = f"shardopt: {error}"
+    if rank == 0:
+        print(line, file=sys.stderr, flush=True)
+    import torch.distributed as dist
+
+    if world_size == 1 or dist.is_initialized():  # a group that is not ours belongs to processes that nobody ends
+        return
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=_SAYING))
+        key = f"shardopt/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store.set(key, "") if rank == 0 else store.wait([key], _SAYING)
+    except (dist.DistError, RuntimeError, ValueError):
+        if rank != 0:  # rank 0 has no such error, or is gone: this rank's own
+            print(line, file=sys.stderr, flush=True)
+
+
+def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
+    """Start the ranks as torchrun does, without its traceback where a rank has said what is wrong, or was stopped."""
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -78,6 +105,7 @@ def _start_ranks(arguments: argparse.Namespace) -> int:
         raise InputError(
             f"--nproc-per-node: {wanted!r} starts no rank; give a number of at least 1, or gpu on a machine with GPUs"
         )
+    config.check_ranks(count)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     command = ["-m", "shardopt", "pretrain", arguments.config, *arguments.overrides]

@@ -138,10 +138,7 @@ def spec(name: str, **kwargs: Any) -> OptimizerSpec:
         raise UnknownKeyError(f"optimizer {name} has no {', '.join(unknown)}; it has: {', '.join(allowed)}")
     for key, value in kwargs.items():
         if isinstance(value, str) and isinstance(allowed[key], int | float):
-            raise InputError(
-                f"optimizer {name}: {key} must be a number, got the text {value!r} "
-                f"(YAML reads 1e-3 as text, 1.0e-3 as a number)"
-            )
+            raise InputError(f"optimizer {name}: {key} must be a number, got the text {value!r}")
         if isinstance(value, list | tuple) and isinstance(allowed[key], tuple) and len(value) != len(allowed[key]):
             raise InputError(f"optimizer {name}: {key} must be {len(allowed[key])} numbers, got {value}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (entry.preset | kwargs).items()}

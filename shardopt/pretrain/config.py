@@ -23,7 +23,7 @@ from pydantic import (
 from shardopt.engines import EngineConfig, FsdpConfig
 from shardopt.errors import InputError
 from shardopt.optim import registry
-from shardopt.pretrain.data.config import DataConfig
+from shardopt.pretrain.data.config import DataConfig, holds_tokenizer
 from shardopt.pretrain.metrics import TrackingConfig
 from shardopt.pretrain.model import ModelConfig, transformers_config
 from shardopt.pretrain.schedule import ScheduleConfig
@@ -31,14 +31,14 @@ from shardopt.pretrain.section import Section
 
 
 class RunConfig(Section):
-    """Where the run lives and what starts it."""
+    """Name and folder of the run, its seed, its device, and how it resumes."""
 
     name: str = Field("quickstart", pattern=r"^\w[\w.+-]*$")
     """The run's folder inside `dir`, and its name in W&B."""
     dir: Path = Path("runs")
     """Folder of all runs."""
     seed: int = Field(0, ge=0)
-    """Of the weights, the order of the data and stochastic rounding."""
+    """Seeds the weights, the order of the data and stochastic rounding."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: go on from the newest checkpoint if there is one; never: refuse a folder with a run; must: refuse
     one without a checkpoint."""
@@ -57,17 +57,15 @@ class OptimizerConfig(Section):
     """ademamix, adamw, ...: see shardopt.optim.registry."""
 
     def spec(self, steps: int, seed: int) -> registry.OptimizerSpec:
-        """The optimizer for a run of `steps`; "total" as a value means `steps`, and the run's seed is its own.
+        """The optimizer for a run of `steps`, which "total" stands for in a warm-up; by default seeded by `seed`.
 
         Raises:
             InputError: an unknown name, key or value.
         """
         given = dict(self.model_extra or {})
         for key, value in given.items():
-            if value == "total":
+            if value == "total" and key.endswith("_warmup"):
                 given[key] = steps
-            elif isinstance(value, list):
-                given[key] = tuple(value)
         if self.name == "ademamix":
             given.setdefault("seed", seed)
         try:
@@ -79,12 +77,12 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long, and in what portions."""
+    """Length of the run, batch sizes, and what a step does to the gradient."""
 
     steps: int = Field(300, ge=1)
     """Optimizer steps of the whole run."""
     global_batch: int = Field(32, ge=1)
-    """Sequences a step over all ranks."""
+    """Sequences per step over all ranks."""
     micro_batch: int = Field(8, ge=1)
     """Sequences a rank puts through forward at once."""
     grad_clip: float | None = Field(1.0, gt=0)
@@ -96,18 +94,18 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Loss on held-out text."""
+    """Loss on held-out text, and a sample of the model's own; of the weight EMA where the optimizer keeps one."""
 
     every: int = Field(100, ge=1)
     """Steps between evaluations; there is always one after the last step."""
     batches: int = Field(16, ge=1)
-    """Global batches an evaluation (fewer where the held-out text is shorter)."""
+    """Global batches per evaluation (fewer where the held-out text is shorter)."""
     sample_tokens: int = Field(96, ge=0)
     """Tokens of text generated at the end; 0 for none."""
 
 
 class CheckpointConfig(Section):
-    """What is kept to go on from."""
+    """Checkpoints to resume from, and the export of the trained model."""
 
     every: int = Field(100, ge=1)
     """Steps between checkpoints; there is always one after the last step and when the run is told to stop."""
@@ -116,7 +114,10 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(True, alias="async")
     """Write in the background from a copy in CPU memory."""
     export: bool = True
-    """At the end, write the model as safetensors that transformers loads, with its tokenizer."""
+    """At the end, write the model as safetensors that transformers loads, with its tokenizer; the weight EMA where
+    the optimizer keeps one."""
+    export_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the exported weights; bf16 is rounded to nearest."""
 
 
 Engine = Annotated[EngineConfig, Field(discriminator="name")]
@@ -135,6 +136,18 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_of_the_model(cls, tree: Any) -> Any:
+        """A model from a folder keeps the tokenizer in that folder, where the data section names none."""
+        model, data = (tree.get(key) for key in ("model", "data")) if isinstance(tree, dict) else (None, None)
+        if not isinstance(model, dict) or not isinstance(data, dict) or "tokenizer" in data:
+            return tree
+        folder = model.get("path")
+        if not isinstance(folder, str) or not holds_tokenizer(Path(folder)):
+            return tree
+        return tree | {"data": data | {"tokenizer": {"path": folder}}}
 
     @field_validator("engine", mode="before")
     @classmethod
@@ -181,7 +194,7 @@ class Config(Section):
         return self
 
     def check_ranks(self, world_size: int) -> None:
-        """Raise InputError where `world_size` ranks cannot share the global batch evenly."""
+        """Raise InputError where `world_size` ranks cannot run this: the batch sizes, or the engine's own reasons."""
         a_round = world_size * self.train.micro_batch
         if self.train.global_batch % a_round:
             raise InputError(
@@ -234,7 +247,12 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number and refuses a key that stands twice, as YAML 1.2 has both."""
+    """SafeLoader with the scalars of YAML 1.2, that refuses a key that stands twice.
+
+    1e-3 is a number; yes, no, on and off are words; 1:30 and 2024-01-31 are text.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  the base class's own
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -247,9 +265,19 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+_SIGN = "-+0123456789."
+for _tag, _pattern, _first in (
+    ("null", r"|~|null|Null|NULL", ["", *"~nN"]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", _SIGN),
+    (
+        "float",
+        r"[-+]?(\d[\d_]*\.\d*|\.\d+|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        _SIGN,
+    ),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), list(_first))
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -293,9 +321,10 @@ def _override(tree: dict[str, Any], text: str) -> None:
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
+        if not isinstance(node.get(parent, {}), dict):
             raise InputError(f"override {text!r}: {parent} is a value, not a section")
+        # A copy: an alias of this section elsewhere in the file stays as it is written.
+        node[parent] = node = dict(node.get(parent, {}))
     try:
         node[leaf] = yaml.load(value, _Loader)
     except yaml.YAMLError as e:
@@ -325,7 +354,7 @@ def _explain(error: Any) -> str:
         return f"{key}: is a section, not a value; write its keys, such as {such_as}"
     if error["type"] == "union_tag_invalid":
         return f"{key}: {error['ctx']['tag']!r} is not one of {error['ctx']['expected_tags']}"
-    message = str(cause or error["msg"])
+    message = "write true or false" if error["type"] == "bool_type" else str(cause or error["msg"])
     return f"{key}: {message[0].lower()}{message[1:]}, got {value!r}"
 
 

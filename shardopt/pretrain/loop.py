@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from shardopt.pretrain.scoring import HeldOut, generate, held_out, token_loss_su
 from shardopt.pretrain.signals import Stop, stop_signals
 
 FORMAT = "shardopt.pretrain/1"
+# A token's loss varies by two to three nats: the mean of so many is known to about 0.04.
+_FEW_HELD_OUT_TOKENS = 4096
 
 
 class NonFiniteError(RuntimeError):
@@ -51,7 +54,7 @@ class Result:
     folder: Path
     step: int
     loss: float | None
-    """Of the last step trained here, nats a token; None where there was none to train."""
+    """Train loss of the last row of metrics, nats per token; None where there was no step to train."""
     holdout_loss: float | None
     holdout_bits_per_byte: float | None
     skipped: int
@@ -82,7 +85,7 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks, stack: ExitStack) -> None:
         self.config, self.ranks = config, ranks
         self.progress, self.window = Progress(), _Window()
-        self.loss: float | None = None
+        self.logged: dict[str, float] = {}
         self.holdout: HeldOut | None = None
         self.stopped = False
         self.report = report.Report(ranks.is_main)
@@ -90,15 +93,16 @@ class Run:
         rng.seed_all(config.run.seed, ranks.rank)
         # Cheap checks of the optimizer and the run folder come before data and model are touched.
         spec = config.optimizer.spec(config.train.steps, config.run.seed)
-        folder = ranks.together(lambda: RunFolder(config) if ranks.is_main else None)
+        folder = ranks.together(lambda: self._open_folder() if ranks.is_main else None)
         if folder is not None:
             stack.callback(folder.release)
         resume_from = ranks.from_main(folder.resume_from if folder is not None else None)
         for path in folder.moved if folder is not None else []:
             self.report.warn(f"a checkpoint is damaged or incomplete, is passed over and now called {path}")
 
+        weights = model.weight_files(config.model.path)
         self.train_data, self.holdout_data = data.prepare(
-            config.data, ranks, config.run.seed, config.train.global_batch
+            config.data, ranks, config.run.seed, config.train.global_batch, weights[0].parent if weights else None
         )
         self.tokenizer = self.train_data.tokenizer  # loaded anew at every access
         self.model_config = ranks.together(
@@ -108,6 +112,7 @@ class Run:
         )
         meta = model.meta_model(self.model_config)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
+        self._warn_of_limits()
         if config.train.activation_checkpointing:
             meta.gradient_checkpointing_enable({"use_reentrant": False})
         self.engine = engines.build(
@@ -145,6 +150,14 @@ class Run:
         stack.push(self._close_tracker)
         self._report_start()
 
+    def _open_folder(self) -> RunFolder:
+        try:
+            return RunFolder(self.config)
+        except InputError:
+            # A mistake in the config is said first: under another run.name it would come next.
+            data.check_sources(self.config.data)
+            raise
+
     # ---------------------------------------------------------------- a run, step by step
 
     def train(self) -> Result:
@@ -158,12 +171,12 @@ class Run:
     def advance(self, stop: Stop, bar: report.Training) -> None:
         """One step, and the evaluation, the row of metrics and the checkpoint that are due after it."""
         config, progress = self.config, self.progress
-        self.loss = self._step(stop)
+        self._step(stop)
         step, last = progress.step, progress.step == config.train.steps
         self.holdout = self._evaluate() if last or step % config.eval.every == 0 else None
         if last or self.stopped or self.holdout is not None or step % config.tracking.log_every == 0:
-            metrics = self._log(self.holdout)
-            bar.step(step, metrics["loss"], metrics["tokens_per_second"])
+            self.logged = self._log(self.holdout)
+            bar.step(step, self.logged["loss"], self.logged["tokens_per_second"])
         else:
             bar.step(step)
         if progress.skipped_in_row > config.train.max_nonfinite_steps:
@@ -172,8 +185,8 @@ class Run:
         if last or self.stopped or (step % config.checkpoint.every == 0 and not progress.skipped_in_row):
             self._save()
 
-    def _step(self, stop: Stop) -> float:
-        """One optimizer step: its loss over the global batch. Notes whether any rank was asked to stop."""
+    def _step(self, stop: Stop) -> None:
+        """One optimizer step. Notes its loss over the global batch, and whether any rank was asked to stop."""
         began = time.perf_counter()
         config, engine, ranks = self.config, self.engine, self.ranks
         train = config.train
@@ -204,24 +217,45 @@ class Run:
         self.progress.step += 1
         self.window.add(summed, norm, time.perf_counter() - began)
         self.stopped = stops > 0
-        return summed
 
     def _evaluate(self) -> HeldOut:
-        blocks = self.config.eval.batches * self.config.train.global_batch
-        with self.engine.use_weight_ema():
-            return held_out(self.engine, self.holdout_data, blocks, self.config.train.micro_batch)
+        with self.engine.use_weight_ema():  # the weights that are exported
+            return held_out(self.engine, self.holdout_data, self._scored_blocks, self.config.train.micro_batch)
 
-    # ---------------------------------------------------------------- what is kept and shown
+    @property
+    def export_dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.checkpoint.export_dtype]
+
+    @property
+    def _scored_blocks(self) -> int:
+        return min(self.config.eval.batches * self.config.train.global_batch, self.holdout_data.n_blocks)
+
+    def _warn_of_limits(self) -> None:
+        """Say what this run leaves out or cannot measure well."""
+        if experts := model.routed_experts(self.model_config):
+            self.report.warn(
+                f"model: {self.model_config.model_type} routes tokens to {experts} experts, and no loss that balances "
+                f"its router is added: some experts may be left untrained"
+            )
+        targets = self.holdout_data.n_blocks * self.config.data.block_size
+        if targets < _FEW_HELD_OUT_TOKENS:
+            self.report.warn(
+                f"data.holdout: only {self.holdout_data.n_blocks} blocks of {self.config.data.block_size} tokens are "
+                f"held out, too few for a held-out loss to trust; raise data.holdout or add text"
+            )
+
+    # ---------------------------------------------------------------- checkpoints, metrics, the console
 
     def _log(self, holdout: HeldOut | None) -> dict[str, float]:
-        """Write a row of metrics on the steps since the last one; the row. A collective."""
+        """Write a row of metrics and return it: `loss` is the mean over the steps since the last row, `grad_norm`,
+        the other norms and the schedules are of the latest step. A collective."""
         engine, step = self.engine, self.progress.step
         local = {name: value.item() for name, value in engine.statistics().items()}
         squares = self.ranks.sum(list(local.values()))
         norms = {
             f"{name}_norm": math.sqrt(square / engine.replicas()) for name, square in zip(local, squares, strict=True)
         }
-        loss, norm, seconds, steps = self.window.take()
+        loss, norm, seconds = self.window.take()
         metrics: dict[str, float] = {
             "tokens": step * self.tokens_a_step,
             "loss": loss,
@@ -230,7 +264,7 @@ class Run:
             **engine.schedule_values(),
             "grad_norm": norm,
             **norms,
-            "tokens_per_second": steps * self.tokens_a_step / seconds,
+            "tokens_per_second": self.window.taken * self.tokens_a_step / seconds,
             "memory_bytes": peak_memory(self.ranks.device),
             "skipped_steps": self.progress.skipped,
         }
@@ -300,20 +334,25 @@ class Run:
             kernel=getattr(engine.optimizer, "kernel", "torch"),
             data_fingerprint=self.train_data.fingerprint[:12],
             data_tokens=self.train_data.tokens,
+            holdout_tokens=self.holdout_data.tokens,
+            holdout_blocks=self.holdout_data.n_blocks,
+            scored_blocks=self._scored_blocks,
+            weight_ema=engine.optimizer.param_groups[0].get("weight_ema"),
             resume_step=progress.step or None,
         )
         self.report.start(head, held)
 
     def _finish(self, stop: Stop) -> Result:
-        config, engine, loss = self.config, self.engine, self.loss
+        config, engine, loss = self.config, self.engine, self.logged.get("loss")
         finished = self.progress.step >= config.train.steps
         holdout = self.holdout or (self._evaluate() if finished else None)
         export = sample = None
-        if finished and config.checkpoint.export:
-            export = config.folder / "export"
-            checkpoint.export_safetensors(export, engine.full_parameters(), self.ranks, complete=self._export_rest)
-        if finished and config.eval.sample_tokens:
-            sample = generate(engine, self.tokenizer, config.eval.sample_tokens, config.data.block_size)
+        with engine.use_weight_ema():  # the weights that the held-out loss is of
+            if finished and config.checkpoint.export:
+                export = config.folder / "export"
+                checkpoint.export_safetensors(export, self._exported(), self.ranks, complete=self._export_rest)
+            if finished and config.eval.sample_tokens:
+                sample = generate(engine, self.tokenizer, config.eval.sample_tokens, config.data.block_size)
         result = Result(
             status="finished" if finished else "stopped",
             folder=config.folder,
@@ -338,6 +377,7 @@ class Run:
                 seconds=time.monotonic() - self.began,
                 tokens_before=self.tokens_before,
                 loss=loss,
+                loss_steps=self.window.taken,
                 eval_loss=result.holdout_loss,
                 eval_bits_per_byte=result.holdout_bits_per_byte,
                 skipped_steps=self.progress.skipped,
@@ -350,7 +390,12 @@ class Run:
         )
         return result
 
+    def _exported(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        for name, value in self.engine.full_parameters():
+            yield name, None if value is None else value.to(self.export_dtype)
+
     def _export_rest(self, folder: Path) -> None:
+        self.model_config.dtype = self.export_dtype
         self.model_config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -365,15 +410,18 @@ class _Window:
     losses: list[float] = field(default_factory=list)
     norm: float = math.nan
     seconds: float = 0.0
+    taken: int = 0
+    """Steps of the last row."""
 
     def add(self, loss: float, norm: float, seconds: float) -> None:
         self.losses.append(loss)
         self.norm = norm
         self.seconds += seconds
 
-    def take(self) -> tuple[float, float, float, int]:
-        """Mean loss, latest gradient norm, seconds and steps; starts anew."""
-        out = (sum(self.losses) / len(self.losses), self.norm, self.seconds, len(self.losses))
+    def take(self) -> tuple[float, float, float]:
+        """Mean loss, latest gradient norm and seconds of the `taken` steps; starts anew."""
+        self.taken = len(self.losses)
+        out = (sum(self.losses) / self.taken, self.norm, self.seconds)
         self.losses, self.seconds = [], 0.0
         return out
 

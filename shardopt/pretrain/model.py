@@ -29,6 +29,7 @@ from shardopt.slices import canonical_name, layout_of, local_tensor, name_key, n
 
 # A parameter with a value of its own from the constructor is a scalar or a vector.
 _MOST_CONSTRUCTED = 2**20
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 
 
@@ -102,7 +103,7 @@ def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int
                 f"data.block_size: {block_size} is over this model's limit, model.{key} = {limit}: "
                 f"lower data.block_size or raise model.{key}"
             )
-    config.use_cache = False
+    config.use_cache = True  # for those who load the export; training asks for no cache at each call
     return config
 
 
@@ -115,9 +116,10 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     try:
         with _constructing() as constructed:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as e:
         raise InputError(f"model: transformers cannot build this {config.model_type}: {e}") from e
+    config.architectures = [type(model).__name__]
     for module in model.modules():
         if getattr(config, "pad_token_id", None) is None and hasattr(module, "create_position_ids_from_input_ids"):
             raise InputError(
@@ -171,6 +173,17 @@ def _constructing() -> Iterator[dict[Tensor, Tensor]]:
         yield constructed
     for param in writes.written & constructed.keys():
         del constructed[param]
+
+
+def routed_experts(config: PretrainedConfig) -> int:
+    """Experts among which a router of this model chooses; 0 where it is no mixture of experts."""
+    counts = (getattr(config, name, None) for name in _EXPERT_KEYS)
+    return max((count for count in counts if isinstance(count, int) and count > 1), default=0)
+
+
+def weight_files(folder: str | None) -> list[Path]:
+    """The safetensors files of `model.path`; none where the model starts from random weights."""
+    return [] if folder is None else sorted(Path(folder).glob("*.safetensors"))
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -241,7 +254,7 @@ def initialise(model: nn.Module, device: torch.device, seed: int, weights: str |
             does not say how one of its parameters is initialised.
     """
     give_storage(model, device)
-    if weights is not None and (files := sorted(Path(weights).glob("*.safetensors"))):
+    if files := weight_files(weights):
         _load_safetensors(model, files)
         return
     draws = _DrawWhole(seed)

@@ -1,4 +1,4 @@
-"""What a person sees on the console: what each rank holds, how the run goes, what came of it.
+"""The console of a run: the memory of each rank, progress, results.
 
 Rank 0 alone prints. On a terminal there is a progress bar; elsewhere (a log file, CI) plain lines. Whatever
 came from outside, such as generated text, is printed without its control characters and never read as markup.
@@ -36,7 +36,7 @@ _LABELS = {
     "m1": "m1, fast average",
     "m2": "m2, slow average",
     "nu": "nu, second moment",
-    "weight_ema": "averaged weights",
+    "weight_ema": "weight EMA",
 }
 _MOST_RANK_COLUMNS = 4
 _LABEL_WIDTH = 14
@@ -64,7 +64,7 @@ class Holdings:
 
 
 def holdings(slices: list[Slice], gradient_bytes: int, ranks: Ranks) -> Holdings:
-    """What every rank holds, from the slices themselves. A collective.
+    """Bytes that every rank holds, from the slices themselves. A collective.
 
     The unsharded size of a tensor is its number of elements times the bytes an element takes where its first
     element is held. A gradient counts as large as its weight.
@@ -94,7 +94,7 @@ def holdings(slices: list[Slice], gradient_bytes: int, ranks: Ranks) -> Holdings
 
 
 def render(held: Holdings) -> Table:
-    """`held` as a table of at most 80 columns: a column a rank up to 4 ranks, beyond that the least and most.
+    """`held` as a table of at most 80 columns: one column per rank up to 4 ranks, beyond that the least and most.
 
     The share is what the rank that holds most holds of the unsharded size.
     """
@@ -135,6 +135,10 @@ class Head:
     kernel: str
     data_fingerprint: str
     data_tokens: int | None
+    holdout_tokens: int
+    holdout_blocks: int
+    scored_blocks: int
+    weight_ema: float | None = None
     resume_step: int | None = None
 
 
@@ -142,7 +146,8 @@ class Head:
 class Outcome:
     """What came of a run; what is None is not shown.
 
-    `tokens` are of the whole run, `seconds` of this start, which went on after `tokens_before`.
+    `loss` is the mean of the last `loss_steps` steps; `tokens` are of the whole run, `seconds` of this start, which
+    went on after `tokens_before`.
     """
 
     run_name: str
@@ -153,6 +158,7 @@ class Outcome:
     seconds: float
     tokens_before: int = 0
     loss: float | None = None
+    loss_steps: int = 1
     eval_loss: float | None = None
     eval_bits_per_byte: float | None = None
     skipped_steps: int = 0
@@ -160,7 +166,6 @@ class Outcome:
     plot: Path | None = None
     export: Path | None = None
     tracking: str | None = None
-    prompt: str = ""
     sample: str | None = None
 
 
@@ -201,6 +206,10 @@ class Report:
         self._pair("optimizer", f"{head.optimizer}, {head.kernel} kernel")
         tokens = "a stream" if head.data_tokens is None else f"{_count(head.data_tokens)} tokens"
         self._pair("data", f"{tokens}, fingerprint {head.data_fingerprint}")
+        scored = f"{head.scored_blocks:,} of {head.holdout_blocks:,} blocks scored"
+        self._pair("held-out text", f"{_count(head.holdout_tokens)} tokens, {scored}")
+        if head.weight_ema is not None:
+            self._pair("weight EMA", f"decay {head.weight_ema}; held-out loss, export and sample are of it")
         self._pair("run folder", head.folder)
         self._line(Text())
         self._print(render(held))
@@ -218,7 +227,8 @@ class Report:
         """Say what came of the run and where it lies."""
         self._title(outcome.run_name, outcome.status)
         if outcome.loss is not None:
-            self._pair("train loss", f"{outcome.loss:.4f} at step {outcome.step:,}")
+            mean = "" if outcome.loss_steps == 1 else f", mean of the last {outcome.loss_steps} steps"
+            self._pair("train loss", f"{outcome.loss:.4f} at step {outcome.step:,}{mean}")
         if outcome.eval_loss is not None:
             self._pair("held-out loss", _held_out(outcome.eval_loss, outcome.eval_bits_per_byte))
         seen = f"{_count(outcome.tokens - outcome.tokens_before)} in {_duration(outcome.seconds)}"
@@ -240,7 +250,7 @@ class Report:
             text = outcome.sample
             if len(text) > _SAMPLE_CHARACTERS:
                 text = text[:_SAMPLE_CHARACTERS] + " ..."
-            body = Text.assemble((self._safe(outcome.prompt), "bold"), self._safe(text), overflow="fold")
+            body = Text(self._safe(text), overflow="fold")
             self._print(Panel(body, title="sample", title_align="left", border_style="dim", box=box.ROUNDED))
 
     def _title(self, run_name: str, note: str) -> None:
@@ -266,7 +276,7 @@ class Report:
 
 
 class Training(AbstractContextManager["Training"]):
-    """The steps of a run as they pass: a bar on a terminal, elsewhere a line a logged step. See `Report`."""
+    """The steps of a run as they pass: a bar on a terminal, elsewhere one line per logged step. See `Report`."""
 
     def __init__(self, report: Report, total: int, start: int) -> None:
         self._report, self._total, self._clock = report, total, report._clock

@@ -1,4 +1,4 @@
-"""What the model makes of text: its loss on tokens, held-out loss, and text of its own."""
+"""Scores of a model: its loss on tokens, its held-out loss, and a sample of its text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardopt.pretrain.data import HoldoutData
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss on held-out text, in nats a token and in bits a UTF-8 byte."""
+    """Mean loss on the scored held-out blocks, in nats per token and in bits per UTF-8 byte of their own text."""
 
     loss: float
     bits_per_byte: float
@@ -30,7 +30,7 @@ def token_loss_sum(engine: Engine, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(engine: Engine, tokenizer: Any, tokens: int, context: int, temperature: float = 0.8) -> str:
-    """Text that the model goes on with from the end of a document. A collective, as the weights are sharded."""
+    """Sample `tokens` tokens of a new document. A collective, as the weights are sharded."""
     device = engine.ranks.device
     draw = torch.Generator().manual_seed(0)  # the same tokens on every rank
     ids = torch.tensor([[tokenizer.eos_token_id]], device=device)
@@ -47,9 +47,8 @@ def generate(engine: Engine, tokenizer: Any, tokens: int, context: int, temperat
 def held_out(engine: Engine, holdout: HoldoutData, blocks: int, micro_batch: int) -> HeldOut:
     """Loss on the first `blocks` held-out blocks, whatever the number of ranks. A collective."""
     ranks = engine.ranks
-    blocks = min(blocks, holdout.n_blocks)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    targets = blocks * (holdout.batch(0, 1).shape[1] - 1)
+    text_bytes = 0
     engine.model.eval()
     for start in range(0, blocks, ranks.world_size * micro_batch):
         first = start + ranks.rank * micro_batch
@@ -57,7 +56,9 @@ def held_out(engine: Engine, holdout: HoldoutData, blocks: int, micro_batch: int
         # A rank that has run out goes through the forward all the same: sharded weights are gathered in it.
         tokens = holdout.batch(first, last) if first < last else holdout.batch(0, 1)
         loss = token_loss_sum(engine, tokens.to(ranks.device)).double()
-        total += loss if first < last else 0.0
+        if first < last:
+            total += loss
+            text_bytes += holdout.target_bytes(tokens)
     engine.model.train()
-    nats = ranks.sum([total.item()])[0] / targets
-    return HeldOut(nats, nats / math.log(2) / holdout.bytes_per_token)
+    nats, whole = ranks.sum([total.item(), text_bytes])
+    return HeldOut(nats / (blocks * holdout.block_size), nats / math.log(2) / whole)

@@ -72,8 +72,8 @@ def eval_losses(folder, name):
     return [row["eval_loss"] for row in read_metrics(folder / "runs" / name / "metrics.jsonl") if "eval_loss" in row]
 
 
-def test_averaged_weights_are_evaluated_and_training_goes_on_as_without_them(folder):
-    changes = {"train__steps": 12, "eval__every": 4}
+def test_weight_ema_is_evaluated_and_exported_and_training_goes_on_as_without_it(folder):
+    changes = {"train__steps": 12, "eval__every": 4, "checkpoint__export": "true"}
     averaged = changes | {"optimizer__weight_ema": 0.9}
     tiny.run(0, 1, folder, run__name="plain", engine="{name: single}", **changes)
     tiny.run(0, 1, folder, run__name="weight_ema", engine="{name: single}", **averaged)
@@ -82,7 +82,8 @@ def test_averaged_weights_are_evaluated_and_training_goes_on_as_without_them(fol
     assert all(a != pytest.approx(b, rel=1e-3) for a, b in zip(expected, eval_losses(folder, "plain"), strict=True))
     for engine in ("{name: fsdp}", "{name: fsdp, reshard_after_forward: false}", "{name: zero}"):
         name = "average-" + str(abs(hash(engine)))
-        on_ranks(2, tiny.run, folder, run__name=name, engine=engine, **averaged)
+        result = on_ranks(2, tiny.run, folder, run__name=name, engine=engine, **averaged)[0]
+        assert tiny.exported_loss(folder, result.export) == pytest.approx(result.holdout_loss, rel=1e-5)
         assert losses(folder, name) == pytest.approx(losses(folder, "plain"), rel=1e-4)
         assert eval_losses(folder, name) == pytest.approx(expected, rel=1e-4)
 
@@ -216,6 +217,36 @@ def test_the_command_that_starts_ranks_ends_as_they_do_and_without_a_traceback(f
     assert process.returncode == (2 if mistake else 0), output
     assert ("did you mean train.steps" if mistake else "stopped by SIGTERM") in output
     assert "Traceback (most" not in output
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"train__stepz": 1}, "did you mean train.steps?"),
+        ({"train__micro_batch": 8}, "8 cannot be cut into micro-batches of 8 over 2 ranks"),
+    ],
+)
+def test_config_is_checked_before_any_rank_is_started(folder, monkeypatch, capsys, mistake, message):
+    monkeypatch.setattr("torch.distributed.run.main", lambda *_: pytest.fail("started ranks"))
+    config = folder / "checked.yaml"
+    config.write_text(json.dumps(tiny.tree(folder)))
+    overrides = [f"{key.replace('__', '.')}={value}" for key, value in mistake.items()]
+    assert main(["pretrain", "--nproc-per-node=2", str(config), *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_error_that_all_ranks_have_is_printed_however_late_rank_0_is(folder):
+    """torchrun kills the others when the first rank ends, so that one must wait."""
+    script, config = folder / "late.py", folder / "late.yaml"
+    script.write_text(
+        "import os, sys, time\nfrom shardopt.cli import main\n"
+        "time.sleep(2 * (os.environ['RANK'] == '0'))\nsys.exit(main())\n"
+    )
+    config.write_text(json.dumps(tiny.tree(folder) | {"trian": {}}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, str(script), "pretrain", str(config)], capture_output=True, text=True, timeout=90)
+    assert done.returncode
+    assert done.stderr.count("shardopt: trian: there is no such key; did you mean train?") == 1
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "two", "gpu"])

@@ -126,6 +126,23 @@ def test_a_folder_with_another_run_is_left_alone_and_the_keys_are_named(folder):
     assert not (folder / "runs" / "no-checkpoint-yet").exists()
 
 
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"data__sources": "[{source: text, paths: /nowhere/at/all}]"}, "/nowhere/at/all does not exist"),
+        ({"train__micro_batch": 8}, "8 cannot be cut into micro-batches of 8 over 2 ranks"),
+    ],
+)
+def test_folder_with_another_run_does_not_hide_a_mistake_in_the_config(folder, mistake, message):
+    taken = folder / "runs" / "taken"
+    if not taken.exists():
+        assert command(folder, "taken")[0] == 0
+    status, said, _ = command(folder, "taken", optimizer__lr=1e-2, **mistake)
+    assert status == 2
+    assert message in said
+    assert "already holds another run" not in said
+
+
 def test_a_damaged_config_of_the_run_folder_is_named(folder):
     assert command(folder, "torn")[0] == 0
     recorded = folder / "runs" / "torn" / "config.yaml"

@@ -54,6 +54,11 @@ def refused(tmp_path: Path, source: dict[str, Any] | list[dict[str, Any]], **mor
     return str(error.value)
 
 
+def bytes_per_target(holdout: HoldoutData) -> float:
+    batch = holdout.batch(0, holdout.n_blocks)
+    return holdout.target_bytes(batch) / batch[:, 1:].numel()
+
+
 def packed_folders(tmp_path: Path) -> set[Path]:
     return set((tmp_path / "cache" / "packed").iterdir())
 
@@ -186,7 +191,7 @@ def test_bpe_is_trained_on_training_text_only_and_kept(tmp_path: Path, caplog: p
     assert "data.tokenizer" not in caplog.text
     assert len(tokenizer.encode(" houses")) == 1
     assert len(tokenizer.encode(" zyzzyva")) > 4
-    assert train.bytes_per_token > 2 > holdout.bytes_per_token / 1.5
+    assert train.bytes_per_token > 2 > bytes_per_target(holdout) / 1.5
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     again, _ = load(tmp_path, source, tokenizer={"bpe": 400})
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
@@ -217,6 +222,34 @@ def test_packed_tokens_are_what_the_tokenizer_gives(tmp_path: Path) -> None:
     kept = [text for text in texts if not is_held_out(text, 0.2)]
     assert train.bytes_per_token == sum(len(text.encode()) for text in kept) / len(stream)
     assert "<|endoftext|>" in tokenizer.decode([i for i in stream if i != 0])
+
+
+def sentencepiece_like(folder: Path) -> Path:
+    """Metaspace pieces with bytes for what they lack, as in Llama 2."""
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz", "▁t", "▁tr"]
+    backend = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", "t"), ("▁t", "r")], byte_fallback=True)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "sentencepiece"])
+def test_bytes_of_scored_targets_are_those_of_the_text_they_stand_for(tmp_path: Path, kind: str) -> None:
+    source = {"source": "jsonl", "paths": str(write_jsonl(tmp_path / "a.jsonl", made_up(300)))}
+    shape = {"byte": "byte", "bpe": {"bpe": 400}, "sentencepiece": str(sentencepiece_like(tmp_path / "sp"))}[kind]
+    train, holdout = load(tmp_path, source, tokenizer=shape, holdout=0.5)
+    tokenizer = train.tokenizer
+    # The whole held-out file, each document of which stands for its own bytes.
+    (folder,) = packed_folders(tmp_path)
+    ids = np.fromfile(folder / "holdout.bin", np.uint16)
+    texts = [text for text in made_up(300) if is_held_out(text, 0.5)]
+    ends = np.flatnonzero(ids == tokenizer.eos_token_id)
+    assert len(ends) == len(texts)
+    for text, document in zip(texts, np.split(ids, ends + 1), strict=False):
+        # The first place is an input only, so another token stands there.
+        assert holdout.target_bytes(torch.tensor([[0, *document.tolist()]])) == len(text.encode())
 
 
 def test_every_token_but_the_first_is_a_target_once(tmp_path: Path) -> None:
@@ -276,7 +309,7 @@ def test_no_text_is_on_both_sides_even_across_sources(tmp_path: Path) -> None:
     )
     tokens = sum(len(text.encode()) + 1 for text in (*one[1], *two[1]))
     assert holdout.tokens == tokens
-    assert holdout.bytes_per_token == (tokens - len(one[1]) - len(two[1])) / tokens
+    assert bytes_per_target(holdout) == pytest.approx((tokens - len(one[1]) - len(two[1])) / tokens, rel=0.02)
 
 
 def test_a_growing_corpus_never_moves_a_document_across(tmp_path: Path) -> None:

@@ -154,11 +154,12 @@ def test_each_source_of_a_mixture_has_its_own_epochs(tmp_path: Path) -> None:
 
 def test_held_out_blocks_come_once_and_mixed(tmp_path: Path) -> None:
     sources = [blocks_of(tmp_path, 40, 4), blocks_of(tmp_path, 60, 4, first=1000)]
-    data = HoldoutData(sources, 4, 402, 1.0)
+    data = HoldoutData(sources, 4, 402, np.arange(2000))
     rows = data.batch(0, 100)
     assert sorted(rows[:, 0].tolist()) == [*range(0, 160, 4), *range(1000, 1240, 4)]
     assert torch.equal(torch.cat([data.batch(0, 33), data.batch(33, 100)]), rows)
-    assert torch.equal(data.block(7), rows[7])
+    assert torch.equal(data.batch(7, 8)[0], rows[7])
+    assert data.target_bytes(rows[:3]) == int(rows[:3, 1:].sum())
     assert 8 <= int((rows[:40, 0] < 1000).sum()) <= 24
     with pytest.raises(IndexError):
         data.batch(90, 101)

@@ -118,7 +118,21 @@ def test_table_reads_right():
 # The console of a run
 
 
-HEAD = Head("quick[bold]", Path("runs/quick"), 9_961_472, "fsdp", 2, "cpu", "ademamix", "c", "stdlib-3f", 10_412_331)
+HEAD = Head(
+    "quick[bold]",
+    Path("runs/quick"),
+    9_961_472,
+    "fsdp",
+    2,
+    "cpu",
+    "ademamix",
+    "c",
+    "stdlib-3f",
+    10_412_331,
+    39_168,
+    306,
+    256,
+)
 OUTCOME = Outcome(
     run_name="quick[bold]",
     status="finished",
@@ -134,7 +148,6 @@ OUTCOME = Outcome(
     plot=Path("runs/quick/loss.png"),
     export=Path("runs/quick") / ("long-" * 20) / "export",
     tracking="wandb sync runs/quick/wandb/offline-run-*-abcdefgh*",
-    prompt="def ",
     sample="main():\n\t[red]x[/red] \x1b[31m\x1b]0;title\x07\u202e\r\n[/nothing] 日本 \ud800 end " + "word " * 400,
 )
 
@@ -145,6 +158,7 @@ def test_start_says_what_runs():
     text = written(console)
     for part in ("quick[bold]", "9.96 M", "fsdp, 2 ranks on cpu", "ademamix, c kernel", "10.41 M tokens", "stdlib-3f"):
         assert part in text
+    assert "39,168 tokens, 256 of 306 blocks scored" in text
     assert "m2, slow average" in text
     assert all(cell_len(line) <= 80 for line in text.splitlines())
 

@@ -6,8 +6,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from shardopt.distributed import Ranks
+from shardopt.pretrain import data
 from shardopt.pretrain.config import Config, _override, parse
 from shardopt.pretrain.loop import Result, pretrain
+from shardopt.pretrain.metrics import read_metrics
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"), distributed=False)
 
 
 def corpus(folder: Path, documents: int = 60) -> Path:
@@ -59,3 +67,23 @@ def config(folder: Path, **changes: Any) -> Config:
 def run(rank: int, world_size: int, folder: Path, **changes: Any) -> Result:
     """For `on_ranks`: the run on every rank of a pool, or alone with world_size 1 (`run(0, 1, ...)`)."""
     return pretrain(config(folder, **changes))
+
+
+def metrics(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of the run's metrics.jsonl."""
+    return read_metrics(folder / "runs" / name / "metrics.jsonl")
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+@torch.no_grad()
+def exported_loss(folder: Path, export: Path, blocks: int = 8, **changes: Any) -> float:
+    """Held-out loss of an export as transformers loads it, on the blocks that the run (of `changes`) scores."""
+    from transformers import AutoModelForCausalLM
+
+    _, holdout = data.prepare(config(folder, **changes).data, ALONE, 0, 8)
+    tokens = holdout.batch(0, min(blocks, holdout.n_blocks))
+    logits = AutoModelForCausalLM.from_pretrained(export)(tokens[:, :-1]).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()

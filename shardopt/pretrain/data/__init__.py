@@ -3,5 +3,6 @@
 from shardopt.pretrain.data.batches import HoldoutData, TrainData
 from shardopt.pretrain.data.build import prepare
 from shardopt.pretrain.data.config import DataConfig
+from shardopt.pretrain.data.sources import check_sources
 
-__all__ = ["DataConfig", "HoldoutData", "TrainData", "prepare"]
+__all__ = ["DataConfig", "HoldoutData", "TrainData", "check_sources", "prepare"]

@@ -314,15 +314,13 @@ class HoldoutData:
         block_size: target tokens of a block, which holds one token more.
         n_blocks: how many there are.
         tokens: how many tokens they were cut from.
-        bytes_per_token: as in `TrainData`, over all held-out text. A loss in nats per token is
-            loss / ln 2 / bytes_per_token bits per byte.
     """
 
-    def __init__(self, blocks: list[Blocks], block_size: int, tokens: int, bytes_per_token: float) -> None:
+    def __init__(self, blocks: list[Blocks], block_size: int, tokens: int, token_bytes: np.ndarray) -> None:
         self._blocks, self.block_size = blocks, block_size
         self._starts = np.cumsum([0, *(one.n_blocks for one in blocks)])
         self.n_blocks = int(self._starts[-1])
-        self.tokens, self.bytes_per_token = tokens, bytes_per_token
+        self.tokens, self._token_bytes = tokens, token_bytes
 
     def batch(self, start: int, stop: int) -> torch.Tensor:
         """Blocks start..stop: int64, [stop - start, block_size + 1]; the first are a fair sample of all."""
@@ -336,6 +334,6 @@ class HoldoutData:
             out[mine] = self._blocks[source].rows(index[mine] - self._starts[source])
         return torch.from_numpy(out)
 
-    def block(self, i: int) -> torch.Tensor:
-        """Block i: int64, [block_size + 1]."""
-        return self.batch(i, i + 1)[0]
+    def target_bytes(self, batch: torch.Tensor) -> int:
+        """UTF-8 bytes of the text that the targets of `batch` stand for."""
+        return int(self._token_bytes[batch[:, 1:].numpy()].sum())

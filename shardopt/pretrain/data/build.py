@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 from shardopt.pretrain.data.batches import HoldoutData, Shuffled, Source, Stream, TrainData
-from shardopt.pretrain.data.config import BpeTokenizer, ByteTokenizer, DataConfig, HfSource
+from shardopt.pretrain.data.config import BpeTokenizer, ByteTokenizer, DataConfig, HfSource, holds_tokenizer
 from shardopt.pretrain.data.packing import (
     FORMAT,
     Packed,
@@ -30,6 +30,8 @@ from shardopt.pretrain.data.sources import Corpus, digest
 from shardopt.pretrain.data.tokenizers import (
     SavedTokenizer,
     byte_tokenizer,
+    check_same_ids,
+    content_key,
     describe,
     load_path,
     save,
@@ -41,7 +43,9 @@ logger = logging.getLogger("shardopt.data")
 T = TypeVar("T")
 
 
-def prepare(config: DataConfig, ranks: Ranks, seed: int, global_batch: int) -> tuple[TrainData, HoldoutData]:
+def prepare(
+    config: DataConfig, ranks: Ranks, seed: int, global_batch: int, weights: Path | None = None
+) -> tuple[TrainData, HoldoutData]:
     """Tokenise and pack what the cache lacks, and open it. A collective.
 
     Rank 0 builds. A node that does not see rank 0's cache folder builds its own, by its first rank. The
@@ -51,21 +55,22 @@ def prepare(config: DataConfig, ranks: Ranks, seed: int, global_batch: int) -> t
         config: the `data:` section.
         ranks: this process among the others.
         seed: decides the order of the samples and how sources are mixed, not what is held out.
-        global_batch: sequences a step, over all ranks.
+        global_batch: sequences per step, over all ranks.
+        weights: the folder of a trained model, whose tokenizer must give the same ids.
 
     Raises:
         InputError: on every rank; the message names the key to change.
     """
-    built = _while_others_wait(ranks, (lambda: _build(config, progress=True)) if ranks.is_main else None)
+    built = _while_others_wait(ranks, (lambda: _build(config, weights, progress=True)) if ranks.is_main else None)
     folders = ranks.from_main(built)
     assert folders is not None
     if ranks.any(not folders.visible()):
         lacking = not folders.visible()
         builds = lacking and ranks.local_rank == 0
-        _while_others_wait(ranks, (lambda: _build(config, progress=False)) if builds else None)
+        _while_others_wait(ranks, (lambda: _build(config, weights, progress=False)) if builds else None)
         if lacking:
             # Finds what this node's first rank has just built.
-            folders = ranks.together(lambda: _build(config, progress=False))
+            folders = ranks.together(lambda: _build(config, weights, progress=False))
         else:
             ranks.together(lambda: None)
     opened = ranks.together(lambda: _open(config, folders, seed, global_batch))
@@ -146,10 +151,15 @@ def _while_others_wait(ranks: Ranks, action: Callable[[], T] | None) -> T | None
     return ranks.together(finish)
 
 
-def _build(config: DataConfig, progress: bool) -> _Folders:
+def _build(config: DataConfig, weights: Path | None, progress: bool) -> _Folders:
     """Everything that the cache lacks for `config`."""
     corpora = [Corpus(config, index) for index in range(len(config.sources))]
     tokenizer = _build_tokenizer(config, corpora, progress)
+    if weights is not None:
+        if holds_tokenizer(weights):
+            check_same_ids(tokenizer, weights)
+        else:
+            logger.warning("model.path holds no tokenizer: its weights must have been trained on data.tokenizer's ids")
     return _Folders(tokenizer.folder, tuple(_build_packed(config, corpus, tokenizer, progress) for corpus in corpora))
 
 
@@ -166,21 +176,13 @@ def _build_tokenizer(config: DataConfig, corpora: list[Corpus], progress: bool) 
         make = byte_tokenizer if isinstance(shape, ByteTokenizer) else lambda: _train(config, shape, corpora, progress)
     else:
         loaded = load_path(shape)
-        folder = root / digest(FORMAT, _content_key(root, loaded))
+        folder = root / digest(FORMAT, content_key(loaded))
         make = lambda: loaded  # noqa: E731
     if read_meta(folder) is None:
         with aside(folder) as building:
             tokenizer = make()
             write_meta(building, {"key": save(tokenizer, building), **describe(shape, tokenizer)})
     return _saved_tokenizer(folder)
-
-
-def _content_key(root: Path, tokenizer: Any) -> str:
-    """What `save` returns, without keeping what it writes."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="shardopt-") as scratch:
-        return save(tokenizer, Path(scratch))
 
 
 def _saved_tokenizer(folder: Path) -> SavedTokenizer:
@@ -281,7 +283,7 @@ def _open(config: DataConfig, folders: _Folders, seed: int, global_batch: int) -
         [one.blocks("holdout", config.block_size) for one in packed],
         config.block_size,
         holdout_tokens,
-        sum(one.holdout.bytes for one in packed) / max(1, holdout_tokens),
+        tokenizer.token_bytes(),
     )
     if holdout.n_blocks == 0:
         documents = sum(one.train.documents + one.holdout.documents for one in packed)

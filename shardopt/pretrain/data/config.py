@@ -1,4 +1,4 @@
-"""The `data:` section: which text, which tokenizer, how it is cut."""
+"""The `data:` section: sources of text, tokenizer, block size."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TextSource(_FileSource):
 
 
 class JsonlSource(_FileSource):
-    """One JSON object a line, or a JSON array of objects. A file that is not UTF-8 is skipped and counted."""
+    """One JSON object per line, or a JSON array of objects. A file that is not UTF-8 is skipped and counted."""
 
     source: Literal["jsonl"] = "jsonl"
     column: str = "text"
@@ -51,7 +51,7 @@ class JsonlSource(_FileSource):
 
 
 class ParquetSource(_FileSource):
-    """Parquet files, one document a row."""
+    """Parquet files, one document per row."""
 
     source: Literal["parquet"] = "parquet"
     column: str = "text"
@@ -81,7 +81,7 @@ class HfSource(_Source):
 
 
 class ByteTokenizer(Section):
-    """One token a UTF-8 byte, and one for the end of a document: 257 tokens."""
+    """One token per UTF-8 byte, and one for the end of a document: 257 tokens."""
 
     type: Literal["byte"] = "byte"
 
@@ -104,8 +104,13 @@ class PathTokenizer(Section):
     """A folder, or a name on the hub."""
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a transformers tokenizer was saved in `folder`."""
+    return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"))
+
+
 class DataConfig(Section):
-    """What the model is trained and evaluated on."""
+    """The text that the model is trained and evaluated on, its tokenizer, and how it is cut into blocks."""
 
     sources: tuple[
         Annotated[StdlibSource | TextSource | JsonlSource | ParquetSource | HfSource, Field(discriminator="source")],
@@ -113,7 +118,8 @@ class DataConfig(Section):
     ] = Field(default=(StdlibSource(),), min_length=1)
     """Where the text comes from: a source, or a list of them to mix by weight; `stdlib` is {source: stdlib}."""
     tokenizer: Annotated[ByteTokenizer | BpeTokenizer | PathTokenizer, Field(discriminator="type")] = ByteTokenizer()
-    """`byte`, `bpe`, `{bpe: VOCAB_SIZE}`, or a transformers tokenizer: its folder or its name on the hub."""
+    """`byte`, `bpe`, `{bpe: VOCAB_SIZE}`, or a transformers tokenizer: its folder or its name on the hub. By default
+    the one in the folder of model.path, if it has one, else byte."""
     block_size: int = Field(default=256, ge=1)
     """Target tokens of a sequence; a block has one more, because targets are the inputs shifted by one."""
     holdout: float = Field(default=0.01, gt=0, lt=1)

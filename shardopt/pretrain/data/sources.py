@@ -59,19 +59,9 @@ class Corpus:
             self.total_bytes: int | None = None
             self.key = digest(shape, self._hub_key())
             return
-        if isinstance(self.source, StdlibSource):
-            root = Path(sysconfig.get_path("stdlib"))
-            self.files = sorted(
-                path
-                for path in root.rglob("*.py")
-                if not _TEST_FOLDERS.intersection(path.relative_to(root).parts) and path.is_file()
-            )
-            names = [path.relative_to(root).as_posix() for path in self.files]
-            if not self.files:
-                raise InputError(f"{self.where}: this Python has no library sources in {root}; use source: text")
-        else:
-            self.files = _find(self.source.source, self.source.paths, f"{self.where}.paths")
-            names = [path.name for path in self.files]
+        self.files = _files(self.source, self.where)
+        root = Path(sysconfig.get_path("stdlib")) if isinstance(self.source, StdlibSource) else None
+        names = [path.relative_to(root).as_posix() if root else path.name for path in self.files]
         self.total_bytes = sum(path.stat().st_size for path in self.files)
         if self.total_bytes == 0:
             raise InputError(f"{self.where}: every file is empty ({_some(self.files)})")
@@ -212,6 +202,24 @@ def document(row: dict[str, Any], column: str, where: str) -> str:
     if not isinstance(text, str):
         raise InputError(f"{where}.column: {column!r} holds {type(text).__name__}, not text")
     return text
+
+
+def check_sources(config: DataConfig) -> None:
+    """Raise InputError where a source names files that are not there; nothing is read, nor the hub asked."""
+    for index, source in enumerate(config.sources):
+        _files(source, f"data.sources[{index}]")
+
+
+def _files(source: Any, where: str) -> list[Path]:
+    if isinstance(source, HfSource):
+        return []
+    if not isinstance(source, StdlibSource):
+        return _find(source.source, source.paths, f"{where}.paths")
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [p for p in root.rglob("*.py") if not _TEST_FOLDERS.intersection(p.relative_to(root).parts) and p.is_file()]
+    if not files:
+        raise InputError(f"{where}: this Python has no library sources in {root}; use source: text")
+    return sorted(files)
 
 
 def _find(kind: str, paths: tuple[str, ...], where: str) -> list[Path]:

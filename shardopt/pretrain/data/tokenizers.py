@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
+_BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 
 Encode = Callable[[list[str]], list[np.ndarray]]
 
@@ -48,7 +51,27 @@ class SavedTokenizer:
     def load(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder)
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of the text that each id stands for: int64, [vocab_size]; none for special tokens.
+
+        Exact for bytes and byte-level vocabularies; elsewhere it is the length of the token's piece, which leaves
+        out what the tokenizer changed in the text.
+        """
+        table = np.ones(self.vocab_size, np.int64)
+        if not self.is_bytes:
+            tokenizer: Any = self.load()
+            byte_level = tokenizer.is_fast and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+            added = tokenizer.get_added_vocab()
+            for piece, number in tokenizer.get_vocab().items():
+                if byte_level and piece not in added:
+                    table[number] = len(piece)  # a character stands for a byte
+                elif not _BYTE_FALLBACK.fullmatch(piece):
+                    table[number] = len(piece.replace("\u2581", " ").removeprefix("##").encode())
+            table[tokenizer.all_special_ids] = 0
+        table[self.eos] = 0
+        return table
 
     def encoder(self) -> Encode:
         """A function from texts to arrays of ids, on all cores (the tokenizers library's threads).
@@ -107,14 +130,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def load_path(config: PathTokenizer) -> PreTrainedTokenizerBase:
-    """
+    """The transformers tokenizer in a folder or on the hub; its code, if it has any, is not run.
+
     Raises:
-        InputError: there is no such tokenizer, or it has no end-of-sequence token.
+        InputError: there is no such tokenizer, or it has no end-of-sequence token, or it needs code of its own.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.path)
+        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
             f"data.tokenizer: {config.path!r} is neither byte nor bpe, and transformers loads no tokenizer "
@@ -125,8 +149,23 @@ def load_path(config: PathTokenizer) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_same_ids(tokenizer: SavedTokenizer, folder: Path) -> None:
+    """Raise InputError where the tokenizer in `folder`, a model's, gives other ids than `tokenizer`."""
+    if content_key(load_path(PathTokenizer(path=str(folder)))) != tokenizer.key:
+        raise InputError(
+            f"data.tokenizer: gives other ids than the tokenizer in model.path, which the weights there were trained "
+            f"on; leave data.tokenizer out, or write data.tokenizer='{{path: {folder}}}'"
+        )
+
+
+def content_key(tokenizer: Any) -> str:
+    """A hash of what decides the ids that the tokenizer gives."""
+    with tempfile.TemporaryDirectory(prefix="shardopt-") as scratch:
+        return save(tokenizer, Path(scratch))
+
+
 def save(tokenizer: Any, folder: Path) -> str:
-    """Write the tokenizer and return a hash of what decides its ids."""
+    """Write the tokenizer and return its `content_key`."""
     tokenizer.save_pretrained(folder)
     # tokenizer_config.json also holds paths and versions; a fast tokenizer is wholly in tokenizer.json.
     fast = folder / "tokenizer.json"
