@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from shardopt.pretrain.config import load
 from tests.distributed.pool import on_ranks
 
 README = Path("README.md").read_text(encoding="utf-8")
@@ -63,13 +64,22 @@ def test_a_snippet_runs_and_its_optimizer_learns(code):
 
 
 @pytest.mark.parametrize("block", fenced("bash"), ids=lambda b: b.split()[0])
-def test_a_command_runs(block, tmp_path):
+def test_command_runs_as_it_stands(block, tmp_path):
+    """In a folder of its own, so that its run does not stay in the clone."""
+    for name in ("configs", "launch"):
+        (tmp_path / name).symlink_to(Path(name).absolute())
     for line in block.strip().replace("\\\n", " ").splitlines():
-        arguments = [*shlex.split(line), "train.steps=3", "schedule.warmup=1", "eval.batches=1", f"run.dir={tmp_path}"]
-        bin_folder = Path(sys.executable).parent
-        arguments[0] = str(bin_folder / arguments[0])
-        subprocess.run(arguments, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280)
-    assert (tmp_path / "mine" / "loss.png").exists()
+        command, *arguments = shlex.split(line)
+        whole = [str(Path(sys.executable).parent / command), *arguments]
+        subprocess.run(whole, check=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280)
+    assert (tmp_path / "runs" / "mine" / "loss.png").exists()
+
+
+def test_settings_of_commands_in_the_text_are_accepted():
+    commands = re.findall(r"`([^`\n]*(?:quickstart\.sh|shardopt pretrain) [^`\n]*)`", README)
+    assert len(commands) >= 2
+    for command in commands:
+        load("configs/quickstart.yaml", [word for word in shlex.split(command) if "=" in word])
 
 
 def test_the_quickstart_trains_keeps_its_promises_on_disk_and_says_what_each_rank_holds(tmp_path):

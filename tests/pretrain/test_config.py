@@ -83,6 +83,12 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
         ("data.sources=5", r"^data\.sources: must be a list of sources, such as \[\{source: stdlib\}\], got 5$"),
         ("data.tokenizer=5", r"^data\.tokenizer: must be byte, bpe, "),
         ("schedule.warmup=1000", r"schedule\.warmup: 1000 is longer than train\.steps"),
+        ("run.resume=yes", r"run\.resume: .*, got 'yes'"),
+        ("checkpoint.export=on", r"checkpoint\.export: write true or false, got 'on'"),
+        ("run.name=[a]", r"run\.name: .*string, got \['a'\]"),
+        ("optimizer.lr=total", r"optimizer ademamix: lr must be a number, got the text 'total'$"),
+        ("optimizer.lr=fast", r"optimizer ademamix: lr must be a number, got the text 'fast'$"),
+        ("train.steps=010", r"train\.steps: .*integer, got '010'"),
         ("schedule.cooldown=10", r"schedule\.cooldown: belongs to schedule\.name=wsd"),
         ("run.name=a/b", r"run\.name"),
         ("train.steps", "write it as key.sub=value"),
@@ -113,6 +119,21 @@ def test_a_key_that_stands_twice_is_refused_with_its_line_and_a_merge_is_not(tmp
         "model: {model_type: llama}\ndata: {}\neval: &often {every: 3}\ncheckpoint: {<<: *often, every: 4, keep: 1}\n"
     )
     assert (load(path).eval.every, load(path).checkpoint.every) == (3, 4)
+
+
+def test_override_of_an_aliased_section_leaves_the_other_alone(tmp_path):
+    path = tmp_path / "alias.yaml"
+    path.write_text("model: {model_type: llama}\ndata: {}\neval: &often {every: 3}\ncheckpoint: *often\n")
+    config = load(path, ["eval.every=7", "eval.batches=2"])
+    assert (config.eval.every, config.eval.batches, config.checkpoint.every) == (7, 2, 3)
+
+
+def test_words_and_dates_are_text_and_total_stands_for_the_steps_of_a_warmup():
+    config = load("configs/quickstart.yaml", ["run.name=2024-01-31", "tracking.wandb.group=off", "run.resume=never"])
+    assert (config.run.name, config.tracking.wandb.group) == ("2024-01-31", "off")
+    given = config.optimizer.spec(300, 0).kwargs
+    assert (given["alpha_warmup"], given["beta3_warmup"], given["lr"]) == (300, 300, 6e-3)
+    assert given["betas"] == (0.9, 0.99, 0.999)
 
 
 def test_all_mistakes_of_a_file_are_listed_at_once(tmp_path):
