@@ -1,4 +1,4 @@
-"""The processes of a run: start, agree, stop."""
+"""This process among the ranks of a run: start, agree with the others, stop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others. A single process (world size 1) may have no process group at all."""
+    """This process among the others. A single process (world size 1) may have no process group at all.
+
+    Every wait ends after the process group's timeout. Methods that say "A collective" are called by all ranks, in the
+    same order.
+    """
 
     rank: int
     world_size: int
@@ -38,39 +42,25 @@ class Ranks:
         Args:
             device: "auto" takes CUDA where there is one (NCCL, with gloo beside it for CPU tensors), else "cpu".
             timeout_minutes: how long a collective may wait before it fails.
+
+        Raises:
+            InputError: there is no such device, or the processes cannot find each other.
         """
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
-            if not torch.cuda.is_available():
-                raise InputError("run.device is cuda, but torch sees no GPU: set run.device=cpu")
-            if local_rank >= torch.cuda.device_count():
-                raise InputError(
-                    f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
-                    f"lower --nproc_per_node"
-                )
-            where = torch.device("cuda", local_rank)
-            torch.cuda.set_device(where)
-        else:
-            where = torch.device(device)
+        rank, world_size, local_rank = _integer("RANK", 0), _integer("WORLD_SIZE", 1), _integer("LOCAL_RANK", 0)
+        where = _device(device, local_rank)
         distributed = "RANK" in os.environ
         owns_group = distributed and not dist.is_initialized()
         if owns_group:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo",
-                timeout=timedelta(minutes=timeout_minutes),
-                device_id=where if where.type == "cuda" else None,
-            )
+            _init_process_group(where, timedelta(minutes=timeout_minutes))
         return cls(rank, world_size, local_rank, where, distributed, owns_group)
 
     def stop(self) -> None:
-        """Leave the process group that `start` made."""
+        """Destroy the process group that `start` made."""
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
     def barrier(self) -> None:
+        """Wait for all ranks. A collective."""
         if self.distributed:
             dist.barrier()
 
@@ -87,15 +77,11 @@ class Ranks:
         return self.sum([float(flag)])[0] > 0
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on every rank (pickled between ranks of one job). A collective."""
-        if not self.distributed:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        """All-gather a value that can be pickled: every rank's, in rank order. A collective."""
+        return _all_gather(value, None) if self.distributed else [value]
 
     def from_main(self, value: T) -> T:
-        """Rank 0's value on every rank (pickled between ranks of one job). A collective."""
+        """Broadcast rank 0's value, which can be pickled. A collective."""
         if not self.distributed:
             return value
         box = [value]
@@ -103,10 +89,13 @@ class Ranks:
         return box[0]
 
     def together(self, action: Callable[[], T]) -> T:
-        """Run `action` here; if it raises on any rank, raise on every rank. A collective.
+        """Run `action` on every rank; if it raises on any rank, raise on every rank. A collective.
 
         Without it a rank that fails alone (an unwritable disk, a corpus that is missing on one node) leaves the
         others waiting in their next collective until the timeout.
+
+        Returns:
+            What `action` returned on this rank.
 
         Raises:
             InputError: the action raised an InputError on some rank; its message, once.
@@ -117,17 +106,70 @@ class Ranks:
             result = action()
         except Exception as e:
             error = e
-        if not self.distributed:
-            if error is not None:
-                raise error
-            return result
-        mine = None if error is None else (isinstance(error, InputError), f"{type(error).__name__}: {error}")
-        failures = [(rank, *report) for rank, report in enumerate(self.gather(mine)) if report is not None]
-        if error is not None:
+        if self.distributed:
+            raise_on_all_ranks(error)
+        elif error is not None:
             raise error
-        if failures:
-            rank, is_input, message = failures[0]
-            if is_input:
-                raise InputError(message.removeprefix("InputError: "))
-            raise RuntimeError(f"rank {rank} failed: {message}")
         return result
+
+
+def raise_on_all_ranks(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise on every rank of `group` (None: all ranks) if any of them has an error. A collective.
+
+    Raises:
+        InputError: some rank's error is an InputError; its message.
+        RuntimeError: another rank's error is something else. This rank's own error is raised as it is.
+    """
+    mine = None if error is None else (isinstance(error, InputError), type(error).__name__, str(error))
+    reports = _all_gather((dist.get_rank(), mine), group)
+    if error is not None:
+        raise error
+    for rank, report in reports:
+        if report is not None:
+            is_input, kind, message = report
+            raise InputError(message) if is_input else RuntimeError(f"rank {rank} failed: {kind}: {message}")
+
+
+def _all_gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _integer(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise InputError(f"the environment variable {variable} is {text!r}, not a number: start with torchrun")
+    return int(text)
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cuda":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise InputError("run.device is cuda, but torch sees no GPU: set run.device=cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; lower --nproc_per_node"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _init_process_group(device: torch.device, timeout: timedelta) -> None:
+    on_gpu = device.type == "cuda"
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None
+        )
+    except (RuntimeError, ValueError) as error:
+        size, address, port = (os.environ.get(v, "not set") for v in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        library = "NCCL" if on_gpu else "GLOO"
+        raise InputError(
+            f"this process could not join the others (WORLD_SIZE {size}, MASTER_ADDR {address}, MASTER_PORT {port}): "
+            f"start all of them, with torchrun; let every machine reach that address and port; and where a machine "
+            f"has several networks name the right one in {library}_SOCKET_IFNAME. {type(error).__name__}: {error}"
+        ) from error

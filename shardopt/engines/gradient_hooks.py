@@ -1,13 +1,7 @@
-"""Gradient hooks, one interface for our ZeRO, DistributedDataParallel and FSDP2.
+"""Gradient hooks: one interface for ZeroOptimizer, DistributedDataParallel and FSDP2.
 
-    statistics = hooks.GradientStatistics()
-    hooks.attach([statistics, hooks.ErrorFeedback()], optimizer)     # a ZeroOptimizer, a DDP or an FSDP2 module
-    ...
-    statistics.read()                                                # agreed by all ranks
-
-A hook sees this rank's gradients of a bucket before they are sent, and the part of the sum that this rank owns
-after they were reduced. What a bucket is, is the host's business: a bucket of ZeroOptimizer or DDP, a group of
-FSDP2. Attach the same hooks in the same order on every rank.
+A hook sees this rank's gradients of a bucket before they are sent, and the part of the sum that this rank owns after
+they were reduced. A bucket is one of ZeroOptimizer's or DDP's, or all that an FSDP2 module reduces at once.
 """
 
 from __future__ import annotations
@@ -15,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -22,108 +17,129 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from shardopt.distributed import raise_on_all_ranks
 from shardopt.engines.zero import ZeroOptimizer
+from shardopt.engines.zero.buckets import Bucket
 from shardopt.engines.zero.transports import Communicator, communicator
 from shardopt.errors import InputError
 
-__all__ = ["ErrorFeedback", "GradientHook", "GradientStatistics", "NonFinite", "attach", "reduce_scatter_into"]
+__all__ = ["ErrorFeedback", "GradientHook", "GradientHookError", "GradientStatistics", "NonFinite", "attach"]
+
+
+class GradientHookError(RuntimeError):
+    """A gradient hook raised."""
 
 
 class GradientHook:
-    """Override either method. Both get 1-D tensors, fp32 or wider, and change them in place.
+    """Override any method. A hook object belongs to the one target that it is attached to.
 
-    `wire_dtype`, where set, is what `before_reduce` has left representable: the host then sends that.
+    Attributes:
+        wire_dtype: what `before_reduce` rounds to, where it does: gradients are then sent in that dtype.
+        group: the ranks that reduce together; set by `attach`, None for a single process.
     """
 
     wire_dtype: torch.dtype | None = None
-    group: dist.ProcessGroup | None = None  # the ranks that reduce together; set by `attach`
+    group: dist.ProcessGroup | None = None
+    attached = False
 
     def before_reduce(self, bucket: int, flat: Tensor) -> None:
-        """This rank's gradients of one bucket, with the host's padding (zeros), before they are sent."""
+        """Change this rank's gradients of one bucket before they are sent.
+
+        Args:
+            bucket: its number.
+            flat: 1-D, fp32 or wider, to be changed in place. Padding between parameters is zero, and is set to zero
+                again afterwards.
+        """
 
     def after_reduce(self, bucket: int, reduced: Tensor) -> None:
-        """The part that this rank owns of the reduced bucket: averaged, before clipping and the step."""
+        """Change the part of the reduced bucket that this rank owns, before clipping and the step.
+
+        Args:
+            bucket: its number.
+            reduced: 1-D, fp32 or wider, averaged over ranks, to be changed in place; padding as in `before_reduce`.
+        """
+
+    def reset(self) -> None:
+        """Forget what earlier gradients left: their step was skipped, or the buckets have changed."""
 
 
 class ErrorFeedback(GradientHook):
     """Send bf16, and add what rounding lost to the next step's gradient (Seide et al., 2014; 1-bit SGD).
 
-    Keeps one fp32 value a gradient element on every rank.
+    Keeps one fp32 value per gradient element on every rank. What a non-finite gradient left is forgotten before the
+    next one; call `reset` after a step that you skip for another reason.
     """
 
     wire_dtype = torch.bfloat16
 
     def __init__(self) -> None:
-        self.lost: dict[int, Tensor] = {}
+        self._lost: dict[int, Tensor] = {}
 
     def before_reduce(self, bucket: int, flat: Tensor) -> None:
-        lost = self.lost.get(bucket)
-        if lost is None:
-            lost = self.lost[bucket] = torch.zeros_like(flat)
+        lost = self._lost.setdefault(bucket, torch.zeros_like(flat))
+        if lost.shape != flat.shape:
+            raise InputError(
+                f"the bucket had {lost.numel()} elements and now has {flat.numel()}: call ErrorFeedback.reset() where "
+                f"other parameters begin to have gradients"
+            )
         flat.add_(lost)
-        torch.sub(flat, flat.to(torch.bfloat16), out=lost)
-        # A value that is not finite must not stay: it would poison every later step.
-        lost.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        flat.copy_(flat.to(torch.bfloat16))
+        sent = flat.to(torch.bfloat16)
+        torch.sub(flat, sent, out=lost)
+        flat.copy_(sent)
+
+    def reset(self) -> None:
+        self._lost.clear()
 
 
 class GradientStatistics(GradientHook):
-    """Sums over the buckets since the last `read`."""
+    """Norms and the largest magnitude of all gradients since the last `read`, in constant memory."""
 
     def __init__(self) -> None:
         self._clear()
 
     def _clear(self) -> None:
-        self._local: list[Tensor] = []
-        self._reduced: list[Tensor] = []
-        self._largest: list[Tensor] = []
+        self._local, self._reduced, self._largest = torch.zeros(3, dtype=torch.float64).unbind()
 
     def before_reduce(self, bucket: int, flat: Tensor) -> None:
-        self._local.append(torch.linalg.vector_norm(flat))
+        self._local = torch.linalg.vector_norm(flat).double().square() + self._local
 
     def after_reduce(self, bucket: int, reduced: Tensor) -> None:
-        self._reduced.append(torch.linalg.vector_norm(reduced))
-        self._largest.append(torch.linalg.vector_norm(reduced, math.inf))
+        self._reduced = torch.linalg.vector_norm(reduced).double().square() + self._reduced
+        self._largest = torch.maximum(torch.linalg.vector_norm(reduced, math.inf).double(), self._largest)
 
     def read(self) -> dict[str, float]:
-        """The reduced gradient's `norm` and `largest` magnitude, and `local_norm`, the root mean square over ranks
-        and micro-batches of a rank's own gradient norm times sqrt(micro-batches); then start again. A collective.
+        """Take the statistics since the last call, and start again. A collective.
 
-        The ratio of the last to the first tells gradient noise (McCandlish et al., arXiv 1812.06162).
+        The ratio of `local_norm` to `norm` tells gradient noise (McCandlish et al., arXiv 1812.06162).
+
+        Returns:
+            The same on every rank: the reduced gradient's `norm` and `largest` magnitude, and `local_norm`, the root
+            mean square over ranks and micro-batches of a rank's own gradient norm times sqrt(micro-batches).
         """
-        values = torch.zeros(3, dtype=torch.float64)
-        for i, norms in enumerate((self._local, self._reduced)):
-            if norms:
-                values[i] = torch.stack(norms).double().square().sum().cpu()
-        largest = (
-            torch.stack(self._largest).max().double().cpu() if self._largest else torch.zeros((), dtype=torch.float64)
-        )
-        ranks = 1
+        sums, largest, ranks = torch.stack([self._local, self._reduced]), self._largest.clone(), 1
         if self.group is not None:
             ranks = dist.get_world_size(self.group)
-            values, largest = _on_wire(values, self.group), _on_wire(largest, self.group)
-            dist.all_reduce(values, group=self.group)
+            sums, largest = _on_wire(sums, self.group), _on_wire(largest, self.group)
+            dist.all_reduce(sums, group=self.group)
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         self._clear()
-        local, reduced, _ = values.tolist()
+        local, reduced = sums.tolist()
         return {"norm": math.sqrt(reduced), "largest": largest.item(), "local_norm": math.sqrt(local / ranks)}
 
 
 class NonFinite(GradientHook):
-    """Whether any rank's part of the gradient is not finite, so that all ranks skip the step together."""
+    """Finds out whether any rank's part of the gradient is not finite, so that all ranks skip the step together."""
 
     def __init__(self) -> None:
-        self._seen: list[Tensor] = []
+        self._found = torch.tensor(False)
 
     def after_reduce(self, bucket: int, reduced: Tensor) -> None:
-        self._seen.append(torch.linalg.vector_norm(reduced))
+        self._found = ~reduced.isfinite().all() | self._found
 
     def agreed(self) -> bool:
-        """True on every rank if any of them saw one since the last call. A collective."""
-        flag = torch.zeros(1)
-        if self._seen:
-            flag = (~torch.stack(self._seen).isfinite()).any().float().reshape(1).cpu()
-        self._seen = []
+        """True on every rank if any of them saw a NaN or an infinity since the last call. A collective."""
+        flag = self._found.float()
+        self._found = torch.tensor(False)
         if self.group is not None:
             flag = _on_wire(flag, self.group)
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
@@ -136,57 +152,153 @@ def _on_wire(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def attach(hooks: GradientHook | Sequence[GradientHook], target: ZeroOptimizer | nn.Module) -> None:
-    """Run `hooks`, in order, on the gradients of a ZeroOptimizer, a DDP module or an FSDP2 module.
+    """Run `hooks`, in order, on the gradients of a ZeroOptimizer, a DDP module or an FSDP2 module. A collective.
 
-    An empty list is useful too: on gloo it gives DDP and FSDP2 our pairwise exchange, summed in fp32 in rank order.
+        >>> from shardopt import AdEMAMix, ZeroOptimizer
+        >>> from shardopt.engines import gradient_hooks
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = ZeroOptimizer(model, AdEMAMix, lr=1e-3)
+        >>> statistics = gradient_hooks.GradientStatistics()
+        >>> gradient_hooks.attach(statistics, optimizer)
+        >>> model(torch.ones(3, 4)).sum().backward()  # every weight's gradient is 3
+        >>> optimizer.step()
+        >>> statistics.read()["largest"]
+        3.0
+
+    The same hooks must be attached in the same order on every rank, all of a target in one call. A hook that raises on
+    one rank raises on every rank: at the step of a ZeroOptimizer, within the backward of DDP and FSDP2. That takes a
+    small all-reduce per bucket with those two.
+
+    An empty list is useful too: on gloo it gives DDP and FSDP2 our exchange, summed in fp32 in rank order.
+
+    Args:
+        hooks: one, or several in the order in which they run.
+        target: what reduces the gradients.
 
     Raises:
-        InputError: another kind of target, or a wire dtype that a ZeroOptimizer was not built for.
+        InputError: another kind of target or hook, a hook or target that is attached already, or a `wire_dtype` that a
+            ZeroOptimizer was not built for.
     """
     hooks = [hooks] if isinstance(hooks, GradientHook) else list(hooks)
+    for i, hook in enumerate(hooks):
+        if not isinstance(hook, GradientHook):
+            raise InputError(f"{hook!r} is not a GradientHook object")
+        if hook.attached or any(hook is other for other in hooks[:i]):
+            raise InputError(
+                f"this {type(hook).__name__} is attached already, and keeps numbers of its gradients: make another one"
+            )
+    covered: set[Any] = {target}
+    if isinstance(target, nn.Module):
+        covered.update(m for m in target.modules() if isinstance(m, FSDPModule))
+    if not covered.isdisjoint(_targets):
+        raise InputError(f"this {type(target).__name__} has hooks already: attach all of them in one call")
     if isinstance(target, ZeroOptimizer):
-        _attach_zero(hooks, target)
+        _attach_to_zero(hooks, target)
     elif isinstance(target, DistributedDataParallel):
-        comm = communicator(target.process_group, next(target.parameters()).device)
-        _bind(hooks, comm.group)
-        _register(target, _DdpReduction(hooks, comm))
+        _attach_to_ddp(hooks, target)
     elif isinstance(target, FSDPModule):
-        _attach_fsdp(hooks, target)
+        _attach_to_fsdp(hooks, target)
     else:
         raise InputError(f"hooks attach to a ZeroOptimizer, a DDP or an FSDP2 module, not to {type(target).__name__}")
-
-
-def _bind(hooks: list[GradientHook], group: dist.ProcessGroup | None) -> None:
+    _targets.update(covered)
     for hook in hooks:
-        hook.group = group
+        hook.attached = True
 
 
-def _wire_of(hooks: list[GradientHook], otherwise: torch.dtype) -> torch.dtype:
-    return next((h.wire_dtype for h in reversed(hooks) if h.wire_dtype is not None), otherwise)
+_targets: WeakSet[Any] = WeakSet()  # what has hooks
+_Gaps = list[tuple[int, int]]
 
 
-def _attach_zero(hooks: list[GradientHook], target: ZeroOptimizer) -> None:
+class _Hooks(GradientHook):
+    """The hooks of one target: runs them in order, keeps padding at zero, and resets them after a non-finite gradient.
+
+    An exception is kept while this rank goes on sending what the others wait for; the ranks then agree on it.
+
+    Args:
+        hooks: in the order in which they run.
+        gaps: by bucket, where its padding starts and ends.
+        agree_after: the bucket after which the ranks agree; None is every one.
+    """
+
+    def __init__(self, hooks: list[GradientHook], gaps: dict[int, _Gaps], agree_after: int | None = None) -> None:
+        self.hooks, self.gaps, self.agree_after = hooks, gaps, agree_after
+        self.comm: Communicator
+        self.error: Exception | None = None
+        self.finite = True  # this rank's part since the ranks agreed last
+        self.spoiled = False  # whether any rank's gradient of this backward was not finite
+        self.seen: set[int] = set()  # buckets of this backward
+
+    def wire_dtype_or(self, otherwise: torch.dtype) -> torch.dtype:
+        return next((h.wire_dtype for h in reversed(self.hooks) if h.wire_dtype is not None), otherwise)
+
+    def before_reduce(self, bucket: int, flat: Tensor) -> None:
+        if bucket in self.seen:  # another backward has begun
+            self.seen.clear()
+            if self.spoiled:
+                self.reset()
+        self.seen.add(bucket)
+        self._run("before_reduce", bucket, flat, 0)
+
+    def after_reduce(self, bucket: int, reduced: Tensor) -> None:
+        if not self.hooks:
+            return
+        self.finite = self.finite and bool(reduced.isfinite().all())
+        self._run("after_reduce", bucket, reduced, self.comm.rank * reduced.numel())
+        if bucket == self.agree_after or self.agree_after is None:
+            self._agree(reduced.device)
+
+    def reset(self) -> None:
+        self.spoiled = False
+        for hook in self.hooks:
+            hook.reset()
+
+    def _run(self, method: str, bucket: int, values: Tensor, start: int) -> None:
+        """Run `method` of all hooks on `values`, which are the bucket's from `start` on."""
+        for hook in self.hooks:
+            try:
+                getattr(hook, method)(bucket, values)
+            except Exception as error:
+                kind = InputError if isinstance(error, InputError) else GradientHookError
+                raised = kind(f"{type(hook).__name__}.{method}, bucket {bucket}: {error!r}")
+                raised.__cause__ = error
+                self.error = self.error or raised
+            for first, last in self.gaps.get(bucket, ()):
+                values[max(first - start, 0) : max(last - start, 0)].zero_()
+
+    def _agree(self, device: torch.device) -> None:
+        flags = torch.tensor([self.error is not None, not self.finite], dtype=torch.float64, device=device)
+        failed, spoiled = self.comm.sum(flags).tolist()
+        error, self.error, self.finite = self.error, None, True
+        self.spoiled = self.spoiled or spoiled > 0
+        if failed and self.comm.group is not None:
+            raise_on_all_ranks(error, self.comm.group)
+        if error is not None:
+            raise error
+
+
+def _bind(hooks: _Hooks, comm: Communicator) -> None:
+    hooks.comm = comm
+    for hook in hooks.hooks:
+        hook.group = comm.group
+
+
+def _attach_to_zero(hooks: list[GradientHook], target: ZeroOptimizer) -> None:
     sent = target.reducer.reduce_dtype
     for hook in hooks:
         if hook.wire_dtype is not None and hook.wire_dtype != sent:
             raise InputError(
                 f"{type(hook).__name__} sends {hook.wire_dtype}: build ZeroOptimizer with reduce_dtype='bf16'"
             )
-        target.add_hook(hook)
-    _bind(hooks, target.shard_group)
+    if hooks:
+        run = _Hooks(hooks, {b.index: _gaps(b) for b in target.buckets}, agree_after=len(target.buckets) - 1)
+        _bind(run, target.reducer.comm)
+        target.add_hook(run)
 
 
-def _register(ddp: DistributedDataParallel, reduce: Callable[[dist.GradBucket], None]) -> None:
-    """Make `reduce` DDP's communication hook; DDP goes on with what it leaves in the bucket's buffer."""
-
-    def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        reduce(bucket)
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
-
-    hook.__annotations__ = {"bucket": dist.GradBucket}  # DDP compares the class, not the name of one
-    ddp.register_comm_hook(None, hook)
+def _gaps(bucket: Bucket) -> _Gaps:
+    ends = [0, *(m.offset + m.numel for m in bucket.members)]
+    starts = [*(m.offset for m in bucket.members), bucket.numel]
+    return [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
 
 
 def _reduce(comm: Communicator, sent: Tensor, out: Tensor, scale: float) -> None:
@@ -195,36 +307,42 @@ def _reduce(comm: Communicator, sent: Tensor, out: Tensor, scale: float) -> None
     reduction.release()
 
 
-class _DdpReduction:
-    """Reduce a bucket of DDP onto its owners, let the hooks see it, hand it round again."""
+def _attach_to_ddp(hooks: list[GradientHook], target: DistributedDataParallel) -> None:
+    run = _Hooks(hooks, {})
+    _bind(run, communicator(target.process_group, next(target.parameters()).device))
+    members: dict[int, list[int]] = {}
 
-    def __init__(self, hooks: list[GradientHook], comm: Communicator) -> None:
-        self.hooks, self.comm = hooks, comm
-
-    def __call__(self, bucket: dist.GradBucket) -> None:
-        buffer, comm = bucket.buffer(), self.comm
+    def reduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Reduce-scatter the bucket, let the hooks see it, and all-gather it into the buffer that DDP goes on with."""
+        buffer, comm, index = bucket.buffer(), run.comm, bucket.index()
+        now = [id(p) for p in bucket.parameters()]
+        if members.setdefault(index, now) != now:  # DDP has laid them out anew, after its first backward
+            members.clear()
+            run.reset()
         part = -(-buffer.numel() // comm.size)
+        run.gaps[index] = [(buffer.numel(), part * comm.size)]
         flat = buffer.new_zeros(part * comm.size, dtype=torch.promote_types(buffer.dtype, torch.float32))
         flat[: buffer.numel()].copy_(buffer)
-        for hook in self.hooks:
-            hook.before_reduce(bucket.index(), flat)
-        sent = flat.to(_wire_of(self.hooks, buffer.dtype))
-        own = flat[comm.rank * part : (comm.rank + 1) * part]
-        reduced = torch.empty_like(own)
-        _reduce(comm, sent, reduced, 1.0 / comm.size)
-        own.copy_(reduced)
-        for hook in self.hooks:
-            hook.after_reduce(bucket.index(), own)
+        run.before_reduce(index, flat)
+        reduced = flat.new_empty(part)
+        _reduce(comm, flat.to(run.wire_dtype_or(buffer.dtype)), reduced, 1.0 / comm.size)
+        run.after_reduce(index, reduced)
+        flat.chunk(comm.size)[comm.rank].copy_(reduced)
         comm.all_gather(flat)()
         buffer.copy_(flat[: buffer.numel()])
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(buffer)
+        return future
+
+    reduce.__annotations__ = {"bucket": dist.GradBucket}  # DDP compares the class, not the name of one
+    target.register_comm_hook(None, reduce)
 
 
 class _FsdpReduction:
     """FSDP2's reduce-scatter for one of its modules."""
 
-    def __init__(self, hooks: list[GradientHook], index: int) -> None:
-        self.hooks, self.index = hooks, index
-        self.comms: dict[dist.ProcessGroup, Communicator] = {}
+    def __init__(self, hooks: _Hooks, index: int, comms: dict[dist.ProcessGroup, Communicator]) -> None:
+        self.hooks, self.index, self.comms = hooks, index, comms
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -234,57 +352,29 @@ class _FsdpReduction:
     ) -> None:
         if group not in self.comms:
             self.comms[group] = communicator(group, input_tensor.device)
-        comm = self.comms[group]
+        comm = self.hooks.comm = self.comms[group]
         scale = {dist.ReduceOp.SUM: 1.0, dist.ReduceOp.AVG: 1.0 / comm.size}.get(getattr(op, "op", op))
         if scale is None:
             raise InputError(f"FSDP2 asks for the reduction {op}, which our hooks do not have: keep its divide factors")
         wide = torch.promote_types(input_tensor.dtype, torch.float32)
         flat = input_tensor.to(wide)
-        for hook in self.hooks:
-            hook.before_reduce(self.index, flat)
-        sent = flat.to(_wire_of(self.hooks, input_tensor.dtype))
+        self.hooks.before_reduce(self.index, flat)
+        sent = flat.to(self.hooks.wire_dtype_or(input_tensor.dtype))
         reduced = output_tensor if output_tensor.dtype == wide else torch.empty_like(output_tensor, dtype=wide)
         _reduce(comm, sent, reduced, scale)
         output_tensor.copy_(reduced)
 
 
-def _attach_fsdp(hooks: list[GradientHook], target: FSDPModule) -> None:
-    assert isinstance(target, nn.Module)
-    modules = [m for m in target.modules() if isinstance(m, FSDPModule)]
+def _attach_to_fsdp(hooks: list[GradientHook], target: nn.Module) -> None:
+    run, comms = _Hooks(hooks, {}), dict[dist.ProcessGroup, Communicator]()
     groups = [p.device_mesh.get_group(p.device_mesh.ndim - 1) for p in target.parameters() if hasattr(p, "device_mesh")]
-    _bind(hooks, groups[0] if groups else None)
-    for index, module in enumerate(modules):
-        module.set_custom_reduce_scatter(_FsdpReduction(hooks, index))  # type: ignore[arg-type]
+    for hook in hooks:
+        hook.group = groups[0] if groups else None
+    for index, module in enumerate(m for m in target.modules() if isinstance(m, FSDPModule)):
+        module.set_custom_reduce_scatter(_FsdpReduction(run, index, comms))  # type: ignore[arg-type]
         if hooks:
-            module.set_all_reduce_hook(_after(hooks, index))
+            module.set_all_reduce_hook(_after(run, index))
 
 
-def _after(hooks: list[GradientHook], index: int) -> Callable[[Tensor], None]:
-    def run(reduced: Tensor) -> None:
-        for hook in hooks:
-            hook.after_reduce(index, reduced)
-
-    return run
-
-
-def reduce_scatter_into(optimizer: ZeroOptimizer, ddp: DistributedDataParallel) -> None:
-    """Make DDP hand its buckets to `optimizer`, which reduce-scatters them into its slices, instead of all-reducing.
-
-    Half the gradient traffic, and no reduced copy on ranks that would not use it. Build the optimizer on the inner
-    module with gradients="delivered". Afterwards `.grad` holds this rank's own gradients: clip with
-    `optimizer.clip_grad_norm_`. A parameter that no rank used has a zero gradient, not none.
-
-    Raises:
-        InputError: the optimizer watches autograd itself, or covers other parameters than DDP.
-    """
-    if optimizer.gradients != "delivered":
-        raise InputError('reduce_scatter_into needs ZeroOptimizer(..., gradients="delivered")')
-    theirs = {p for p in ddp.module.parameters() if p.requires_grad}
-    if theirs != optimizer.trained:
-        raise InputError("reduce_scatter_into needs one ZeroOptimizer over all of DDP's trainable parameters")
-
-    def deliver(bucket: dist.GradBucket) -> None:
-        for param, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            optimizer.deliver(param, gradient)
-
-    _register(ddp, deliver)
+def _after(hooks: _Hooks, index: int) -> Callable[[Tensor], None]:
+    return lambda reduced: hooks.after_reduce(index, reduced)

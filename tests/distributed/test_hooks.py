@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import doctest
+import pickle
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shardopt import ZeroOptimizer
 from shardopt.engines import gradient_hooks as hooks
+from shardopt.engines.zero import NonFiniteGradientError
 from shardopt.errors import InputError
 from tests.distributed.pool import on_ranks
 from tests.distributed.test_zero import (
@@ -22,7 +28,6 @@ from tests.distributed.test_zero import (
     loss_of,
     model,
     train_ddp,
-    train_zero,
     weights,
 )
 
@@ -223,58 +228,221 @@ def test_bf16_on_the_wire_adds_in_fp32(hooked):
     assert on_ranks(2, _reduce_dtype, hooked) == [(True, True, True)] * 2
 
 
-def _into_slices(rank, world_size, stage, micros):
-    """DDP's buckets, our slices: equal to our own hooks bit for bit."""
-    module = model()
-    optimizer = ZeroOptimizer(module, AdEMAMix, stage=stage, gradients="delivered", bucket_mb=SMALL_BUCKETS, **ADEMAMIX)
-    ddp = DistributedDataParallel(module, bucket_cap_mb=0.02, find_unused_parameters=True)
-    hooks.reduce_scatter_into(optimizer, ddp)
-    for step in range(5):
-        for micro in range(micros):
-            if stage == 1 and micro < micros - 1:
-                with ddp.no_sync():
-                    loss_of(ddp, step, micro, rank).backward()
-                continue
-            for p in module.parameters():
-                if stage == 2:
-                    p.grad = None
-            loss_of(ddp, step, micro, rank).backward()
+class _AddOne(hooks.GradientHook):
+    """Adds to everything it is given, padding included."""
+
+    def before_reduce(self, bucket, flat):
+        flat.add_(1.0)
+
+    def after_reduce(self, bucket, reduced):
+        reduced.add_(1.0)
+
+
+def _padding(rank, world_size):
+    module = nn.ModuleList([nn.Linear(5, 3), nn.Linear(3, 7)])  # 61 elements in a bucket of 96 or so
+    optimizer = ZeroOptimizer(module, torch.optim.SGD, lr=0.0)
+    statistics = hooks.GradientStatistics()
+    hooks.attach([_AddOne(), statistics], optimizer)
+    with optimizer.accumulate():
+        sum(p.sum() for p in module.parameters()).mul(3.0).backward()
+    norm = optimizer.clip_grad_norm_(None)
+    elements = sum(p.numel() for p in module.parameters())
+    padding = sum(b.numel for b in optimizer.buckets) - elements
+    read = statistics.read()
+    # 3, and 1 before and 1 after the reduction
+    return padding, norm - 5.0 * elements**0.5, read["norm"] - norm, read["local_norm"] - 4.0 * elements**0.5
+
+
+def test_hook_that_writes_into_padding_does_not_change_the_norm():
+    for padding, *differences in on_ranks(2, _padding):
+        assert padding > 0
+        assert differences == pytest.approx([0.0] * 3, abs=1e-4)
+
+
+def test_statistics_that_nobody_reads_do_not_grow():
+    for hook, used in ((hooks.GradientStatistics(), "read"), (hooks.NonFinite(), "agreed")):
+        sizes = []
+        for count in (1, 50):
+            for bucket in range(count):
+                hook.before_reduce(bucket, torch.ones(4))
+                hook.after_reduce(bucket, torch.full((2,), 2.0))
+            sizes.append(len(pickle.dumps(vars(hook))))
+        assert sizes[0] == sizes[1]
+        if used == "read":
+            assert hook.read() == pytest.approx({"norm": 408**0.5, "largest": 2.0, "local_norm": 204**0.5})
+        else:
+            hook.after_reduce(0, torch.tensor([1e30, 2.0]))  # whose square overflows
+            assert hook.agreed() is False
+            hook.after_reduce(0, torch.tensor([float("nan"), 2.0]))
+            hook.after_reduce(1, torch.ones(2))
+            assert (hook.agreed(), hook.agreed()) == (True, False)
+
+
+def _skipped_step(rank, world_size, host):
+    """A gradient with an infinity and, elsewhere, values whose rounding errors are large; nobody takes that step."""
+    module = nn.Linear(64, 8, bias=False)
+    nn.init.zeros_(module.weight)
+    target = torch.rand(8, 64, generator=torch.Generator().manual_seed(rank))
+    called, optimizer = hosted(host, module, lr=1.0, attached=[hooks.ErrorFeedback()], reduce_dtype="bf16")
+    for step in range(33):
+        gradient = target.t().clone()
+        if step == 7 and rank == 0:
+            gradient.mul_(1e30)[3, 2] = float("inf")
+        called(torch.eye(64)).mul(gradient).sum().backward()
+        if step != 7:
+            optimizer.step()
+        elif host == "zero":
+            with contextlib.suppress(NonFiniteGradientError):
+                optimizer.step()
+        optimizer.zero_grad()
+    total = target.clone()
+    dist.all_reduce(total)
+    return (whole(module)["weight"] / -32 - total / world_size).abs().max().item()
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_error_feedback_forgets_a_skipped_step(host):
+    for error in on_ranks(2, _skipped_step, host):
+        assert error < 2e-4  # two half-ulps of bf16 in 32 steps
+
+
+def _buckets_change(rank, world_size):
+    """DDP lays its buckets out anew after its first backward."""
+    torch.manual_seed(0)
+    module = nn.ModuleList([nn.Linear(16, 16, bias=False) for _ in range(3)])
+    targets = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(rank))
+    for p in module.parameters():
+        nn.init.zeros_(p)
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = module
+
+        def forward(self, x):  # not in the order of registration
+            return sum((self.layers[i](x) * targets[i].t()).sum() for i in (1, 2, 0))
+
+    ddp = DistributedDataParallel(Sum(), bucket_cap_mb=1.5 * 16 * 16 * 4 / 2**20)
+    seen: dict[int, list[int]] = {}
+
+    class Sizes(hooks.GradientHook):
+        def before_reduce(self, bucket, flat):
+            seen.setdefault(bucket, []).append(flat.numel())
+
+    hooks.attach([hooks.ErrorFeedback(), Sizes()], ddp)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    for _ in range(32):
+        ddp(torch.eye(16)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    theirs = train_zero(rank, AdEMAMix, ADEMAMIX, 5, micros, stage=stage)
-    ours = weights(module)
-    # Nobody uses `unused`: DDP hands over zeros for it, so weight decay moves it.
-    return [n for n in ours if not torch.equal(ours[n], theirs[n])], optimizer.wire_bytes["reduce"]
+    total = targets.clone()
+    dist.all_reduce(total)
+    changed = any(len(set(sizes)) > 1 or len(sizes) != 32 for sizes in seen.values())
+    error = max((p / -32 - total[i] / world_size).abs().max().item() for i, p in enumerate(module.parameters()))
+    return changed, error
 
 
-@pytest.mark.parametrize(("stage", "micros"), [(1, 2), (2, 2)])
-def test_ddp_reduces_into_our_slices(stage, micros):
-    for different, sent in on_ranks(2, _into_slices, stage, micros):
-        assert different == ["unused.weight", "unused.bias"]
-        padded = sum(p.numel() for p in model().parameters() if p.requires_grad)
-        assert sent == pytest.approx(5 * stage * padded * 4 / 2, rel=0.02)
+def test_error_feedback_follows_ddps_new_buckets():
+    for changed, error in on_ranks(2, _buckets_change):
+        assert changed
+        assert error < 2e-4
+
+
+def test_error_feedback_refuses_a_bucket_of_another_size():
+    hook = hooks.ErrorFeedback()
+    hook.before_reduce(0, torch.ones(4))
+    with pytest.raises(InputError, match=r"4 elements and now has 6: call ErrorFeedback\.reset"):
+        hook.before_reduce(0, torch.ones(6))
+    hook.reset()
+    hook.before_reduce(0, torch.ones(6))
+
+
+class _Raises(hooks.GradientHook):
+    def __init__(self, method, step):
+        self.method, self.step, self.calls = method, step, 0
+
+    def before_reduce(self, bucket, flat):
+        self._maybe("before_reduce")
+
+    def after_reduce(self, bucket, reduced):
+        self._maybe("after_reduce")
+
+    def _maybe(self, method):
+        if method == self.method:
+            self.calls += 1
+            if self.calls == self.step:
+                raise ValueError("my hook is broken")
+
+
+def _one_raises(rank, world_size, host):
+    seen = []
+    for method in ("before_reduce", "after_reduce"):
+        module = model()
+        called, optimizer = hosted(host, module, attached=[_Raises(method, 2) if rank == 1 else hooks.NonFinite()])
+        start = time.monotonic()
+        try:
+            for step in range(3):
+                loss_of(called, step, 0, rank).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            seen.append("went on")
+        except RuntimeError as error:
+            seen.append(f"{type(error).__name__}: {error}")
+        assert time.monotonic() - start < 30  # not the group's timeout
+    return seen
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_hook_that_raises_on_one_rank_raises_on_all(host):
+    first, second = on_ranks(2, _one_raises, host)
+    for method, others, own in zip(("before_reduce", "after_reduce"), first, second, strict=True):
+        assert "rank 1 failed" in others
+        for message in (others, own):
+            assert f"GradientHookError: _Raises.{method}, bucket " in message
+            assert "my hook is broken" in message
 
 
 def _refused(rank, world_size):
     messages = []
-    own = ZeroOptimizer(model(), torch.optim.SGD, lr=0.1)
+    own, used = ZeroOptimizer(model(), torch.optim.SGD, lr=0.1), hooks.NonFinite()
+    ddp = DistributedDataParallel(model())
+    sharded = fully_shard(model())
+    for target in (own, ddp, sharded):
+        hooks.attach([], target)
+    hooks.attach(used, ZeroOptimizer(model(), torch.optim.SGD, lr=0.1))
+    fresh, other = hooks.NonFinite(), ZeroOptimizer(model(), torch.optim.SGD, lr=0.1)
     for action in (
-        lambda: hooks.attach([hooks.NonFinite()], nn.Linear(2, 2)),
-        lambda: hooks.attach([hooks.ErrorFeedback()], own),
-        lambda: hooks.reduce_scatter_into(own, DistributedDataParallel(model())),
+        lambda: hooks.attach([fresh], nn.Linear(2, 2)),
+        lambda: hooks.attach([hooks.ErrorFeedback()], other),
+        lambda: hooks.attach([used], other),
+        lambda: hooks.attach([fresh, fresh], other),
+        lambda: hooks.attach([hooks.NonFinite], other),
+        lambda: hooks.attach(fresh, own),
+        lambda: hooks.attach(fresh, ddp),
+        lambda: hooks.attach(fresh, sharded),
     ):
         try:
             action()
         except InputError as error:
             messages.append(str(error))
+    hooks.attach(fresh, other)
     return messages
 
 
 def test_what_cannot_be_hooked_is_refused():
-    kind, wire, delivered = on_ranks(2, _refused)[0]
+    kind, wire, used, twice, not_a_hook, *again = on_ranks(2, _refused)[0]
     assert "not to Linear" in kind
     assert "reduce_dtype='bf16'" in wire
-    assert 'gradients="delivered"' in delivered
+    assert used == twice
+    assert "this NonFinite is attached already" in used
+    assert "is not a GradientHook object" in not_a_hook
+    assert len(again) == 3
+    assert all("has hooks already: attach all of them in one call" in message for message in again)
+
+
+def test_example_in_the_docstring_runs():
+    (example,) = doctest.DocTestFinder(recurse=False).find(hooks.attach, "attach", globs={"torch": torch})
+    assert doctest.DocTestRunner().run(example) == (0, 9)
 
 
 def _learns(rank, world_size):

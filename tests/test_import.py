@@ -1,0 +1,48 @@
+"""What `import shardopt` loads, and from where."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+_LOADED = """
+import json, sys, torch, numpy
+before = set(sys.modules)
+import shardopt
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_import_loads_the_optimizer_and_nothing_heavy_beside_torch_and_numpy():
+    ran = subprocess.run([sys.executable, "-c", _LOADED], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = json.loads(ran.stdout)
+    assert "shardopt.optim.ademamix" in loaded
+    ours = {name for name in loaded if name.split(".")[0] == "shardopt"}
+    assert {name.split(".")[0] for name in set(loaded) - ours} <= sys.stdlib_module_names
+    floors = {name.split(".")[1] for name in ours if "." in name}
+    assert floors <= {"optim", "slices", "errors"}
+
+
+def test_editable_install_is_found_from_the_folder_above_the_clone(tmp_path):
+    """There a clone named shardopt is itself a folder that Python takes for a namespace package."""
+    pytest.importorskip("setuptools", minversion="77")
+    clone = tmp_path / "shardopt"
+    shutil.copytree(ROOT / "shardopt", clone / "shardopt", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    build = "from setuptools import build_meta; build_meta.build_editable('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=clone, capture_output=True, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        lines = [line for name in wheel.namelist() if name.endswith(".pth") for line in wheel.read(name).split(b"\n")]
+    installed = [line.decode() for line in lines if line and not line.startswith(b"import ")]
+    found = PathFinder.find_spec("shardopt", [str(tmp_path), *installed])
+    assert found is not None
+    assert found.origin == str(clone / "shardopt" / "__init__.py")
