@@ -19,9 +19,12 @@ when one is missed, or is planted no more because its text has changed.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +36,9 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 300
+# A server that has imported what is large, so that a fault costs its tests and not their imports.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"])
 
 
 @dataclass(frozen=True)
@@ -56,31 +62,42 @@ def read_faults(path: Path, word: str) -> list[Fault]:
 
 def copy_tree(target: Path) -> None:
     """Copy what git tracks or would track, as it lies in the working tree."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        check=True,
-    ).stdout.decode()
-    for name in filter(None, listed.split("\0")):
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in filter(None, subprocess.check_output(command, text=True).split("\0")):
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
 
 
+def _pytest(tree: Path, tests: str, log: Path) -> None:
+    """In a process of its own: run `tests` in `tree`, with everything that is printed into `log`."""
+    os.setsid()  # so that it ends with all that it has started
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import pytest
+
+    status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *shlex.split(tests)])
+    os._exit(status)  # multiprocessing would wait for rank processes that nobody ends any more
+
+
 def run_tests(tree: Path, tests: str) -> str:
-    """`passed`, `failed` (or did not end), or pytest's last words where no test was run."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(
-            [*command, *shlex.split(tests)], cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return "failed"
-    if done.returncode > 1:
-        return (done.stdout + done.stderr).strip()[-2000:]
-    return "failed" if done.returncode else "passed"
+    """`passed`, `failed` (or did not end), or the last words where no test was run."""
+    log = tree / "planted.log"
+    process = _context.Process(target=_pytest, args=(tree, tests, log))
+    process.start()
+    process.join(SECONDS)
+    ended = process.exitcode
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
+    if ended in (0, 1, None):
+        return "passed" if ended == 0 else "failed"
+    return log.read_text(errors="replace").strip()[-300:]
 
 
 def judge(tree: Path, fault: Fault) -> str:

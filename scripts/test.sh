@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, type-check and test. --all adds the long studies; other arguments go to pytest (such as -k zero).
+# Lint, type-check and test. --all adds the long studies; other arguments go to pytest (such as -k zero, or -n 0 to
+# run the tests in this one process instead of two, each of which takes whole files).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -20,4 +21,4 @@ part install prepare dev
 part lint .venv/bin/ruff check .
 part format .venv/bin/ruff format --check .
 part types .venv/bin/mypy
-part tests .venv/bin/python -m pytest "${tier[@]}" "$@"
+part tests .venv/bin/python -m pytest -n 2 --dist loadfile "${tier[@]}" "$@"

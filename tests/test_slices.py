@@ -71,6 +71,7 @@ def test_layout_refuses_ranges_that_cannot_be():
     for ranges in [
         (Range(0, 0, 0),),
         (Range(0, 0, 4), Range(3, 4, 2)),
+        (Range(0, 0, 4), Range(4, 3, 2)),  # overlaps in the local tensor alone
         (Range(5, 0, 3),),
         (Range(2, 0, 1), Range(0, 1, 1)),
     ]:
@@ -126,12 +127,16 @@ def test_row_shards_are_found_by_arithmetic_uneven_and_empty_ones_too(rows):
 
 def _placements(rank, world_size):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     mesh = init_device_mesh("cpu", (2, 2))
     whole = torch.arange(24.0).view(6, 4)
     hybrid = layout_of(distribute_tensor(whole, mesh, [Replicate(), Shard(0)]), "w")
     replicated = layout_of(distribute_tensor(whole, mesh, [Replicate(), Replicate()]), "w")
+    for placement in ([_StridedShard(0, split_factor=2), Replicate()], [Partial(), Replicate()]):
+        with pytest.raises(PlacementError, match="w has placements"):
+            layout_of(DTensor.from_local(whole, mesh, placement, run_check=False), "w")
     for placement in ([Shard(1), Replicate()], [Shard(0), Shard(0)]):
         with pytest.raises(PlacementError, match="w has placements"):
             layout_of(distribute_tensor(whole, mesh, placement), "w")

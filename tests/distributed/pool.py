@@ -1,5 +1,8 @@
 """Rank processes that stay alive between tests, so that a gloo test costs milliseconds and not an import of torch.
 
+They are forked from a server that has imported the large packages and nothing of ours, which starts with the first
+pool: a pool, also a fresh one, takes a second or less.
+
     from tests.distributed.pool import on_ranks
 
     def body(rank, world_size, a, b):      # module-level function, runs on every rank with a process group
@@ -27,6 +30,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+# None of these starts a thread when it is imported; `datasets` does, and a process with threads is not forked safely.
+_PRELOADED = [
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "transformers.models.llama.modeling_llama",
+]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(_PRELOADED)
+
 
 class RankError(AssertionError):
     pass
@@ -49,6 +62,7 @@ def _serve(rank: int, world_size: int, folder: str, connection: Any, group_timeo
         world_size=world_size,
         timeout=timedelta(seconds=group_timeout),
     )
+    environment = dict(os.environ)
     while True:
         try:
             job = connection.recv()
@@ -64,17 +78,19 @@ def _serve(rank: int, world_size: int, folder: str, connection: Any, group_timeo
             reply = (True, body(rank, world_size, *args, **kwargs))
         except BaseException:
             reply = (False, traceback.format_exc())
+        if os.environ != environment:  # a body may pose as a process without a launcher
+            os.environ.clear()
+            os.environ.update(environment)
         connection.send(reply)
 
 
 class Pool:
     def __init__(self, world_size: int, group_timeout: float = 60.0) -> None:
-        context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.connections, self.processes = [], []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = _context.Pipe()
+            process = _context.Process(
                 target=_serve, args=(rank, world_size, self.folder.name, theirs, group_timeout), daemon=False
             )
             process.start()
