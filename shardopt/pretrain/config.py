@@ -45,7 +45,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs where torch sees any."""
     timeout_minutes: float = Field(10, gt=0)
-    """How long a rank waits for the others in a collective before the run fails."""
+    """Timeout of a collective, after which the run fails."""
 
 
 class OptimizerConfig(Section):
@@ -84,7 +84,7 @@ class TrainConfig(Section):
     global_batch: int = Field(32, ge=1)
     """Sequences per step over all ranks."""
     micro_batch: int = Field(8, ge=1)
-    """Sequences a rank puts through forward at once."""
+    """Sequences per forward pass of a rank."""
     grad_clip: float | None = Field(1.0, gt=0)
     """Largest L2 norm of the whole gradient; null for none."""
     activation_checkpointing: bool = False

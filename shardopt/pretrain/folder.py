@@ -1,4 +1,4 @@
-"""The run folder: whose it is, and where to go on from."""
+"""The run folder: its lock, its config, and the checkpoint to resume from."""
 
 from __future__ import annotations
 

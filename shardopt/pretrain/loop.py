@@ -37,10 +37,10 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class Progress:
-    """What a run has done so far; saved with every checkpoint."""
+    """Step counts of a run, saved with every checkpoint."""
 
     step: int = 0
-    """Steps done, skipped ones included: what the data and the lr follow."""
+    """Steps done, skipped ones included; the data and the lr follow it."""
     skipped: int = 0
     """Steps skipped because something was not finite."""
     skipped_in_row: int = 0
@@ -48,7 +48,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended; the same on every rank."""
+    """Outcome of a run; the same on every rank."""
 
     status: Literal["finished", "stopped"]
     folder: Path
@@ -231,7 +231,7 @@ class Run:
         return min(self.config.eval.batches * self.config.train.global_batch, self.holdout_data.n_blocks)
 
     def _warn_of_limits(self) -> None:
-        """Say what this run leaves out or cannot measure well."""
+        """Warn of a loss that is left out, and of a held-out loss that means little."""
         if experts := model.routed_experts(self.model_config):
             self.report.warn(
                 f"model: {self.model_config.model_type} routes tokens to {experts} experts, and no loss that balances "

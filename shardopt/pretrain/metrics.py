@@ -1,4 +1,4 @@
-"""What a run leaves behind while it trains: metrics.jsonl, its page in W&B, and loss.png at the end.
+"""The record of a run: metrics.jsonl, its page in W&B, and loss.png at the end.
 
 A tracker that fails never stops training: it warns once, with the cause, goes on, and says at the end how
 much was lost. Only what is known before the first step is an error: a folder that cannot be written, a W&B

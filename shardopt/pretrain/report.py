@@ -78,7 +78,7 @@ def holdings(slices: list[Slice], gradient_bytes: int, ranks: Ranks) -> Holdings
     for piece in slices:
         held[piece.kind] = held.get(piece.kind, 0) + piece.nbytes
         layout = piece.layout
-        # Only who holds the first element reports, so that a sharded model is not listed once a rank.
+        # Only the rank with the first element reports it, so that a sharded model is not listed once per rank.
         if layout.ranges and layout.ranges[0].global_start == 0:
             whole[piece.kind, piece.name] = round(piece.nbytes * layout.numel / layout.local_numel)
     reports: list[tuple[dict[str, int], dict[tuple[str, str], int]]] = [(held, whole)] * ranks.world_size
@@ -123,7 +123,7 @@ def render(held: Holdings) -> Table:
 
 @dataclass(frozen=True)
 class Head:
-    """What is said of a run before its first step."""
+    """Description of a run, printed before its first step."""
 
     run_name: str
     folder: Path
@@ -144,7 +144,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run; what is None is not shown.
+    """Results of a run, printed at its end; what is None is not shown.
 
     `loss` is the mean of the last `loss_steps` steps; `tokens` are of the whole run, `seconds` of this start, which
     went on after `tokens_before`.
@@ -197,7 +197,7 @@ class Report:
         self._line(Text.assemble(("warning: ", "bold yellow"), self._safe(message)))
 
     def start(self, head: Head, held: Holdings) -> None:
-        """Say what is about to run and what each rank holds of it."""
+        """Print the description of the run and the memory of each rank."""
         where = f"{head.engine}, {head.world_size} rank{'s' * (head.world_size != 1)} on {head.device}"
         note = "" if head.resume_step is None else f"resumed at step {head.resume_step:,}"
         self._title(head.run_name, note)
@@ -224,7 +224,7 @@ class Report:
         return Training(self, total, start)
 
     def end(self, outcome: Outcome) -> None:
-        """Say what came of the run and where it lies."""
+        """Print the results of the run and their places on disk."""
         self._title(outcome.run_name, outcome.status)
         if outcome.loss is not None:
             mean = "" if outcome.loss_steps == 1 else f", mean of the last {outcome.loss_steps} steps"

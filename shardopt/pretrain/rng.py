@@ -39,7 +39,7 @@ def capture(rank: int) -> dict[str, Tensor]:
 
 
 def restore(rank: int, saved: dict[str, Tensor]) -> None:
-    """Set the generators from what `capture` gave."""
+    """Set the generators to a state that `capture` returned."""
     state = {key.rsplit("/", 1)[1]: value for key, value in saved.items() if f"/rank-{rank:05d}/" in key}
     torch.set_rng_state(state["torch"])
     has_gauss, gauss = state["python_gauss"].tolist()

@@ -1,4 +1,4 @@
-"""What every section of the config is: typed, immutable, and without unknown keys."""
+"""The base of every section of the config: typed, immutable, and without unknown keys."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_export_dtype_rounds_the_weights_to_nearest(folder):
 def test_weights_are_trained_on_with_their_own_tokenizer(folder, tmp_path):
     bpe = {"data__tokenizer": "{bpe: 300}"}
     first = tiny.run(0, 1, folder, run__name="bpe", **SINGLE, **bpe)
-    tree = tiny.tree(folder, run__name="on", model=f"{{path: {first.export}}}", schedule__warmup=0, **SINGLE)
+    tree = tiny.tree(folder, run__name="further", model=f"{{path: {first.export}}}", schedule__warmup=0, **SINGLE)
     assert "tokenizer" not in tree["data"]
     # The first step's loss is that of the weights it starts from.
     second = loop.pretrain(tiny.parse(tree | {"train": tree["train"] | {"steps": 1}, "optimizer": {"lr": 0.0}}))

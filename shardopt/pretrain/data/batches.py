@@ -1,4 +1,4 @@
-"""Which samples a step sees: a function of (seed, step) alone, whatever the number of ranks."""
+"""The samples of a step: a function of (seed, step) alone, whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def permute(index: np.ndarray, n: int, *key: object) -> np.ndarray:
 
 
 class Mixture:
-    """Which source each sample of a run is drawn from, and how many came from that source before it.
+    """The source of each sample of a run, and how many samples came from that source before it.
 
     Samples are numbered over the whole run. The choice repeats after `_PERIOD` samples and is spread evenly
     within: a source's k-th sample lies at a hashed place in the k-th of equal parts, so any stretch of
@@ -98,12 +98,12 @@ class Mixture:
 
 
 class Source(Protocol):
-    """What a run draws from: its samples, numbered from 0 over all epochs."""
+    """One source of samples, numbered from 0 over all epochs."""
 
     def rows(self, number: np.ndarray) -> np.ndarray: ...
 
     def advance(self, first: int, last: int) -> None:
-        """Samples first..last are what the step needs."""
+        """Make samples first..last, those of the next step, ready for `rows`."""
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -105,7 +105,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Folders:
-    """What a build gives: where the tokenizer and each source's packed tokens lie."""
+    """Folders of the tokenizer and of each source's packed tokens in the cache."""
 
     tokenizer: Path
     sources: tuple[Path, ...]

@@ -39,7 +39,7 @@ class TextSource(_FileSource):
 
     source: Literal["text"] = "text"
     sample_by: Literal["document", "paragraph", "line"] = "document"
-    """What one document is: a whole file, a paragraph (split at blank lines), or a line."""
+    """The unit of a document: a whole file, a paragraph (split at blank lines), or a line."""
 
 
 class JsonlSource(_FileSource):

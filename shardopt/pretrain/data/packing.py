@@ -91,7 +91,7 @@ class Blocks:
 def pack(
     documents: Iterable[str], tokenizer: SavedTokenizer, holdout: float, folder: Path, tick: Tick
 ) -> dict[str, Side]:
-    """Tokenise each document once and write both sides; returns what each holds."""
+    """Tokenise each document once and write it to its side; returns the sizes of both."""
     encode = tokenizer.encoder()
     writers = {side: _Writer(folder / f"{side}.bin", tokenizer) for side in ("train", "holdout")}
     with contextlib.ExitStack() as stack:
@@ -143,7 +143,7 @@ def write_meta(folder: Path, meta: Any) -> None:
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """What was written beside a finished build, None where there is none.
+    """The meta.json of a finished build, None where there is none.
 
     Raises:
         InputError: the folder is there, but not what was written to it.

@@ -1,4 +1,4 @@
-"""Where documents come from: each source as files or a hub dataset, its key, and its documents."""
+"""Sources of documents: files or a hub dataset, their key in the cache, and their documents."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def _find(kind: str, paths: tuple[str, ...], where: str) -> list[Path]:
 
 
 def _kind(path: Path) -> str:
-    """What a file of a folder is taken for: by its name, and text where that says nothing."""
+    """The kind of a file in a folder: by its name, and text where that says nothing."""
     return _KINDS.get((path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix, "text")
 
 

@@ -175,7 +175,7 @@ def save(tokenizer: Any, folder: Path) -> str:
 
 
 def describe(config: Any, tokenizer: Any) -> dict[str, Any]:
-    """What `SavedTokenizer` says of a tokenizer without loading it."""
+    """The attributes of a `SavedTokenizer`, for its meta.json."""
     return {
         "vocab_size": max([len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values())]),
         "eos": tokenizer.eos_token_id,
