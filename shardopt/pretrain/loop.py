@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from shardopt.pretrain import data, model, report, rng
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.folder import RunFolder
 from shardopt.pretrain.metrics import Tracker
+from shardopt.pretrain.report import Result
 from shardopt.pretrain.schedule import lr_factor
 from shardopt.pretrain.scoring import HeldOut, generate, held_out, token_loss_sum
 from shardopt.pretrain.signals import Stop, stop_signals
@@ -44,23 +45,6 @@ class Progress:
     skipped: int = 0
     """Steps skipped because something was not finite."""
     skipped_in_row: int = 0
-
-
-@dataclass(frozen=True)
-class Result:
-    """Outcome of a run; the same on every rank."""
-
-    status: Literal["finished", "stopped"]
-    folder: Path
-    step: int
-    loss: float | None
-    """Train loss of the last row of metrics, nats per token; None where there was no step to train."""
-    holdout_loss: float | None
-    holdout_bits_per_byte: float | None
-    skipped: int
-    checkpoint: Path | None
-    export: Path | None
-    sample: str | None
 
 
 def pretrain(config: Config) -> Result:
@@ -323,27 +307,23 @@ class Run:
     def _report_start(self) -> None:
         config, engine, progress = self.config, self.engine, self.progress
         held = report.holdings(engine.slices(), engine.gradient_bytes(), self.ranks)
-        head = report.Head(
-            run_name=config.run.name,
-            folder=config.folder,
-            parameters=self.parameters,
-            engine=engine.name,
-            world_size=self.ranks.world_size,
-            device=self.ranks.device.type,
-            optimizer=config.optimizer.name,
-            kernel=getattr(engine.optimizer, "kernel", "torch"),
-            data_fingerprint=self.train_data.fingerprint[:12],
-            data_tokens=self.train_data.tokens,
-            holdout_tokens=self.holdout_data.tokens,
-            holdout_blocks=self.holdout_data.n_blocks,
-            scored_blocks=self._scored_blocks,
-            weight_ema=engine.optimizer.param_groups[0].get("weight_ema"),
-            resume_step=progress.step or None,
-        )
-        self.report.start(head, held)
+        world_size, tokens = self.ranks.world_size, self.train_data.tokens
+        text = "a stream" if tokens is None else f"{report.count(tokens)} tokens"
+        scored = f"{self._scored_blocks:,} of {self.holdout_data.n_blocks:,} blocks scored"
+        ema = engine.optimizer.param_groups[0].get("weight_ema")
+        facts = {
+            "model": f"{report.count(self.parameters)} parameters",
+            "engine": f"{engine.name}, {world_size} rank{'s' * (world_size != 1)} on {self.ranks.device.type}",
+            "optimizer": f"{config.optimizer.name}, {getattr(engine.optimizer, 'kernel', 'torch')} kernel",
+            "data": f"{text}, fingerprint {self.train_data.fingerprint[:12]}",
+            "held-out text": f"{report.count(self.holdout_data.tokens)} tokens, {scored}",
+            "weight EMA": f"decay {ema}; held-out loss, export and sample are of it" if ema is not None else None,
+            "run folder": config.folder,
+        }
+        self.report.start(config.run.name, facts, held, progress.step)
 
     def _finish(self, stop: Stop) -> Result:
-        config, engine, loss = self.config, self.engine, self.logged.get("loss")
+        config, engine = self.config, self.engine
         finished = self.progress.step >= config.train.steps
         holdout = self.holdout or (self._evaluate() if finished else None)
         export = sample = None
@@ -353,41 +333,29 @@ class Run:
                 checkpoint.export_safetensors(export, self._exported(), self.ranks, complete=self._export_rest)
             if finished and config.eval.sample_tokens:
                 sample = generate(engine, self.tokenizer, config.eval.sample_tokens, config.data.block_size)
+        where = self.tracker.where
+        self.tracker.close("finished" if finished else "interrupted")
         result = Result(
+            run_name=config.run.name,
             status="finished" if finished else "stopped",
+            stopped_by=None if finished else stop.asked or "another rank",
             folder=config.folder,
             step=self.progress.step,
-            loss=loss,
+            tokens=self.progress.step * self.tokens_a_step,
+            tokens_before=self.tokens_before,
+            seconds=time.monotonic() - self.began,
+            loss=self.logged.get("loss"),
+            loss_steps=self.window.taken,
             holdout_loss=holdout.loss if holdout else None,
             holdout_bits_per_byte=holdout.bits_per_byte if holdout else None,
             skipped=self.progress.skipped,
             checkpoint=self.ranks.from_main(checkpoint.latest(config.folder / "checkpoints")),
+            plot=self.tracker.plot_path,
             export=export,
+            tracking=where,
             sample=sample,
         )
-        where = self.tracker.where
-        self.tracker.close("finished" if finished else "interrupted")
-        self.report.end(
-            report.Outcome(
-                run_name=config.run.name,
-                status="finished" if finished else f"stopped by {stop.asked or 'another rank'}; run it again to go on",
-                folder=config.folder,
-                step=self.progress.step,
-                tokens=self.progress.step * self.tokens_a_step,
-                seconds=time.monotonic() - self.began,
-                tokens_before=self.tokens_before,
-                loss=loss,
-                loss_steps=self.window.taken,
-                eval_loss=result.holdout_loss,
-                eval_bits_per_byte=result.holdout_bits_per_byte,
-                skipped_steps=self.progress.skipped,
-                checkpoint=result.checkpoint,
-                plot=self.tracker.plot_path,
-                export=export,
-                tracking=where,
-                sample=sample,
-            )
-        )
+        self.report.end(result)
         return result
 
     def _exported(self) -> Iterator[tuple[str, torch.Tensor | None]]:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import torch.distributed as dist
 from rich import box
@@ -122,46 +123,29 @@ def render(held: Holdings) -> Table:
 
 
 @dataclass(frozen=True)
-class Head:
-    """Description of a run, printed before its first step."""
+class Result:
+    """Outcome of a run; what is None was not made. `plot` and `tracking` are rank 0's, the rest is on every rank.
 
-    run_name: str
-    folder: Path
-    parameters: int
-    engine: str
-    world_size: int
-    device: str
-    optimizer: str
-    kernel: str
-    data_fingerprint: str
-    data_tokens: int | None
-    holdout_tokens: int
-    holdout_blocks: int
-    scored_blocks: int
-    weight_ema: float | None = None
-    resume_step: int | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Results of a run, printed at its end; what is None is not shown.
-
-    `loss` is the mean of the last `loss_steps` steps; `tokens` are of the whole run, `seconds` of this start, which
-    went on after `tokens_before`.
+    Attributes:
+        status: "stopped" before its last step by `stopped_by`, a signal or another rank.
+        tokens, seconds: tokens of the whole run, seconds of this start, which went on after `tokens_before`.
+        loss: train loss of the last row of metrics, the mean of `loss_steps` steps, in nats per token.
+        skipped: steps skipped because a loss or a gradient was not finite.
     """
 
     run_name: str
-    status: str
+    status: Literal["finished", "stopped"]
     folder: Path
     step: int
     tokens: int
     seconds: float
     tokens_before: int = 0
+    stopped_by: str | None = None
     loss: float | None = None
     loss_steps: int = 1
-    eval_loss: float | None = None
-    eval_bits_per_byte: float | None = None
-    skipped_steps: int = 0
+    holdout_loss: float | None = None
+    holdout_bits_per_byte: float | None = None
+    skipped: int = 0
     checkpoint: Path | None = None
     plot: Path | None = None
     export: Path | None = None
@@ -196,21 +180,10 @@ class Report:
         """One line that must not be missed."""
         self._line(Text.assemble(("warning: ", "bold yellow"), self._safe(message)))
 
-    def start(self, head: Head, held: Holdings) -> None:
-        """Print the description of the run and the memory of each rank."""
-        where = f"{head.engine}, {head.world_size} rank{'s' * (head.world_size != 1)} on {head.device}"
-        note = "" if head.resume_step is None else f"resumed at step {head.resume_step:,}"
-        self._title(head.run_name, note)
-        self._pair("model", f"{_count(head.parameters)} parameters")
-        self._pair("engine", where)
-        self._pair("optimizer", f"{head.optimizer}, {head.kernel} kernel")
-        tokens = "a stream" if head.data_tokens is None else f"{_count(head.data_tokens)} tokens"
-        self._pair("data", f"{tokens}, fingerprint {head.data_fingerprint}")
-        scored = f"{head.scored_blocks:,} of {head.holdout_blocks:,} blocks scored"
-        self._pair("held-out text", f"{_count(head.holdout_tokens)} tokens, {scored}")
-        if head.weight_ema is not None:
-            self._pair("weight EMA", f"decay {head.weight_ema}; held-out loss, export and sample are of it")
-        self._pair("run folder", head.folder)
+    def start(self, run_name: str, facts: Mapping[str, object], held: Holdings, resume_step: int = 0) -> None:
+        """Print the run's name, one line per fact that is not None, and the memory of each rank."""
+        self._title(run_name, f"resumed at step {resume_step:,}" if resume_step else "")
+        self._pairs(facts)
         self._line(Text())
         self._print(render(held))
         self._line(Text())
@@ -223,31 +196,25 @@ class Report:
         """The progress of steps `start` + 1 .. `total`, as a context manager."""
         return Training(self, total, start)
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, result: Result) -> None:
         """Print the results of the run and their places on disk."""
-        self._title(outcome.run_name, outcome.status)
-        if outcome.loss is not None:
-            mean = "" if outcome.loss_steps == 1 else f", mean of the last {outcome.loss_steps} steps"
-            self._pair("train loss", f"{outcome.loss:.4f} at step {outcome.step:,}{mean}")
-        if outcome.eval_loss is not None:
-            self._pair("held-out loss", _held_out(outcome.eval_loss, outcome.eval_bits_per_byte))
-        seen = f"{_count(outcome.tokens - outcome.tokens_before)} in {_duration(outcome.seconds)}"
-        if outcome.tokens_before:
-            seen += f" since it was resumed, {_count(outcome.tokens)} in all"
+        stopped = result.stopped_by and f"stopped by {result.stopped_by}; run it again to go on"
+        self._title(result.run_name, stopped or result.status)
+        if result.loss is not None:
+            mean = "" if result.loss_steps == 1 else f", mean of the last {result.loss_steps} steps"
+            self._pair("train loss", f"{result.loss:.4f} at step {result.step:,}{mean}")
+        if result.holdout_loss is not None:
+            self._pair("held-out loss", _held_out(result.holdout_loss, result.holdout_bits_per_byte))
+        seen = f"{count(result.tokens - result.tokens_before)} in {_duration(result.seconds)}"
+        if result.tokens_before:
+            seen += f" since it was resumed, {count(result.tokens)} in all"
         self._pair("tokens seen", seen)
-        if outcome.skipped_steps:
-            self._pair("skipped steps", f"{outcome.skipped_steps:,}: their loss or gradient was not finite")
-        self._pair("run folder", outcome.folder)
-        for label, value in (
-            ("checkpoint", outcome.checkpoint),
-            ("loss curve", outcome.plot),
-            ("export", outcome.export),
-            ("W&B", outcome.tracking),
-        ):
-            if value is not None:
-                self._pair(label, value)
-        if outcome.sample is not None:
-            text = outcome.sample
+        if result.skipped:
+            self._pair("skipped steps", f"{result.skipped:,}: their loss or gradient was not finite")
+        paths = {"run folder": result.folder, "checkpoint": result.checkpoint, "loss curve": result.plot}
+        self._pairs(paths | {"export": result.export, "W&B": result.tracking})
+        if result.sample is not None:
+            text = result.sample
             if len(text) > _SAMPLE_CHARACTERS:
                 text = text[:_SAMPLE_CHARACTERS] + " ..."
             body = Text(self._safe(text), overflow="fold")
@@ -258,6 +225,11 @@ class Report:
         if note:
             title.append(f" {self._safe(note)}", style="not bold")
         self._print(Rule(title, align="left", style="dim"))
+
+    def _pairs(self, values: Mapping[str, object]) -> None:
+        for label, value in values.items():
+            if value is not None:
+                self._pair(label, value)
 
     def _pair(self, label: str, value: object) -> None:
         self._line(Text.assemble((f"{label:<{_LABEL_WIDTH}} ", "cyan"), self._safe(str(value))))
@@ -364,7 +336,8 @@ def _unit(largest: int) -> tuple[int, str]:
     return (1024**2, "MiB") if largest >= 1024**2 else (1024, "KiB")
 
 
-def _count(number: int) -> str:
+def count(number: int) -> str:
+    """`number` in few characters: 26,039 or 3.88 M."""
     for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if number >= size:
             return f"{number / size:.2f} {name}"

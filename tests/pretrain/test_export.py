@@ -113,6 +113,19 @@ def test_held_out_text_too_small_to_trust_is_warned_of_with_its_size(folder, cap
     assert (f"only {blocks} blocks of 32 tokens are held out, too few for a held-out loss to trust" in said) is warned
 
 
+def test_console_describes_the_run_before_its_first_step(folder, capsys):
+    tiny.run(0, 1, folder, run__name="described", engine="{name: single}", train__steps=2)
+    train, holdout = data.prepare(tiny.config(folder).data, tiny.ALONE, 0, 8)
+    said = capsys.readouterr().out
+    for line in (
+        "engine         single, 1 rank on cpu",
+        "optimizer      ademamix, c kernel",
+        f"data           {train.tokens:,} tokens, fingerprint {train.fingerprint[:12]}",
+        f"held-out text  {holdout.tokens:,} tokens, 8 of {holdout.n_blocks} blocks scored",
+    ):
+        assert line in said.splitlines()
+
+
 def test_mixture_of_experts_warns_that_router_losses_are_not_added(folder, capsys):
     experts = (
         "{model_type: mixtral, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2, "

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from shardopt.distributed import Ranks
-from shardopt.pretrain.report import Head, Holdings, Outcome, Report, holdings, printable, render
+from shardopt.pretrain.report import Holdings, Report, Result, holdings, printable, render
 from shardopt.slices import Layout, Slice, layout_of, local_tensor
 from tests.distributed.pool import on_ranks
 
@@ -118,22 +118,13 @@ def test_table_reads_right():
 # The console of a run
 
 
-HEAD = Head(
-    "quick[bold]",
-    Path("runs/quick"),
-    9_961_472,
-    "fsdp",
-    2,
-    "cpu",
-    "ademamix",
-    "c",
-    "stdlib-3f",
-    10_412_331,
-    39_168,
-    306,
-    256,
-)
-OUTCOME = Outcome(
+FACTS = {
+    "model": "9.96 M parameters",
+    "optimizer": "ademamix[bold]",
+    "weight EMA": None,
+    "run folder": Path("runs/quick"),
+}
+OUTCOME = Result(
     run_name="quick[bold]",
     status="finished",
     folder=Path("runs/quick"),
@@ -141,9 +132,9 @@ OUTCOME = Outcome(
     tokens=2_457_600,
     seconds=3723.4,
     loss=1.23456,
-    eval_loss=1.34567,
-    eval_bits_per_byte=1.941,
-    skipped_steps=2,
+    holdout_loss=1.34567,
+    holdout_bits_per_byte=1.941,
+    skipped=2,
     checkpoint=Path("runs/quick/checkpoints/step-00000300"),
     plot=Path("runs/quick/loss.png"),
     export=Path("runs/quick") / ("long-" * 20) / "export",
@@ -154,11 +145,11 @@ OUTCOME = Outcome(
 
 def test_start_says_what_runs():
     console = log_console()
-    Report(True, console).start(HEAD, even(2))
+    Report(True, console).start("quick[bold]", FACTS, even(2))
     text = written(console)
-    for part in ("quick[bold]", "9.96 M", "fsdp, 2 ranks on cpu", "ademamix, c kernel", "10.41 M tokens", "stdlib-3f"):
+    for part in ("quick[bold]", "model          9.96 M parameters", "ademamix[bold]", "run folder     runs/quick"):
         assert part in text
-    assert "39,168 tokens, 256 of 306 blocks scored" in text
+    assert "weight EMA" not in text
     assert "m2, slow average" in text
     assert all(cell_len(line) <= 80 for line in text.splitlines())
 
@@ -189,7 +180,7 @@ def test_a_resumed_run_says_how_many_tokens_this_start_has_seen():
 def test_a_console_without_unicode_prints_too():
     console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=80, highlight=False)
     report = Report(True, console)
-    report.start(HEAD, even(2))
+    report.start("quick[bold]", FACTS, even(2))
     with report.training(10) as training:
         training.step(1, 2.0, 10.0)
     report.end(OUTCOME)
@@ -198,9 +189,9 @@ def test_a_console_without_unicode_prints_too():
 
 def test_what_is_unknown_is_left_out():
     console = log_console()
-    Report(True, console).end(Outcome("quick", "interrupted", Path("runs/quick"), 3, 100, 1.0))
+    Report(True, console).end(Result("quick", "stopped", Path("runs/quick"), 3, 100, 1.0))
     assert [line.split("  ")[0].split(" ─")[0] for line in written(console).splitlines()] == [
-        "quick interrupted",
+        "quick stopped",
         "tokens seen",
         "run folder",
     ]
@@ -260,7 +251,7 @@ def test_terminal_shows_a_bar_within_80_columns_and_gets_its_cursor_back():
 def test_other_ranks_print_nothing():
     console = terminal()
     report = Report(False, console)
-    report.start(HEAD, even(2))
+    report.start("quick[bold]", FACTS, even(2))
     with report.training(2) as training:
         training.step(1, 1.0)
     report.evaluated(1, 1.0)
