@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 
 import shardopt
-from shardopt.optim.precision import read_slice
-from shardopt.optim.states import state_slices
+from shardopt.optim.states import read_slice, state_slices
 
 SIGNALS = (0.0, 0.02, 0.2, 1.0)
 FORMATS = ("bf16", "block16", "block8")

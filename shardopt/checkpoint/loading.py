@@ -29,7 +29,7 @@ from shardopt.checkpoint.saving import (
 )
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
-from shardopt.optim import precision
+from shardopt.optim import states
 from shardopt.slices import Layout, Range, Slice, local_tensor
 
 
@@ -238,18 +238,18 @@ def _recode(folder: Path, metadata: Metadata, entry: dict[str, Any], s: Slice) -
             for key, dtype in zip(block_keys(s.name, s.kind, theirs.ranges), entry["dtypes"], strict=True)
         }
         _fill(folder, metadata, dict(tensors))
-        source = precision.read_slice(Slice(s.name, s.kind, theirs, tuple(tensors.values())))
+        source = states.read_slice(Slice(s.name, s.kind, theirs, tuple(tensors.values())))
         for a in _packed(theirs).ranges:
             for b in mine.ranges:
                 if common := _overlap(a, b):
                     start, length = common
                     target = values.narrow(0, b.local_start + start - b.global_start, length)
                     target.copy_(source.narrow(0, a.local_start + start - a.global_start, length))
-    precision.write_slice(s, values)
+    states.write_slice(s, values)
 
 
 def _packed(layout: Layout) -> Layout:
-    """The same elements, one after the other: how precision's read_slice and write_slice hold them."""
+    """The same elements, one after the other: how states.read_slice and states.write_slice hold them."""
     ranges, at = [], 0
     for r in layout.ranges:
         ranges.append(Range(r.global_start, at, r.length))

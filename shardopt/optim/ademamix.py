@@ -6,21 +6,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from shardopt.errors import InputError
-from shardopt.optim import kernels, precision, reference, states
+from shardopt.optim import kernels, precision, reference, schema, states
 from shardopt.optim.checked import CheckedOptimizer, Stored, placed_like, shards_of
-from shardopt.optim.kernels import TYPES, Entry
-from shardopt.optim.plan import Plan, placed_ranges, scalars_of
+from shardopt.optim.kernels.table import placed_ranges
+from shardopt.optim.plan import Plan, make_entry, scalars_of
 from shardopt.optim.schedules import alpha_at, beta3_at
+from shardopt.optim.schema import STATE_TENSORS, HyperParameters
 from shardopt.slices import Layout, PlacementError, layout_of, local_tensor
 
-StateDtype = str | Mapping[str, str]
 _TILE = 1 << 20  # elements that a temporary may have, where a pass outside the kernels needs one
 _unnamed = count()  # a number for each optimizer of this process whose parameters have no names
 
@@ -79,44 +79,12 @@ class AdEMAMix(CheckedOptimizer):
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
-        alpha: float = 5.0,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        alpha_warmup: int | None = None,
-        beta3_warmup: int | None = None,
-        eps_root: float = 0.0,
-        second_moment: str = "adam",
-        maximize: bool = False,
-        state_dtype: StateDtype = "fp32",
-        master_weights: str | None = None,
-        weight_ema: float | None = None,
-        kernel: str = "auto",
-        capturable: bool = False,
-        seed: int = 0,
+        self, params: Any, *positional: Any, kernel: str = "auto", **hyper_parameters: Unpack[HyperParameters]
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "alpha": alpha,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "alpha_warmup": alpha_warmup,
-            "beta3_warmup": beta3_warmup,
-            "eps_root": eps_root,
-            "second_moment": second_moment,
-            "maximize": maximize,
-            "state_dtype": state_dtype,
-            "master_weights": master_weights,
-            "weight_ema": weight_ema,
-            "capturable": capturable,
-            "seed": seed,
-        }
-        _check_hyper_parameters(defaults)
+        bound = schema.SIGNATURE.bind(self, params, *positional, kernel=kernel, **hyper_parameters)
+        bound.apply_defaults()
+        defaults = {name: bound.arguments[name] for name in schema.DEFAULTS}
+        schema.check_group(defaults)
         if kernel not in kernels.KERNELS:
             raise InputError(f"kernel must be one of {', '.join(kernels.KERNELS)}, got {kernel!r}")
         self.explicit_layouts: dict[Tensor, Layout | Sequence[Layout]] = {}
@@ -188,13 +156,9 @@ class AdEMAMix(CheckedOptimizer):
             for local, scale, length in ranges:
                 for done in range(0, length, _TILE):
                     count = min(_TILE, length - done)
-                    m1, m2, nu = (
-                        _decoded(entry, key, local + done, scale + done // precision.BLOCK, count)
-                        for key in ("m1", "m2", "nu")
-                    )
-                    assert m2 is not None
-                    assert nu is not None
-                    fast = m1
+                    where = local + done, scale + done // precision.BLOCK, count
+                    m2, nu = (entry.decoded(key, *where) for key in ("m2", "nu"))
+                    fast = m1 = entry.decoded("m1", *where) if "m1" in entry.formats else None
                     if m1 is None and grad is not None:
                         fast = grad.reshape(-1).narrow(0, local + done, count).to(m2.dtype)
                         fast = -fast if s.maximize else fast
@@ -227,9 +191,7 @@ class AdEMAMix(CheckedOptimizer):
                     kept.append((entry.param, weight.clone()))
                     flat = weight.reshape(-1)
                     for local, scale, length in ranges:
-                        value = _decoded(entry, "weight_ema", local, scale, length)
-                        assert value is not None
-                        flat.narrow(0, local, length).copy_(value)
+                        flat.narrow(0, local, length).copy_(entry.decoded("weight_ema", local, scale, length))
                     if flat.data_ptr() != weight.data_ptr():  # a strided weight has no flat view
                         weight.copy_(flat.view(weight.shape))
             yield
@@ -276,24 +238,22 @@ class AdEMAMix(CheckedOptimizer):
         return (layout,) if isinstance(layout, Layout) else tuple(layout)
 
     def _counter(self, step: int, group: Mapping[str, Any], param: Tensor) -> int | Tensor:
-        """A step count: a number, or an fp32 scalar on the parameter's device for capturable groups."""
+        """A step count: a number, or an int64 scalar on the parameter's device for capturable groups."""
         if not group["capturable"]:
             return step
-        return torch.full((), float(step), dtype=torch.float32, device=local_tensor(param.detach()).device)
+        return torch.full((), step, dtype=torch.int64, device=local_tensor(param.detach()).device)
 
     def _stored(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Stored]:
         local = local_tensor(param.detach())
-        formats = precision.formats_of(group["state_dtype"])
+        formats = schema.formats_of(group["state_dtype"])
         stored = {}
-        for key in ("m1", "m2", "nu", "weight_ema"):
-            if (key == "m1" and group["betas"][0] == 0.0) or (key == "weight_ema" and group["weight_ema"] is None):
-                continue
-            stored[key] = Stored(precision.storage_dtype(formats[key], key, local.dtype), local.shape)
-            if formats[key] in precision.BLOCK_FORMATS:
+        for key in (tensor.key for tensor in STATE_TENSORS if tensor.kept(group)):
+            stored[key] = Stored(formats[key].dtype(local.dtype), local.shape)
+            if formats[key].in_blocks:
                 stored[f"{key}_scale"] = Stored(torch.float32, self._scale_shape(param))
-        if group["master_weights"] is not None and local.dtype in (torch.bfloat16, torch.float16):
-            split = group["master_weights"] == "split"
-            stored["master_low" if split else "master"] = Stored(torch.int16 if split else torch.float32, local.shape)
+        master = schema.master_of(group, local.dtype)
+        if master is not None:
+            stored[master[0]] = Stored(master[1], local.shape)
         return stored
 
     def _scale_shape(self, param: Tensor) -> torch.Size:
@@ -310,35 +270,26 @@ class AdEMAMix(CheckedOptimizer):
 
     def _create_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         local = local_tensor(param.detach())
-        if local.dtype not in TYPES:
-            raise InputError(f"AdEMAMix takes float64, float32, bfloat16 and float16 weights, not {local.dtype}")
-        if local.dtype == torch.float16 and group["master_weights"] != "fp32":
-            raise InputError(
-                "float16 weights are too coarse near zero to be updated in place: give master_weights='fp32' (split "
-                "masters are for bfloat16)"
-            )
         state: dict[str, Any] = {"step": self._counter(0, group, param)}
         for key, (dtype, shape) in self._stored(group, param).items():
             zeros = torch.zeros(shape, dtype=dtype, device=local.device)
             state[key] = placed_like(param, zeros, per_shard=key.endswith("_scale"))
         for key in ("master", "weight_ema"):
             if key in state:
-                self._store(param, state, key, local)
+                self._store(group, param, state, key, local)
         self.state[param] = state
         self._plan = None
         return state
 
-    def _store(self, param: Tensor, state: dict[str, Any], key: str, values: Tensor) -> None:
+    def _store(self, group: Mapping[str, Any], param: Tensor, state: dict[str, Any], key: str, values: Tensor) -> None:
         """Encode the local `values` as the state tensor `key`, rounded to nearest."""
-        codes = local_tensor(state[key])
         if f"{key}_scale" not in state:
-            codes.copy_(values)
+            local_tensor(state[key]).copy_(values)
             return
-        flat, scales = values.reshape(-1).float(), local_tensor(state[f"{key}_scale"]).view(-1)
+        entry, flat = make_entry(key, param, 0, group, state), values.reshape(-1).float()
         for _, r, block in placed_ranges(self._layouts(param, key)):
-            part = codes.view(-1).narrow(0, r.local_start, r.length)
-            scale = scales.narrow(0, block, precision.blocks(r.length))
-            precision.encode(key, flat.narrow(0, r.local_start, r.length), None, part, scale)
+            where = r.local_start, block, r.length
+            entry.formats[key].encode(flat.narrow(0, r.local_start, r.length), None, *entry.stored(key, *where))
 
     def _names(self) -> dict[Tensor, str]:
         """What the random bits of each parameter are keyed by; unnamed ones say which optimizer they belong to."""
@@ -364,7 +315,7 @@ class AdEMAMix(CheckedOptimizer):
                 if not isinstance(key, Tensor) or not isinstance(state, dict):
                     raise InputError(f"optimizer.state[{key!r}] is not the state of a parameter: delete it")
             self._plan = plan = Plan(
-                self.param_groups, params, self._names(), self.state, self._layouts, self._kernel_choice
+                self.param_groups, params, self._names(), self.state, self._layouts, self._stored, self._kernel_choice
             )
         return plan
 
@@ -375,8 +326,8 @@ class AdEMAMix(CheckedOptimizer):
             added["stream"] = next(_unnamed) if added is first else first.get("stream", 0)
         self._plan = None
 
-    def _check_settings(self, group: Mapping[str, Any]) -> None:
-        _check_hyper_parameters(group)
+    def _check_settings(self, group: dict[str, Any]) -> None:
+        schema.check_group(group)
 
     def _check_parameter(self, group: Mapping[str, Any], param: Tensor, name: str) -> None:
         if param.is_complex():
@@ -398,6 +349,14 @@ class AdEMAMix(CheckedOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.refuse_weight_ema("load_state_dict()")
+        if self._plan is not None and self._plan.captured:
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+                for key in schema.DEFAULTS:
+                    if not isinstance(group[key], Tensor) and saved.get(key, group[key]) != group[key]:
+                        raise InputError(
+                            f"a CUDA graph holds a step of this optimizer with {key}={group[key]!r}, and the saved "
+                            f"state has {saved[key]!r}: load it before capturing"
+                        )
         super().load_state_dict(state_dict)
 
     # -- the step -----------------------------------------------------------------------------------------------
@@ -433,59 +392,4 @@ class AdEMAMix(CheckedOptimizer):
         return loss
 
 
-def _decoded(entry: Entry, key: str, local: int, scale: int, count: int) -> Tensor | None:
-    stored = entry.tensors.get(key)
-    if stored is None:
-        return None
-    scales = entry.tensors.get(f"{key}_scale")
-    part = None if scales is None else scales.narrow(0, scale, precision.blocks(count))
-    return precision.decode(key, stored.view(-1).narrow(0, local, count), part)
-
-
-def _check_hyper_parameters(group: Mapping[str, Any]) -> None:
-    """Refuse a value out of its range, with the value and the range.
-
-    Raises:
-        InputError: the first one found.
-    """
-
-    def number(name: str, value: Any, low: float = 0.0, below: float = math.inf) -> None:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not ok or not low <= value < below:
-            upper = "" if below == math.inf else f" and < {below:g}"
-            raise InputError(f"{name} must be a finite number >= {low:g}{upper}, got {value!r}")
-
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise InputError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
-        if lr.device.type == "cpu":
-            number("lr", lr.item())
-    else:
-        number("lr", lr)
-    betas = group["betas"]
-    if not isinstance(betas, Sequence) or len(betas) != 3:
-        raise InputError(f"betas must be three numbers (beta1, beta2, beta3), got {betas!r}")
-    for i, beta in enumerate(betas):
-        number(f"beta{i + 1}", beta, below=1.0)
-    for name in ("alpha", "eps", "eps_root", "weight_decay"):
-        number(name, group[name])
-    for name in ("alpha_warmup", "beta3_warmup"):
-        warmup = group[name]
-        if warmup is not None and (isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 1):
-            raise InputError(f"{name} must be None or a whole number of steps >= 1, got {warmup!r}")
-    if group["beta3_warmup"] is not None and betas[2] == 0.0:
-        raise InputError("beta3 must be > 0 and < 1 when beta3_warmup is given, got 0.0")
-    if group["second_moment"] not in ("adam", "yogi"):
-        raise InputError(f"second_moment must be 'adam' or 'yogi', got {group['second_moment']!r}")
-    for name in ("maximize", "capturable"):
-        if not isinstance(group[name], bool):
-            raise InputError(f"{name} must be True or False, got {group[name]!r}")
-    precision.formats_of(group["state_dtype"])
-    if group["master_weights"] not in (None, "fp32", "split"):
-        raise InputError(f"master_weights must be None, 'fp32' or 'split', got {group['master_weights']!r}")
-    if group["weight_ema"] is not None:
-        number("weight_ema", group["weight_ema"], below=1.0)
-    seed = group["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-        raise InputError(f"seed must be a whole number >= 0 and < 2^64, got {seed!r}")
+AdEMAMix.__init__.__signature__ = schema.SIGNATURE  # type: ignore[attr-defined]

@@ -33,7 +33,7 @@ class CheckedOptimizer(Optimizer, abc.ABC):
     _checked: Sequence[tuple[Any, ...]] = ()  # each group's settings as they were when last checked
 
     @abc.abstractmethod
-    def _check_settings(self, group: Mapping[str, Any]) -> None:
+    def _check_settings(self, group: dict[str, Any]) -> None:
         """Refuse hyper-parameters out of range, with an InputError."""
 
     @abc.abstractmethod

@@ -11,68 +11,47 @@ is formed in double, where fp32(0.9999) is 1.7e-4 of 1 - beta away.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shardopt.optim.precision import square_root
 from shardopt.optim.schedules import alpha_at, beta3_at
+from shardopt.optim.schema import Scalars
 
 # The square of a large fp32 gradient is held here, so that nu stays finite in every format (also rounded up to bf16):
 # an infinite nu would turn into inf - inf. A power of two near the end of the range.
 LARGEST_SQUARE = 2.0**127
 
 
-class Scalars(NamedTuple):
-    """What one step needs to know about one parameter besides its tensors."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    beta3: float  # of this step
-    alpha: float  # of this step
-    bias_correction1: float  # 1 / (1 - beta1 ** t)
-    bias_correction2: float  # 1 / (1 - beta2 ** t)
-    eps: float
-    eps_root: float
-    weight_decay: float
-    weight_ema_rate: float = 0.0  # 1 - weight_ema; 1 at the first step, where the average starts
-    yogi: bool = False
-    maximize: bool = False
-
-
 def scalars_at(
-    step: int,
-    schedule_step: int,
-    *,
-    lr: float,
-    betas: tuple[float, float, float],
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    alpha_warmup: int | None = None,
-    beta3_warmup: int | None = None,
-    eps_root: float = 0.0,
-    second_moment: str = "adam",
-    maximize: bool = False,
-    weight_ema: float | None = None,
+    group: Mapping[str, Any], step: int, schedule_step: int | None = None, lr: float | None = None
 ) -> Scalars:
-    """The scalars of step `step` (from 1); the schedules are at `schedule_step` (differs after a switch)."""
-    beta1, beta2, beta3 = betas
+    """The scalars of step `step` (from 1) under the hyper-parameters of `group`.
+
+    Args:
+        schedule_step: step of the schedules, which differs after a switch from AdamW.
+        lr: in the place of the group's.
+    """
+    beta1, beta2, beta3 = group["betas"]
+    scheduled = step if schedule_step is None else schedule_step
+    weight_ema = group["weight_ema"]
     return Scalars(
-        lr=lr,
+        lr=float(group["lr"]) if lr is None else lr,
         beta1=beta1,
         beta2=beta2,
-        beta3=beta3_at(schedule_step, beta3, beta1, beta3_warmup),
-        alpha=alpha_at(schedule_step, alpha, alpha_warmup),
+        beta3=beta3_at(scheduled, beta3, beta1, group["beta3_warmup"]),
+        alpha=alpha_at(scheduled, group["alpha"], group["alpha_warmup"]),
         bias_correction1=bias_correction(beta1, step),
         bias_correction2=bias_correction(beta2, step),
-        eps=eps,
-        eps_root=eps_root,
-        weight_decay=weight_decay,
+        eps=group["eps"],
+        eps_root=group["eps_root"],
+        weight_decay=group["weight_decay"],
         weight_ema_rate=0.0 if weight_ema is None else (1.0 if step == 1 else 1.0 - weight_ema),
-        yogi=second_moment == "yogi",
-        maximize=maximize,
+        yogi=group["second_moment"] == "yogi",
+        maximize=group["maximize"],
     )
 
 
@@ -81,45 +60,39 @@ def bias_correction(beta: float, step: int) -> float:
     return 1.0 if beta == 0.0 else -1.0 / math.expm1(step * math.log(beta))
 
 
-def update(
-    weight: Tensor,
-    grad: Tensor,
-    m1: Tensor | None,
-    m2: Tensor,
-    nu: Tensor,
-    s: Scalars,
-    weight_ema: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """New (weight, m1, m2, nu, weight_ema), all of one shape and floating dtype; `m1` is None when beta1 is 0.
+def average(x: Tensor, new: Tensor, beta: float) -> Tensor:
+    """beta x + (1 - beta) new, from the side of the larger share.
+
+    With a small beta, x + (1 - beta) (new - x) would leave the rounding error of a large x in a small result.
+    """
+    return x + (new - x) * (1.0 - beta) if beta >= 0.5 else new + (x - new) * beta
+
+
+def update(weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], s: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
+    """The new weight and state, all of one shape and floating dtype; there is no m1 where beta1 is 0.
 
     With lr = 0 the weight is returned as it came: not even the sign of a zero moves.
     """
     g = -grad if s.maximize else grad
-    if m1 is not None:
-        m1 = m1 + (g - m1) * (1.0 - s.beta1)
-    m2 = m2 + (g - m2) * (1.0 - s.beta3)
+    new = {"m2": average(state["m2"], g, s.beta3)}
+    if "m1" in state:
+        new["m1"] = average(state["m1"], g, s.beta1)
     squared = g * g
     if squared.dtype == torch.float32:
         squared = squared.clamp(max=LARGEST_SQUARE)
+    nu = state["nu"]
     if s.yogi:
-        nu = nu - torch.sign(nu - squared) * (squared * (1.0 - s.beta2))
+        new["nu"] = nu - torch.sign(nu - squared) * (squared * (1.0 - s.beta2))
     else:
-        nu = nu + (squared - nu) * (1.0 - s.beta2)
+        new["nu"] = average(nu, squared, s.beta2)
     if s.lr != 0.0:
-        weight = weight - (direction(g if m1 is None else m1, m2, nu, s) + weight * s.weight_decay) * s.lr
-    if weight_ema is not None:
-        weight_ema = weight_ema + (weight - weight_ema) * s.weight_ema_rate
-    return weight, m1, m2, nu, weight_ema
+        weight = weight - (direction(new.get("m1", g), new["m2"], new["nu"], s) + weight * s.weight_decay) * s.lr
+    if "weight_ema" in state:
+        new["weight_ema"] = state["weight_ema"] + (weight - state["weight_ema"]) * s.weight_ema_rate
+    return weight, new
 
 
 def direction(m1: Tensor, m2: Tensor, nu: Tensor, s: Scalars) -> Tensor:
     """u, the update before learning rate and weight decay."""
     denominator = square_root(nu * s.bias_correction2 + s.eps_root) + s.eps
     return (m1 * s.bias_correction1 + m2 * s.alpha) / denominator
-
-
-def square_root(x: Tensor) -> Tensor:
-    """Correctly rounded, which torch's own is not on a CPU with MKL (a fifth of the fp32 results are an ulp off)."""
-    if x.dtype == torch.float32 and x.device.type == "cpu":
-        return torch.sqrt(x.double()).float()
-    return torch.sqrt(x)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from shardopt.errors import InputError
-from shardopt.optim import precision
+from shardopt.optim.precision import FORMATS, Format, blocks
 from shardopt.slices import Layout, Range, Slice, canonical_name, layout_of, local_tensor
 
 Layouts = Layout | Sequence[Layout]
@@ -121,7 +122,7 @@ def state_slices(optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None 
                     raise InputError(
                         f"{where[0].name}: block formats need one parameter a tensor, not a flat partition"
                     )
-                used = sum(precision.blocks(r.length) for r in where[0].ranges)  # a smaller shard leaves some unused
+                used = sum(blocks(r.length) for r in where[0].ranges)  # a smaller shard leaves some unused
                 scales = local_tensor(scale).view(-1).narrow(0, 0, used)
                 slices.append(Slice(where[0].name, key, where[0], (values, scales)))
                 continue
@@ -206,3 +207,46 @@ def init_state(optimizer: Optimizer) -> None:
     finally:
         optimizer.param_groups = groups
         optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
+
+
+# -- slices: what checkpoints read and write ------------------------------------------------------------------
+
+
+def read_slice(piece: Slice) -> Tensor:
+    """The values of a slice as a flat fp32 (or fp64) tensor of `layout.local_numel` elements, in global order."""
+    fmt = _format_of(piece)
+    parts = [fmt.decode(codes, scale) for codes, scale in _slice_ranges(piece)]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def write_slice(piece: Slice, values: Tensor) -> None:
+    """Store what `read_slice` returned, in the slice's own format, rounded to nearest."""
+    fmt, done = _format_of(piece), 0
+    for codes, scale in _slice_ranges(piece):
+        fmt.encode(values[done : done + codes.numel()].to(codes.device), None, codes, scale)
+        done += codes.numel()
+
+
+def _format_of(piece: Slice) -> Format:
+    """By dtype and scale: a slice may be any optimizer's state, or of a checkpoint."""
+    dtype, in_blocks = piece.tensors[0].dtype, len(piece.tensors) > 1
+    name = (
+        ("block16" if dtype == torch.int16 else "block8")
+        if in_blocks
+        else "bf16"
+        if dtype == torch.bfloat16
+        else "fp32"
+    )
+    return replace(FORMATS[name], signed=piece.kind != "nu")
+
+
+def _slice_ranges(piece: Slice) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Codes and scales (views) of each range; a block format's blocks start anew in every range."""
+    values = local_tensor(piece.tensors[0]).view(-1)
+    block = 0
+    for r in piece.layout.ranges:
+        scale = None
+        if len(piece.tensors) > 1:
+            scale = local_tensor(piece.tensors[1]).narrow(0, block, blocks(r.length))
+            block += blocks(r.length)
+        yield values.narrow(0, r.local_start, r.length), scale

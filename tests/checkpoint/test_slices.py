@@ -14,7 +14,7 @@ from shardopt import checkpoint
 from shardopt.checkpoint import folders, saving
 from shardopt.checkpoint.metadata import read_metadata
 from shardopt.errors import InputError
-from shardopt.optim import precision
+from shardopt.optim import precision, states
 from shardopt.slices import Layout, Range, Slice, layout_of
 from tests.checkpoint import made
 from tests.distributed.pool import on_ranks
@@ -272,13 +272,13 @@ FORMATS = ("block16", "block8")
 
 def _blocks(fmt: str, layout: Layout, *, filled: bool) -> Slice:
     end = max((r.local_start + r.length for r in layout.ranges), default=0)
-    codes = torch.zeros(end, dtype=precision.storage_dtype(fmt, "m2", torch.float32))
+    codes = torch.zeros(end, dtype=precision.FORMATS[fmt].dtype(torch.float32))
     scales = torch.zeros(sum(precision.blocks(r.length) for r in layout.ranges))
     live = Slice("w", "m2", layout, (codes, scales))
     if filled:
         flat = NUMBERS.view(-1)
         parts = [flat[r.global_start : r.global_start + r.length] for r in layout.ranges]
-        precision.write_slice(live, torch.cat(parts) if parts else torch.empty(0))
+        states.write_slice(live, torch.cat(parts) if parts else torch.empty(0))
     return live
 
 
@@ -307,7 +307,7 @@ def _load_blocks(rank: int, world_size: int, folder: Path, fmt: str, pieces: int
             assert torch.equal(there, here)
     # Rounded at most twice, by half a step each time.
     step = {"block16": 2.0**-14, "block8": 1.0 / 32}[fmt]
-    torch.testing.assert_close(precision.read_slice(live), precision.read_slice(expected), rtol=0, atol=step)
+    torch.testing.assert_close(states.read_slice(live), states.read_slice(expected), rtol=0, atol=step)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -333,7 +333,7 @@ def test_a_format_changes_only_on_demand(tmp_path: Path, fmt: str) -> None:
         checkpoint.load(tmp_path / "blocks", [plain], here)
     assert not plain.tensors[0].any()
     checkpoint.load(tmp_path / "blocks", [plain], here, convert=True)
-    assert torch.equal(plain.tensors[0].view(-1), precision.read_slice(_blocks(fmt, layout, filled=True)))
+    assert torch.equal(plain.tensors[0].view(-1), states.read_slice(_blocks(fmt, layout, filled=True)))
 
     checkpoint.save(tmp_path / "fp32", [replace(plain, tensors=(NUMBERS,))], {}, {}, here)
     live, expected = (_blocks(fmt, layout, filled=f) for f in (False, True))

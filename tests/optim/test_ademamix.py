@@ -274,7 +274,7 @@ def test_refusals_move_nothing():
     optimizer = shardopt.AdEMAMix([("dense", dense), ("e.weight", sparse.weight)])
     dense.grad = torch.ones(2)
     sparse(torch.tensor([1])).sum().backward()
-    with pytest.raises(InputError, match=r"gradient of e.weight is sparse"):
+    with pytest.raises(RuntimeError, match=r"does not support sparse gradients: the gradient of e.weight is sparse"):
         optimizer.step()
     assert torch.equal(dense, torch.ones(2))
     assert optimizer.state[dense]["step"] == 0
@@ -400,7 +400,7 @@ def test_from_adamw_goes_on_where_adamw_was(state_dtype):
     for piece in states.state_slices(optimizer):
         if piece.kind == "m1":
             param = dict(net.named_parameters())[piece.name]
-            from shardopt.optim.precision import read_slice
+            from shardopt.optim.states import read_slice
 
             tolerance = {"fp32": 0.0, "bf16": 2**-7, "block16": 2**-10, "block8": 2**-6}[state_dtype]
             error = (read_slice(piece) - expected[param].view(-1)).abs().max() / expected[param].abs().max()
@@ -485,7 +485,7 @@ def test_statistics_are_those_of_the_state(state_dtype):
     net = model()
     optimizer = shardopt.AdEMAMix(net.parameters(), lr=0.0, eps=1e-6, alpha=2.0, state_dtype=state_dtype)
     train(net, optimizer, 3)
-    from shardopt.optim.precision import read_slice
+    from shardopt.optim.states import read_slice
 
     values: dict[str, list[torch.Tensor]] = {"m1": [], "m2": [], "nu": []}
     for piece in states.state_slices(optimizer):

@@ -1,6 +1,9 @@
 """Every kernel against the reference: the same bits, whatever is stored how."""
 
+import ctypes
 import itertools
+import os
+import subprocess
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +13,7 @@ import torch
 
 import shardopt
 from shardopt.errors import InputError
-from shardopt.optim import kernels, precision
+from shardopt.optim import kernels, schema, states
 from shardopt.optim.kernels import cpu
 from shardopt.slices import Layout, Range
 
@@ -283,5 +286,174 @@ def test_source_machine_and_compiler_choose_the_file(monkeypatch, tmp_path):
 
 
 def test_formats_agree_on_their_numbers():
-    assert precision.formats_of("bf16") == dict.fromkeys(("m1", "m2", "nu", "weight_ema"), "bf16")
-    assert precision.formats_of({"m2": "block8"})["nu"] == "fp32"
+    formats = schema.formats_of("bf16")
+    assert {key: fmt.name for key, fmt in formats.items()} == dict.fromkeys(("m1", "m2", "nu", "weight_ema"), "bf16")
+    assert schema.formats_of({"m2": "block8"})["nu"].name == "fp32"
+
+
+def test_fp16_without_float16_in_the_compiler(fresh_kernels, monkeypatch, tmp_path):
+    """gcc before 12 on x86 has none: fp16 was read from uninitialised memory there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "gcc -U__FLT16_MAX__")
+    options = {"weight": torch.float16, "master_weights": "fp32", "sizes": (1000,)}
+    assert_same(run("c", **options), run("torch", **options))
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)  # as gradients: all of fp16
+    moments = []
+    for kernel in ("c", "torch"):
+        param = torch.nn.Parameter(torch.zeros(1 << 16))
+        param.grad_dtype = torch.float16
+        param.grad = every.clone()
+        optimizer = shardopt.AdEMAMix([("p", param)], kernel=kernel)
+        optimizer.step()
+        moments.append(optimizer.state[param]["m1"])
+    number = ~every.isnan()
+    assert same_bits(moments[0][number], moments[1][number])
+    assert moments[0][~number].isnan().all()
+
+
+def test_compiler_flags_choose_the_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "gcc")
+    plain = cpu.build()
+    monkeypatch.setenv("CC", "gcc -DSOMETHING=1")
+    assert cpu.build() != plain
+
+
+def one_warning(match):
+    """The C kernel is in use all the same, and said once why it is not the cached one."""
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = shardopt.AdEMAMix([param], kernel="c")
+    with pytest.warns(UserWarning, match=match) as said:
+        optimizer.step()
+    assert len([w for w in said if "shardopt" in str(w.message)]) == 1
+    assert param.detach().lt(1.0).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_damaged_library_is_left_alone_with_one_warning(fresh_kernels, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = cpu.build()
+    cut = library.read_bytes()[:5000]  # the linker may crash on such a one
+    library.write_bytes(cut)
+    one_warning("is damaged: remove it")
+    assert library.read_bytes() == cut
+
+
+def test_cache_folder_that_cannot_be_used_falls_back_with_one_warning(fresh_kernels, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/self")
+    one_warning("cannot make the cache folder")
+    kernels._load.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    link, load = os.link, ctypes.CDLL
+
+    def denied(*args):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", denied)  # as some network file systems have it
+    one_warning("cannot write to the cache folder .* Operation not permitted")
+    kernels._load.cache_clear()
+    monkeypatch.setattr(os, "link", link)
+
+    def noexec(path, *args):
+        if str(path).startswith(str(tmp_path)):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path, *args)
+
+    monkeypatch.setattr(ctypes, "CDLL", noexec)
+    one_warning("failed to map segment")
+
+
+def test_publishing_keeps_the_library_that_another_machine_has_mapped(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = cpu.build()
+    code = first.read_bytes()
+    first.unlink()
+    compile_it = subprocess.run
+
+    def slowly(command, **options):  # another machine is done first
+        done = compile_it(command, **options)
+        if "-o" in command and not first.exists():
+            first.touch(mode=0o700)
+            first.write_bytes(code)
+        return done
+
+    monkeypatch.setattr(subprocess, "run", slowly)
+    compiled = cpu.build()
+    inode = compiled.stat().st_ino
+    with compiled.open("rb") as mapped:
+        assert os.fstat(mapped.fileno()).st_ino == inode
+        assert os.fstat(mapped.fileno()).st_nlink == 1  # not replaced by a link to ours
+    assert list(first.parent.iterdir()) == [first]
+    assert compiled.read_bytes() == code
+
+
+# -- values at the edges of the formats -------------------------------------------------------------------------------
+
+
+def nonfinite_values(kernel, state):
+    """State after a step with a NaN and an infinity in blocks of their own."""
+    param = torch.nn.Parameter(torch.ones(500))
+    optimizer = shardopt.AdEMAMix([("p", param)], kernel=kernel, state_dtype=state, lr=1e-3)
+    param.grad = torch.linspace(-1, 1, 500)
+    param.grad[5], param.grad[300] = torch.nan, torch.inf
+    optimizer.step()
+    return optimizer.state[param], {piece.kind: states.read_slice(piece) for piece in states.state_slices(optimizer)}
+
+
+@pytest.mark.parametrize("kernel", ["c", "torch"])
+@pytest.mark.parametrize("state", STATES)
+def test_nonfinite_gradient_makes_nonfinite_state(kernel, state):
+    """A NaN in block16 became 1.7e38, and training went on."""
+    stored, values = nonfinite_values(kernel, state)
+    assert values["m1"][5].isnan()
+    assert values["nu"][5].isnan()
+    assert not values["m2"][300].isfinite()
+    for value in values.values():  # the blocks beside are as they were
+        assert value[128:256].isfinite().all()
+        assert value[384:].isfinite().all()
+    if state.startswith("block"):
+        for key, tensor in nonfinite_values("torch", state)[0].items():
+            assert key == "step" or same_bits(stored[key], tensor), key
+
+
+@pytest.mark.parametrize("kernel", ["c", "torch"])
+@pytest.mark.parametrize("state", STATES)
+def test_finite_values_stay_finite_in_every_format(kernel, state):
+    """Rounding up past the largest bf16 made an infinity of a finite m1."""
+    stays_finite(kernel, state)
+
+
+def stays_finite(kernel, state):
+    param = torch.nn.Parameter(torch.zeros(300))
+    optimizer = shardopt.AdEMAMix([("p", param)], kernel=kernel, state_dtype=state, betas=(0.5, 0.5, 0.5), lr=1e-3)
+    for _ in range(40):
+        param.grad = torch.full((300,), 3.4e38)
+        optimizer.step()
+    for piece in states.state_slices(optimizer):
+        assert states.read_slice(piece).isfinite().all(), piece.kind
+    assert param.isfinite().all()
+
+
+def small_beta_run(kernel, betas, dtype=torch.float32, **options):
+    """Weights and nu, first with large and then with small gradients."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.zeros(200, dtype=dtype))
+    optimizer = shardopt.AdEMAMix([("p", param)], kernel=kernel, betas=betas, lr=1e-3, alpha=0.0, **options)
+    for scale in (1e3, 1e3, 1e-3, 1e-3):
+        param.grad = (torch.randn(200, generator=generator) * scale).to(dtype)
+        optimizer.step()
+    return param.detach().double(), optimizer.state[param]["nu"].double()
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.0, 0.999), (0.0, 0.0, 0.0), (0.3, 1e-9, 0.2), (0.4, 0.1, 0.0)])
+def test_small_betas_follow_float64(betas):
+    """With beta2 = 0, nu + (g^2 - nu) left 0 of a small square under a large nu: 1,000 times the update, and more."""
+    weight, nu = small_beta_run("torch", betas, torch.float64)
+    runs = [small_beta_run(kernel, betas) for kernel in ("c", "torch")]
+    for found in runs:
+        torch.testing.assert_close(found[1], nu, rtol=1e-5, atol=0)
+        torch.testing.assert_close(found[0], weight, rtol=1e-5, atol=1e-7)
+    assert torch.equal(runs[0][0], runs[1][0])

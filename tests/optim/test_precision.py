@@ -6,7 +6,7 @@ import torch
 
 import shardopt
 from scripts.study_drift import FORMATS, SIGNALS, study
-from shardopt.optim import precision, states
+from shardopt.optim import precision, schema, states
 from shardopt.slices import Layout, Range, Slice, name_key
 
 COUNT = 1 << 18
@@ -14,7 +14,7 @@ COUNT = 1 << 18
 
 def bits(kind="m2", *, seed=0, name="w", step=1, start=0, length=COUNT) -> np.ndarray:
     base = precision.base_key(seed, name_key(name))
-    return precision.random_bits(kind, base, step, start, length, "cpu").numpy()
+    return precision.random_bits(schema.HALVES[kind], base, step, start, length, "cpu").numpy()
 
 
 def test_the_words_are_fixed_forever():
@@ -54,7 +54,7 @@ def chi_square(values: np.ndarray, cells: int) -> float:
     return (statistic - (cells - 1)) / np.sqrt(2 * (cells - 1))
 
 
-@pytest.mark.parametrize("kind", precision.STREAMS)
+@pytest.mark.parametrize("kind", schema.HALVES)
 def test_bits_are_uniform(kind):
     for step in (1, 2, 1000):
         found = bits(kind, step=step)
@@ -183,7 +183,8 @@ def test_block_formats_are_unbiased_and_bounded(fmt, kind):
     values = torch.randn(1000, generator=generator) * torch.randn(1000, generator=generator).exp()
     if kind == "nu":
         values = values.square()
-    codes = torch.zeros(1000, dtype=precision.storage_dtype(fmt, kind, torch.float32))
+    form = schema.formats_of(fmt)[kind]
+    codes = torch.zeros(1000, dtype=form.dtype(torch.float32))
     scale = torch.zeros(precision.blocks(1000))
     total, rounds = torch.zeros(1000, dtype=torch.float64), 600
     largest = torch.nn.functional.pad(values.abs(), (0, 24)).view(-1, 128).amax(1).repeat_interleave(128)[:1000]
@@ -194,9 +195,9 @@ def test_block_formats_are_unbiased_and_bounded(fmt, kind):
     else:
         step = largest / 127
     for draw in range(rounds):
-        random = precision.random_bits(kind, 5, draw, 0, 1000, "cpu")
-        precision.encode(kind, values, random, codes, scale)
-        decoded = precision.decode(kind, codes, scale)
+        random = precision.random_bits(schema.HALVES[kind], 5, draw, 0, 1000, "cpu")
+        form.encode(values, random, codes, scale)
+        decoded = form.decode(codes, scale)
         assert ((decoded - values).abs() <= step * 1.001).all()
         if kind == "nu":
             assert (decoded > 0).all()  # a zero would make the denominator eps
@@ -211,17 +212,17 @@ def test_slices_are_read_and_written_in_their_format():
     layout = Layout("w", (2000,), (Range(10, 0, 300), Range(900, 300, 500)))
     values = torch.randn(800)
     for fmt in precision.FORMATS:
-        codes = torch.zeros(800, dtype=precision.storage_dtype(fmt, "m2", torch.float32))
+        codes = torch.zeros(800, dtype=precision.FORMATS[fmt].dtype(torch.float32))
         tensors = (codes,)
         if fmt in precision.BLOCK_FORMATS:
             tensors += (torch.zeros(precision.blocks(300) + precision.blocks(500)),)
         piece = Slice("w", "m2", layout, tensors)
-        precision.write_slice(piece, values)
+        states.write_slice(piece, values)
         tolerance = {"fp32": 0.0, "bf16": 2**-8, "block16": 2**-11, "block8": 4 / 127}[fmt]
-        torch.testing.assert_close(precision.read_slice(piece), values, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(states.read_slice(piece), values, rtol=tolerance, atol=tolerance)
         # and a second trip changes nothing
         kept = [tensor.clone() for tensor in tensors]
-        precision.write_slice(piece, precision.read_slice(piece))
+        states.write_slice(piece, states.read_slice(piece))
         if fmt != "block8":
             assert all(torch.equal(a, b) for a, b in zip(kept, tensors, strict=True))
 

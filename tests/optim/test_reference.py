@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import shardopt
-from shardopt.optim import reference
+from shardopt.optim import reference, schema
 from shardopt.optim.schedules import alpha_at, beta3_at
 
 jax.config.update("jax_enable_x64", True)  # jax would otherwise compute in fp32
@@ -38,14 +38,13 @@ def cases(count: int):
 
 def reference_run(case, grads, weight, *, alpha=None, beta3=None):
     """Weights after each step in float64; `alpha` and `beta3` may be functions of the step from 1."""
-    m1, m2, nu = (torch.zeros_like(weight) for _ in range(3))
+    state = {key: torch.zeros_like(weight) for key in ("m1", "m2", "nu")}
+    group = schema.DEFAULTS | {k: case[k] for k in ("lr", "betas", "alpha", "eps", "eps_root", "weight_decay")}
     trajectory = []
     for t, grad in enumerate(grads, 1):
-        s = reference.scalars_at(
-            t, t, **{k: case[k] for k in ("lr", "betas", "alpha", "eps", "eps_root", "weight_decay")}
-        )
+        s = reference.scalars_at(group, t)
         s = s._replace(alpha=alpha(t) if alpha else s.alpha, beta3=beta3(t) if beta3 else s.beta3)
-        weight, m1, m2, nu, _ = reference.update(weight, grad, m1, m2, nu, s)
+        weight, state = reference.update(weight, grad, state, s)
         trajectory.append(weight)
     return trajectory
 
@@ -292,13 +291,12 @@ def test_a_slow_average_in_fp32_decays_at_its_own_rate(kernel):
 
 
 def test_yogi_second_moment():
-    s = reference.scalars_at(
-        1, 1, lr=0.1, betas=(0.9, 0.9, 0.99), alpha=1.0, eps=0.0, weight_decay=0.0, second_moment="yogi"
-    )
+    group = {"lr": 0.1, "betas": (0.9, 0.9, 0.99), "alpha": 1.0, "eps": 0.0, "second_moment": "yogi"}
+    s = reference.scalars_at(schema.DEFAULTS | group, 1)
     nu = torch.tensor([4.0, 1.0, 9.0], dtype=torch.float64)
     g = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     zero = torch.zeros(3, dtype=torch.float64)
-    new = reference.update(zero, g, zero, zero, nu, s)[3]
+    new = reference.update(zero, g, {"m1": zero, "m2": zero, "nu": nu}, s)[1]["nu"]
     torch.testing.assert_close(new, torch.tensor([4.0 - 0.1, 1.0 + 0.4, 9.0], dtype=torch.float64))
 
 

@@ -19,8 +19,17 @@ import torch
 import shardopt
 from shardopt.errors import InputError
 from shardopt.optim import kernels
+from shardopt.optim.schema import FLAG_BITS
 from shardopt.slices import Layout, Range
-from tests.optim.test_kernels import STATES, WEIGHTS, assert_same, run
+from tests.optim.test_kernels import (
+    STATES,
+    WEIGHTS,
+    assert_same,
+    nonfinite_values,
+    run,
+    small_beta_run,
+    stays_finite,
+)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: scripts/gpu_check.py runs these")
 SIZES = (1, 130, 1300)  # one element, a partial block of a scale, a whole program and a part
@@ -111,6 +120,27 @@ def extremes(state):
 @pytest.mark.parametrize("state", STATES)
 def test_extreme_values(interpreted, state):
     interpreted(extremes, state)
+
+
+def edges():
+    """NaN, infinities, values next to them, and betas below a half."""
+    for state in STATES:
+        ours, plain = (nonfinite_values(kernel, state) for kernel in ("triton", "torch"))
+        if state.startswith("block"):
+            assert_same(*([{k: v for k, v in found[0].items() if k != "step"}] for found in (ours, plain)))
+        for key in ours[1]:
+            number = plain[1][key].isfinite()
+            assert torch.equal(ours[1][key].isfinite(), number), f"{state} {key}"
+            assert torch.equal(ours[1][key][number], plain[1][key][number]), f"{state} {key}"
+        stays_finite("triton", state)
+    for betas in ((0.9, 0.0, 0.999), (0.0, 0.0, 0.0), (0.3, 1e-9, 0.2)):
+        ours, plain = (small_beta_run(kernel, betas) for kernel in ("triton", "torch"))
+        assert torch.equal(ours[0], plain[0])
+        assert torch.equal(ours[1], plain[1])
+
+
+def test_edges_of_the_formats_and_small_betas(interpreted):
+    interpreted(edges)
 
 
 def many_tensors():
@@ -210,11 +240,11 @@ def captured(start, options):
         for state in optimizer.state.values():
             state["step"].fill_(start)
         if start:
-            optimizer.state[params[0]]["schedule_step"] = torch.tensor(float(start - 3))
+            optimizer.state[params[0]]["schedule_step"] = torch.tensor(start - 3)
 
         def stale(self, table, optimizer=optimizer, options=options):
             table.capturable = True
-            optimizer._current_plan()._describe_schedules(table)
+            table.describe_schedules(optimizer.param_groups)
             table.rows["lr"][0] = 7.0
             for field in STALE[1:]:
                 table.rows[field] = 3
@@ -252,15 +282,19 @@ def test_captured_steps_take_their_scalars_from_the_device(interpreted, start, o
 # -- by the compiler, for GPUs that need not be there ----------------------------------------------------------------
 
 
-def instructions(capability, cache, **constants):
+ALIGNED = 1 << 6
+
+
+def instructions(capability, cache, **codes):
     """PTX instructions of a step, counted."""
     os.environ["TRITON_CACHE_DIR"] = cache
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from shardopt.optim.kernels.triton import _OPTIONS, _step_kernel
+    from shardopt.optim.kernels.triton import _OPTIONS, _step_kernel, kind_of
 
+    constants = {"KIND": kind_of(**codes), "BLOCK": 1024}
     names = _step_kernel.arg_names
     signature = {name: {"table": "*i64", "owners": "*i32"}.get(name, "constexpr") for name in names}
     source = ASTSource(
@@ -273,16 +307,16 @@ def instructions(capability, cache, **constants):
     return Counter(re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.:]*)\s", built.asm["ptx"], re.MULTILINE))
 
 
-PLAIN = {"WEIGHT": 1, "GRAD": 1, "M1": 1, "M2": 1, "NU": 1, "WEIGHT_EMA": 0, "MASTER": 0}
-PLAIN |= {"IS_YOGI": False, "ALIGNED": True, "BLOCK": 1024}
-BF16 = PLAIN | {"M1": 2, "M2": 2, "NU": 2}
-MIXED = PLAIN | {"WEIGHT": 2, "GRAD": 5, "M1": 4, "M2": 3, "NU": 4, "WEIGHT_EMA": 4, "MASTER": 2, "IS_YOGI": True}
+PLAIN = {"weight_type": 1, "grad_type": 1, "m1_format": 1, "m2_format": 1, "nu_format": 1, "flags": ALIGNED}
+BF16 = PLAIN | {"m1_format": 2, "m2_format": 2, "nu_format": 2}
+MIXED = PLAIN | {"weight_type": 2, "grad_type": 5, "m1_format": 4, "m2_format": 3, "nu_format": 4}
+MIXED |= {"weight_ema_format": 4, "master_kind": 2, "flags": ALIGNED | FLAG_BITS["yogi"]}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_to_wide_loads_and_exact_arithmetic(compiled, tmp_path, capability):
-    for constants in (PLAIN, BF16, MIXED):
-        found = compiled(instructions, capability, str(tmp_path), **constants)
+    for codes in (PLAIN, BF16, MIXED):
+        found = compiled(instructions, capability, str(tmp_path), **codes)
         inexact = [name for name in found if ".ftz" in name or ".approx" in name or ".full" in name]
         assert not inexact, inexact
         assert not [name for name in found if name.startswith(("fma.", "mad.f", "mad.rn"))], "a contracted multiply-add"
@@ -291,7 +325,7 @@ def test_compiles_to_wide_loads_and_exact_arithmetic(compiled, tmp_path, capabil
         assert found["sqrt.rn.f32"] >= 16
         wide = sum(count for name, count in found.items() if re.match(r"(ld|st)\.global.*\.v4\.b32", name))
         expected = {id(PLAIN): 5 * 2 + 4 * 2, id(BF16): 2 * 2 + 3 + 2 + 3}
-        assert wide >= expected.get(id(constants), 1)
+        assert wide >= expected.get(id(codes), 1)
 
 
 def refusals():

@@ -18,6 +18,7 @@ The optimizer hands a kernel one `Table` a step, with everything on one device:
 A kernel is an object with
     name        what `optimizer.kernel` shows
     refusal(weight)   why it cannot take this parameter (a clause for a message), or None
+    check(table)      raises InputError where `run` could not take a step now; nothing has been counted yet
     run(table)        one step, in place
 
 `run` does, for every row that is not skipped: decode the state (formats and master as in precision.py), the update
@@ -28,7 +29,7 @@ encode with the row's random bits. With lr = 0 neither the weight nor its master
 Capturable tables (`table.capturable`) are for replayed CUDA graphs. Host scalars that depend on the step (`lr`,
 `beta3`, `alpha`, `bias_correction1`, `bias_correction2`, `weight_ema_rate`, `step`) are then stale; the kernel
 computes them itself, in double, from
-    step_pointer      float32 scalar on the device, already counted up for this step
+    step_pointer      int64 scalar on the device, already counted up for this step
     schedule_pointer  the same for the schedules, 0 where the step itself is meant
     lr_pointer        float32 scalar on the device, or 0: then `lr` holds (a host number cannot change in a graph)
     alpha_final, beta3_final, alpha_warmup, beta3_warmup (0: none), beta1, beta2, weight_ema_rate (of steps after the
@@ -38,66 +39,23 @@ computes them itself, in double, from
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from shardopt.errors import InputError
+from shardopt.optim.kernels.table import Entry, Table
 
-SEGMENT = np.dtype(
-    [(k, np.uint64) for k in ("weight", "grad", "m1", "m2", "nu", "master", "weight_ema")]
-    + [(k, np.uint64) for k in ("m1_scale", "m2_scale", "nu_scale", "weight_ema_scale")]
-    + [("length", np.int64), ("start", np.int64), ("key", np.uint64), ("step", np.int64)]
-    + [
-        (k, np.float64)
-        for k in ("lr", "beta1", "beta2", "beta3", "alpha", "bias_correction1", "bias_correction2", "eps")
-    ]
-    + [(k, np.float64) for k in ("eps_root", "weight_decay", "weight_ema_rate")]
-    + [(k, np.float64) for k in ("alpha_final", "beta3_final", "alpha_warmup", "beta3_warmup")]
-    + [(k, np.uint64) for k in ("step_pointer", "schedule_pointer", "lr_pointer")]
-    + [(k, np.uint8) for k in ("weight_type", "grad_type", "m1_format", "m2_format", "nu_format")]
-    + [(k, np.uint8) for k in ("weight_ema_format", "master_kind", "flags")],
-    align=True,
-)
-# weight_type, grad_type
-TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 5, torch.float64: 6}
-NONE = 0  # a state tensor's format, beside precision.FORMATS
-MASTERS = {None: 0, "fp32": 1, "split": 2}
-SKIP, MAXIMIZE, YOGI = 1, 2, 4  # flags
-
-
-@dataclass(slots=True)
-class Entry:
-    """One parameter and its local state tensors, by state key ("m1", "m1_scale", "master", ...)."""
-
-    param: Tensor
-    group: int
-    state: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-
-@dataclass
-class Table:
-    device: torch.device
-    entries: list[Entry]
-    rows: np.ndarray
-    row_entry: np.ndarray
-    row_local: np.ndarray
-    row_block: np.ndarray
-    capturable: bool = False
-    weights: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor | None] = field(default_factory=list)
-    cache: dict[str, Any] = field(default_factory=dict)
+__all__ = ["KERNELS", "Entry", "Kernel", "Table", "choose"]
 
 
 class Kernel(Protocol):
     name: str
 
     def refusal(self, weight: Tensor) -> str | None: ...
+
+    def check(self, table: Table) -> None: ...
 
     def run(self, table: Table) -> None: ...
 

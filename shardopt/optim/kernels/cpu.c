@@ -3,32 +3,13 @@
  * The arithmetic is that of optim/reference.py, operation for operation, and the formats and random bits are those
  * of optim/precision.py. Compile with -ffp-contract=off: a contracted multiply-add rounds once where the reference
  * rounds twice. Plain C99 with pointers as 64-bit integers; the loops are written for the auto-vectoriser. */
+/* In front of this file the compiler is given schema.c_header(): Segment, BLOCK, SCALARS and the codes of formats, types,
+ * masters and flags. */
 #include <math.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <string.h>
 
-/* the same fields in the same order as kernels.SEGMENT */
-typedef struct {
-    uint64_t weight, grad, m1, m2, nu, master, weight_ema;
-    uint64_t m1_scale, m2_scale, nu_scale, weight_ema_scale;
-    int64_t length, start;
-    uint64_t key;
-    int64_t step;
-    double lr, beta1, beta2, beta3, alpha, bias_correction1, bias_correction2, eps, eps_root, weight_decay, weight_ema_rate;
-    double alpha_final, beta3_final, alpha_warmup, beta3_warmup;
-    uint64_t step_pointer, schedule_pointer, lr_pointer;
-    uint8_t weight_type, grad_type, m1_format, m2_format, nu_format, weight_ema_format, master_kind, flags;
-} Segment;
-
-enum { NONE = 0, FP32 = 1, BF16 = 2, BLOCK16 = 3, BLOCK8 = 4, FP16 = 5 }; /* formats; types are FP32, BF16, FP16 */
-enum { NO_MASTER = 0, FP32_MASTER = 1, SPLIT_MASTER = 2 };
-enum { SKIP = 1, MAXIMIZE = 2, YOGI = 4 };
-#define BLOCK 128
 #define TILE 1024
 #define INLINE static inline __attribute__((always_inline))
-
-int64_t shardopt_segment_size(void) { return (int64_t)sizeof(Segment); }
 
 /* -- random bits ---------------------------------------------------------------------------------------- */
 
@@ -69,9 +50,36 @@ INLINE uint32_t to_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 INLINE float from_bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 INLINE float from_bf16(uint16_t u) { return from_bits((uint32_t)u << 16); }
 
+/* By random bits. What is finite stays so: past the largest bf16 it is cut off. So is a NaN, which arithmetic leaves quiet,
+ * with the topmost of its mantissa's bits set. */
 INLINE uint16_t to_bf16(float x, uint32_t bits) {
-    uint32_t raw = to_bits(x), rounded = (raw + bits) >> 16;
-    return (uint16_t)((raw & 0x7FFFFFFFu) > 0x7F800000u ? ((raw >> 16) | 0x40u) : rounded);
+    const uint32_t raw = to_bits(x);
+    return (uint16_t)((raw + ((raw & 0x7FFFFFFFu) < 0x7F7F0000u ? bits : 0)) >> 16);
+}
+
+/* Half away from zero, which a split master can be joined to again. */
+INLINE uint16_t nearest_bf16(float x) {
+    const uint32_t raw = to_bits(x);
+    return (uint16_t)((raw & 0x7FFFFFFFu) > 0x7F800000u ? ((raw >> 16) | 0x40u) : (raw + 0x8000u) >> 16);
+}
+
+/* By integers: not every compiler has _Float16. Subnormals of fp16 are those of fp32, scaled. */
+INLINE float from_fp16(uint16_t h) {
+    const uint32_t sign = ((uint32_t)h & 0x8000u) << 16, magnitude = ((uint32_t)h & 0x7FFFu) << 13;
+    const uint32_t finite = to_bits(from_bits(magnitude) * 0x1p112f);
+    return from_bits(sign | (magnitude < 0x0F800000u ? finite : magnitude | 0x7F800000u));
+}
+
+/* To nearest, ties to even. */
+INLINE uint16_t to_fp16(float x) {
+    const uint32_t raw = to_bits(x), magnitude = raw & 0x7FFFFFFFu;
+    const uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+    /* below 2^-14 adding a half lets the hardware round to the multiples of fp16's least value */
+    const uint32_t small = to_bits(from_bits(magnitude) + 0.5f) - 0x3F000000u;
+    uint32_t code = magnitude < 0x38800000u ? small : normal;
+    code = magnitude >= 0x477FF000u ? 0x7C00u : code;
+    code = magnitude > 0x7F800000u ? 0x7E00u : code;
+    return (uint16_t)(code | ((raw >> 16) & 0x8000u));
 }
 
 /* A weight set to zero by hand leaves its old low half behind: below zero there is nothing to subtract from. */
@@ -83,35 +91,37 @@ INLINE float joined(uint16_t high, int16_t low) {
 /* -- the update ----------------------------------------------------------------------------------------- */
 
 typedef struct {
-    float rate1, rate2, rate3, alpha, bias_correction1, bias_correction2, eps, eps_root, lr, weight_decay;
-    float weight_ema_rate, sign;
+#define FIELD(name) float name;
+    SCALARS(FIELD)
+#undef FIELD
+    float rate1, rate2, rate3, sign;
 } Scalars;
 
 static Scalars scalars_of(const Segment *s) {
     Scalars c;
+#define FIELD(name) c.name = (float)s->name;
+    SCALARS(FIELD)
+#undef FIELD
     c.rate1 = (float)(1.0 - s->beta1);
-    c.rate3 = (float)(1.0 - s->beta3);
     c.rate2 = (float)(1.0 - s->beta2);
-    c.alpha = (float)s->alpha;
-    c.bias_correction1 = (float)s->bias_correction1;
-    c.bias_correction2 = (float)s->bias_correction2;
-    c.eps = (float)s->eps;
-    c.eps_root = (float)s->eps_root;
-    c.lr = (float)s->lr;
-    c.weight_decay = (float)s->weight_decay;
-    c.weight_ema_rate = (float)s->weight_ema_rate;
+    c.rate3 = (float)(1.0 - s->beta3);
     c.sign = (s->flags & MAXIMIZE) ? -1.0f : 1.0f;
     return c;
 }
 
-INLINE float second_moment(float nu, float g, const Scalars *c, int yogi) {
+/* reference.average: from the side of the larger share */
+INLINE float average(float x, float new, float beta, float rate, int any_beta) {
+    return any_beta && beta < 0.5f ? new + (x - new) * beta : x + (new - x) * rate;
+}
+
+INLINE float second_moment(float nu, float g, const Scalars *c, int yogi, int any_beta) {
     float squared = g * g;
     squared = squared > 0x1p127f ? 0x1p127f : squared; /* reference.LARGEST_SQUARE */
     if (yogi) {
         float d = nu - squared, by = squared * c->rate2;
         return nu - (d > 0.0f ? by : d < 0.0f ? -by : 0.0f);
     }
-    return nu + (squared - nu) * c->rate2;
+    return average(nu, squared, c->beta2, c->rate2, any_beta);
 }
 
 INLINE float moved(float w, float m1, float m2, float nu, const Scalars *c) {
@@ -145,9 +155,9 @@ INLINE void fused(const Segment *s, int64_t from, int64_t n, int weight_type, in
         float m1 = format == FP32 ? m1f[i] : from_bf16(m1h[i]);
         float m2 = format == FP32 ? m2f[i] : from_bf16(m2h[i]);
         float nu = format == FP32 ? nuf[i] : from_bf16(nuh[i]);
-        m1 = m1 + (g - m1) * c.rate1;
-        m2 = m2 + (g - m2) * c.rate3;
-        nu = second_moment(nu, g, &c, 0);
+        m1 = average(m1, g, c.beta1, c.rate1, 0);
+        m2 = average(m2, g, c.beta3, c.rate3, 0);
+        nu = second_moment(nu, g, &c, 0, 0);
         w = moved(w, m1, m2, nu, &c);
         uint32_t r0 = rounds_state ? word(index + (uint32_t)i, k.a[0], k.b[0]) : 0;
         uint32_t r1 = rounds_state || rounds_weight ? word(index + (uint32_t)i, k.a[1], k.b[1]) : 0;
@@ -163,7 +173,7 @@ INLINE void fused(const Segment *s, int64_t from, int64_t n, int weight_type, in
         if (weight_type == FP32) wf[i] = w;
         else if (rounds_weight) wh[i] = to_bf16(w, r1 >> 16);
         else {
-            uint16_t high = to_bf16(w, 0x8000u);
+            uint16_t high = nearest_bf16(w);
             wh[i] = high;
             if (master == FP32_MASTER) master32[i] = w;
             else low[i] = (int16_t)(uint16_t)(to_bits(w) - ((uint32_t)high << 16));
@@ -179,10 +189,8 @@ static void load_values(float *restrict out, const void *from, int64_t at, int n
         const uint16_t *restrict p = (const uint16_t *)from + at;
         for (int i = 0; i < n; i++) out[i] = from_bf16(p[i]);
     } else {
-#ifdef __FLT16_MAX__
-        const _Float16 *restrict p = (const _Float16 *)from + at;
-        for (int i = 0; i < n; i++) out[i] = (float)p[i];
-#endif
+        const uint16_t *restrict p = (const uint16_t *)from + at;
+        for (int i = 0; i < n; i++) out[i] = from_fp16(p[i]);
     }
 }
 
@@ -220,11 +228,21 @@ static float largest_of(const float *restrict x, int n) {
     return from_bits(largest);
 }
 
+/* A block with a value that is not finite reads as NaN: codes 0 under a scale of NaN. */
+INLINE int nonfinite(float largest, void *codes, size_t bytes, float *scale) {
+    if (to_bits(largest) < 0x7F800000u) return 0;
+    memset(codes, 0, bytes);
+    *scale = from_bits(0x7FC00000u);
+    return 1;
+}
+
 /* One block each: x into codes, `r` the words of its random bits. */
 INLINE void block16(uint16_t *restrict p, float *scale, const float *restrict x, const uint32_t *restrict r, int n,
                     int is_nu, int shift) {
     const uint32_t top = is_nu ? 31u : 15u, limit = is_nu ? 0xFFFFu : 0x7FFFu;
-    uint32_t exponent = to_bits(largest_of(x, n)) >> 23;
+    const float most = largest_of(x, n);
+    if (nonfinite(most, p, (size_t)n * 2, scale)) return;
+    uint32_t exponent = to_bits(most) >> 23;
     exponent = exponent < top ? top : exponent > 253u ? 253u : exponent;
     const float inverse = from_bits((254u - exponent + (top - 15u)) << 23);
     *scale = from_bits((exponent - (top - 15u)) << 23);
@@ -240,8 +258,9 @@ INLINE void block16(uint16_t *restrict p, float *scale, const float *restrict x,
 
 INLINE void block8(uint8_t *restrict p, float *scale, const float *restrict x, const uint32_t *restrict r, int n,
                    int is_nu, int shift) {
-    const float most = largest_of(x, n), limit = 0x1.fffffep127f;
-    const float by = (most > limit ? limit : most) * (is_nu ? (float)(1.0 / (255.0 * 255.0)) : (float)(1.0 / 127.0));
+    const float most = largest_of(x, n);
+    if (nonfinite(most, p, (size_t)n, scale)) return;
+    const float by = most * (is_nu ? (float)(1.0 / (255.0 * 255.0)) : (float)(1.0 / 127.0));
     const float inverse = by >= 0x1p-126f ? 1.0f / by : 0.0f;
     *scale = by;
     for (int i = 0; i < n; i++) {
@@ -315,10 +334,10 @@ static void tiled(const Segment *s, int64_t from, int64_t n) {
         load_state(m2, s->m2, s->m2_scale, at, count, s->m2_format, 0);
         load_state(nu, s->nu, s->nu_scale, at, count, s->nu_format, 1);
         for (int i = 0; i < count; i++) g[i] *= c.sign;
-        if (has_m1) for (int i = 0; i < count; i++) m1[i] = m1[i] + (g[i] - m1[i]) * c.rate1;
-        for (int i = 0; i < count; i++) m2[i] = m2[i] + (g[i] - m2[i]) * c.rate3;
-        if (yogi) for (int i = 0; i < count; i++) nu[i] = second_moment(nu[i], g[i], &c, 1);
-        else for (int i = 0; i < count; i++) nu[i] = second_moment(nu[i], g[i], &c, 0);
+        if (has_m1) for (int i = 0; i < count; i++) m1[i] = average(m1[i], g[i], c.beta1, c.rate1, 1);
+        for (int i = 0; i < count; i++) m2[i] = average(m2[i], g[i], c.beta3, c.rate3, 1);
+        if (yogi) for (int i = 0; i < count; i++) nu[i] = second_moment(nu[i], g[i], &c, 1, 1);
+        else for (int i = 0; i < count; i++) nu[i] = second_moment(nu[i], g[i], &c, 0, 1);
         const float *fast = has_m1 ? m1 : g;
         if (moves) for (int i = 0; i < count; i++) w[i] = moved(w[i], fast[i], m2[i], nu[i], &c);
         if (s->weight_ema_format != NONE) {
@@ -339,14 +358,12 @@ static void tiled(const Segment *s, int64_t from, int64_t n) {
             uint16_t *high = (uint16_t *)weight + at;
             int16_t *low = (int16_t *)master + at;
             if (s->master_kind == NO_MASTER) for (int i = 0; i < count; i++) high[i] = to_bf16(w[i], words[i] >> 16);
-            else for (int i = 0; i < count; i++) high[i] = to_bf16(w[i], 0x8000u);
+            else for (int i = 0; i < count; i++) high[i] = nearest_bf16(w[i]);
             if (s->master_kind == SPLIT_MASTER)
                 for (int i = 0; i < count; i++) low[i] = (int16_t)(uint16_t)(to_bits(w[i]) - ((uint32_t)high[i] << 16));
         } else {
-#ifdef __FLT16_MAX__
-            _Float16 *half = (_Float16 *)weight + at;
-            for (int i = 0; i < count; i++) half[i] = (_Float16)w[i];
-#endif
+            uint16_t *half = (uint16_t *)weight + at;
+            for (int i = 0; i < count; i++) half[i] = to_fp16(w[i]);
         }
     }
 }
@@ -354,7 +371,7 @@ static void tiled(const Segment *s, int64_t from, int64_t n) {
 static void chunk(const Segment *s, int64_t from, int64_t n) {
     const int f = s->m1_format;
     const int plain = (f == FP32 || f == BF16) && s->m2_format == f && s->nu_format == f && s->weight_ema_format == NONE
-        && !(s->flags & YOGI) && s->lr != 0.0;
+        && !(s->flags & YOGI) && s->lr != 0.0 && s->beta1 >= 0.5 && s->beta2 >= 0.5 && s->beta3 >= 0.5;
     const int64_t until = (int64_t)(0x100000000ull - ((uint64_t)(s->start + from) & 0xFFFFFFFFull));
 #define CASE(W, M, G, F)                                                                                     \
     if (plain && s->weight_type == W && s->master_kind == M && s->grad_type == G && f == F) {                \

@@ -6,10 +6,13 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
 import tempfile
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +20,25 @@ import torch
 from torch import Tensor
 
 from shardopt.errors import InputError
-from shardopt.optim.kernels import SEGMENT, TYPES, Table
+from shardopt.optim.kernels import Table
+from shardopt.optim.schema import TYPES, c_header
 
 _SOURCE = Path(__file__).with_name("cpu.c")
 # No contraction (see cpu.c); errno and traps only stand in the vectoriser's way and change no result.
 _FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # Tried in this order: not every compiler knows -march=native (arm64 clang) or has OpenMP (Apple's).
 _VARIANTS = [["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], []]
+_DIGEST = 16  # bytes behind the library, by which a damaged one is known: loading a cut file may crash
 _CHUNK = 1 << 15  # elements a thread takes at a time; a multiple of precision.BLOCK
 
 
 class CpuKernel:
-    """Raises InputError where there is no C compiler or no safe cache folder; the message says which."""
+    """Raises InputError where there is no C compiler; the message says so."""
 
     name = "c"
 
     def __init__(self) -> None:
-        library = ctypes.CDLL(str(build()))
-        library.shardopt_segment_size.restype = ctypes.c_int64
-        if library.shardopt_segment_size() != SEGMENT.itemsize:
-            raise RuntimeError("cpu.c and kernels.SEGMENT disagree on the size of a segment")
-        self._step = library.shardopt_step
+        self._step = _load().shardopt_step
         self._step.restype = None
         self._step.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
 
@@ -47,6 +48,9 @@ class CpuKernel:
         if TYPES.get(weight.dtype) not in (1, 2, 5):
             return f"the C kernel takes fp32, bf16 and fp16 weights, not {weight.dtype}"
         return None
+
+    def check(self, table: Table) -> None:
+        pass
 
     def run(self, table: Table) -> None:
         ends = table.cache.get("c_ends")
@@ -77,45 +81,99 @@ def cache_folder() -> Path:
     return folder
 
 
-def build() -> Path:
-    """The shared library for this source, compiler and CPU; compiled (about a second) where it is not cached.
+def _load() -> ctypes.CDLL:
+    """The library, from the cache folder or, with a warning, from one that is built for this process alone.
 
     Raises:
-        InputError: no C compiler, it failed, or the cache folder is not safe.
+        InputError: no C compiler, or it failed.
     """
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        raise InputError("no C compiler found (cc, gcc or clang; CC names another)")
-    command = compiler.split()
+    compiler = _Compiler()
     try:
-        version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as e:
-        raise InputError(f"the C compiler {compiler!r} does not run: {e}") from e
-    source = _SOURCE.read_bytes()
-    parts = [source, version.encode(), repr((_FLAGS, _VARIANTS)).encode(), _processor().encode()]
-    key = hashlib.blake2b(b"\0".join(parts), digest_size=12).hexdigest()
-    folder = cache_folder()
-    target = folder / f"cpu-{key}.so"
-    if target.exists():
-        status = target.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-            raise InputError(f"{target} is not a file that only this user can write: remove it")
-        return target
-    # Built aside and renamed: several ranks may build at once, and each sees a whole file or none.
-    handle, aside = tempfile.mkstemp(prefix=f"cpu-{key}-", suffix=".tmp", dir=folder)
-    os.close(handle)
-    try:
+        return ctypes.CDLL(str(build(compiler)))
+    except (InputError, OSError) as e:  # an OSError of the linker: damaged, or on a file system without execution
+        reason = e
+    with tempfile.TemporaryDirectory(prefix="shardopt-") as folder:  # only this user can look into
+        library = Path(folder) / "cpu.so"
+        compiler.run(library)
+        try:
+            loaded = ctypes.CDLL(str(library))  # stays mapped when the file is gone
+        except OSError as e:
+            raise InputError(f"{reason}; nor can the library be loaded from {folder}: {e}") from e
+    warnings.warn(f"shardopt's C kernel is built anew for every process: {reason}", stacklevel=2)
+    return loaded
+
+
+class _Compiler:
+    """The C compiler of this machine, cpu.c behind its header, and the flags.
+
+    Raises:
+        InputError: there is none, or it does not run.
+    """
+
+    def __init__(self) -> None:
+        found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+        if not found:
+            raise InputError("no C compiler found (cc, gcc or clang; CC names another)")
+        self.name, self.command = found, shlex.split(found)
+        try:
+            version = subprocess.run([*self.command, "--version"], capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError) as e:
+            raise InputError(f"the C compiler {found!r} does not run: {e}") from e
+        self.source = f'{c_header()}#line 1 "{_SOURCE}"\n{_SOURCE.read_text()}'
+        parts = [self.source, version, repr((self.command, _FLAGS, _VARIANTS)), _processor()]
+        self.key = hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()
+
+    def run(self, library: Path) -> None:
+        """Compile (about a second).
+
+        Raises:
+            InputError: the compiler failed.
+        """
         for variant in _VARIANTS:
-            done = subprocess.run(
-                [*command, *_FLAGS, *variant, str(_SOURCE), "-o", aside, "-lm"], capture_output=True, text=True
-            )
+            command = [*self.command, *_FLAGS, *variant, "-x", "c", "-", "-o", str(library), "-lm"]
+            done = subprocess.run(command, input=self.source, capture_output=True, text=True)
             if done.returncode == 0:
-                Path(aside).chmod(0o700)
-                Path(aside).rename(target)
-                return target
-        raise InputError(f"the C compiler {compiler!r} cannot build the kernel: {done.stderr.strip()[-500:]}")
-    finally:
-        Path(aside).unlink(missing_ok=True)
+                return
+        raise InputError(f"the C compiler {self.name!r} cannot build the kernel: {done.stderr.strip()[-500:]}")
+
+
+def build(compiler: _Compiler | None = None) -> Path:
+    """The cached library for this source, compiler and CPU; compiled where it is not there yet.
+
+    A library that is there is never replaced: over NFS that would pull it from under a machine that has it mapped.
+
+    Raises:
+        InputError: no C compiler, it failed, the cache folder cannot be used, or the library there is damaged.
+    """
+    compiler = _Compiler() if compiler is None else compiler
+    folder = cache_folder()
+    target = folder / f"cpu-{compiler.key}.so"
+    if not target.exists():
+        try:
+            # Built aside and linked: several ranks may build at once, and each sees a whole file or none.
+            handle, name = tempfile.mkstemp(prefix=f"cpu-{compiler.key}-", suffix=".tmp", dir=folder)
+        except OSError as e:
+            raise InputError(f"cannot write to the cache folder {folder} ({e.strerror}): set XDG_CACHE_HOME") from e
+        os.close(handle)
+        aside = Path(name)
+        try:
+            compiler.run(aside)
+            code = aside.read_bytes()
+            aside.write_bytes(code + hashlib.blake2b(code, digest_size=_DIGEST).digest())
+            aside.chmod(0o700)
+            with suppress(FileExistsError):
+                os.link(aside, target)
+        except OSError as e:
+            raise InputError(f"cannot write to the cache folder {folder} ({e.strerror}): set XDG_CACHE_HOME") from e
+        finally:
+            aside.unlink(missing_ok=True)
+    status = target.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise InputError(f"{target} is not a file that only this user can write: remove it")
+    code = target.read_bytes()
+    if hashlib.blake2b(code[:-_DIGEST], digest_size=_DIGEST).digest() != code[-_DIGEST:]:
+        raise InputError(f"{target} is damaged: remove it")
+    return target
 
 
 def _processor() -> str:

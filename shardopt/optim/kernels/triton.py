@@ -25,7 +25,7 @@ marked `cuda`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -36,33 +36,30 @@ import triton.language as tl
 from torch import Tensor
 
 from shardopt.errors import InputError
-from shardopt.optim.kernels import MAXIMIZE, SEGMENT, TYPES, YOGI, Table
+from shardopt.optim.kernels.table import Table
+from shardopt.optim.precision import BLOCK, FORMATS
+from shardopt.optim.schema import DOUBLES, FLAG_BITS, HALVES, KINDS, MASTERS, POINTERS, SCALES, SEGMENT, SKIP, TYPES
 
 _BLOCK = 1024  # elements of a program; a multiple of precision.BLOCK
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
-# Formats, types and masters as in kernels/__init__.py; Triton reads only constants that are marked as such.
-_FP32, _BF16, _BLOCK16, _BLOCK8, _FP16 = (tl.constexpr(i) for i in (1, 2, 3, 4, 5))
-_FP32_MASTER, _SPLIT_MASTER = tl.constexpr(1), tl.constexpr(2)
-_SKIP = tl.constexpr(1)
-_SCALE_BLOCK = tl.constexpr(128)
+# Triton reads only constants that are marked as such.
+_FP32, _BF16, _BLOCK16, _BLOCK8 = (tl.constexpr(FORMATS[name].code) for name in ("fp32", "bf16", "block16", "block8"))
+_FP16 = tl.constexpr(TYPES[torch.float16])
+_FP32_MASTER, _SPLIT_MASTER = (tl.constexpr([*MASTERS].index(name) + 1) for name in ("fp32", "split"))
+_SKIP, _YOGI = tl.constexpr(SKIP), tl.constexpr(FLAG_BITS["yogi"])
+_SCALE_BLOCK = tl.constexpr(BLOCK)
+_ONE_WORD = 8  # bytes
 
-# Where the fields of SEGMENT stand in a row, in 64-bit words.
+
+def _places(names: Sequence[str], *wanted: str) -> Iterator[tl.constexpr]:
+    return (tl.constexpr(names.index(name)) for name in wanted)
+
+
+# The fields of SEGMENT, in 64-bit words: what a captured step reads.
 _FIELDS: Mapping[str, Any] = SEGMENT.fields or {}
-_PLACE = {name: field[1] // 8 for name, field in _FIELDS.items()}
-_WORDS = tl.constexpr(SEGMENT.itemsize // 8)
-_COPIED = [
-    *("weight", "grad", "m1", "m2", "nu", "master", "weight_ema"),
-    *("m1_scale", "m2_scale", "nu_scale", "weight_ema_scale", "length", "start"),
-]
-_DOUBLES = [
-    *("lr", "beta1", "beta2", "beta3", "alpha", "bias_correction1", "bias_correction2"),
-    *("eps", "eps_root", "weight_decay", "weight_ema_rate"),
-]
-_KIND = ("weight_type", "grad_type", "m1_format", "m2_format", "nu_format", "weight_ema_format", "master_kind", "flags")
-assert [*_PLACE][: len(_COPIED)] == _COPIED
-assert [_PLACE[name] - _PLACE["lr"] for name in _DOUBLES] == list(range(11))
-assert [_FIELDS[name][1] for name in _KIND] == list(range(SEGMENT.itemsize - 8, SEGMENT.itemsize))
+_PLACE = {name: field[1] // _ONE_WORD for name, field in _FIELDS.items()}
+_WORDS = tl.constexpr(SEGMENT.itemsize // _ONE_WORD)
 _KEY_AT, _LR_AT, _BETA1_AT, _BETA2_AT, _RATE_AT = (
     tl.constexpr(_PLACE[name]) for name in ("key", "lr", "beta1", "beta2", "weight_ema_rate")
 )
@@ -74,13 +71,47 @@ _STEP_POINTER_AT, _SCHEDULE_POINTER_AT, _LR_POINTER_AT = (
 )
 
 # A row on the device, in 64-bit words: the first fields of SEGMENT as they are, then what is worked out from the rest.
-_WEIGHT, _GRAD, _M1, _M2, _NU, _MASTER, _WEIGHT_EMA = (tl.constexpr(i) for i in range(7))
-_M1_SCALE, _M2_SCALE, _NU_SCALE, _WEIGHT_EMA_SCALE, _LENGTH, _START = (tl.constexpr(i) for i in range(7, 13))
-_STREAM, _FIRST, _FLAGS, _FLOATS = (tl.constexpr(i) for i in (13, 16, 17, 18))  # 3 streams, 12 floats in 6 words
-_COLUMNS = tl.constexpr(24)
-# the floats: _DOUBLES with 1 - beta in the place of beta, and the gradient's sign
-_LR, _RATE1, _RATE2, _RATE3, _ALPHA, _BIAS_CORRECTION1, _BIAS_CORRECTION2 = (tl.constexpr(i) for i in range(7))
-_EPS, _EPS_ROOT, _DECAY, _WEIGHT_EMA_RATE, _SIGN = (tl.constexpr(i) for i in range(7, 12))
+_COPIED = (*POINTERS, *SCALES, "length", "start")
+assert SEGMENT.names is not None
+assert SEGMENT.names[: len(_COPIED)] == _COPIED
+_PAIRS = 1 + max(half.pair for half in HALVES.values())
+_PAIRS_IN_ROW = tl.constexpr(_PAIRS)
+_COMPUTED = (*(f"stream{pair}" for pair in range(_PAIRS)), "first", "flags")
+_ROW = (*_COPIED, *_COMPUTED)
+_WEIGHT, _GRAD, _MASTER, _LENGTH, _START = _places(_ROW, "weight", "grad", "master", "length", "start")
+_M1, _M2, _NU, _WEIGHT_EMA = _places(_ROW, "m1", "m2", "nu", "weight_ema")
+_M1_SCALE, _M2_SCALE, _NU_SCALE, _WEIGHT_EMA_SCALE = _places(_ROW, *SCALES)
+_STREAM, _FIRST, _FLAGS = _places(_ROW, "stream0", "first", "flags")
+# and in the words after them, two by two, the doubles as floats, the rates 1 - beta, and the gradient's sign
+_NUMBERS = (*DOUBLES, "rate1", "rate2", "rate3", "sign")
+_FLOATS, _COLUMNS = tl.constexpr(len(_ROW)), tl.constexpr(len(_ROW) + (len(_NUMBERS) + 1) // 2)
+_LR, _BETA1, _BETA2, _BETA3, _RATE1, _RATE2, _RATE3, _SIGN = _places(
+    _NUMBERS, "lr", "beta1", "beta2", "beta3", "rate1", "rate2", "rate3", "sign"
+)
+_ALPHA, _BIAS_CORRECTION1, _BIAS_CORRECTION2, _EPS, _EPS_ROOT, _DECAY, _WEIGHT_EMA_RATE = _places(
+    _NUMBERS, "alpha", "bias_correction1", "bias_correction2", "eps", "eps_root", "weight_decay", "weight_ema_rate"
+)
+
+# What a kernel is compiled for: the bytes KINDS of a row in one number, with the bits to shift each down by.
+_KIND_BITS = {name: 8 * i for i, name in enumerate(KINDS)}
+_ALIGNED = tl.constexpr(1 << 6)  # in the place of a flag: the row begins on 16 bytes everywhere
+
+
+def kind_of(**codes: int) -> int:
+    """The number KIND of the codes of some `schema.KINDS`; the others are 0."""
+    return sum(code << _KIND_BITS[name] for name, code in codes.items())
+
+
+@triton.constexpr_function
+def _code(kind, name):
+    """The code of one of `schema.KINDS` in the number KIND, while compiling."""
+    return (kind >> _KIND_BITS[name]) & 255
+
+
+@triton.constexpr_function
+def _flag(kind, bit):
+    return (kind >> _KIND_BITS["flags"]) & bit != 0
+
 
 # -- random bits: see precision.py ------------------------------------------------------------------------------
 
@@ -142,9 +173,16 @@ def _write(at, TYPE: tl.constexpr, values, block, offsets, live, ALIGNED: tl.con
 
 @triton.jit
 def _to_bf16(x, bits):
+    """By random bits; past the largest bf16 it is cut off. Arithmetic leaves a NaN quiet: it is one after the cut."""
+    raw = x.to(tl.uint32, bitcast=True)
+    return ((raw + tl.where((raw & 0x7FFFFFFF) < 0x7F7F0000, bits, 0)) >> 16).to(tl.uint16)
+
+
+@triton.jit
+def _nearest_bf16(x):
     raw = x.to(tl.uint32, bitcast=True)
     is_nan = (raw & 0x7FFFFFFF) > 0x7F800000
-    return tl.where(is_nan, (raw >> 16) | 0x40, (raw + bits) >> 16).to(tl.uint16)
+    return tl.where(is_nan, (raw >> 16) | 0x40, (raw + 0x8000) >> 16).to(tl.uint16)
 
 
 @triton.jit
@@ -217,6 +255,7 @@ def _write_state(
         if not FULL:
             magnitude = tl.where(live, magnitude, 0)
         largest = tl.max(magnitude, axis=1)
+        wrong = largest >= 0x7F800000  # a block with a value that is not finite: codes 0 under a scale of NaN
         if FORMAT == _BLOCK16:
             TOP: tl.constexpr = 31 if IS_NU else 15
             LIMIT: tl.constexpr = 0xFFFF if IS_NU else 0x7FFF
@@ -226,11 +265,11 @@ def _write_state(
             raw = (x * inverse[:, None] * (2.0**-112)).to(tl.uint32, bitcast=True)
             code = tl.minimum(((raw & 0x7FFFFFFF) + (bits >> 4)) >> 12, LIMIT)
             code = tl.where((code == 0) & (x > 0.0), 1, code) if IS_NU else code | ((raw >> 16) & 0x8000)
+            code = tl.where(wrong[:, None], 0, code)
             _write(at, tl.uint16, code.to(tl.uint16), block, offsets, live, ALIGNED, FULL)
         else:
             PER_STEP: tl.constexpr = 1.0 / (255.0 * 255.0) if IS_NU else 1.0 / 127.0
-            most = largest.to(tl.float32, bitcast=True)
-            scale = tl.where(largest > 0x7F7FFFFF, 3.4028234663852886e38, most) * PER_STEP
+            scale = largest.to(tl.float32, bitcast=True) * PER_STEP
             inverse = tl.where(scale >= 2.0**-126, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 0.0)
             y = x * inverse[:, None]
             uniform = bits.to(tl.int32).to(tl.float32) * (2.0**-16)
@@ -242,14 +281,17 @@ def _write_state(
                 code = below + tl.where(y - below * below > uniform * (below * 2.0 + 1.0), 1.0, 0.0)
                 code = tl.where(code < 255.0, code, 255.0)
                 code = tl.where((code == 0.0) & (x > 0.0), 1.0, code)
+                code = tl.where(wrong[:, None], 0.0, code)
                 _write(at, tl.uint8, code.to(tl.int32).to(tl.uint8), block, offsets, live, ALIGNED, FULL)
             else:
                 code = y + uniform
                 code = tl.where(code < 127.0, code, 127.0)
                 code = tl.where(code > -127.0, code, -127.0)
+                code = tl.where(wrong[:, None], 0.0, code)
                 cut = code.to(tl.int32)
                 cut -= (cut.to(tl.float32) > code).to(tl.int32)
                 _write(at, tl.int8, cut.to(tl.int8), block, offsets, live, ALIGNED, FULL)
+        scale = tl.where(wrong, float("nan"), scale)
         _write(scales, tl.float32, scale, block // _SCALE_BLOCK, groups, scale_live, False, FULL)
 
 
@@ -257,23 +299,22 @@ def _write_state(
 
 
 @triton.jit
-def _update(
-    row,
-    block,
-    left,
-    WEIGHT: tl.constexpr,
-    GRAD: tl.constexpr,
-    M1: tl.constexpr,
-    M2: tl.constexpr,
-    NU: tl.constexpr,
-    WEIGHT_EMA: tl.constexpr,
-    MASTER: tl.constexpr,
-    IS_YOGI: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
+def _average(x, new, beta, rate):
+    """reference.average: from the side of the larger share."""
+    return tl.where(beta < 0.5, new + (x - new) * beta, x + (new - x) * rate)
+
+
+@triton.jit
+def _update(row, block, left, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
     """Elements `block` to `block + left` (at most BLOCK) of a row. Everything is loaded before anything is stored."""
+    WEIGHT: tl.constexpr = _code(KIND, "weight_type")
+    GRAD: tl.constexpr = _code(KIND, "grad_type")
+    M1: tl.constexpr = _code(KIND, "m1_format")
+    M2: tl.constexpr = _code(KIND, "m2_format")
+    NU: tl.constexpr = _code(KIND, "nu_format")
+    WEIGHT_EMA: tl.constexpr = _code(KIND, "weight_ema_format")
+    MASTER: tl.constexpr = _code(KIND, "master_kind")
+    IS_YOGI: tl.constexpr = _flag(KIND, _YOGI)
     groups = tl.arange(0, BLOCK // _SCALE_BLOCK)
     offsets = groups[:, None] * _SCALE_BLOCK + tl.arange(0, _SCALE_BLOCK)[None, :]
     live = offsets < left
@@ -305,6 +346,7 @@ def _update(
         )
     c = (row + _FLOATS).to(tl.pointer_type(tl.float32), bitcast=True)
     rate1, rate2, rate3 = tl.load(c + _RATE1), tl.load(c + _RATE2), tl.load(c + _RATE3)
+    beta1, beta2, beta3 = tl.load(c + _BETA1), tl.load(c + _BETA2), tl.load(c + _BETA3)
     bias_correction1, bias_correction2, alpha = (
         tl.load(c + _BIAS_CORRECTION1),
         tl.load(c + _BIAS_CORRECTION2),
@@ -320,8 +362,8 @@ def _update(
     g = g * sign
     fast = g
     if M1 != 0:
-        fast = m1 + (g - m1) * rate1
-    m2 = m2 + (g - m2) * rate3
+        fast = _average(m1, g, beta1, rate1)
+    m2 = _average(m2, g, beta3, rate3)
     squared = g * g
     squared = tl.where(squared > 2.0**127, 2.0**127, squared)  # reference.LARGEST_SQUARE
     if IS_YOGI:
@@ -329,7 +371,7 @@ def _update(
         by = squared * rate2
         nu = nu - tl.where(away > 0.0, by, tl.where(away < 0.0, -by, 0.0))
     else:
-        nu = nu + (squared - nu) * rate2
+        nu = _average(nu, squared, beta2, rate2)
     moves = lr != 0.0
     u = tl.div_rn(fast * bias_correction1 + m2 * alpha, tl.sqrt_rn(nu * bias_correction2 + eps_root) + eps)
     w = tl.where(moves, w - (u + w * decay) * lr, w)
@@ -352,7 +394,7 @@ def _update(
         elif WEIGHT == _FP16:
             _write(weight_at, tl.float16, w.to(tl.float16), block, offsets, live, ALIGNED, FULL)
         else:
-            code = _to_bf16(w, words >> 16) if ROUNDS_WEIGHT else _to_bf16(w, 0x8000)
+            code = _to_bf16(w, words >> 16) if ROUNDS_WEIGHT else _nearest_bf16(w)
             _write(weight_at, tl.uint16, code, block, offsets, live, ALIGNED, FULL)
             if MASTER == _SPLIT_MASTER:
                 rest = w.to(tl.uint32, bitcast=True) - (code.to(tl.uint32) << 16)
@@ -370,20 +412,8 @@ def _update(
 
 
 @triton.jit
-def _step_kernel(
-    table,
-    owners,
-    WEIGHT: tl.constexpr,
-    GRAD: tl.constexpr,
-    M1: tl.constexpr,
-    M2: tl.constexpr,
-    NU: tl.constexpr,
-    WEIGHT_EMA: tl.constexpr,
-    MASTER: tl.constexpr,
-    IS_YOGI: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _step_kernel(table, owners, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    ALIGNED: tl.constexpr = _flag(KIND, _ALIGNED)
     program = tl.program_id(0)
     row = table + tl.load(owners + program).to(tl.int64) * _COLUMNS
     flags = tl.load(row + _FLAGS)
@@ -391,9 +421,9 @@ def _step_kernel(
     left = tl.load(row + _LENGTH) - block
     if (flags & _SKIP) == 0:
         if left >= BLOCK:  # a mask of its own would keep the compiler from wide loads
-            _update(row, block, left, WEIGHT, GRAD, M1, M2, NU, WEIGHT_EMA, MASTER, IS_YOGI, ALIGNED, BLOCK, True)
+            _update(row, block, left, KIND, ALIGNED, BLOCK, True)
         else:
-            _update(row, block, left, WEIGHT, GRAD, M1, M2, NU, WEIGHT_EMA, MASTER, IS_YOGI, ALIGNED, BLOCK, False)
+            _update(row, block, left, KIND, ALIGNED, BLOCK, False)
 
 
 # -- captured steps: the scalars of a row, on the device ------------------------------------------------------------
@@ -408,6 +438,12 @@ def _double(row, FIELD: tl.constexpr, live):
 def _number(address, live):
     """The fp32 number at each address, as a double."""
     return tl.load(address.to(tl.pointer_type(tl.float32)), mask=live, other=1.0).to(tl.float64)
+
+
+@triton.jit
+def _count(address, live):
+    """The int64 number at each address."""
+    return tl.load(address.to(tl.pointer_type(tl.int64)), mask=live, other=1)
 
 
 @triton.jit
@@ -431,8 +467,9 @@ def _scalars_kernel(table, count, BLOCK: tl.constexpr):
     step_at = tl.load(given + _STEP_POINTER_AT, mask=live, other=0)
     schedule_at = tl.load(given + _SCHEDULE_POINTER_AT, mask=live, other=0)
     lr_at = tl.load(given + _LR_POINTER_AT, mask=live, other=0)
-    step = _number(step_at, live)
-    scheduled = _number(tl.where(schedule_at == 0, step_at, schedule_at), live)
+    count_of_steps = _count(step_at, live)
+    step = count_of_steps.to(tl.float64)
+    scheduled = _count(tl.where(schedule_at == 0, step_at, schedule_at), live).to(tl.float64)
     lr = tl.where(lr_at == 0, _double(given, _LR_AT, live), _number(lr_at, live & (lr_at != 0)))
 
     beta1 = _double(given, _BETA1_AT, live)
@@ -449,32 +486,30 @@ def _scalars_kernel(table, count, BLOCK: tl.constexpr):
     weight_ema_rate = tl.where(step == 1.0, 1.0, _double(given, _RATE_AT, live))
 
     tl.store(c + _LR, lr.to(tl.float32), mask=live)
+    tl.store(c + _BETA3, beta3.to(tl.float32), mask=live)
     tl.store(c + _RATE3, (1.0 - beta3).to(tl.float32), mask=live)
     tl.store(c + _ALPHA, alpha.to(tl.float32), mask=live)
     tl.store(c + _BIAS_CORRECTION1, _unbias(beta1, step), mask=live)
     tl.store(c + _BIAS_CORRECTION2, _unbias(_double(given, _BETA2_AT, live), step), mask=live)
     tl.store(c + _WEIGHT_EMA_RATE, weight_ema_rate.to(tl.float32), mask=live)
     key = tl.load(given + _KEY_AT, mask=live, other=0).to(tl.uint64)
-    for pair in tl.static_range(3):
-        stream = _mix64(key + (step.to(tl.int64).to(tl.uint64) * 4 + pair) * 0x9E3779B97F4A7C15)
+    for pair in tl.static_range(_PAIRS_IN_ROW):
+        stream = _mix64(key + (count_of_steps.to(tl.uint64) * 4 + pair) * 0x9E3779B97F4A7C15)
         tl.store(row + _STREAM + pair, stream.to(tl.int64), mask=live)
 
 
 # -- the host's side ----------------------------------------------------------------------------------------------
-
-_ALIGNED = 1 << 6  # in the place of a flag: the row begins on 16 bytes everywhere
-_OF_KIND = np.int64((YOGI << 56) | 0x00FFFFFFFFFFFFFF)  # what of a row's last word is known at compile time
 
 _INTERPRETED = not isinstance(_step_kernel, triton.runtime.JITFunction)
 _captured: list[Any] = []  # what replayed CUDA graphs read
 
 
 class _Launch(NamedTuple):
-    """The rows of one kind: the row of each program, their number, and what the kernel is compiled for."""
+    """The rows of one kind: the row of each program, their number, and the kind."""
 
     owners: Tensor
     programs: int
-    constants: dict[str, Any]
+    kind: int
 
 
 class TritonKernel:
@@ -489,17 +524,24 @@ class TritonKernel:
             return f"the Triton kernel takes fp32, bf16 and fp16 weights, not {weight.dtype}"
         return None
 
-    def run(self, table: Table) -> None:
+    def check(self, table: Table) -> None:
         """
         Raises:
-            InputError: a CUDA graph is being captured and the parameters' group is not `capturable`.
+            InputError: a CUDA graph is being captured of what cannot be in one.
         """
+        if not _capturing(table):
+            return
+        if not table.capturable:
+            raise InputError("a CUDA graph of AdEMAMix's step needs capturable=True: the step would stand still")
+        if any(isinstance(lr, Tensor) and lr.device != table.device for lr in table.learning_rates):
+            raise InputError(f"a CUDA graph reads lr on {table.device}: move lr there, or give a number")
+
+    def run(self, table: Table) -> None:
         if not len(table.rows):
             return
         with torch.cuda.device(table.device) if table.device.type == "cuda" else nullcontext():
-            capturing = table.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            if capturing and not table.capturable:
-                raise InputError("a CUDA graph of AdEMAMix's step needs capturable=True: the step would stand still")
+            capturing = _capturing(table)
+            table.captured |= capturing
             raw = table.rows.view(np.int64).reshape(-1, _WORDS.value)
             launches = _launches(table, raw, capturing)
             count = len(raw)
@@ -517,7 +559,11 @@ class TritonKernel:
                 _scalars_kernel[grid](device, count, BLOCK=64, **_OPTIONS)
             for launch in launches:
                 grid = (launch.programs,)
-                _step_kernel[grid](device, launch.owners, **launch.constants, BLOCK=_BLOCK, **_OPTIONS)
+                _step_kernel[grid](device, launch.owners, KIND=launch.kind, BLOCK=_BLOCK, **_OPTIONS)
+
+
+def _capturing(table: Table) -> bool:
+    return table.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _pinned(words: int, device: torch.device) -> Tensor:
@@ -531,16 +577,16 @@ def _fill(out: np.ndarray, raw: np.ndarray, table: Table) -> None:
     rows = out[: count * _COLUMNS.value].reshape(count, _COLUMNS.value)
     rows[:, : len(_COPIED)] = raw[:, : len(_COPIED)]
     step = raw[:, _PLACE["step"], None].view(np.uint64)
-    stream = (4 * step + np.arange(3, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    stream = (4 * step + np.arange(_PAIRS, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
     stream += raw[:, _PLACE["key"], None].view(np.uint64)
-    rows[:, _STREAM.value : _STREAM.value + 3] = _mixed(stream).view(np.int64)
+    rows[:, _STREAM.value : _STREAM.value + _PAIRS] = _mixed(stream).view(np.int64)
     rows[:, _FIRST.value] = table.cache["triton_first"]
     rows[:, _FLAGS.value] = table.rows["flags"]
-    doubles = raw[:, _PLACE["lr"] : _PLACE["lr"] + 11].view(np.float64)
+    doubles = raw[:, _PLACE["lr"] : _PLACE["lr"] + len(DOUBLES)].view(np.float64)
     floats = rows[:, _FLOATS.value :].view(np.float32)
-    floats[:, :11] = doubles
-    floats[:, 1:4] = 1.0 - doubles[:, 1:4]
-    floats[:, 11] = np.where(table.rows["flags"] & MAXIMIZE, -1.0, 1.0)
+    floats[:, : len(DOUBLES)] = doubles
+    floats[:, _RATE1.value : _RATE3.value + 1] = 1.0 - doubles[:, _BETA1.value : _BETA3.value + 1]
+    floats[:, _SIGN.value] = np.where(table.rows["flags"] & FLAG_BITS["maximize"], -1.0, 1.0)
     if table.capturable:
         out[count * _COLUMNS.value :] = raw.ravel()
 
@@ -554,32 +600,31 @@ def _mixed(z: np.ndarray) -> np.ndarray:
 
 def _launches(table: Table, raw: np.ndarray, capturing: bool) -> list[_Launch]:
     """A launch for each kind of row, kept from step to step while the kinds are the same."""
-    addresses = np.bitwise_or.reduce(raw[:, :7], axis=1)
-    kinds = (raw[:, -1] & _OF_KIND) | np.where(addresses & 15, 0, np.int64(_ALIGNED << 56))
+    bytes_of_rows = table.rows.view(np.uint8).reshape(len(raw), -1)
+    kinds = bytes_of_rows[:, _FIELDS[KINDS[0]][1] :][:, : len(KINDS)].copy()
+    addresses = np.bitwise_or.reduce(raw[:, : len(POINTERS)], axis=1)
+    kinds[:, -1] = kinds[:, -1] & _YOGI.value | np.where(addresses & 15, 0, _ALIGNED.value)
     cache = table.cache
     known = cache.get("triton_kinds")
     if known is not None:  # a row that is skipped this time keeps its kind, so that nothing is built anew
-        kinds = np.where(table.rows["flags"] & _SKIP.value, known, kinds)
+        kinds = np.where((table.rows["flags"] & SKIP)[:, None], known, kinds)
         if np.array_equal(kinds, known):
             return cache["triton_launches"]
     programs = -(-table.rows["length"] // _BLOCK)
     first = np.zeros(len(raw), dtype=np.int64)
     launches = []
-    for kind in np.unique(kinds):
-        members = np.nonzero(kinds == kind)[0]
+    for kind in np.unique(kinds, axis=0):
+        members = np.nonzero((kinds == kind).all(1))[0]
         total = int(programs[members].sum())
         first[members] = np.cumsum(programs[members]) - programs[members]
         words = _pinned((total + 1) // 2, table.device)
         words.view(torch.int32).numpy()[:total] = np.repeat(members, programs[members])
-        weight, grad, m1, m2, nu, weight_ema, master, flags = int(kind).to_bytes(8, "little")
-        constants = {
-            **{"WEIGHT": weight, "GRAD": grad or weight, "M1": m1, "M2": m2, "NU": nu, "WEIGHT_EMA": weight_ema},
-            **{"MASTER": master, "IS_YOGI": bool(flags & YOGI), "ALIGNED": bool(flags & _ALIGNED)},
-        }
+        codes = dict(zip(KINDS, map(int, kind), strict=True))
+        codes["grad_type"] = codes["grad_type"] or codes["weight_type"]  # rows that have had no gradient yet
         device = words.to(table.device, non_blocking=True)
         if capturing:
             _captured.append(words)
         if total:
-            launches.append(_Launch(device.view(torch.int32), total, constants))
+            launches.append(_Launch(device.view(torch.int32), total, kind_of(**codes)))
     cache["triton_kinds"], cache["triton_first"], cache["triton_launches"] = kinds, first, launches
     return launches

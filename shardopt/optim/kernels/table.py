@@ -1,0 +1,258 @@
+"""The table that a kernel takes: one row (schema.SEGMENT) for each contiguous local range of each parameter.
+
+A table is kept from step to step for as long as the layout of the rows is the same. Before each step `point` fills in
+the addresses, after checking every one of them, and `set_scalars` the scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardopt.errors import InputError
+from shardopt.optim import precision
+from shardopt.optim.precision import Format, blocks
+from shardopt.optim.schema import (
+    DOUBLES,
+    FLAG_BITS,
+    MASTER_KINDS,
+    NONE,
+    ROUNDED,
+    SCALES,
+    SEGMENT,
+    SKIP,
+    TYPES,
+    Scalars,
+)
+from shardopt.slices import Layout, Range, name_key
+
+_NAMES = SEGMENT.names or ()
+# Rows as words: the columns before the small ones at the end are of 8 bytes.
+_WORD = 8
+_WORDS = SEGMENT.itemsize // _WORD
+_DOUBLES = slice(_NAMES.index("lr"), _NAMES.index("lr") + len(DOUBLES))
+assert _NAMES[_DOUBLES] == DOUBLES
+_COLUMN_OF = {key: _NAMES.index(key) for key in (*ROUNDED, *SCALES)}
+_COLUMN_OF |= dict.fromkeys(MASTER_KINDS, _NAMES.index("master"))
+_data_ptr, _storage_offset = torch.Tensor.data_ptr, torch.Tensor.storage_offset
+
+
+@dataclass(slots=True)
+class Entry:
+    """One parameter and its local state tensors, by state key ("m1", "m1_scale", "master", ...).
+
+    Args:
+        name: the parameter's, for messages.
+        formats: how the tensors that are rounded are stored.
+    """
+
+    name: str
+    param: Tensor
+    group: int
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+    formats: dict[str, Format]
+
+    def stored(self, key: str, local: int, block: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """Codes and scales (views, flat) of `count` elements from `local` on, whose first is that of a block."""
+        scales = self.tensors.get(f"{key}_scale")
+        codes = self.tensors[key].view(-1).narrow(0, local, count)
+        return codes, None if scales is None else scales.narrow(0, block, blocks(count))
+
+    def decoded(self, key: str, local: int, block: int, count: int) -> Tensor:
+        """The values of those elements, flat, in fp32 (or fp64)."""
+        return self.formats[key].decode(*self.stored(key, local, block, count))
+
+
+def placed_ranges(layouts: Sequence[Layout]) -> Iterator[tuple[Layout, Range, int]]:
+    """Each range with its layout and the number of its first block."""
+    block = 0
+    for layout in layouts:
+        for r in layout.ranges:
+            yield layout, r, block
+            block += blocks(r.length)
+
+
+class Table:
+    """
+    Args:
+        indices: of the entries in the plan.
+        entries: parameters of one device and kernel.
+        layouts: what each entry's local tensor holds.
+        groups: the optimizer's parameter groups.
+        capturable: the kernel computes the scalars on the device, from the counts and schedules there.
+    """
+
+    def __init__(
+        self,
+        indices: list[int],
+        entries: list[Entry],
+        layouts: list[tuple[Layout, ...]],
+        groups: Sequence[Mapping[str, Any]],
+        capturable: bool,
+    ) -> None:
+        segments = [(i, layout, r, block) for i, w in enumerate(layouts) for layout, r, block in placed_ranges(w)]
+        self.device = entries[0].param.device
+        self.indices, self.entries, self.capturable = indices, entries, capturable
+        self.learning_rates: list[float | Tensor] = []  # of a capturable table's entries
+        self.captured = False  # whether a CUDA graph holds a step of this table
+        self.rows = rows = np.zeros(len(segments), dtype=SEGMENT)
+        self.row_entry = owner = np.array([i for i, *_ in segments], dtype=np.int64)
+        self.row_local = np.array([r.local_start for _, _, r, _ in segments], dtype=np.int64)
+        self.row_block = np.array([block for *_, block in segments], dtype=np.int64)
+        self.weights: list[Tensor] = []
+        self.grads: list[Tensor | None] = []
+        self.cache: dict[str, Any] = {}
+        rows["length"] = [r.length for _, _, r, _ in segments]
+        rows["start"] = [r.global_start for _, _, r, _ in segments]
+        seeds = [groups[entry.group]["seed"] for entry in entries]
+        keys = {(i, layout.name): precision.base_key(seeds[i], name_key(layout.name)) for i, layout, *_ in segments}
+        rows["key"] = np.array([keys[i, layout.name] for i, layout, *_ in segments], dtype=np.uint64)
+        rows["weight_type"] = np.array([TYPES[entry.param.dtype] for entry in entries])[owner]
+        for key in ROUNDED:
+            codes = [entry.formats[key].code if key in entry.formats else NONE for entry in entries]
+            rows[f"{key}_format"] = np.array(codes)[owner]
+        for key, kind in MASTER_KINDS.items():
+            rows["master_kind"][np.array([key in entry.tensors for entry in entries])[owner]] = kind
+        self._place_pointers()
+
+    def _place_pointers(self) -> None:
+        """Which words of the rows are addresses: in which tensor, and how many bytes behind its start."""
+        self._stored: list[Tensor] = []  # those of an entry together, as they lie in memory
+        self._keys: list[tuple[int, str]] = []
+        number: dict[tuple[int, str], int] = {}
+        for index, entry in enumerate(self.entries):
+            for key, tensor in entry.tensors.items():
+                if key in _COLUMN_OF:
+                    number[index, key] = len(self._stored)
+                    self._stored.append(tensor)
+                    self._keys.append((index, key))
+        sizes = np.array([tensor.element_size() for tensor in self._stored], dtype=np.int64)
+        count, parts = len(self.entries), []
+        for key, column in _COLUMN_OF.items():
+            owner = np.array([number.get((i, key), -1) for i in range(count)], dtype=np.int64)[self.row_entry]
+            rows = np.nonzero(owner >= 0)[0]
+            first = (self.row_block if key in SCALES else self.row_local)[rows]
+            parts.append((rows * _WORDS + column, owner[rows], first * sizes[owner[rows]] if len(rows) else first))
+        whole = np.arange(len(self.rows)) * _WORDS
+        weights, grads = len(self._stored) + self.row_entry, len(self._stored) + count + self.row_entry
+        sizes = np.array([entry.param.dtype.itemsize for entry in self.entries], dtype=np.int64)
+        parts.append((whole + _NAMES.index("weight"), weights, self.row_local * sizes[self.row_entry]))
+        parts.append((whole + _NAMES.index("grad"), grads, np.zeros_like(self.row_local)))  # by `point`
+        self._places, self._owner, offsets = (np.concatenate(column) for column in zip(*parts, strict=True))
+        self._offsets = offsets.astype(np.uint64)
+        self._expected = [(t.numel(), t.dtype, t.device) for t in self._stored]
+        self._known = np.zeros(len(self._stored) + count, dtype=np.uint64)  # addresses that have been checked
+        self._types: list[torch.dtype | None] = []
+
+    def point(self, weights: list[Tensor], grads: list[Tensor | None]) -> None:
+        """Let the rows point into these local weights and gradients and into the state, as it lies in memory now.
+
+        Raises:
+            InputError: a tensor whose storage is gone or no longer fits.
+        """
+        self.weights, self.grads = weights, grads
+        types = [None if grad is None else grad.dtype for grad in grads]
+        if types != self._types:
+            self._types, owner = types, self.row_entry
+            self.rows["grad_type"] = np.array([NONE if t is None else TYPES[t] for t in types], dtype=np.uint8)[owner]
+            sizes = np.array([0 if t is None else t.itemsize for t in types], dtype=np.int64)
+            self._offsets[-len(owner) :] = sizes[owner] * self.row_local
+        present = [grad for grad in grads if grad is not None]
+        of_grads = list(map(_data_ptr, present))
+        if not all(of_grads) or any(map(_storage_offset, present)):  # the address of an offset into nothing is not 0
+            for entry, grad in zip(self.entries, grads, strict=True):
+                if grad is not None:
+                    check_storage(grad, f"the gradient of {entry.name}")
+        if len(present) < len(grads):
+            given = iter(of_grads)
+            of_grads = [0 if grad is None else next(given) for grad in grads]
+        addresses = np.array([*map(_data_ptr, self._stored), *map(_data_ptr, weights), *of_grads], dtype=np.uint64)
+        if (addresses[: len(self._known)] != self._known).any():
+            self._check_moved(addresses)
+        self.rows.view(np.uint64).reshape(-1)[self._places] = addresses[self._owner] + self._offsets
+
+    def _check_moved(self, addresses: np.ndarray) -> None:
+        """Look at the tensors of state and weights that lie elsewhere than they did."""
+        for i in np.nonzero(addresses[: len(self._known)] != self._known)[0].tolist():
+            if i >= len(self._stored):
+                at = i - len(self._stored)
+                check_storage(self.weights[at], f"the weight {self.entries[at].name}")
+                continue
+            tensor, (index, key) = self._stored[i], self._keys[i]
+            what = f"state {key!r} of {self.entries[index].name}"
+            found = tensor.numel(), tensor.dtype, tensor.device
+            if found != self._expected[i] or not tensor.is_contiguous():
+                raise InputError(
+                    f"{what} was replaced by another tensor: it has {found[0]} elements of {found[1]} on {found[2]}, "
+                    f"and had {' of '.join(map(str, self._expected[i][:2]))} on {self._expected[i][2]}"
+                )
+            check_storage(tensor, what)
+        self._known = addresses[: len(self._known)].copy()
+
+    def set_scalars(self, places: np.ndarray, scalars: Sequence[Scalars], steps: np.ndarray) -> None:
+        """Give each row its scalars and step.
+
+        Args:
+            places: of each entry in `scalars` and `steps`; -1 for an entry that is to be left alone.
+        """
+        rows, of_row = self.rows, places[self.row_entry]
+        flags = np.array(
+            [sum(bit for name, bit in FLAG_BITS.items() if getattr(s, name)) for s in scalars], dtype=np.uint8
+        )
+        rows["flags"] = np.where(of_row < 0, SKIP, flags[of_row])
+        rows["step"] = steps[of_row]
+        # The doubles of a row lie side by side: one assignment instead of one for each.
+        doubles = np.array([s[: len(DOUBLES)] for s in scalars], dtype=np.float64)
+        rows.view(np.float64).reshape(-1, _WORDS)[:, _DOUBLES] = doubles[of_row]
+
+    def describe_schedules(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Fill in what a captured kernel computes its scalars from (kernels/__init__.py).
+
+        Raises:
+            InputError: a learning rate or count that the kernel cannot read.
+        """
+        own = [groups[entry.group] for entry in self.entries]
+        states = [entry.state for entry in self.entries]
+        self.learning_rates = [group["lr"] for group in own]
+        lrs = [group["lr"] if isinstance(group["lr"], Tensor) else None for group in own]
+        for entry, state, lr in zip(self.entries, states, lrs, strict=True):
+            if lr is not None and lr.device != self.device and lr.device.type != "cpu":
+                raise InputError(
+                    f"lr is on {lr.device}, {entry.name} on {self.device}: with capturable=True move lr there"
+                )
+            if lr is not None and lr.device == self.device and lr.dtype != torch.float32:
+                raise InputError(f"lr: with capturable=True a tensor on the device must be float32, got {lr.dtype}")
+            for key in ("step", "schedule_step"):
+                count = state.get(key, state["step"])
+                if not isinstance(count, Tensor) or (count.dtype, count.device) != (torch.int64, self.device):
+                    raise InputError(
+                        f"with capturable=True state {key!r} of {entry.name} must be an int64 tensor on {self.device}: "
+                        f"set capturable before the first step, or load the state again"
+                    )
+        for name, values in (
+            ("alpha_final", [group["alpha"] for group in own]),
+            ("beta3_final", [group["betas"][2] for group in own]),
+            ("alpha_warmup", [group["alpha_warmup"] or 0 for group in own]),
+            ("beta3_warmup", [group["beta3_warmup"] or 0 for group in own]),
+            ("step_pointer", [state["step"].data_ptr() for state in states]),
+            ("schedule_pointer", [s["schedule_step"].data_ptr() if "schedule_step" in s else 0 for s in states]),
+            ("lr_pointer", [0 if lr is None or lr.device != self.device else lr.data_ptr() for lr in lrs]),
+        ):
+            self.rows[name] = np.array(values, dtype=self.rows[name].dtype)[self.row_entry]
+
+
+def check_storage(tensor: Tensor, what: str) -> None:
+    """
+    Raises:
+        InputError: the elements of `tensor` are not in memory.
+    """
+    if tensor.numel():
+        needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+        if not tensor.data_ptr() or tensor.untyped_storage().nbytes() < needed:
+            raise InputError(f"{what} has no storage behind it: it was freed, or is on the meta device")

@@ -1,0 +1,283 @@
+"""The one list of what an AdEMAMix step is made of: hyper-parameters, scalars of a step and state tensors.
+
+From it come AdEMAMix's signature, defaults and checks, the state that a parameter must have, and the row that every
+kernel reads: the numpy record `SEGMENT`, the C struct (`c_header`) and the places of Triton's loads. A new
+hyper-parameter or state tensor is one entry here and its arithmetic in reference.py and the kernels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardopt.errors import InputError
+from shardopt.optim import precision
+from shardopt.optim.precision import FORMATS, Format, Half
+
+StateDtype = str | Mapping[str, str]
+
+# -- state tensors --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A state tensor of one value per element, stored in a format of the user's choice.
+
+    Args:
+        key: its key in the optimizer's state. A block format's scales are at `key` + "_scale".
+        half: the random bits that round it.
+        signed: whether it may be negative.
+        kept: whether a parameter of this group has one.
+    """
+
+    key: str
+    half: Half
+    signed: bool = True
+    kept: Callable[[Mapping[str, Any]], bool] = lambda group: True
+
+
+STATE_TENSORS = (
+    StateTensor("m1", Half(0, 0), kept=lambda group: group["betas"][0] != 0.0),
+    StateTensor("m2", Half(0, 16)),
+    StateTensor("nu", Half(1, 0), signed=False),
+    StateTensor("weight_ema", Half(2, 0), kept=lambda group: group["weight_ema"] is not None),
+)
+HALVES = {tensor.key: tensor.half for tensor in STATE_TENSORS} | {"weight": Half(1, 16)}
+ROUNDED = tuple(tensor.key for tensor in STATE_TENSORS)
+# `master_weights` -> state key and dtype of what a 16-bit weight lacks
+MASTERS = {"fp32": ("master", torch.float32), "split": ("master_low", torch.int16)}
+COUNTS = ("step", "schedule_step")
+SCALES = tuple(f"{key}_scale" for key in ROUNDED)
+STATE_KEYS = {*COUNTS, *ROUNDED, *SCALES, *(key for key, _ in MASTERS.values())}
+
+
+def formats_of(state_dtype: StateDtype) -> dict[str, Format]:
+    """The format of each state tensor.
+
+    Raises:
+        InputError: an unknown format or state key.
+    """
+    given = state_dtype if isinstance(state_dtype, Mapping) else dict.fromkeys(ROUNDED, state_dtype)
+    if unknown := sorted(set(given) - set(ROUNDED)):
+        raise InputError(f"state_dtype names {unknown[0]!r}: the state tensors are {', '.join(ROUNDED)}")
+    for value in given.values():
+        if value not in FORMATS:
+            raise InputError(f"state_dtype must be one of {', '.join(FORMATS)} (or a mapping to them), got {value!r}")
+    return {t.key: replace(FORMATS[given.get(t.key, "fp32")], signed=t.signed) for t in STATE_TENSORS}
+
+
+def master_of(group: Mapping[str, Any], weight: torch.dtype) -> tuple[str, torch.dtype] | None:
+    """State key and dtype of the master of weights of dtype `weight`, or None where they have none.
+
+    Raises:
+        InputError: a dtype that AdEMAMix does not update.
+    """
+    if weight not in TYPES:
+        raise InputError(f"AdEMAMix takes float64, float32, bfloat16 and float16 weights, not {weight}")
+    chosen = group["master_weights"] if weight.itemsize == 2 else None
+    if weight == torch.float16 and chosen != "fp32":
+        raise InputError(
+            "float16 weights are too coarse near zero to be updated in place: give master_weights='fp32' (split "
+            "masters are for bfloat16)"
+        )
+    return None if chosen is None else MASTERS[chosen]
+
+
+# -- hyper-parameters: each with its default and its check, which returns the value as a group keeps it -----------
+
+
+def number(name: str, value: Any, low: float = 0.0, below: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= float(value) < below:
+        upper = "" if below == math.inf else f" and < {below:g}"
+        raise InputError(f"{name} must be a finite number >= {low:g}{upper}, got {value!r}")
+    return value if type(value) is int else float(value)  # of numpy's numbers torch.load makes a fuss
+
+
+def decay(name: str, value: Any) -> float:
+    return number(name, value, below=1.0)
+
+
+def decays(name: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, Sequence) or len(value) != 3:
+        raise InputError(f"{name} must be three numbers (beta1, beta2, beta3), got {value!r}")
+    return tuple(decay(f"beta{i}", beta) for i, beta in enumerate(value, 1))
+
+
+def learning_rate(name: str, value: Any) -> float | Tensor:
+    if not isinstance(value, Tensor):
+        return number(name, value)
+    if value.numel() != 1:
+        raise InputError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+    if value.device.type == "cpu":
+        number(name, value.item())
+    return value
+
+
+def warmup(name: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InputError(f"{name} must be None or a whole number of steps >= 1, got {value!r}")
+    return value
+
+
+def switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def one_of(*allowed: str | None) -> Callable[[str, Any], str | None]:
+    def check(name: str, value: Any) -> str | None:
+        if value not in allowed:
+            *first, last = [repr(a) if a else "None" for a in allowed]
+            raise InputError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
+        return value
+
+    return check
+
+
+def formats(name: str, value: Any) -> StateDtype:
+    formats_of(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def optional_decay(name: str, value: Any) -> float | None:
+    return None if value is None else decay(name, value)
+
+
+def seed(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 64:
+        raise InputError(f"{name} must be a whole number >= 0 and < 2^64, got {value!r}")
+    return value
+
+
+class HyperParameter(NamedTuple):
+    default: Any
+    check: Callable[[str, Any], Any]
+
+
+class HyperParameters(TypedDict, total=False):
+    """What AdEMAMix takes besides parameters and kernel, and what a group of it may set (its docstring says more)."""
+
+    lr: Annotated[float | Tensor, HyperParameter(1e-3, learning_rate)]
+    betas: Annotated[tuple[float, float, float], HyperParameter((0.9, 0.999, 0.9999), decays)]
+    alpha: Annotated[float, HyperParameter(5.0, number)]
+    eps: Annotated[float, HyperParameter(1e-8, number)]
+    weight_decay: Annotated[float, HyperParameter(0.0, number)]  # the last that may be given by position
+    alpha_warmup: Annotated[int | None, HyperParameter(None, warmup)]
+    beta3_warmup: Annotated[int | None, HyperParameter(None, warmup)]
+    eps_root: Annotated[float, HyperParameter(0.0, number)]
+    second_moment: Annotated[str, HyperParameter("adam", one_of("adam", "yogi"))]
+    maximize: Annotated[bool, HyperParameter(False, switch)]
+    state_dtype: Annotated[StateDtype, HyperParameter("fp32", formats)]
+    master_weights: Annotated[str | None, HyperParameter(None, one_of(None, "fp32", "split"))]
+    weight_ema: Annotated[float | None, HyperParameter(None, optional_decay)]
+    capturable: Annotated[bool, HyperParameter(False, switch)]
+    seed: Annotated[int, HyperParameter(0, seed)]
+
+
+HYPER_PARAMETERS: dict[str, HyperParameter] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(HyperParameters, include_extras=True).items()
+}
+DEFAULTS = {name: entry.default for name, entry in HYPER_PARAMETERS.items()}
+
+
+def _signature() -> inspect.Signature:
+    names, kind = list(DEFAULTS), inspect.Parameter
+    positional = names[: names.index("weight_decay") + 1]
+    return inspect.Signature(
+        [kind(name, kind.POSITIONAL_OR_KEYWORD) for name in ("self", "params")]
+        + [kind(name, kind.POSITIONAL_OR_KEYWORD, default=DEFAULTS[name]) for name in positional]
+        + [kind(name, kind.KEYWORD_ONLY, default=DEFAULTS[name]) for name in names if name not in positional]
+        + [kind("kernel", kind.KEYWORD_ONLY, default="auto")]
+    )
+
+
+SIGNATURE = _signature()  # of AdEMAMix.__init__
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check the hyper-parameters of a group, all of which are there, and bring them into the form it keeps them in.
+
+    Raises:
+        InputError: the first value out of its range, with the range. `group` is as it was.
+    """
+    checked = {name: entry.check(name, group[name]) for name, entry in HYPER_PARAMETERS.items()}
+    if checked["beta3_warmup"] is not None and checked["betas"][2] == 0.0:
+        raise InputError("beta3 must be > 0 and < 1 when beta3_warmup is given, got 0.0")
+    group.update(checked)
+
+
+# -- the scalars of a step ------------------------------------------------------------------------------------
+
+
+class Scalars(NamedTuple):
+    """What one step needs to know about one parameter besides its tensors: doubles of a row first, then its flags."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    beta3: float  # of this step
+    alpha: float  # of this step
+    bias_correction1: float  # 1 / (1 - beta1 ** t)
+    bias_correction2: float  # 1 / (1 - beta2 ** t)
+    eps: float
+    eps_root: float
+    weight_decay: float
+    weight_ema_rate: float = 0.0  # 1 - weight_ema; 1 at the first step, where the average starts
+    yogi: bool = False
+    maximize: bool = False
+
+
+FLAGS = tuple(name for name, kind in get_type_hints(Scalars).items() if kind is bool)
+DOUBLES = Scalars._fields[: -len(FLAGS)]
+
+# -- a row of a kernel's table: one contiguous local range of one parameter (see kernels/__init__.py) ----------------
+
+TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 5, torch.float64: 6}  # of weights and gradients
+NONE = 0  # the format of a state tensor that is not there, and the kind of no master
+MASTER_KINDS = {key: kind for kind, (key, _) in enumerate(MASTERS.values(), 1)}
+SKIP = 1
+FLAG_BITS = {name: 2 << i for i, name in enumerate(FLAGS)}
+
+POINTERS = ("weight", "grad", *ROUNDED, "master")
+KINDS = ("weight_type", "grad_type", *(f"{key}_format" for key in ROUNDED), "master_kind", "flags")
+SEGMENT = np.dtype(
+    [(name, np.uint64) for name in (*POINTERS, *SCALES)]
+    + [("length", np.int64), ("start", np.int64), ("key", np.uint64), ("step", np.int64)]
+    + [(name, np.float64) for name in DOUBLES]
+    # what a captured step computes its scalars from, on the device
+    + [(name, np.float64) for name in ("alpha_final", "beta3_final", "alpha_warmup", "beta3_warmup")]
+    + [(name, np.uint64) for name in ("step_pointer", "schedule_pointer", "lr_pointer")]
+    + [(name, np.uint8) for name in KINDS],
+    align=True,
+)
+
+
+def c_header() -> str:
+    """The row and its codes in C. The compiler checks that every field lies where numpy has it."""
+    types = {"u8": "uint64_t", "i8": "int64_t", "f8": "double", "u1": "uint8_t"}
+    fields = [(name, *field[:2]) for name, field in (SEGMENT.fields or {}).items()]
+    codes = {fmt.name.upper(): fmt.code for fmt in FORMATS.values()} | {"FP16": TYPES[torch.float16], "NONE": NONE}
+    codes |= {f"{name.upper()}_MASTER": kind for kind, name in enumerate(MASTERS, 1)} | {"NO_MASTER": NONE}
+    codes |= {"SKIP": SKIP, **{name.upper(): bit for name, bit in FLAG_BITS.items()}}
+    lines = [
+        "#include <stddef.h>",
+        "#include <stdint.h>",
+        "typedef struct {",
+        *(f"    {types[kind.str[1:]]} {name};" for name, kind, _ in fields),
+        "} Segment;",
+        *(f'_Static_assert(offsetof(Segment, {name}) == {at}, "{name}");' for name, _, at in fields),
+        f'_Static_assert(sizeof(Segment) == {SEGMENT.itemsize}, "size");',
+        f"enum {{ {', '.join(f'{name} = {code}' for name, code in codes.items())} }};",
+        f"#define BLOCK {precision.BLOCK}",
+        f"#define SCALARS(X) {' '.join(f'X({name})' for name in DOUBLES)}",
+    ]
+    return "\n".join(lines) + "\n"

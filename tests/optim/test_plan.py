@@ -1,0 +1,253 @@
+"""A plan checks what it points at: a tensor that does not fit is refused, every time, and nothing moves or counts."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+import shardopt
+from shardopt.errors import InputError
+from shardopt.optim import plan
+from shardopt.slices import Layout
+from tests.optim.test_kernels import same_bits
+
+KERNELS = ("c", "torch")
+
+
+def stepped(shape=(3, 2), *, dtype=torch.float32, **options):
+    """A parameter and its optimizer after one step, and another parameter that always fits."""
+    torch.manual_seed(0)
+    param, other = nn.Parameter(torch.randn(shape, dtype=dtype)), nn.Parameter(torch.ones(5, dtype=dtype))
+    optimizer = shardopt.AdEMAMix([("w", param), ("other", other)], lr=0.1, **options)
+    for p in (param, other):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return param, other, optimizer
+
+
+def refuses(optimizer, message, error=InputError):
+    """Each of three steps raises; every count and every readable tensor stays as it was."""
+
+    def everything():
+        found = {}
+        for i, param in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            for key, value in {"weight": param.detach(), **optimizer.state[param]}.items():
+                readable = not isinstance(value, torch.Tensor) or (value.device.type != "meta" and value.data_ptr())
+                found[i, key] = copy.deepcopy(value) if readable else None
+        return found
+
+    before = everything()
+    for _ in range(3):
+        with pytest.raises(error, match=message):
+            optimizer.step()
+    after = everything()
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert same_bits(value, after[key]), key
+        else:
+            assert value == after[key], key
+
+
+# -- weights and gradients ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("rows", "strided"), [(10, False), (30, False), (10, True)])
+def test_step_refuses_weight_replaced_by_tensor_of_another_size(kernel, rows, strided):
+    """The smaller one had 60 elements written past its end, the larger one's new rows were never trained."""
+    param, _, optimizer = stepped((20, 6), kernel=kernel)
+    memory = torch.zeros(6 * rows + 60)
+    data = memory[: 6 * rows].view(rows, 6)
+    param.data = data.view(6, rows).t() if strided else data
+    param.grad = torch.ones(rows, 6)
+    refuses(optimizer, rf"the weight w has {6 * rows} elements, the optimizer's state 120")
+    assert not memory.any()
+
+
+def test_step_refuses_gradient_of_another_size():
+    param, _, optimizer = stepped()
+    param.grad.data = torch.ones(2, 2)
+    refuses(optimizer, "the gradient of w has 4 elements, the optimizer's state 6")
+
+
+@pytest.mark.parametrize("what", ["weight", "gradient", "m2", "part of a flat gradient"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_step_refuses_freed_storage(what, strided):
+    param, _, optimizer = stepped((8, 4))
+    if strided:
+        param.data = torch.ones(4, 8).t()
+    flat = torch.ones(40)
+    tensor = {"weight": param, "gradient": param.grad, "m2": optimizer.state[param]["m2"]}.get(what, flat)
+    if tensor is flat:  # its address is not null, as it does not begin at the start of what was freed
+        param.grad = flat[8:].view(8, 4)
+    tensor.untyped_storage().resize_(0)
+    refuses(optimizer, "has no storage behind it")
+
+
+def test_step_refuses_sparse_gradient_as_torch_does():
+    param, _, optimizer = stepped()
+    param.grad = torch.ones(3, 2).to_sparse()
+    refuses(optimizer, "does not support sparse gradients: the gradient of w is sparse", RuntimeError)
+
+
+def test_step_waits_for_gradient_on_its_way():
+    param, other, optimizer = stepped()
+    twin, other_twin, plain = stepped()
+    param.grad = AsyncCollectiveTensor(torch.full((3, 2), 0.5))
+    twin.grad = torch.full((3, 2), 0.5)
+    optimizer.step()
+    plain.step()
+    assert same_bits(param.detach(), twin.detach())
+    assert same_bits(other.detach(), other_twin.detach())
+
+
+@pytest.mark.parametrize("moved", ["nothing", "other"])
+def test_backward_through_stepped_weights_raises(moved):
+    """As after a step of torch's own optimizers: the gradient would be that of other weights."""
+    param, other, optimizer = stepped()
+    loss = (param.square() * other[:2].square()).sum()
+    if moved == "other":
+        param.grad = None
+    version = param._version
+    optimizer.step()
+    assert param._version == version + (moved == "nothing")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# -- state ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32])
+def test_step_refuses_state_of_a_dtype_that_is_not_its_format(dtype):
+    param, _, optimizer = stepped()
+    optimizer.state[param]["m1"] = optimizer.state[param]["m1"].to(dtype)
+    refuses(optimizer, rf"state 'm1' of w is {dtype} of shape \(3, 2\) on cpu, its torch.float32 weight needs")
+
+
+def test_step_refuses_state_whose_data_changed_dtype():
+    param, _, optimizer = stepped()
+    optimizer.state[param]["nu"].data = torch.ones(3, 2, dtype=torch.float64)
+    refuses(optimizer, "state 'nu' of w")
+
+
+@pytest.mark.parametrize("key", ["m1", "m2", "nu", "step"])
+def test_step_refuses_state_that_lacks_a_tensor(key):
+    param, _, optimizer = stepped()
+    del optimizer.state[param][key]
+    refuses(optimizer, rf"the state of w lacks \['{key}'\]")
+
+
+def test_step_refuses_state_of_another_shape():
+    param, _, optimizer = stepped()
+    optimizer.state[param]["m2"] = torch.zeros(2, 3)
+    refuses(optimizer, r"state 'm2' of w is torch.float32 of shape \(2, 3\) .* needs torch.float32 of shape \(3, 2\)")
+
+
+def test_step_refuses_scales_of_another_length():
+    param, _, optimizer = stepped((300,), state_dtype="block8")
+    optimizer.state[param]["m2_scale"] = torch.zeros(2)
+    refuses(optimizer, r"state 'm2_scale' of w is .* shape \(2,\)")
+
+
+def test_step_refuses_weights_cast_after_state_was_made():
+    """module.float() after module.double()."""
+    net = nn.Linear(3, 2).double()
+    optimizer = shardopt.AdEMAMix(net.named_parameters())
+    net(torch.ones(3, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    net.float()
+    optimizer.zero_grad()
+    net(torch.ones(3)).sum().backward()
+    refuses(optimizer, "state 'm1' of weight is torch.float64 .* its torch.float32 weight needs")
+
+
+def test_step_refuses_state_on_another_device():
+    param, _, optimizer = stepped()
+    optimizer.state[param]["nu"] = optimizer.state[param]["nu"].to("meta")
+    refuses(optimizer, "state 'nu' of w is .* on meta, .* on cpu")
+
+
+def test_step_refuses_layout_that_no_longer_fits_the_scales():
+    param, _, optimizer = stepped((300,), state_dtype="block16")
+    optimizer.set_layout(param, Layout.contiguous("w", (300,), 0, 100))
+    refuses(optimizer, "m1_scale")
+
+
+# -- settings, counts and captured steps ------------------------------------------------------------------------------
+
+
+def test_changed_seed_changes_the_random_bits():
+    results = []
+    for seed in (0, 7):
+        param, _, optimizer = stepped((500,), state_dtype="bf16")
+        for group in optimizer.param_groups:
+            group["seed"] = seed
+        optimizer.step()
+        results.append(optimizer.state[param]["m2"])
+    assert not same_bits(*results)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_capturable_counts_steps_beyond_two_to_the_24(kernel):
+    """An fp32 counter stops there, and the same random bits come again at every step."""
+    results = []
+    for capturable in (False, True):
+        param, _, optimizer = stepped((500,), state_dtype="bf16", capturable=capturable, kernel=kernel)
+        for state in optimizer.state.values():
+            state["step"] = 1 << 24 if not capturable else state["step"].fill_(1 << 24)
+        for _ in range(3):
+            optimizer.step()
+        assert int(optimizer.state[param]["step"]) == (1 << 24) + 3
+        results.append(optimizer.state[param])
+    for key in ("m1", "m2", "nu"):
+        assert same_bits(results[0][key], results[1][key])
+
+
+def test_refused_capture_refuses_every_time():
+    param = nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = shardopt.AdEMAMix([("w", param)], capturable=True)
+    optimizer.init_state()
+    param.grad = torch.ones(3, device="meta")
+    refuses(optimizer, "capturable=True on meta needs the triton kernel")
+
+
+def test_captured_step_refuses_strided_tensors_and_lr_elsewhere(monkeypatch):
+    """On a GPU: here the CPU is taken for one."""
+    param, _, optimizer = stepped((8, 4), capturable=True)
+    monkeypatch.setattr(plan, "is_captured", lambda group, device: True)
+    monkeypatch.setattr("shardopt.optim.kernels.cpu.CpuKernel.name", "triton")
+    optimizer._plan = None
+    param.grad = torch.ones(4, 8).t()
+    refuses(optimizer, "the weight or gradient of w is not contiguous: capturable=True")
+    param.grad = torch.ones(8, 4)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+    refuses(optimizer, "lr is on meta, w on cpu: with capturable=True")
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, dtype=torch.float64)
+    refuses(optimizer, "must be float32")
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    optimizer.state[param]["step"] = 1
+    refuses(optimizer, "'step' of w must be an int64 tensor|no longer fit the step")
+
+
+def test_loading_keeps_what_a_captured_step_reads():
+    param, _, optimizer = stepped(capturable=True)
+    saved = copy.deepcopy(optimizer.state_dict())
+    held = dict(optimizer.state[param])
+    optimizer.step()
+    optimizer.load_state_dict(saved)
+    assert int(held["step"]) == 1
+    for key, tensor in held.items():
+        assert optimizer.state[param][key] is tensor, key
+    optimizer.step()
+    optimizer._plan._tables[0].captured = True  # as if a CUDA graph held that step
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    optimizer._plan._tables[0].captured = True
+    saved["param_groups"][0]["seed"] = 5
+    with pytest.raises(InputError, match=r"a CUDA graph holds .* seed"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["seed"] == 0
