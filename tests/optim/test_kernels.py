@@ -45,9 +45,7 @@ def run(kernel: str, *, weight=torch.float32, grad=None, steps=2, sizes=SIZES, l
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and np.array_equal(
-        *(t.contiguous().view(-1).view(torch.uint8).numpy() for t in (a, b))
-    )
+    return a.dtype == b.dtype and np.array_equal(*(t.contiguous().view(-1).view(torch.uint8).numpy() for t in (a, b)))
 
 
 def assert_same(left, right):
@@ -429,7 +427,7 @@ def test_finite_values_stay_finite_in_every_format(kernel, state):
 def stays_finite(kernel, state):
     param = torch.nn.Parameter(torch.zeros(300))
     optimizer = shardopt.AdEMAMix([("p", param)], kernel=kernel, state_dtype=state, betas=(0.5, 0.5, 0.5), lr=1e-3)
-    for _ in range(40):
+    for _ in range(12):
         param.grad = torch.full((300,), 3.4e38)
         optimizer.step()
     for piece in states.state_slices(optimizer):
