@@ -142,13 +142,14 @@ def _without_writing(rank, world_size):
     """A seccomp profile that allows process_vm_readv and forbids process_vm_writev."""
     real = ctypes.CDLL
 
+    def refuse(*_):
+        ctypes.set_errno(errno.EPERM)
+        return -1
+
     class Libc:
         def __init__(self, *args, **kwargs):
             self.libc = real(*args, **kwargs)
-
-        def process_vm_writev(self, *args):
-            ctypes.set_errno(errno.EPERM)
-            return -1
+            self.process_vm_writev = refuse
 
         def __getattr__(self, name):
             return getattr(self.libc, name)
@@ -200,6 +201,6 @@ def _reused_pid(rank, world_size):
 
 def test_process_with_reused_pid_is_neither_read_nor_written():
     message, out, untouched = on_ranks(2, _reused_pid)[0]
-    assert message == "reading from rank 1 failed: its process has ended and another one has its PID"
+    assert message == "reading from rank 1 failed: its process has ended, and its PID is another's"
     assert out == [0.0] * 4
     assert untouched

@@ -18,9 +18,8 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -62,17 +61,21 @@ def _process_vm_readv() -> Callable[..., int] | None:
     return function
 
 
-class _Process:
-    """Another rank's process, known by its PID and by a secret at an address of its memory."""
+class _Exited(PeerError):
+    """A rank's process has ended."""
 
-    def __init__(self, pid: int, address: int, secret: int) -> None:
-        self.pid, self.address, self.secret = pid, address, secret
+
+class _Process:
+    """The process of `rank` of the job, known by its PID and by a secret at an address of its memory."""
+
+    def __init__(self, rank: int, pid: int, address: int, secret: int) -> None:
+        self.rank, self.pid, self.address, self.secret = rank, pid, address, secret
 
     def read(self, address: int, into: int, nbytes: int) -> None:
         """Copy `nbytes` from `address` there to `into` here.
 
         Raises:
-            OSError: the process has ended, another one has its PID, or the kernel forbids it.
+            PeerError: the process has ended (_Exited), or may not be read.
         """
         call = _process_vm_readv()
         assert call is not None
@@ -82,12 +85,12 @@ class _Process:
             here = (_IoVec * 2)(_IoVec(ctypes.addressof(found), _WORD), _IoVec(into + done, nbytes - done))
             there = (_IoVec * 2)(_IoVec(self.address, _WORD), _IoVec(address + done, nbytes - done))
             count = call(self.pid, here, 2, there, 2, 0)
-            if count < 0:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            if count < _WORD or found.value != self.secret:
-                raise OSError(errno.ESRCH, "its process has ended and another one has its PID")
-            if count == _WORD:
-                raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+            number = ctypes.get_errno() if count < 0 else errno.EFAULT  # after the secret nothing could be read
+            if count > 0 and found.value != self.secret:
+                raise _Exited(f"reading from rank {self.rank} failed: its process has ended, and its PID is another's")
+            if count <= _WORD:
+                kind = _Exited if number == errno.ESRCH else PeerError
+                raise kind(f"reading from rank {self.rank} failed: {os.strerror(number)}")
             done += count - _WORD
 
     def words(self, address: int, count: int) -> list[int]:
@@ -112,14 +115,14 @@ def join(
     everyone = [mine] * comm.size
     dist.all_gather_object(everyone, mine, group=group)
     for mailbox, places in zip(comm.mailboxes, zip(*(places for *_, places in everyone), strict=True), strict=True):
-        mailbox.peers = [_Process(pid, *place) for (_, pid, _), place in zip(everyone, places, strict=True)]
+        mailbox.peers = [_Process(comm.global_rank(r), everyone[r][1], *place) for r, place in enumerate(places)]
     able = able and all(machine == mine[0] for machine, *_ in everyone)
     try:
         if able:
             for mailbox in comm.mailboxes:
                 for process in mailbox.peers:
                     process.words(process.address, 1)
-    except OSError:  # no such process in this container, or not allowed: all ranks agree on that
+    except PeerError:  # no such process in this container, or not allowed: all ranks agree on that
         able = False
     agreed = torch.tensor([int(able)])
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
@@ -150,8 +153,7 @@ class SharedMemoryCommunicator(Communicator):
         def finish() -> None:
             for peer in self.peers():
                 (address,) = mailbox.fetch(peer, number, 1)
-                mailbox.read(peer, address, parts[peer])
-            mailbox.mark_read(number)
+                mailbox.peers[peer].read(address, parts[peer].data_ptr(), parts[peer].nbytes)
             mailbox.wait_until_read(number)
 
         return finish
@@ -191,52 +193,31 @@ class _Mailbox:
 
     def fetch(self, peer: int, number: int, count: int) -> list[int]:
         """Wait for `peer`'s post and return the `count` addresses in it that are for this rank."""
-        slot = self.peers[peer].address + self._slot(number) * _WORD
-        self._wait(lambda: self._words(peer, slot, 1)[0] >= number, f"receiving from rank {self._name(peer)}")
-        (table,) = self._words(peer, slot + _WORD, 1)
-        (begin,) = self._words(peer, table + self.comm.rank * _WORD, 1)
-        return self._words(peer, table + begin * _WORD, count)
-
-    def mark_read(self, number: int) -> None:
-        """Say that this rank has read what all its peers posted as `number`."""
-        self.words[self._slot(number) + 2] = number
+        process = self.peers[peer]
+        slot = process.address + self._slot(number) * _WORD
+        self._wait(lambda: process.words(slot, 1)[0] >= number, f"receiving from rank {process.rank}")
+        (table,) = process.words(slot + _WORD, 1)
+        (begin,) = process.words(table + self.comm.rank * _WORD, 1)
+        return process.words(table + begin * _WORD, count)
 
     def wait_until_read(self, number: int) -> None:
-        """Wait until no peer will read this rank's post again."""
-        mark = (self._slot(number) + 2) * _WORD
+        """Say that this rank has read its peers' posts of that number, and wait until they have read this rank's."""
+        mark = self._slot(number) + 2
+        self.words[mark] = number
+
+        def has_read(process: _Process) -> bool:
+            try:
+                return process.words(process.address + mark * _WORD, 1)[0] >= number
+            except _Exited:  # perhaps after its last step; it reads nothing any more
+                return True
+
         for peer in self.comm.peers():
             process = self.peers[peer]
-
-            def read(process: _Process = process) -> bool:
-                try:
-                    return process.words(process.address + mark, 1)[0] >= number
-                except OSError as error:
-                    return error.errno == errno.ESRCH  # it has ended, perhaps after its last step
-
-            self._wait(read, f"sending to rank {self._name(peer)}")
+            self._wait(partial(has_read, process), f"sending to rank {process.rank}")
         del self._tables[number]
-
-    def read(self, peer: int, address: int, into: Tensor) -> None:
-        """Fill the contiguous `into` from `peer`'s memory."""
-        with self._peer_errors(peer):
-            self.peers[peer].read(address, into.data_ptr(), into.nbytes)
-
-    def _words(self, peer: int, address: int, count: int) -> list[int]:
-        with self._peer_errors(peer):
-            return self.peers[peer].words(address, count)
-
-    @contextmanager
-    def _peer_errors(self, peer: int) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise PeerError(f"reading from rank {self._name(peer)} failed: {error.strerror}") from error
 
     def _slot(self, number: int) -> int:
         return 1 + 3 * (number % self.in_flight)
-
-    def _name(self, peer: int) -> int:
-        return self.comm.global_rank(peer)
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + self.comm.patience
@@ -260,7 +241,6 @@ class _SharedMemoryReduction(ExchangedReduction):
         return sum(message.nbytes for part in self.sent for message in part)
 
     def release(self) -> None:
-        self.mailbox.mark_read(self.number)
         self.mailbox.wait_until_read(self.number)
 
     def received_parts(self) -> Iterator[tuple[list[Tensor], int, int]]:
@@ -274,5 +254,6 @@ class _SharedMemoryReduction(ExchangedReduction):
                 if scratch[peer].numel() < own.numel():
                     scratch[peer] = torch.empty_like(own)
                 parts[peer] = scratch[peer][: own.numel()]
-                self.mailbox.read(peer, at[number] + first * own.itemsize, parts[peer])
+                process = self.mailbox.peers[peer]
+                process.read(at[number] + first * own.itemsize, parts[peer].data_ptr(), own.nbytes)
             yield parts, start, end

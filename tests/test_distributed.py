@@ -1,0 +1,37 @@
+"""What a process is told that cannot join the others."""
+
+import pytest
+
+from shardopt.distributed import Ranks
+from shardopt.errors import InputError
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_single_process_needs_no_process_group(alone):
+    ranks = Ranks.start("cpu")
+    assert (ranks.rank, ranks.world_size, ranks.distributed) == (0, 1, False)
+    assert (ranks.sum([2.0]), ranks.gather("a"), ranks.from_main(3), ranks.any(True)) == ([2.0], ["a"], 3, True)
+    with pytest.raises(ZeroDivisionError):
+        ranks.together(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "first"}, "the environment variable RANK is 'first', not a number: start with torchrun"),
+        ({"RANK": "0"}, "WORLD_SIZE not set, MASTER_ADDR not set, MASTER_PORT not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}, "MASTER_PORT 99999"),
+    ],
+)
+def test_failed_start_names_what_to_change(alone, environment, message):
+    for name, value in environment.items():
+        alone.setenv(name, value)
+    with pytest.raises(InputError, match=message) as raised:
+        Ranks.start("cpu")
+    assert "torchrun" in str(raised.value)
