@@ -162,8 +162,16 @@ def _device(name: str, local_rank: int) -> torch.device:
 def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     on_gpu = device.type == "cuda"
     try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun hands a restarted attempt the store of the one before, with the addresses of dead processes in it.
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if on_gpu else None,
         )
     except (RuntimeError, ValueError) as error:
         size, address, port = (os.environ.get(v, "not set") for v in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))

@@ -1,6 +1,9 @@
 """What a process is told that cannot join the others."""
 
+from datetime import timedelta
+
 import pytest
+import torch.distributed as dist
 
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
@@ -35,3 +38,16 @@ def test_failed_start_names_what_to_change(alone, environment, message):
     with pytest.raises(InputError, match=message) as raised:
         Ranks.start("cpu")
     assert "torchrun" in str(raised.value)
+
+
+def test_restarted_attempt_does_not_read_the_store_of_the_one_before(alone):
+    agents = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agents.port)}
+    for name, value in (environment | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        alone.setenv(name, value)
+    alone.setattr(dist, "init_process_group", lambda backend, store, **_: store.set("address", backend))
+    for attempt in ("0", "1"):
+        alone.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        assert not agents.check([f"attempt-{attempt}/address"])
+        Ranks.start("cpu")
+        assert agents.check([f"attempt-{attempt}/address"])
