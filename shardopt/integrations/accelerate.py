@@ -110,26 +110,13 @@ class ShardedAdEMAMix(_Pointing, ZeroOptimizer):
         if self._settled:
             return
         self._settled = True
-        for bucket in self.buckets:
-            for member in bucket.members:
-                param = self._named[member.index][1]
-                view = self._flats[bucket.index][member.offset : member.offset + member.numel].view(member.shape)
-                if param.data_ptr() != view.data_ptr() and (param.device.type, param.dtype) == (
-                    view.device.type,
-                    view.dtype,
-                ):
-                    view.copy_(param)
-                    param.data = view
+        self.flat.reattach()
 
     def step(self, closure: Any = None) -> Any:
         """As AdEMAMix, and hand the new weights round. A collective."""
         self._refuse_to_start_afresh()
         self.settle()
-        try:
-            return super().step(closure)
-        finally:
-            # Hosts clear gradients with model.zero_grad(), of which this optimizer hears nothing.
-            self._norm = None
+        return super().step(closure)
 
 
 class HostedAdEMAMix(PointingAdEMAMix):

@@ -333,7 +333,7 @@ def _uneven(rank, world_size):
         plain.step()
         plain.zero_grad()
     steps = {s.name for s in zero.slices() if s.kind == "m2"}
-    counted = {zero.explicit_layouts[p].name: int(s["step"]) for p, s in zero.state.items()}
+    counted = {zero.layouts[p].name: int(s["step"]) for p, s in zero.state.items()}
     pairs = {
         n: (a.detach().float(), dict(theirs.named_parameters())[n].detach().float()) for n, a in ours.named_parameters()
     }
@@ -446,7 +446,7 @@ def _overlapped(rank, world_size):
                 loss_of(m, step, 0, rank).backward()
             o.step()
             o.zero_grad()
-        in_flight.append(len(overlapped._gathers))
+        in_flight.append(len(overlapped._gather.in_flight))
         if step == 1:
             state = module.state_dict()
             equal.append(all(torch.equal(state[n], w) for n, w in other.state_dict().items()))
@@ -458,7 +458,7 @@ def _overlapped(rank, world_size):
             equal.append(torch.equal(module.blocks[2](module.embed(tokens)), other.blocks[2](other.embed(tokens))))
     tokens, _ = batch(9, 0, rank)
     equal.append(torch.equal(module(tokens), other(tokens)))
-    return in_flight, equal, len(overlapped._gathers)
+    return in_flight, equal, len(overlapped._gather.in_flight)
 
 
 def test_weights_arrive_during_the_next_forward():

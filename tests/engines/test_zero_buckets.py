@@ -105,7 +105,7 @@ def test_large_models_on_many_simulated_ranks(size, fake_group):
                 torch.stack([p.sum() for p in model.parameters()]).sum().backward()
         leg = 4 * padded * (fake_group - 1) // fake_group  # fp32
         assert optimizer.wire_bytes == {"reduce": reductions * leg, "gather": 0}
-        for flat in optimizer._flats:
+        for flat in optimizer.flat.flats:
             optimizer._shard.all_gather(flat)()
         assert optimizer.wire_bytes["gather"] == leg
         optimizer.close()

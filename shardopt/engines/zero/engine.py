@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardopt.engines.base import DtypeName, Engine, EngineInputs, autocast_forward, check_choice, compute_dtype
-from shardopt.engines.zero.optimizer import ZeroOptimizer, check_settings
+from shardopt.engines.zero.groups import check_settings
+from shardopt.engines.zero.optimizer import ZeroOptimizer
 from shardopt.errors import InputError
 from shardopt.slices import Layout, Slice, named_parameters
 

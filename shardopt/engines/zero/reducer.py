@@ -1,4 +1,4 @@
-"""Gradients on their way to the ranks that own them, while backward still runs."""
+"""Gradients in flight to the ranks that own them, while backward still runs."""
 
 from __future__ import annotations
 
@@ -8,92 +8,72 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from shardopt.engines.zero.buckets import Bucket, Member
+from shardopt.engines.zero.flat import FlatParameters
 from shardopt.engines.zero.transports import Communicator, Part, PeerError, Reduction
 from shardopt.errors import InputError
 
 if TYPE_CHECKING:
     from shardopt.engines.gradient_hooks import GradientHook
 
-
 # Elements [first, last) of a member's gradient, which lie from `at` in a message.
-_Piece = tuple[Member, int, int, int]
+_Run = tuple[Member, int, int, int]
 
 
 class Reducer:
     """Counts gradients as autograd finishes them, sends full buckets, and adds up what this rank owns.
 
-    A round is one micro-batch's backward (in stage 1 the last one's only): every rank sends every bucket once, in
-    the order of their numbers, whatever order its gradients came in; buckets still unfilled at the round's end go
-    with zeros for what has no gradient.
+    Every micro-batch's backward (in stage 1 the last one's only) sends every bucket once, in the order of their
+    numbers, whatever order its gradients came in; buckets still unfilled at its end go with zeros for what has no
+    gradient.
 
     Args:
-        buckets: the layout.
-        params: the model's parameters in registration order (`Member.index`).
+        flat: the layout, the parameters, and where reduced gradients go.
         comm: the ranks that the buckets are cut over.
         reduce_dtype: bf16 makes wider gradients narrower on the wire; fp32 leaves all as they are.
+        scale: what sums over ranks are multiplied by.
 
     Attributes:
-        scale: what sums over ranks are multiplied by.
-        reduced: this rank's part of every bucket, fp32 (fp64 for fp64 parameters); views of `storage`.
-        present: whether any round since `clear` brought a gradient on this rank, by registration order.
-        rounds: since `clear`.
+        present: whether any micro-batch since `clear` brought a gradient on this rank, by registration order.
+        rounds: reductions of all buckets since `clear`.
+        norms: L2 norm of this rank's part of each bucket as reduced last.
         blame: (bucket, ranks) whose gradients were not finite, where the ranks are known.
     """
 
-    def __init__(
-        self,
-        buckets: Sequence[Bucket],
-        params: Sequence[nn.Parameter],
-        comm: Communicator,
-        reduce_dtype: torch.dtype,
-        scale: float,
-    ) -> None:
-        self.buckets, self.params, self.comm = buckets, params, comm
+    def __init__(self, flat: FlatParameters, comm: Communicator, reduce_dtype: torch.dtype, scale: float) -> None:
+        self.flat, self.buckets, self.comm = flat, flat.buckets, comm
+        self.params = [p.param for p in flat.parameters]
         self.reduce_dtype, self.scale = reduce_dtype, scale
         self.hooks: list[GradientHook] = []
-        self.storage: dict[torch.dtype, Tensor] = {}
-        self.reduced: list[Tensor] = []
-        device = params[0].device
-        for dtype in dict.fromkeys(b.dtype for b in buckets):
-            wide = torch.promote_types(dtype, torch.float32)
-            held = sum(b.part for b in buckets if torch.promote_types(b.dtype, torch.float32) == wide)
-            if wide not in self.storage:
-                self.storage[wide] = torch.zeros(held, dtype=wide, device=device)
-        used = dict.fromkeys(self.storage, 0)
-        for bucket in buckets:
-            wide = torch.promote_types(bucket.dtype, torch.float32)
-            self.reduced.append(self.storage[wide][used[wide] : used[wide] + bucket.part])
-            used[wide] += bucket.part
-        self.norms: list[Tensor | None] = [None] * len(buckets)
+        self.norms: list[Tensor] = [g.new_zeros(()) for g in flat.gradients]
+        buckets = self.buckets
         self._wire = [b.dtype if b.dtype.itemsize <= 2 or reduce_dtype.itemsize > 2 else reduce_dtype for b in buckets]
         self._order = [m.index for b in buckets for m in b.members]
         self._bucket_of = {m.index: b for b in buckets for m in b.members}
         self._plans = [self._plan(b) for b in buckets] if comm.takes_messages else []
         sizes = [b.numel * max(b.dtype.itemsize, w.itemsize) for b, w in zip(buckets, self._wire, strict=True)]
         self.budget = 2 * max(sizes)
-        self.delivered: dict[int, Tensor] = {}
         self.clear()
         self._begin()
 
     @staticmethod
-    def _plan(bucket: Bucket) -> list[list[list[_Piece]]]:
+    def _plan(bucket: Bucket) -> list[list[list[_Run]]]:
         """For every rank's messages, which elements of which gradients go where."""
         plan = []
         for messages in bucket.messages:
-            pieces_of: list[list[_Piece]] = []
+            runs_of: list[list[_Run]] = []
             for message in messages:
-                pieces: list[_Piece] = []
+                runs: list[_Run] = []
                 for m in bucket.members:
                     first = max(m.offset, message.start)
                     last = min(m.offset + m.numel, message.start + message.length)
                     if first < last:
-                        pieces.append((m, first - m.offset, last - m.offset, first - message.start))
-                pieces_of.append(pieces)
-            plan.append(pieces_of)
+                        runs.append((m, first - m.offset, last - m.offset, first - message.start))
+                runs_of.append(runs)
+            plan.append(runs_of)
         return plan
 
     def clear(self) -> None:
@@ -111,26 +91,22 @@ class Reducer:
 
     @property
     def idle(self) -> bool:
-        """Whether no round has begun."""
+        """Whether no gradient has come since the last reduction of all buckets."""
         return not self._seen and self._next == 0
 
-    @property
-    def all_sent(self) -> bool:
-        """Whether this round's last bucket is on its way."""
-        return self._next == len(self.buckets)
+    def is_sent(self, index: int) -> bool:
+        """Whether the bucket of parameter `index` has been sent in this micro-batch."""
+        return self._bucket_of[index].index < self._next
 
-    def ready(self, index: int, gradient: Tensor | None = None) -> None:
-        """Parameter `index` has this backward's gradient: in `.grad`, or `gradient` where a host has it."""
+    def ready(self, index: int) -> None:
+        """Take note that the `.grad` of parameter `index` is complete for this backward; send what is full."""
         bucket = self._bucket_of[index]
-        if bucket.index < self._next:
-            name = next(m.name for m in bucket.members if m.index == index)
+        if self.is_sent(index):
             raise InputError(
-                f"{name} got a second gradient in one micro-batch, after its bucket had been sent: use "
-                f"non-reentrant activation checkpointing (use_reentrant=False), and one backward in each "
-                f"optimizer.accumulate(last=...)"
+                f"{self.flat.parameters[index].name} got a second gradient in one micro-batch, after its bucket had "
+                f"been sent: use non-reentrant activation checkpointing (use_reentrant=False), and one backward in "
+                f"each optimizer.accumulate(last=...)"
             )
-        if gradient is not None:
-            self.delivered[index] = gradient
         if index in self._seen:
             return
         self._seen.add(index)
@@ -144,10 +120,14 @@ class Reducer:
         if self._expected < len(self._order):
             self._make_room(self.params[self._order[self._expected]].nbytes)
 
-    def finish_round(self) -> None:
-        """Send what is left and wait for all of it. A collective."""
+    def flush(self) -> None:
+        """Send the buckets that are left. A collective."""
         for bucket in self.buckets[self._next :]:
             self._launch(bucket)
+
+    def finish_round(self) -> None:
+        """Send what is left and wait for all of it. A collective."""
+        self.flush()
         while self._flying:
             self._complete()
         self.rounds += 1
@@ -163,10 +143,8 @@ class Reducer:
             self._make_room(bucket.numel * wire.itemsize)
             gradients = {}
             for m in bucket.members:
-                gradient = self.delivered.pop(m.index, None)
-                if gradient is None:
-                    gradient = self.params[m.index].grad
-                    self.params[m.index].grad = None
+                gradient = self.params[m.index].grad
+                self.params[m.index].grad = None
                 if gradient is not None:
                     if gradient.layout != torch.strided:
                         raise InputError(f"{m.name} has a sparse gradient: use dense ones (Embedding(sparse=False))")
@@ -178,10 +156,7 @@ class Reducer:
                 parts: Sequence[Part] = self._flat(bucket, gradients, wire)
             else:
                 parts = [
-                    [
-                        self._message(message.length, pieces, gradients, wire)
-                        for message, pieces in zip(*of, strict=True)
-                    ]
+                    [self._message(message.length, runs, gradients, wire) for message, runs in zip(*of, strict=True)]
                     for of in zip(bucket.messages, self._plans[bucket.index], strict=True)
                 ]
             gradients.clear()
@@ -190,20 +165,20 @@ class Reducer:
             self._flying_bytes += reduction.held_bytes()
             self._next = bucket.index + 1
 
-    def _message(self, length: int, pieces: list[_Piece], gradients: dict[int, Tensor], wire: torch.dtype) -> Tensor:
-        if len(pieces) == 1:
-            m, first, last, _ = pieces[0]
+    def _message(self, length: int, runs: list[_Run], gradients: dict[int, Tensor], wire: torch.dtype) -> Tensor:
+        if len(runs) == 1:
+            m, first, last, _ = runs[0]
             gradient = gradients.get(m.index)
             if gradient is not None and last - first == length and gradient.dtype == wire and gradient.is_contiguous():
                 return gradient.view(-1)[first:last]  # sent from where autograd left it
         packed = torch.zeros(length, dtype=wire, device=self.params[0].device)
-        for m, first, last, at in pieces:
+        for m, first, last, at in runs:
             if (gradient := gradients.get(m.index)) is not None:
                 packed[at : at + last - first].copy_(gradient.reshape(-1)[first:last])
         return packed
 
     def _flat(self, bucket: Bucket, gradients: dict[int, Tensor], wire: torch.dtype) -> list[list[Tensor]]:
-        dtype = self.reduced[bucket.index].dtype if self.hooks else wire
+        dtype = self.flat.gradients[bucket.index].dtype if self.hooks else wire
         flat = torch.empty(bucket.numel, dtype=dtype, device=self.params[0].device)
         end = 0
         for m in bucket.members:
@@ -222,7 +197,7 @@ class Reducer:
     def _complete(self) -> None:
         bucket, reduction = self._flying.popleft()
         with record_function(f"zero: add {bucket.index}"):
-            out = self.reduced[bucket.index]
+            out = self.flat.gradients[bucket.index]
             try:
                 norm = self.norms[bucket.index] = reduction.finish(out, self.rounds > 0, self.scale)
                 # On a GPU looking would stall the stream; the agreement before the step finds it there.

@@ -1,0 +1,128 @@
+"""What all ranks agree on before a step: the norm, which parameters have a gradient, and that no rank has failed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardopt.engines.zero.flat import FlatParameters
+from shardopt.engines.zero.groups import all_gather_objects
+from shardopt.engines.zero.reducer import Reducer
+from shardopt.engines.zero.transports import Communicator, PeerError
+from shardopt.errors import InputError
+
+
+class NonFiniteGradientError(ArithmeticError):
+    """A gradient is infinite or NaN. Raised on every rank, before any of them has changed anything."""
+
+
+class Agreement:
+    """One small all-reduce before each step.
+
+    Args:
+        flat: the parameters and their reduced gradients.
+        reducer: what the gradients came through.
+        shard, replicate: the ranks that the gradients are cut over, and those that hold the same parts.
+        from_host: gradients are whole in `.grad`, reduced by some host.
+
+    Attributes:
+        has_gradient: whether any rank has a gradient of a parameter, in registration order.
+    """
+
+    def __init__(
+        self, flat: FlatParameters, reducer: Reducer, shard: Communicator, replicate: Communicator, from_host: bool
+    ) -> None:
+        self.flat, self.reducer, self.shard, self.replicate = flat, reducer, shard, replicate
+        self.from_host = from_host
+        self.has_gradient: list[bool] = []
+
+    def norm(self) -> float:
+        """L2 norm of the whole gradient, the same double on every rank. A collective.
+
+        Raises:
+            PeerError: another rank failed; names it.
+        """
+        refusal = _attempt(self._take_from_host if self.from_host else self._refuse_second_reduction)
+        if self.replicate.size > 1:
+            for storage in self.flat.storage.values():
+                self.replicate.sum(storage)
+        error = _attempt(self._run_hooks) or refusal
+        square = self._sum_of_squares()
+        counted = torch.tensor([error is not None, *self.reducer.present], dtype=torch.float64, device=square.device)
+        # Replicas hold the same shards: each contributes an equal share of the norm.
+        agreed = torch.cat([(square / self.replicate.size).reshape(1), counted])
+        self.replicate.sum(self.shard.sum(agreed))
+        total, failed, *present = agreed.tolist()
+        if failed:
+            self._raise_on_all(error)
+        self.has_gradient = [count > 0 for count in present]
+        return math.sqrt(total) if total >= 0 else math.nan
+
+    def _sum_of_squares(self) -> Tensor:
+        reduced_here = not self.from_host and self.replicate.size == 1 and not self.reducer.hooks
+        gradients = self.flat.gradients
+        norms = self.reducer.norms if reduced_here else [torch.linalg.vector_norm(g) for g in gradients]
+        square = torch.stack([n.double() for n in norms]).square().sum()
+        if not math.isfinite(square.item()):  # or the squares alone overflowed
+            square = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).square().sum()
+        return square
+
+    def _raise_on_all(self, error: Exception | None) -> None:
+        mine = (dist.get_rank() if self.shard.group is not None else 0, repr(error) if error is not None else "")
+        reports = all_gather_objects((self.shard.group, self.replicate.group), mine)
+        if error is not None:
+            raise error
+        rank, text = next(report for report in reports if report[1])
+        raise PeerError(f"rank {rank} failed before the step: {text}")
+
+    def _take_from_host(self) -> None:
+        self.reducer.clear()
+        for index, p in enumerate(self.flat.parameters):
+            if p.param.grad is None:
+                p.gradient.zero_()
+            else:
+                self.reducer.present[index] = True
+                p.layout.copy_from_whole(p.gradient, p.param.grad)
+
+    def _refuse_second_reduction(self) -> None:
+        for p in self.flat.parameters:
+            if p.param.grad is not None:
+                raise InputError(
+                    f"{p.name} has a .grad after ZeroOptimizer has taken and reduced it: somebody else reduces "
+                    f"gradients too; take DistributedDataParallel off the model, or give gradients='host' and stage=1"
+                )
+
+    def _run_hooks(self) -> None:
+        for bucket, gradient in enumerate(self.flat.gradients):
+            for hook in self.reducer.hooks:
+                hook.after_reduce(bucket, gradient)
+
+    def explain(self) -> str:
+        """Which parameters, and which ranks' gradients of them, are not finite. A collective."""
+        blame = dict(self.reducer.blame)
+        found = [
+            (p.bucket.index, p.name, tuple(blame.get(p.bucket.index, ())))
+            for p, has_gradient in zip(self.flat.parameters, self.has_gradient, strict=True)
+            if has_gradient and not p.gradient.isfinite().all()
+        ]
+        reports = all_gather_objects((self.shard.group,), found)
+        lines = sorted({line for report in reports for line in report})
+        shown = [
+            f"{name} (bucket {bucket}{', from rank ' + ' and '.join(map(str, ranks)) if ranks else ''})"
+            for bucket, name, ranks in lines[:3]
+        ]
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        return f"the gradient is not finite in {', '.join(shown)}{more}; no rank has taken the step"
+
+
+def _attempt(action: Callable[[], None]) -> Exception | None:
+    """What `action` raises, which the other ranks are to be told: they wait for this one."""
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None

@@ -1,0 +1,229 @@
+"""The flat parameters: weights as views of the buckets, and what this rank owns of weights and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardopt.engines.zero.buckets import Bucket, Member, lay_out
+from shardopt.engines.zero.round import Round, RoundState
+from shardopt.engines.zero.transports import Communicator, PeerError
+from shardopt.errors import InputError
+from shardopt.slices import Layout, Slice
+
+
+@dataclass(frozen=True, eq=False)
+class FlatParameter:
+    """A parameter of the model, and what this rank owns of it.
+
+    Attributes:
+        name: canonical name.
+        param: the model's own, a view of the bucket.
+        member, bucket: its place.
+        weight: the view of the bucket, of the parameter's shape.
+        layout: the elements that this rank owns.
+        shard: those of the weight or of its fp32 master, 1-D: the inner optimizer's parameter.
+        gradient: those of the reduced gradient, 1-D, fp32 or wider.
+    """
+
+    name: str
+    param: nn.Parameter
+    member: Member
+    bucket: Bucket
+    weight: Tensor
+    layout: Layout
+    shard: nn.Parameter
+    gradient: Tensor
+
+
+class FlatParameters:
+    """Flat buckets that the model's parameters become views of, and this rank's equal part of each.
+
+    Args:
+        named: canonical names and parameters in registration order.
+        world_size, rank: of the ranks that the buckets are cut over.
+        bucket_bytes: see `lay_out`.
+        with_masters: keep fp32 masters of parameters narrower than that.
+
+    Attributes:
+        buckets: the layout.
+        flats: the weights of every bucket.
+        gradients: this rank's part of every reduced bucket; views of `storage`, by dtype.
+        masters: of this rank's part of a bucket, by bucket.
+        parameters: one record per parameter, in registration order.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, nn.Parameter]],
+        world_size: int,
+        rank: int,
+        bucket_bytes: float,
+        with_masters: bool,
+    ) -> None:
+        device = named[0][1].device
+        self.buckets = lay_out([(n, tuple(p.shape), p.dtype) for n, p in named], world_size, bucket_bytes)
+        self.rank = rank
+        self.flats = [torch.zeros(b.numel, dtype=b.dtype, device=device) for b in self.buckets]
+        self.storage: dict[torch.dtype, Tensor] = {}
+        self.gradients: list[Tensor] = [torch.empty(0)] * len(self.buckets)
+        wide_of = [torch.promote_types(b.dtype, torch.float32) for b in self.buckets]
+        for wide in dict.fromkeys(wide_of):
+            buckets = [b for b, w in zip(self.buckets, wide_of, strict=True) if w == wide]
+            self.storage[wide] = torch.zeros(sum(b.part for b in buckets), dtype=wide, device=device)
+            for bucket, part in zip(buckets, self.storage[wide].split([b.part for b in buckets]), strict=True):
+                self.gradients[bucket.index] = part
+        self.masters: dict[int, Tensor] = {}
+        if with_masters:
+            narrow = [b for b, wide in zip(self.buckets, wide_of, strict=True) if b.dtype != wide]
+            self.masters = {b.index: torch.zeros(b.part, dtype=wide_of[b.index], device=device) for b in narrow}
+        records = {m.index: self._attach(*named[m.index], b, m) for b in self.buckets for m in b.members}
+        self.parameters = [records[index] for index in range(len(named))]
+        # As they lie now; reattach and verify compare with it.
+        self._places = [p.param.data_ptr() for p in self.parameters]
+
+    @torch.no_grad()
+    def _attach(self, name: str, param: nn.Parameter, bucket: Bucket, member: Member) -> FlatParameter:
+        weight = self.flats[bucket.index][member.offset : member.offset + member.numel].view(member.shape)
+        weight.copy_(param)
+        param.data = weight
+        layout, at = bucket.owned(member, self.rank)
+        owned = slice(at, at + layout.local_numel)
+        gradient = self.gradients[bucket.index][owned]
+        shard = nn.Parameter(self.masters.get(bucket.index, self.own(bucket.index))[owned])
+        if shard.dtype != gradient.dtype:
+            shard.grad_dtype = gradient.dtype
+        return FlatParameter(name, param, member, bucket, weight, layout, shard, gradient)
+
+    @torch.no_grad()
+    def start_alike(self, model: nn.Module | None, comms: Sequence[Communicator]) -> None:
+        """Take rank 0's weights, frozen ones and buffers of `model` included. A collective."""
+        if not self.flats[0].is_meta:  # simulated ranks do not answer
+            tensors = list(self.flats)
+            if model is not None:
+                trained = {p.param for p in self.parameters}
+                tensors += [p.data for p in model.parameters() if p not in trained] + list(model.buffers())
+            for comm in comms:
+                if comm.size > 1:
+                    for tensor in tensors:
+                        dist.broadcast(tensor, group=comm.group, group_src=0)
+        self.refresh_masters({})
+
+    def own(self, bucket: int) -> Tensor:
+        """This rank's part of a bucket's weights."""
+        return self.flats[bucket].view(-1, self.buckets[bucket].part)[self.rank]
+
+    def slices(self) -> list[Slice]:
+        """Whole weights, and this rank's masters: the live tensors."""
+        whole = [Slice(p.name, "weight", Layout.whole(p.name, p.param.shape), (p.weight,)) for p in self.parameters]
+        mastered = [p for p in self.parameters if p.bucket.index in self.masters]
+        return whole + [Slice(p.name, "master", p.layout, (p.shard.detach(),)) for p in mastered]
+
+    def verify(self) -> None:
+        """Refuse parameters that are no longer the views of the buckets that they were made.
+
+        Raises:
+            InputError: names the first one.
+        """
+        for p, place in zip(self.parameters, self._places, strict=True):
+            now = p.param
+            if (
+                now.data_ptr() != place
+                or now.dtype != p.bucket.dtype
+                or now.shape != p.member.shape
+                or not now.is_contiguous()
+            ):
+                raise InputError(
+                    f"{p.name} was moved or replaced after ZeroOptimizer was built: call .to(), .half() and "
+                    f"load_state_dict(assign=True) before, and close() before building another ZeroOptimizer"
+                )
+
+    @torch.no_grad()
+    def reattach(self) -> None:
+        """Make parameters that a host has copied since (same device and dtype) views of the buckets again."""
+        for p, place in zip(self.parameters, self._places, strict=True):
+            same = (p.param.device.type, p.param.dtype) == (p.weight.device.type, p.weight.dtype)
+            if p.param.data_ptr() != place and same:
+                p.weight.copy_(p.param)
+                p.param.data = p.weight
+
+    def drop_gradients(self) -> None:
+        """Clear `.grad` of the model's parameters."""
+        for p in self.parameters:
+            p.param.grad = None
+
+    @torch.no_grad()
+    def store_masters(self) -> None:
+        """Round this rank's masters to its weights."""
+        for bucket, master in self.masters.items():
+            self.own(bucket).copy_(master)
+
+    @torch.no_grad()
+    def refresh_masters(self, state: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Take over weights that somebody else has set: masters that no longer round to their weight follow it.
+
+        Args:
+            state: the inner optimizer's, whose own masters ("master") are looked after too.
+        """
+        for weight, master in self._mastered(state):
+            rounded = master.to(weight.dtype)
+            if not torch.equal(rounded, weight):
+                master.copy_(torch.where(rounded == weight, master, weight.to(master.dtype)))
+
+    def _mastered(self, state: dict[Tensor, dict[str, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from ((self.own(bucket), master) for bucket, master in self.masters.items())
+        for p in self.parameters:
+            if p.shard.dtype.itemsize <= 2 and "master" in state.get(p.shard, {}):
+                yield p.shard.detach(), state[p.shard]["master"]
+
+
+class WeightGather:
+    """Updated weights in flight from their owners into the buckets.
+
+    Args:
+        flat: the parameters.
+        comm: the ranks that own the parts.
+        round_: GATHERING ends with the last arrival.
+
+    Attributes:
+        order: of the buckets; that in which the forward needs them.
+        in_flight: by bucket, what waits for it.
+    """
+
+    def __init__(self, flat: FlatParameters, comm: Communicator, round_: Round) -> None:
+        self.flat, self.comm, self.round = flat, comm, round_
+        # The embedding, first in forward, is registered first and lies in the last bucket.
+        self.order = list(range(len(flat.buckets)))[::-1]
+        self.in_flight: dict[int, Callable[[], None]] = {}
+
+    def start(self) -> None:
+        """All-gather every bucket. A collective."""
+        for index in self.order:
+            self.in_flight[index] = self.comm.all_gather(self.flat.flats[index])
+
+    def wait(self, buckets: Iterable[int] | None = None) -> None:
+        """Wait for all buckets, or for some.
+
+        Raises:
+            PeerError: another rank failed.
+        """
+        if self.in_flight:
+            for index in list(self.in_flight) if buckets is None else buckets:
+                if (finish := self.in_flight.pop(index, None)) is not None:
+                    try:
+                        finish()
+                    except PeerError as error:
+                        failure = PeerError(f"updated weights of {self.flat.buckets[index]}: {error}")
+                        self.round.fail(failure)
+                        raise failure from error
+        if self.round.state is RoundState.GATHERING and not self.in_flight:
+            self.round.state = RoundState.IDLE
+
+    def give_up(self) -> None:
+        """Wait for the last time, as the optimizer goes: nobody would send or receive the rest."""
+        if self.round.state is not RoundState.FAILED:
+            self.wait()

@@ -1,0 +1,243 @@
+"""The parameter groups and settings that a ZeroOptimizer is given: checked here, and compared between ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from shardopt.engines.zero.guards import refuse_owned
+from shardopt.errors import InputError
+from shardopt.slices import canonical_name, named_parameters
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# (canonical name, parameter)
+Pairs = list[tuple[str, nn.Parameter]]
+
+
+def check_settings(prefix: str, *, stage: object, bucket_mb: float, reduce_dtype: object) -> None:
+    """Raise InputError naming `prefix`KEY for a value that ZeRO does not take."""
+    if stage not in (1, 2):
+        raise InputError(f"{prefix}stage: {stage!r} is not 1 or 2 (for stage 3 use the fsdp engine)")
+    if not bucket_mb > 0:
+        raise InputError(f"{prefix}bucket_mb: {bucket_mb} must be greater than 0")
+    if reduce_dtype not in DTYPES:
+        raise InputError(f"{prefix}reduce_dtype: {reduce_dtype!r} is not one of fp32, bf16")
+
+
+def checked(
+    params: Any,
+    model: nn.Module | None,
+    optimizer_class: type[Optimizer],
+    options: dict[str, Any],
+    optimizer_kwargs: dict[str, Any],
+    overlap_gather: bool,
+    process_groups: Sequence[dist.ProcessGroup | None],
+) -> tuple[list[tuple[dict[str, Any], Pairs]], Pairs]:
+    """ZeroOptimizer's arguments: groups of named parameters, and all of them in registration order. A collective.
+
+    Raises:
+        InputError: on every rank, where something cannot work on one, or differs between two.
+    """
+    settings = {"optimizer_class": optimizer_class, **options, **optimizer_kwargs}
+    error: Exception | None = None
+    try:
+        check_settings("", **{key: options[key] for key in ("stage", "bucket_mb", "reduce_dtype")})
+        if options["gradients"] not in ("own", "host"):
+            raise InputError(f"gradients must be 'own' or 'host', got {options['gradients']!r}")
+        if options["gradients"] == "host" and options["stage"] == 2:
+            raise InputError("gradients='host' needs stage=1: the host keeps whole gradients on every rank")
+        if isinstance(model, DistributedDataParallel):
+            raise InputError("give ZeroOptimizer the module inside DistributedDataParallel, and train without DDP")
+        if overlap_gather and model is None:
+            raise InputError("overlap_gather needs the model: give model=")
+        groups = _named_groups(params)
+        named = _in_order(groups, model)
+        refuse_owned(named)
+        refuse_unless_elementwise(optimizer_class, optimizer_kwargs)
+        settings["parameters"] = [(name, p.shape, p.dtype) for name, p in named]
+        for number, (entries, pairs) in enumerate(groups):
+            settings |= {f"{key} of group {number}": value for key, value in entries.items()}
+            settings[f"members of group {number}"] = [name for name, _ in pairs]
+    except Exception as refusal:
+        error = refusal
+    _agree_on_settings(process_groups, settings, error)
+    return groups, named
+
+
+def _named_groups(params: Any) -> list[tuple[dict[str, Any], Pairs]]:
+    """Options and trainable parameters of every group: of a module, parameters (named or not) or groups of them."""
+    if isinstance(params, nn.Module):
+        groups: list[tuple[dict[str, Any], Any]] = [({}, named_parameters(params))]
+    else:
+        entries = list(params)
+        if entries and isinstance(entries[0], dict):
+            groups = [
+                ({k: v for k, v in e.items() if k not in ("params", "param_names")}, _members_of(e)) for e in entries
+            ]
+        else:
+            groups = [({}, entries)]
+    position, seen = 0, set()
+    result = []
+    for options, members in groups:
+        pairs: Pairs = []
+        for entry in members:
+            name, param = entry if isinstance(entry, tuple) else (str(position), entry)
+            position += 1
+            if param in seen:
+                raise InputError(f"parameter {name} is given twice")
+            seen.add(param)
+            if param.requires_grad:
+                pairs.append((canonical_name(name), param))
+        result.append((options, pairs))
+    if not any(pairs for _, pairs in result):
+        raise InputError("nothing to train: no parameter given requires a gradient")
+    return result
+
+
+def _members_of(group: dict[str, Any]) -> list[Any]:
+    params = group["params"]
+    params = [params] if isinstance(params, Tensor) else list(params)
+    names = group.get("param_names")
+    return list(zip(names, params, strict=True)) if names is not None else params
+
+
+def _in_order(groups: list[tuple[dict[str, Any], Pairs]], model: nn.Module | None) -> Pairs:
+    """All pairs in registration order where the model is known, else as given.
+
+    Raises:
+        InputError: a parameter that cannot lie in a flat bucket.
+    """
+    from torch.distributed.tensor import DTensor
+
+    pairs = [pair for _, members in groups for pair in members]
+    if model is not None:
+        place = {p: i for i, p in enumerate(model.parameters())}
+        for name, param in pairs:
+            if param not in place:
+                raise InputError(f"{name} is not a parameter of the model")
+        pairs.sort(key=lambda pair: place[pair[1]])
+    device = pairs[0][1].device
+    for name, param in pairs:
+        if isinstance(param, DTensor):
+            raise InputError(f"{name} is a DTensor, sharded by its host already: use its engine (fsdp), not zero")
+        if param.device != device:
+            raise InputError(f"{name} is on {param.device}, others on {device}: zero needs one device per rank")
+        if not param.is_floating_point() or param.layout != torch.strided:
+            raise InputError(f"{name} is {param.dtype}, {param.layout}: zero needs dense floating-point parameters")
+    return pairs
+
+
+def process_groups(
+    where: dist.ProcessGroup | DeviceMesh | None,
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """The ranks to shard over, and those that hold the same slices; None is this process alone."""
+    if isinstance(where, DeviceMesh):
+        if where.ndim > 2:
+            raise InputError(f"process_group: a mesh of {where.ndim} dimensions; give (replicate, shard) or (shard,)")
+        return where.get_group(where.ndim - 1), where.get_group(0) if where.ndim == 2 else None
+    if where is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD, None
+    return where, None
+
+
+def all_gather_objects(groups: Iterable[dist.ProcessGroup | None], value: Any) -> list[Any]:
+    """Every rank's `value`, over all the groups one after the other; pickled between the ranks of one job."""
+    values = [value]
+    for group in groups:
+        if group is None or dist.get_backend(group) == "fake":  # simulated ranks do not answer
+            continue
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, values, group=group)
+        values = [each for part in gathered for each in part]
+    return values
+
+
+def _agree_on_settings(
+    groups: Sequence[dist.ProcessGroup | None], settings: Mapping[str, Any], error: Exception | None
+) -> None:
+    """Compare what the ranks were given. A collective, which a rank that was given nonsense must reach too.
+
+    Args:
+        groups: the ranks.
+        settings: by the name that a difference is reported under; ignored where there is an error.
+        error: for which this rank cannot go on.
+
+    Raises:
+        InputError: on every rank; `error` itself on the rank that has it.
+    """
+    mine = {} if error is not None else {name: _describe(value) for name, value in settings.items()}
+    reports = all_gather_objects(groups, (dist.get_rank() if groups[0] is not None else 0, str(error), mine))
+    if error is not None:
+        raise error
+    for rank, message, theirs in reports:
+        if not theirs:
+            raise InputError(f"rank {rank} cannot build its ZeroOptimizer: {message}")
+        for name in mine.keys() | theirs.keys():
+            if mine.get(name) != theirs.get(name):
+                (low, a), (high, b) = sorted([(dist.get_rank(), mine.get(name)), (rank, theirs.get(name))])
+                raise InputError(
+                    f"the ranks were given different parameters or settings: {name} is {a} on rank {low} and {b} on "
+                    f"rank {high}; build the same model, with the same frozen parameters, groups, hyper-parameters "
+                    f"and stage, on every rank"
+                )
+
+
+def _describe(value: Any) -> str:
+    """`value` in words that are alike on all ranks exactly if it is; a hash where they would be long."""
+    if isinstance(value, Tensor):
+        text = f"{value.dtype} {value.detach().cpu().tolist()}"
+    elif isinstance(value, Mapping):
+        text = "{" + ", ".join(sorted(f"{_describe(k)}: {_describe(v)}" for k, v in value.items())) + "}"
+    elif isinstance(value, set | frozenset):
+        text = "{" + ", ".join(sorted(map(_describe, value))) + "}"
+    elif isinstance(value, list | tuple):
+        text = "[" + ", ".join(map(_describe, value)) + "]"
+    elif value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        text = repr(value)
+    else:  # an address would differ
+        text = getattr(value, "__qualname__", type(value).__qualname__)
+    if len(text) <= 200:
+        return text
+    return f"{text[:40]}... (hash {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()})"
+
+
+@torch.no_grad()
+def refuse_unless_elementwise(cls: type[Optimizer], kwargs: dict[str, Any]) -> None:
+    """Try `cls` on a small matrix, whole and in flat pieces: an elementwise optimizer moves both alike.
+
+    Raises:
+        InputError: it does not, or takes no flat slice at all.
+    """
+    if hasattr(cls, "set_layout"):
+        return  # made for slices, and its random bits depend on where they lie
+    generator = torch.Generator().manual_seed(0)
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    whole = nn.Parameter(torch.randn(4, 6, generator=generator, **fp32))
+    start = whole.detach().clone()
+    pieces = [nn.Parameter(p.clone()) for p in start.view(-1).split([7, 17])]
+    plain = {k: v for k, v in kwargs.items() if k != "lr"} | ({"lr": 0.1} if "lr" in kwargs else {})
+    try:
+        optimizers = cls([("whole", whole)], **plain), cls([("a", pieces[0]), ("b", pieces[1])], **plain)
+        for _ in range(2):
+            gradient = torch.randn(4, 6, generator=generator, **fp32) * torch.logspace(-2, 1, 6, **fp32)
+            whole.grad = gradient
+            for piece, g in zip(pieces, gradient.view(-1).split([7, 17]), strict=True):
+                piece.grad = g.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise InputError(f"{cls.__name__} cannot be sharded: on flat slices it raises {error!r}") from error
+    moved, expected = torch.cat([p.view(-1) for p in pieces]), whole.view(-1)
+    if not torch.allclose(moved - start.view(-1), expected - start.view(-1), rtol=1e-3, atol=1e-7):
+        raise InputError(
+            f"{cls.__name__} cannot be sharded: its update of an element depends on other elements (it moves a "
+            f"matrix and flat slices of the same matrix differently); take an elementwise optimizer"
+        )
