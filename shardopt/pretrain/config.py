@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import types
 from collections.abc import Sequence
@@ -331,12 +332,23 @@ def _override(tree: dict[str, Any], text: str) -> None:
         raise InputError(f"override {text!r}: the value is not valid YAML: {e}") from e
 
 
+# What to write where pydantic's own words are about Python.
+_WRITE = {
+    "bool_type": "write true or false",
+    "tuple_type": "write a list",
+    "is_instance_of": "write a path",
+    "too_short": "must not be empty",
+}
+
+
 def _explain(error: Any) -> str:
     """One problem that pydantic found, as one line that names the key."""
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
         return str(cause)
-    location = [str(part) for part in error["loc"]]
+    *parts, last = map(str, error["loc"])
+    # Without the tags of union members, which nobody writes.
+    location = [p for i, p in enumerate(parts) if p.isdecimal() or p in _keys_at(Config, parts[:i])] + [last]
     key = ".".join(location)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _keys_at(Config, location[:-1])
@@ -354,8 +366,9 @@ def _explain(error: Any) -> str:
         return f"{key}: is a section, not a value; write its keys, such as {such_as}"
     if error["type"] == "union_tag_invalid":
         return f"{key}: {error['ctx']['tag']!r} is not one of {error['ctx']['expected_tags']}"
-    message = "write true or false" if error["type"] == "bool_type" else str(cause or error["msg"])
-    return f"{key}: {message[0].lower()}{message[1:]}, got {value!r}"
+    message = _WRITE.get(error["type"]) or str(cause or error["msg"])
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # as YAML spells them
+    return f"{key}: {message[0].lower()}{message[1:]}, got {shown}"
 
 
 def _keys_at(annotation: Any, location: Sequence[str]) -> list[str]:
