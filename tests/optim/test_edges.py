@@ -1,0 +1,51 @@
+"""Values at the edge of what a formula or a format takes, each planted as a fault that no other test noticed."""
+
+import pytest
+import torch
+
+import shardopt
+from shardopt.optim import states
+from shardopt.optim.reference import scalars_at, update
+from shardopt.slices import Layout, Slice
+
+
+def test_reference_leaves_the_bits_of_a_weight_with_lr_zero():
+    scalars = scalars_at(1, 1, lr=0.0, betas=(0.9, 0.999, 0.9999), alpha=5.0, eps=1e-8, weight_decay=0.1)
+    weight, grad = torch.tensor([-0.0, 0.0, 1.0]), torch.tensor([-1.0, 1.0, torch.inf])
+    moved, *_ = update(weight, grad, *(torch.zeros(3) for _ in range(3)), scalars)
+    assert torch.equal(moved.view(torch.int32), weight.view(torch.int32))
+
+
+@pytest.mark.parametrize("kind", ["m1", "m2", "nu"])
+def test_block16_rounds_up_to_its_largest_number_and_not_beyond(kind):
+    """Rounding up the largest of a block would carry into the sign (or, for nu, out of the code)."""
+    below_two = torch.nextafter(torch.tensor(2.0), torch.tensor(0.0))
+    values = torch.full((128,), below_two.item())
+    piece = Slice("w", kind, Layout.whole("w", (128,)), (torch.zeros(128, dtype=torch.int16), torch.zeros(1)))
+    states.write_slice(piece, values)
+    torch.testing.assert_close(states.read_slice(piece), values, rtol=2**-11, atol=0.0)
+
+
+def test_weight_ema_begins_at_the_weights_of_the_first_step():
+    param = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = shardopt.AdEMAMix([("w", param)], lr=0.1, weight_ema=0.75)
+    seen = []
+    for _ in range(3):
+        param.grad = torch.tensor([1.0, 0.5])
+        optimizer.step()
+        seen.append(param.detach().clone())
+    expected = seen[0]
+    for weight in seen[1:]:
+        expected = 0.75 * expected + 0.25 * weight
+    torch.testing.assert_close(optimizer.state[param]["weight_ema"], expected)
+
+
+@pytest.mark.parametrize("kernel", ["c", "torch"])
+def test_nan_with_every_bit_set_stays_nan_in_bf16_state(kernel):
+    """Random bits added to it would carry into the sign and leave -0.0."""
+    param = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = shardopt.AdEMAMix([("w", param)], lr=0.1, state_dtype="bf16", kernel=kernel)
+    param.grad = torch.full((1000,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    optimizer.step()
+    for key in ("m1", "m2"):
+        assert optimizer.state[param][key].isnan().all(), key
