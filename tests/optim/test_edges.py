@@ -6,11 +6,12 @@ import torch
 import shardopt
 from shardopt.optim import states
 from shardopt.optim.reference import scalars_at, update
+from shardopt.optim.schema import DEFAULTS
 from shardopt.slices import Layout, Slice
 
 
 def test_reference_leaves_the_bits_of_a_weight_with_lr_zero():
-    scalars = scalars_at(1, 1, lr=0.0, betas=(0.9, 0.999, 0.9999), alpha=5.0, eps=1e-8, weight_decay=0.1)
+    scalars = scalars_at(DEFAULTS | {"lr": 0.0, "weight_decay": 0.1}, 1)
     weight, grad = torch.tensor([-0.0, 0.0, 1.0]), torch.tensor([-1.0, 1.0, torch.inf])
     moved, *_ = update(weight, grad, *(torch.zeros(3) for _ in range(3)), scalars)
     assert torch.equal(moved.view(torch.int32), weight.view(torch.int32))
