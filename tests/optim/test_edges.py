@@ -13,7 +13,7 @@ from shardopt.slices import Layout, Slice
 def test_reference_leaves_the_bits_of_a_weight_with_lr_zero():
     scalars = scalars_at(DEFAULTS | {"lr": 0.0, "weight_decay": 0.1}, 1)
     weight, grad = torch.tensor([-0.0, 0.0, 1.0]), torch.tensor([-1.0, 1.0, torch.inf])
-    moved, *_ = update(weight, grad, *(torch.zeros(3) for _ in range(3)), scalars)
+    moved, _ = update(weight, grad, {key: torch.zeros(3) for key in ("m1", "m2", "nu")}, scalars)
     assert torch.equal(moved.view(torch.int32), weight.view(torch.int32))
 
 
