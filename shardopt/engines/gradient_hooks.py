@@ -66,8 +66,8 @@ class GradientHook:
 class ErrorFeedback(GradientHook):
     """Send bf16, and add what rounding lost to the next step's gradient (Seide et al., 2014; 1-bit SGD).
 
-    Keeps one fp32 value per gradient element on every rank. What a non-finite gradient left is forgotten before the
-    next one; call `reset` after a step that you skip for another reason.
+    Keeps one fp32 value per gradient element on every rank. What a non-finite gradient left, or one that ZeroOptimizer
+    dropped, is forgotten; on DDP and FSDP2 call `reset` after a step that you skip for another reason.
     """
 
     wire_dtype = torch.bfloat16

@@ -267,7 +267,7 @@ class ZeroOptimizer(Optimizer):
             if not self.reducer.idle:
                 self.round.require("zero_grad()", *RESTING)
                 self._micro_batches.finish()
-        self.reducer.clear()
+        self.reducer.skip()
         self.round.drop()
         self.flat.drop_gradients()
 

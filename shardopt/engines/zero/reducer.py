@@ -82,6 +82,13 @@ class Reducer:
         self.present = [False] * len(self.params)
         self.blame: list[tuple[int, list[int]]] = []
 
+    def skip(self) -> None:
+        """Forget all gradients, whose step is not taken."""
+        if self.rounds:
+            for hook in self.hooks:
+                hook.reset()
+        self.clear()
+
     def _begin(self) -> None:
         self._remaining = [len(b.members) for b in self.buckets]
         self._seen: set[int] = set()
