@@ -10,9 +10,11 @@ from shardopt.engines.deepspeed.config import DeepspeedConfig
 from shardopt.engines.fsdp import FsdpConfig
 from shardopt.engines.single import SingleConfig
 from shardopt.engines.zero.engine import ZeroConfig
+from shardopt.errors import InputError
 
 if TYPE_CHECKING:
     from shardopt.engines.base import Engine, EngineInputs
+    from shardopt.optim.registry import OptimizerSpec
 
 EngineConfig = SingleConfig | DdpConfig | ZeroConfig | FsdpConfig | DeepspeedConfig
 
@@ -26,7 +28,33 @@ _ENGINES = {
 }
 
 
+def check(config: EngineConfig, optimizer: OptimizerSpec, world_size: int, distributed: bool) -> None:
+    """Check an engine against the ranks and the optimizer of a run, before anything is built.
+
+    Args:
+        distributed: whether torchrun, or its like, starts the ranks.
+
+    Raises:
+        InputError: this engine cannot run on them.
+    """
+    name, replicate = config.name, getattr(config, "replicate", 1)
+    if isinstance(config, SingleConfig) and world_size > 1:
+        raise InputError(
+            f"engine.name: single runs on one process, this run has {world_size}: choose ddp, zero, fsdp or deepspeed"
+        )
+    if not isinstance(config, SingleConfig) and not distributed:
+        raise InputError(f"engine.name: {name} needs torchrun (or choose engine.name=single)")
+    if world_size % replicate:
+        raise InputError(f"engine.replicate: {replicate} does not divide the {world_size} ranks of this run")
+    if isinstance(config, ZeroConfig | DeepspeedConfig) and not optimizer.elementwise:
+        raise InputError(
+            f"engine.name: {name} cannot shard {optimizer.cls.__name__}: {optimizer.reason}; choose ddp or another "
+            f"optimizer"
+        )
+
+
 def build(config: EngineConfig, inputs: EngineInputs) -> Engine:
     """The engine that `config` describes, with its model sharded, initialised and its optimizer made."""
+    check(config, inputs.optimizer, inputs.ranks.world_size, inputs.ranks.distributed)
     module, name = _ENGINES[type(config)].split(":")
     return getattr(importlib.import_module(module), name)(config, inputs)

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from shardopt import engines
 from shardopt.engines import EngineConfig, FsdpConfig
 from shardopt.errors import InputError
 from shardopt.optim import registry
@@ -194,8 +195,9 @@ class Config(Section):
         transformers_config(self.model, 257, 256, self.data.block_size)
         return self
 
-    def check_ranks(self, world_size: int) -> None:
-        """Raise InputError where `world_size` ranks cannot run this: the batch sizes, or the engine's own reasons."""
+    def check_ranks(self, world_size: int, distributed: bool = True) -> None:
+        """Raise InputError where `world_size` ranks (started by torchrun if `distributed`) cannot run this."""
+        engines.check(self.engine, self.optimizer.spec(self.train.steps, self.run.seed), world_size, distributed)
         a_round = world_size * self.train.micro_batch
         if self.train.global_batch % a_round:
             raise InputError(

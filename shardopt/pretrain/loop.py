@@ -59,7 +59,7 @@ def pretrain(config: Config) -> Result:
     with ExitStack() as stack:
         ranks = Ranks.start(config.run.device, config.run.timeout_minutes)
         stack.callback(ranks.stop)
-        config.check_ranks(ranks.world_size)
+        config.check_ranks(ranks.world_size, ranks.distributed)
         return Run(config, ranks, stack).train()
 
 

@@ -130,6 +130,8 @@ def test_a_folder_with_another_run_is_left_alone_and_the_keys_are_named(folder):
     ("mistake", "message"),
     [
         ({"data__sources": "[{source: text, paths: /nowhere/at/all}]"}, "/nowhere/at/all does not exist"),
+        ({"engine": "{name: fsdp, replicate: 4}"}, "engine.replicate: 4 does not divide the 2 ranks"),
+        ({"engine": "{name: single}"}, "engine.name: single runs on one process"),
         ({"train__micro_batch": 8}, "8 cannot be cut into micro-batches of 8 over 2 ranks"),
     ],
 )
