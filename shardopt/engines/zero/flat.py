@@ -84,7 +84,7 @@ class FlatParameters:
         records = {m.index: self._attach(*named[m.index], b, m) for b in self.buckets for m in b.members}
         self.parameters = [records[index] for index in range(len(named))]
         # As they lie now; reattach and verify compare with it.
-        self._places = [p.param.data_ptr() for p in self.parameters]
+        self._places = [(p.param.data_ptr(), p.bucket.dtype, p.param.shape) for p in self.parameters]
 
     @torch.no_grad()
     def _attach(self, name: str, param: nn.Parameter, bucket: Bucket, member: Member) -> FlatParameter:
@@ -129,14 +129,9 @@ class FlatParameters:
         Raises:
             InputError: names the first one.
         """
-        for p, place in zip(self.parameters, self._places, strict=True):
+        for p, (place, dtype, shape) in zip(self.parameters, self._places, strict=True):
             now = p.param
-            if (
-                now.data_ptr() != place
-                or now.dtype != p.bucket.dtype
-                or now.shape != p.member.shape
-                or not now.is_contiguous()
-            ):
+            if now.data_ptr() != place or now.dtype != dtype or now.shape != shape or not now.is_contiguous():
                 raise InputError(
                     f"{p.name} was moved or replaced after ZeroOptimizer was built: call .to(), .half() and "
                     f"load_state_dict(assign=True) before, and close() before building another ZeroOptimizer"
@@ -145,7 +140,7 @@ class FlatParameters:
     @torch.no_grad()
     def reattach(self) -> None:
         """Make parameters that a host has copied since (same device and dtype) views of the buckets again."""
-        for p, place in zip(self.parameters, self._places, strict=True):
+        for p, (place, *_) in zip(self.parameters, self._places, strict=True):
             same = (p.param.device.type, p.param.dtype) == (p.weight.device.type, p.weight.dtype)
             if p.param.data_ptr() != place and same:
                 p.weight.copy_(p.param)

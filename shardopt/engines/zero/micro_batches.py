@@ -42,23 +42,31 @@ class MicroBatches:
 
     def on_gradient(self, index: int) -> None:
         """Autograd's hook: the gradient of parameter `index` is complete."""
-        current, parameter = self.round, self.flat.parameters[index]
+        current = self.round
         if self.from_host:
             if current.state is RoundState.REDUCED:  # the norm was that of gradients which are gone
                 current.state = RoundState.ACCUMULATED
             return
         if not self._callback_queued:
             self._begin_backward()
-        with current.failing():
-            if parameter.bucket.index in self.gather.in_flight:
-                raise InputError(
-                    f"{parameter.name} was used in a forward before its updated weights had arrived: call modules and "
-                    f"not their .forward, or optimizer.wait() before it, or leave out overlap_gather"
-                )
+        try:
+            if self.gather.in_flight:
+                self._refuse_stale_weight(index)
             if current.last is None and self.reducer.is_sent(index):
                 self.reducer.finish_round()  # reentrant checkpoints of one block, each with a backward of its own
             if not self.whole or current.last is not False:
                 self.reducer.ready(index)
+        except BaseException as error:
+            current.fail(error)
+            raise
+
+    def _refuse_stale_weight(self, index: int) -> None:
+        parameter = self.flat.parameters[index]
+        if parameter.bucket.index in self.gather.in_flight:
+            raise InputError(
+                f"{parameter.name} was used in a forward before its updated weights had arrived: call modules and "
+                f"not their .forward, or optimizer.wait() before it, or leave out overlap_gather"
+            )
 
     def _begin_backward(self) -> None:
         current = self.round
