@@ -91,7 +91,7 @@ class AdEMAMix(CheckedOptimizer):
         self._kernel_choice = kernel
         self._plan: Plan | None = None
         self._averaged = False
-        self._sizes: list[int] = []
+        self._decisive: list[Any] = []
         super().__init__(params, defaults)
         states.parameter_names(self)  # refuses two parameters of one name
 
@@ -302,20 +302,24 @@ class AdEMAMix(CheckedOptimizer):
     def _current_plan(self, params: list[Tensor] | None = None) -> Plan:
         if params is None:
             params = [param for group in self.param_groups for param in group["params"]]
-        sizes = [len(group["params"]) for group in self.param_groups]  # a parameter may have moved to another group
+        # A parameter may have moved to another group, a setting decide on other state than there is, or `state` have
+        # been given an entry of another key.
+        decisive: list[Any] = [len(self.state)]
+        decisive += [
+            (len(g["params"]), g["betas"][0] == 0.0, g["weight_ema"] is None, g["master_weights"], g["state_dtype"])
+            for g in self.param_groups
+        ]
         plan = self._plan
-        if (
-            plan is None
-            or plan.groups is not self.param_groups
-            or sizes != self._sizes
-            or not plan.holds(params, self.state)
-        ):
-            self._plan, self._sizes = None, sizes
+        current = plan is not None and plan.groups is self.param_groups and decisive == self._decisive
+        if plan is None or not current or not plan.holds(params, self.state):
+            self._plan, self._decisive = None, decisive
+            names = self._names()
             for key, state in self.state.items():
                 if not isinstance(key, Tensor) or not isinstance(state, dict):
-                    raise InputError(f"optimizer.state[{key!r}] is not the state of a parameter: delete it")
+                    name = names.get(key, key) if isinstance(key, Tensor) else key
+                    raise InputError(f"optimizer.state[{name!r}] is {state!r}, no parameter's state: delete it")
             self._plan = plan = Plan(
-                self.param_groups, params, self._names(), self.state, self._layouts, self._stored, self._kernel_choice
+                self.param_groups, params, names, self.state, self._layouts, self._stored, self._kernel_choice
             )
         return plan
 

@@ -8,50 +8,46 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from shardopt.errors import InputError
+from shardopt.optim.checked import CheckedOptimizer, Stored
 from shardopt.optim.schedules import beta3_at
 from shardopt.slices import local_tensor
 
 
-class _Elementwise(Optimizer, abc.ABC):
-    """The step around an update of one parameter; subclasses say the update and what its state starts as."""
-
-    @abc.abstractmethod
-    def _check(self, group: dict[str, Any]) -> None:
-        """Refuse hyper-parameters out of range."""
-
-    @abc.abstractmethod
-    def _fresh_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]: ...
+class _Elementwise(CheckedOptimizer):
+    """The step around an update of one parameter, whose state is m1 (from 0) and nu; subclasses say the update."""
 
     @abc.abstractmethod
     def _direction(self, group: dict[str, Any], state: dict[str, Any], t: int, grad: Tensor) -> Tensor:
         """Move the averages to step `t` (from 1) and return u, a tensor of the caller's to change."""
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, and refuses hyper-parameters out of range and parameters that are not fp32 or fp64."""
-        name = type(self).__name__
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        _require("lr", group["lr"], 0.0, math.inf)
-        _require("weight_decay", group["weight_decay"], 0.0, math.inf)
-        _require("eps", group["eps"], 0.0, math.inf)
+    def _check_settings(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "weight_decay", "eps"):
+            group[name] = _require(name, group[name], 0.0, math.inf)
         if len(group["betas"]) != 2:
             raise InputError(f"betas must be two numbers, got {group['betas']!r}")
-        for i, beta in enumerate(group["betas"]):
-            _require(f"betas[{i}]", beta, 0.0, 1.0)
-        self._check(group)
-        for param in group["params"]:
-            if param.dtype not in (torch.float32, torch.float64):
-                raise InputError(
-                    f"{name} keeps no master weights, so its parameters must be float32 or float64, got {param.dtype}"
-                )
+        group["betas"] = tuple(_require(f"betas[{i}]", beta, 0.0, 1.0) for i, beta in enumerate(group["betas"]))
+
+    def _check_parameter(self, group: Mapping[str, Any], param: Tensor, name: str) -> None:
+        if param.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"{type(self).__name__} keeps no master weights, so its parameters must be float32 or float64: {name} "
+                f"is {param.dtype}"
+            )
+
+    def _stored(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Stored]:
+        local = local_tensor(param.detach())
+        return dict.fromkeys(("m1", "nu"), Stored(local.dtype, local.shape))
+
+    def _counter(self, step: int, group: Mapping[str, Any], param: Tensor) -> Tensor:
+        return torch.tensor(float(step))  # on the CPU, as torch's own: read without a sync
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -64,8 +60,9 @@ class _Elementwise(Optimizer, abc.ABC):
     def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
         if not state:
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)  # as torch's own: read without a sync
-            state.update(self._fresh_state(group, param))
+            state["step"] = self._counter(0, group, param)
+            state["m1"] = torch.zeros_like(param)
+            state["nu"] = torch.full_like(param, group.get("initial_accumulator", 0.0))
         return state
 
     @torch.no_grad()
@@ -76,31 +73,31 @@ class _Elementwise(Optimizer, abc.ABC):
             closure: evaluates the model again and returns the loss, with gradients on.
 
         Raises:
-            InputError: a sparse gradient.
+            InputError: a setting changed to one out of its range.
+            RuntimeError: a sparse gradient, as torch's own optimizers have it. Nothing has moved in either case.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        self._check_changes()
+        if self._only_creates_state():
+            self.init_state()
+            return loss
+        graded = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(param.grad.is_sparse for _, param in graded):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients: use dense embeddings")
+        for group, param in graded:
             lr = float(group["lr"])
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param.grad.is_sparse:
-                    raise InputError(f"{type(self).__name__} takes no sparse gradients: use dense embeddings")
-                fresh = param not in self.state
-                weight, grad = local_tensor(param), local_tensor(param.grad)
-                state = self._state_of(group, param)
-                if fresh and lr == 0 and not grad.any():
-                    continue  # torch.distributed.checkpoint makes state by such a step: it must not count
-                state["step"] += 1
-                local = {key: local_tensor(value) for key, value in state.items()}
-                if group["maximize"]:
-                    grad = -grad
-                u = self._direction(group, local, int(state["step"]), grad)
-                if lr != 0:
-                    weight.sub_(u.add_(weight, alpha=group["weight_decay"]), alpha=lr)
+            weight, grad = local_tensor(param), local_tensor(param.grad)
+            state = self._state_of(group, param)
+            state["step"] += 1
+            local = {key: local_tensor(value) for key, value in state.items()}
+            if group["maximize"]:
+                grad = -grad
+            u = self._direction(group, local, int(state["step"]), grad)
+            if lr != 0:
+                weight.sub_(u.add_(weight, alpha=group["weight_decay"]), alpha=lr)
         return loss
 
 
@@ -146,11 +143,9 @@ class Yogi(_Elementwise):
             },
         )
 
-    def _check(self, group: dict[str, Any]) -> None:
+    def _check_settings(self, group: dict[str, Any]) -> None:
+        super()._check_settings(group)
         _require("initial_accumulator", group["initial_accumulator"], 0.0, math.inf)
-
-    def _fresh_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
-        return {"m1": torch.zeros_like(param), "nu": torch.full_like(param, group["initial_accumulator"])}
 
     def _direction(self, group: dict[str, Any], state: dict[str, Any], t: int, grad: Tensor) -> Tensor:
         beta1, beta2 = group["betas"]
@@ -210,7 +205,8 @@ class SimplifiedAdEMAMix(_Elementwise):
             },
         )
 
-    def _check(self, group: dict[str, Any]) -> None:
+    def _check_settings(self, group: dict[str, Any]) -> None:
+        super()._check_settings(group)
         _require("alpha", group["alpha"], 0.0, math.inf)
         if group["beta1_warmup"] is None:
             return
@@ -220,9 +216,6 @@ class SimplifiedAdEMAMix(_Elementwise):
                 f"min_beta1 must be in [0, betas[0]] = [0, {group['betas'][0]}] with beta1_warmup, "
                 f"got {group['min_beta1']}"
             )
-
-    def _fresh_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
-        return {"m1": torch.zeros_like(param), "nu": torch.zeros_like(param)}
 
     def _direction(self, group: dict[str, Any], state: dict[str, Any], t: int, grad: Tensor) -> Tensor:
         beta1, beta2 = group["betas"]
@@ -234,6 +227,8 @@ class SimplifiedAdEMAMix(_Elementwise):
         return torch.add(m1, grad, alpha=group["alpha"]).div_(denominator)
 
 
-def _require(name: str, value: float, low: float, high: float) -> None:
+def _require(name: str, value: Any, low: float, high: float) -> Any:
+    """`value`, as a Python number where it is numpy's: torch.load makes a fuss of those."""
     if isinstance(value, str) or not low <= value < high:
         raise InputError(f"{name} must be in [{low:g}, {high:g}), got {value!r}")
+    return value.item() if isinstance(value, np.generic) else value

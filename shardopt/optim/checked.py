@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -34,7 +33,7 @@ class CheckedOptimizer(Optimizer, abc.ABC):
 
     @abc.abstractmethod
     def _check_settings(self, group: dict[str, Any]) -> None:
-        """Refuse hyper-parameters out of range, with an InputError."""
+        """Refuse hyper-parameters out of range, with an InputError; bring them into the form that the group keeps."""
 
     @abc.abstractmethod
     def _check_parameter(self, group: Mapping[str, Any], param: Tensor, name: str) -> None:
@@ -64,7 +63,6 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         try:
-            self._normalise(added)
             self._check_settings(added)
             for i, param in enumerate(added["params"]):
                 self._check_parameter(added, param, added.get("param_names", {i: f"number {i} of its group"})[i])
@@ -72,46 +70,16 @@ class CheckedOptimizer(Optimizer, abc.ABC):
             self.param_groups.pop()
             raise
 
-    def _normalise(self, group: dict[str, Any]) -> None:
-        """Plain Python numbers for numpy's, and copies of what the caller could change behind our back."""
-        for key, value in group.items():
-            if isinstance(value, np.generic):
-                group[key] = value.item()
-            elif isinstance(value, Mapping):
-                group[key] = dict(value)
-        if isinstance(group["betas"], (list, tuple)):
-            group["betas"] = tuple(beta.item() if isinstance(beta, np.generic) else beta for beta in group["betas"])
-
     def _check_changes(self) -> None:
         """Check the groups' settings where they are not those that were checked last; cheap where they are."""
-        keys = [key for key in self.defaults if key not in ("lr", "differentiable")]
+        keys = [key for key in self.defaults if key != "lr"]
         now = [tuple(map(group.get, keys)) for group in self.param_groups]
         for i, group in enumerate(self.param_groups):
             lr = group["lr"]
             if type(lr) is float and 0.0 <= lr < math.inf and self._checked[i : i + 1] == now[i : i + 1]:
                 continue
-            self._normalise(group)
             self._check_settings(group)
-            if i < len(self._checked):
-                for param in group["params"]:
-                    if self.state.get(param):
-                        self._check_fit(group, param)
         self._checked = now
-
-    def _check_fit(self, group: Mapping[str, Any], param: Tensor) -> None:
-        """Refuse a group's settings that want another state than `param` has."""
-        wanted: dict[str, Any] = {key: stored.dtype for key, stored in self._stored(group, param).items()}
-        wanted["step"] = type(self._counter(0, group, param))
-        state = self.state[param]
-        for key in sorted({*wanted, *state} - {"schedule_step"}):
-            held = state.get(key)
-            there = type(held) if key == "step" or held is None else held.dtype
-            if wanted.get(key, type(None)) != there:
-                name = states.parameter_names(self)[param]
-                raise InputError(
-                    f"the settings of its group no longer fit the {key} of parameter {name} ({there}): "
-                    f"what decides which state is kept, and how, must not change once there is state"
-                )
 
     # -- loading --------------------------------------------------------------------------------------------------
 
@@ -139,7 +107,6 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         self._checked = ()
         try:
             for group in self.param_groups:
-                self._normalise(group)
                 self._check_settings(group)
                 for param in group["params"]:
                     saved = self.state.get(param)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +90,7 @@ def _pieces(tensor: Tensor, layouts: tuple[Layout, ...]) -> Iterator[tuple[Layou
 
 
 def is_scalar(key: str, value: object, param: Tensor) -> bool:
-    """Whether a state entry is a count or a number rather than one value an element."""
+    """Whether a state entry is a count or a number rather than one value per element."""
     if isinstance(value, Tensor):
         return value.dim() == 0 and (key in _SCALARS or param.dim() > 0)
     return isinstance(value, (int, float))
@@ -101,8 +103,11 @@ def state_slices(optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None 
         layouts: for parameters whose elements the optimizer cannot know itself (flat partitions).
 
     Raises:
-        InputError: a state tensor that does not hold one value an element: the optimizer is not elementwise.
+        InputError: a state tensor that does not hold one value per element: the optimizer is not elementwise.
     """
+    refuse = getattr(optimizer, "refuse_weight_ema", None)
+    if refuse is not None:
+        refuse("a checkpoint or a report of the state")
     slices = []
     for param, where in layouts_of(optimizer, layouts).items():
         state = optimizer.state.get(param, {})
@@ -111,9 +116,14 @@ def state_slices(optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None 
             if key.endswith("_scale") or value is None or is_scalar(key, value, param):
                 continue
             values = local_tensor(value) if isinstance(value, Tensor) else None
+            if values is not None and values.numel() != elements and len(where) == 1 and where[0].is_whole:
+                # not elementwise (Adafactor's rows and columns): a tensor of its own, whole where the parameter is
+                own = Layout.whole(f"{where[0].name}.{key}", values.shape)
+                slices.append(Slice(own.name, key, own, (values,)))
+                continue
             if values is None or values.numel() != elements:
                 raise InputError(
-                    f"{type(optimizer).__name__} keeps state {key!r} of {where[0].name} that is not one value an "
+                    f"{type(optimizer).__name__} keeps state {key!r} of {where[0].name} that is not one value per "
                     f"element: only elementwise optimizers can be sharded and saved in slices"
                 )
             scale = state.get(f"{key}_scale")
@@ -176,37 +186,59 @@ def load_step_counts(optimizer: Optimizer, mapping: Mapping[str, Mapping[str, in
 def init_state(optimizer: Optimizer) -> None:
     """Create the state of every parameter that requires grad, without moving a weight or counting a step.
 
-    An optimizer's own `init_state` is used where it has one. Otherwise it takes one step on a stand-in of each
-    parameter (zeros, with a zero gradient), so that its own code makes the state; the counts are then reset.
-    State that exists is left alone.
+    An optimizer's own `init_state` is used where it has one. Otherwise its own code makes the state, in a step on a
+    stand-in of each parameter (zeros, with a zero gradient). State that exists is left alone.
+
+    Raises:
+        InputError: SGD with dampening, whose momentum begins with the first gradient and not with zeros.
     """
     own = getattr(optimizer, "init_state", None)
     if own is not None:
         own()
         return
+    if any(group.get("dampening") for group in optimizer.param_groups):
+        raise InputError(
+            f"{type(optimizer).__name__} with dampening begins its momentum with the first gradient undamped: no state "
+            f"made before it gives the same run. Set dampening=0"
+        )
     groups = list(optimizer.param_groups)
     hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = (
-        type(hooks[0])(),
-        type(hooks[1])(),
-    )
+    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = type(hooks[0])(), type(hooks[1])()
     try:
         for group in groups:
             for param in group["params"]:
-                if not param.requires_grad or optimizer.state.get(param):
-                    continue
-                stand_in = torch.zeros_like(param).requires_grad_()
-                stand_in.grad = torch.zeros_like(param)
-                optimizer.param_groups = [{**group, "params": [stand_in]}]
-                type(optimizer).step(optimizer)
-                state = optimizer.state.pop(stand_in, {})
-                for key, value in state.items():
-                    if key == "step":
-                        state[key] = torch.zeros_like(value) if isinstance(value, Tensor) else 0
-                optimizer.state[param] = state
+                if param.requires_grad and not optimizer.state.get(param):
+                    optimizer.state[param] = _state_of_stand_in(optimizer, group, param)
     finally:
         optimizer.param_groups = groups
         optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
+
+
+def _state_of_stand_in(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """The state that `optimizer` makes for a parameter like `param`, as it is before the first step."""
+    stand_in = torch.zeros_like(param).requires_grad_()
+    stand_in.grad = torch.zeros_like(param)
+    optimizer.param_groups = [{**group, "params": [stand_in]}]
+    fresh: dict[str, Any] = {}
+    prepare = getattr(optimizer, "_init_group", None)  # where torch's optimizers make state, before they update it
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        made = prepare(*args, **kwargs)  # type: ignore[misc]
+        fresh.update(copy.deepcopy(optimizer.state.get(stand_in, {})))
+        return made
+
+    if prepare is not None:
+        optimizer._init_group = observed  # type: ignore[attr-defined]
+    try:
+        type(optimizer).step(optimizer)
+    finally:
+        if prepare is not None:
+            del optimizer._init_group  # type: ignore[attr-defined]
+    # Made in the step itself where `_init_group` makes none (SGD's momentum): a step with a zero gradient leaves zeros.
+    state = optimizer.state.pop(stand_in, {})
+    if not fresh and "step" in state:
+        state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
+    return fresh or state
 
 
 # -- slices: what checkpoints read and write ------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from torch import nn
 
 from shardopt.errors import InputError
 from shardopt.optim import registry
+from shardopt.pretrain.metrics import read_metrics
 from tests.distributed.pool import on_ranks
+from tests.pretrain import tiny
 
 ELEMENTWISE = [
     "adadelta",
@@ -168,6 +172,27 @@ def test_fused_adam_differs_in_the_last_bits_only(name: str) -> None:
 def test_adafactor_is_not_elementwise() -> None:
     spec = registry.spec("adafactor", lr=0.1)
     assert not torch.allclose(_train(spec, [0]), _train(spec, [0, 1003]), rtol=1e-3, atol=1e-3)
+
+
+def test_adafactor_trains_and_resumes_on_one_process(tmp_path: Path) -> None:
+    """Its state is not one value per element: row and column averages are saved as tensors of their own."""
+    tiny.corpus(tmp_path / "text")
+    changes = {
+        "engine": "{name: single}",
+        "optimizer": "{name: adafactor, lr: 0.01}",
+        "schedule": "{name: constant, warmup: 1}",
+        "train__steps": 6,
+        "checkpoint__every": 3,
+    }
+    losses = []
+    for _ in range(2):
+        tiny.run(0, 1, tmp_path, run__name="run", **changes)
+        losses.append([row["loss"] for row in read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")])
+        shutil.rmtree(tmp_path / "runs" / "run" / "checkpoints" / "step-00000006")
+    assert len(losses[0]) == 6
+    assert losses[1] == losses[0]
+    with pytest.raises(InputError, match=r"Muon only supports 2D parameters .* size: torch.Size\(\[32\]\)"):
+        tiny.run(0, 1, tmp_path, run__name="muon", **changes | {"optimizer": "{name: muon}"})
 
 
 def _sharded(rank: int, world_size: int, name: str, partly: bool) -> tuple[int, float]:

@@ -10,6 +10,7 @@ from torch import nn
 import shardopt
 from shardopt.errors import InputError
 from shardopt.optim import states
+from shardopt.optim.baselines import Yogi
 from shardopt.slices import layout_of
 from tests.distributed.pool import on_ranks
 
@@ -192,3 +193,79 @@ def refuse_columns(rank, size):
 
 def test_placements_that_cannot_be_described_are_refused_where_it_matters():
     assert on_ranks(2, refuse_columns) == [True, True]
+
+
+def block_state_through_dcp(rank, size, folder, save):
+    """Save with torch.distributed.checkpoint after two steps, or load and compare with the run that saved."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (size,))
+
+    def build():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(300, 5), nn.Tanh(), nn.Linear(5, 1))  # uneven rows, and a rank with none
+        fully_shard(net, mesh=mesh)
+        formats = {"m1": "block16", "m2": "block8", "nu": "block8"}
+        return net, shardopt.AdEMAMix(net.named_parameters(), lr=0.05, state_dtype=formats, weight_ema=0.9)
+
+    def train(net, optimizer, start):
+        for step in range(start, start + 2):
+            optimizer.zero_grad()
+            net(torch.linspace(-1, 1, 600).view(2, 300) * (1 + rank + step)).square().mean().backward()
+            optimizer.step()
+
+    net, optimizer = build()
+    if save:
+        train(net, optimizer, 0)
+        dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=folder)
+        twin, other = build()
+        twin.load_state_dict(net.state_dict())
+        read = {"optimizer": get_optimizer_state_dict(twin, other)}
+        dcp.load(read, checkpoint_id=folder)
+        set_optimizer_state_dict(twin, other, read["optimizer"])
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            assert set(optimizer.state[p]) == set(other.state[q])
+            for key, value in optimizer.state[p].items():
+                held = other.state[q][key]
+                same = torch.equal(held.to_local(), value.to_local()) if key != "step" else held == value
+                assert same, key
+        train(net, optimizer, 2)
+        train(twin, other, 2)
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p.to_local(), q.to_local())
+        return float(sum(optimizer.statistics().values()))
+    with pytest.raises(CheckpointException, match=r"Size mismatch .* for optimizer.state.0.weight.m1_scale"):
+        dcp.load({"optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=folder)
+    return True
+
+
+def test_block_formats_go_through_torch_distributed_checkpoint(tmp_path):
+    assert len(set(on_ranks(2, block_state_through_dcp, tmp_path, True))) == 2
+    # blocks of another world size end elsewhere
+    assert on_ranks(3, block_state_through_dcp, tmp_path, False) == [True] * 3
+
+
+def count_steps_with_empty_shards(rank, size):
+    """Steps counted on this rank, whose first has lr = 0, and a gradient in row 0 alone."""
+    place = shard(rank, size)
+    counts = []
+    for cls in (shardopt.AdEMAMix, Yogi):
+        params = [(name, nn.Parameter(place(torch.ones(rows, 3)))) for name, rows in (("one", 1), ("four", 4))]
+        optimizer = cls(params, lr=0.0)
+        for _ in range(2):
+            for _, param in params:
+                grad = torch.zeros(param.shape)
+                grad[0] = 1.0
+                param.grad = place(grad)
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.1
+        counts.append(states.step_counts(optimizer))
+    return counts
+
+
+def test_ranks_with_empty_shards_count_steps_as_the_others_do():
+    assert on_ranks(3, count_steps_with_empty_shards) == [[{"one": {"step": 2}, "four": {"step": 2}}] * 2] * 3

@@ -61,6 +61,42 @@ def test_init_state_moves_and_counts_nothing(name):
         assert torch.equal(param, other)
 
 
+TORCHS = {
+    "Adadelta": {},
+    "Adagrad": {"initial_accumulator_value": 0.1},
+    "Adafactor": {},
+    "Adamax": {},
+    "ASGD": {"t0": 1.0, "lambd": 0.1},
+    "NAdam": {},
+    "RAdam": {},
+    "Rprop": {},
+    "SGD": {"momentum": 0.9, "nesterov": True},
+}
+
+
+@pytest.mark.parametrize("name", TORCHS)
+@pytest.mark.parametrize("foreach", [False, True])
+def test_run_after_init_state_is_the_run_without_it(name, foreach):
+    nets, cls = (model(), model()), getattr(torch.optim, name)
+    optimizer, plain = (cls(net.named_parameters(), lr=0.05, foreach=foreach, **TORCHS[name]) for net in nets)
+    states.init_state(optimizer)
+    assert all(optimizer.state[param] for param in nets[0].parameters())
+    assert "_init_group" not in vars(optimizer)
+    train(nets[0], optimizer, 4)
+    train(nets[1], plain, 4)
+    assert states.step_counts(optimizer) == states.step_counts(plain)
+    for param, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(param, other)
+
+
+def test_init_state_refuses_sgd_with_dampening():
+    net = model()
+    optimizer = torch.optim.SGD(net.named_parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+    with pytest.raises(InputError, match=r"SGD with dampening begins its momentum .* Set dampening=0"):
+        states.init_state(optimizer)
+    assert not optimizer.state
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_slices_and_scalars_carry_a_run_over(name):
     net = model()
@@ -149,10 +185,17 @@ def test_names():
     assert list(states.parameter_names(named).values()) == ["0"]
 
 
-def test_what_is_not_elementwise_is_refused():
-    net = nn.Linear(4, 4)
-    optimizer = torch.optim.Adafactor(net.parameters())
+def test_state_that_is_not_elementwise_is_sliced_whole_and_refused_on_a_shard():
+    net = nn.Linear(4, 3)
+    optimizer = torch.optim.Adafactor(net.named_parameters())
     net(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    with pytest.raises(InputError, match="Adafactor keeps state 'row_var' of 0 that is not one value an element"):
-        states.state_slices(optimizer)
+    found = {(piece.name, piece.kind): piece for piece in states.state_slices(optimizer)}
+    assert set(found) == {("weight.row_var", "row_var"), ("weight.col_var", "col_var"), ("bias", "variance")}
+    for (name, kind), piece in found.items():
+        state = optimizer.state[getattr(net, name.split(".")[0])][kind]
+        assert piece.layout == Layout.whole(name, state.shape)
+        assert piece.tensors[0].data_ptr() == state.data_ptr()
+    part = {param: Layout.contiguous(name, (9, 4), 0, param.numel()) for name, param in net.named_parameters()}
+    with pytest.raises(InputError, match="Adafactor keeps state 'row_var' of weight that is not one value per element"):
+        states.state_slices(optimizer, part)
