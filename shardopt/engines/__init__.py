@@ -46,7 +46,7 @@ def check(config: EngineConfig, optimizer: OptimizerSpec, world_size: int, distr
         raise InputError(f"engine.name: {name} needs torchrun (or choose engine.name=single)")
     if world_size % replicate:
         raise InputError(f"engine.replicate: {replicate} does not divide the {world_size} ranks of this run")
-    if isinstance(config, ZeroConfig | DeepspeedConfig) and not optimizer.elementwise:
+    if isinstance(config, ZeroConfig | FsdpConfig | DeepspeedConfig) and not optimizer.elementwise:
         raise InputError(
             f"engine.name: {name} cannot shard {optimizer.cls.__name__}: {optimizer.reason}; choose ddp or another "
             f"optimizer"

@@ -226,6 +226,7 @@ def test_the_command_that_starts_ranks_ends_as_they_do_and_without_a_traceback(f
         ({"train__micro_batch": 8}, "8 cannot be cut into micro-batches of 8 over 2 ranks"),
         ({"engine": "{name: single}"}, "engine.name: single runs on one process, this run has 2"),
         ({"engine": "{name: zero}", "optimizer": "{name: muon}"}, "engine.name: zero cannot shard Muon"),
+        ({"engine": "{name: fsdp}", "optimizer": "{name: adafactor}"}, "engine.name: fsdp cannot shard Adafactor"),
     ],
 )
 def test_config_is_checked_before_any_rank_is_started(folder, monkeypatch, capsys, mistake, message):
