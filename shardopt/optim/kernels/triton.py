@@ -25,7 +25,7 @@ marked `cuda`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -38,7 +38,19 @@ from torch import Tensor
 from shardopt.errors import InputError
 from shardopt.optim.kernels.table import Table
 from shardopt.optim.precision import BLOCK, FORMATS
-from shardopt.optim.schema import DOUBLES, FLAG_BITS, HALVES, KINDS, MASTERS, POINTERS, SCALES, SEGMENT, SKIP, TYPES
+from shardopt.optim.schema import (
+    DOUBLES,
+    FLAG_BITS,
+    HALVES,
+    KINDS,
+    MASTERS,
+    POINTERS,
+    SCALES,
+    SEGMENT,
+    SKIP,
+    STATE_TENSORS,
+    TYPES,
+)
 
 _BLOCK = 1024  # elements of a program; a multiple of precision.BLOCK
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -52,45 +64,47 @@ _SCALE_BLOCK = tl.constexpr(BLOCK)
 _ONE_WORD = 8  # bytes
 
 
-def _places(names: Sequence[str], *wanted: str) -> Iterator[tl.constexpr]:
-    return (tl.constexpr(names.index(name)) for name in wanted)
-
-
 # The fields of SEGMENT, in 64-bit words: what a captured step reads.
 _FIELDS: Mapping[str, Any] = SEGMENT.fields or {}
 _PLACE = {name: field[1] // _ONE_WORD for name, field in _FIELDS.items()}
 _WORDS = tl.constexpr(SEGMENT.itemsize // _ONE_WORD)
-_KEY_AT, _LR_AT, _BETA1_AT, _BETA2_AT, _RATE_AT = (
-    tl.constexpr(_PLACE[name]) for name in ("key", "lr", "beta1", "beta2", "weight_ema_rate")
-)
-_ALPHA_AT, _BETA3_AT, _ALPHA_WARMUP_AT, _BETA3_WARMUP_AT = (
-    tl.constexpr(_PLACE[name]) for name in ("alpha_final", "beta3_final", "alpha_warmup", "beta3_warmup")
-)
-_STEP_POINTER_AT, _SCHEDULE_POINTER_AT, _LR_POINTER_AT = (
-    tl.constexpr(_PLACE[name]) for name in ("step_pointer", "schedule_pointer", "lr_pointer")
-)
 
-# A row on the device, in 64-bit words: the first fields of SEGMENT as they are, then what is worked out from the rest.
+# A row on the device, in 64-bit words: the first fields of SEGMENT as they are, then what is worked out from the rest,
+# then, two by two, the doubles as floats, the rates 1 - beta, and the gradient's sign.
 _COPIED = (*POINTERS, *SCALES, "length", "start")
 assert SEGMENT.names is not None
 assert SEGMENT.names[: len(_COPIED)] == _COPIED
-_PAIRS = 1 + max(half.pair for half in HALVES.values())
-_PAIRS_IN_ROW = tl.constexpr(_PAIRS)
-_COMPUTED = (*(f"stream{pair}" for pair in range(_PAIRS)), "first", "flags")
-_ROW = (*_COPIED, *_COMPUTED)
-_WEIGHT, _GRAD, _MASTER, _LENGTH, _START = _places(_ROW, "weight", "grad", "master", "length", "start")
-_M1, _M2, _NU, _WEIGHT_EMA = _places(_ROW, "m1", "m2", "nu", "weight_ema")
-_M1_SCALE, _M2_SCALE, _NU_SCALE, _WEIGHT_EMA_SCALE = _places(_ROW, *SCALES)
-_STREAM, _FIRST, _FLAGS = _places(_ROW, "stream0", "first", "flags")
-# and in the words after them, two by two, the doubles as floats, the rates 1 - beta, and the gradient's sign
+_PAIRS = tl.constexpr(1 + max(half.pair for half in HALVES.values()))
+_ROW = (*_COPIED, *(f"stream{pair}" for pair in range(_PAIRS.value)), "first", "flags")
 _NUMBERS = (*DOUBLES, "rate1", "rate2", "rate3", "sign")
+_ROW_PLACE = {name: i for i, name in enumerate(_ROW)}
+_NUMBER_PLACE = {name: i for i, name in enumerate(_NUMBERS)}
+_UNSIGNED = {tensor.key for tensor in STATE_TENSORS if not tensor.signed}
 _FLOATS, _COLUMNS = tl.constexpr(len(_ROW)), tl.constexpr(len(_ROW) + (len(_NUMBERS) + 1) // 2)
-_LR, _BETA1, _BETA2, _BETA3, _RATE1, _RATE2, _RATE3, _SIGN = _places(
-    _NUMBERS, "lr", "beta1", "beta2", "beta3", "rate1", "rate2", "rate3", "sign"
-)
-_ALPHA, _BIAS_CORRECTION1, _BIAS_CORRECTION2, _EPS, _EPS_ROOT, _DECAY, _WEIGHT_EMA_RATE = _places(
-    _NUMBERS, "alpha", "bias_correction1", "bias_correction2", "eps", "eps_root", "weight_decay", "weight_ema_rate"
-)
+
+
+# Places by name, looked up while compiling.
+
+
+@triton.constexpr_function
+def _field(name):
+    return _PLACE[name]
+
+
+@triton.constexpr_function
+def _word(name):
+    return _ROW_PLACE[name]
+
+
+@triton.constexpr_function
+def _number(name):
+    return _NUMBER_PLACE[name]
+
+
+@triton.constexpr_function
+def _unsigned(name):
+    return name in _UNSIGNED
+
 
 # What a kernel is compiled for: the bytes KINDS of a row in one number, with the bits to shift each down by.
 _KIND_BITS = {name: 8 * i for i, name in enumerate(KINDS)}
@@ -157,18 +171,18 @@ def _pointers(at, TYPE: tl.constexpr, block, offsets, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _read(at, TYPE: tl.constexpr, block, offsets, live, ALIGNED: tl.constexpr, FULL: tl.constexpr):
+def _read(at, TYPE: tl.constexpr, block, left, offsets, ALIGNED: tl.constexpr, FULL: tl.constexpr):
     pointers = _pointers(at, TYPE, block, offsets, ALIGNED)
-    return tl.load(pointers) if FULL else tl.load(pointers, mask=live, other=0)
+    return tl.load(pointers) if FULL else tl.load(pointers, mask=offsets < left, other=0)
 
 
 @triton.jit
-def _write(at, TYPE: tl.constexpr, values, block, offsets, live, ALIGNED: tl.constexpr, FULL: tl.constexpr):
+def _write(at, TYPE: tl.constexpr, values, block, left, offsets, ALIGNED: tl.constexpr, FULL: tl.constexpr):
     pointers = _pointers(at, TYPE, block, offsets, ALIGNED)
     if FULL:
         tl.store(pointers, values)
     else:
-        tl.store(pointers, values, mask=live)
+        tl.store(pointers, values, mask=offsets < left)
 
 
 @triton.jit
@@ -186,74 +200,74 @@ def _nearest_bf16(x):
 
 
 @triton.jit
-def _read_values(at, TYPE: tl.constexpr, block, offsets, live, ALIGNED: tl.constexpr, FULL: tl.constexpr):
+def _read_values(at, TYPE: tl.constexpr, block, left, offsets, ALIGNED: tl.constexpr, FULL: tl.constexpr):
     if TYPE == _FP32:
-        x = _read(at, tl.float32, block, offsets, live, ALIGNED, FULL)
+        x = _read(at, tl.float32, block, left, offsets, ALIGNED, FULL)
     elif TYPE == _BF16:
-        x = _read(at, tl.uint16, block, offsets, live, ALIGNED, FULL).to(tl.uint32) << 16
+        x = _read(at, tl.uint16, block, left, offsets, ALIGNED, FULL).to(tl.uint32) << 16
         x = x.to(tl.float32, bitcast=True)
     else:
         tl.static_assert(TYPE == _FP16)
-        x = _read(at, tl.float16, block, offsets, live, ALIGNED, FULL).to(tl.float32)
+        x = _read(at, tl.float16, block, left, offsets, ALIGNED, FULL).to(tl.float32)
     return x
 
 
 @triton.jit
+def _of_scales(block, left, offsets):
+    """block, left and offsets of the scales of these elements."""
+    return block // _SCALE_BLOCK, (left + _SCALE_BLOCK - 1) // _SCALE_BLOCK, tl.arange(0, offsets.shape[0])
+
+
+@triton.jit
 def _read_state(
-    at,
-    scales,
-    FORMAT: tl.constexpr,
-    IS_NU: tl.constexpr,
-    block,
-    offsets,
-    groups,
-    live,
-    scale_live,
-    ALIGNED: tl.constexpr,
-    FULL: tl.constexpr,
+    row, NAME: tl.constexpr, KIND: tl.constexpr, block, left, offsets, ALIGNED: tl.constexpr, FULL: tl.constexpr
 ):
+    FORMAT: tl.constexpr = _code(KIND, NAME + "_format")
+    IS_NU: tl.constexpr = _unsigned(NAME)
+    at = tl.load(row + _word(NAME))
     if FORMAT <= _BF16:
-        x = _read_values(at, FORMAT, block, offsets, live, ALIGNED, FULL)
+        x = _read_values(at, FORMAT, block, left, offsets, ALIGNED, FULL)
     else:
-        scale = _read(scales, tl.float32, block // _SCALE_BLOCK, groups, scale_live, False, FULL)[:, None]
+        scale = _read(tl.load(row + _word(NAME + "_scale")), tl.float32, *_of_scales(block, left, offsets), False, FULL)
+        scale = scale[:, None]
         if FORMAT == _BLOCK16:
-            codes = _read(at, tl.uint16, block, offsets, live, ALIGNED, FULL).to(tl.uint32)
+            codes = _read(at, tl.uint16, block, left, offsets, ALIGNED, FULL).to(tl.uint32)
             magnitude = codes if IS_NU else codes & 0x7FFF
             x = (magnitude << 12).to(tl.float32, bitcast=True) * (2.0**112) * scale
             if not IS_NU:
                 x = (x.to(tl.uint32, bitcast=True) | ((codes & 0x8000) << 16)).to(tl.float32, bitcast=True)
         elif IS_NU:
-            x = _read(at, tl.uint8, block, offsets, live, ALIGNED, FULL).to(tl.float32)
+            x = _read(at, tl.uint8, block, left, offsets, ALIGNED, FULL).to(tl.float32)
             x = x * x * scale
         else:
-            x = _read(at, tl.int8, block, offsets, live, ALIGNED, FULL).to(tl.float32) * scale
+            x = _read(at, tl.int8, block, left, offsets, ALIGNED, FULL).to(tl.float32) * scale
     return x
 
 
 @triton.jit
 def _write_state(
-    at,
-    scales,
-    FORMAT: tl.constexpr,
-    IS_NU: tl.constexpr,
+    row,
+    NAME: tl.constexpr,
+    KIND: tl.constexpr,
     x,
     bits,
     block,
+    left,
     offsets,
-    groups,
-    live,
-    scale_live,
     ALIGNED: tl.constexpr,
     FULL: tl.constexpr,
 ):
+    FORMAT: tl.constexpr = _code(KIND, NAME + "_format")
+    IS_NU: tl.constexpr = _unsigned(NAME)
+    at = tl.load(row + _word(NAME))
     if FORMAT == _FP32:
-        _write(at, tl.float32, x, block, offsets, live, ALIGNED, FULL)
+        _write(at, tl.float32, x, block, left, offsets, ALIGNED, FULL)
     elif FORMAT == _BF16:
-        _write(at, tl.uint16, _to_bf16(x, bits), block, offsets, live, ALIGNED, FULL)
+        _write(at, tl.uint16, _to_bf16(x, bits), block, left, offsets, ALIGNED, FULL)
     else:
         magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # in the order of the values
         if not FULL:
-            magnitude = tl.where(live, magnitude, 0)
+            magnitude = tl.where(offsets < left, magnitude, 0)
         largest = tl.max(magnitude, axis=1)
         wrong = largest >= 0x7F800000  # a block with a value that is not finite: codes 0 under a scale of NaN
         if FORMAT == _BLOCK16:
@@ -266,7 +280,7 @@ def _write_state(
             code = tl.minimum(((raw & 0x7FFFFFFF) + (bits >> 4)) >> 12, LIMIT)
             code = tl.where((code == 0) & (x > 0.0), 1, code) if IS_NU else code | ((raw >> 16) & 0x8000)
             code = tl.where(wrong[:, None], 0, code)
-            _write(at, tl.uint16, code.to(tl.uint16), block, offsets, live, ALIGNED, FULL)
+            _write(at, tl.uint16, code.to(tl.uint16), block, left, offsets, ALIGNED, FULL)
         else:
             PER_STEP: tl.constexpr = 1.0 / (255.0 * 255.0) if IS_NU else 1.0 / 127.0
             scale = largest.to(tl.float32, bitcast=True) * PER_STEP
@@ -282,7 +296,7 @@ def _write_state(
                 code = tl.where(code < 255.0, code, 255.0)
                 code = tl.where((code == 0.0) & (x > 0.0), 1.0, code)
                 code = tl.where(wrong[:, None], 0.0, code)
-                _write(at, tl.uint8, code.to(tl.int32).to(tl.uint8), block, offsets, live, ALIGNED, FULL)
+                _write(at, tl.uint8, code.to(tl.int32).to(tl.uint8), block, left, offsets, ALIGNED, FULL)
             else:
                 code = y + uniform
                 code = tl.where(code < 127.0, code, 127.0)
@@ -290,9 +304,16 @@ def _write_state(
                 code = tl.where(wrong[:, None], 0.0, code)
                 cut = code.to(tl.int32)
                 cut -= (cut.to(tl.float32) > code).to(tl.int32)
-                _write(at, tl.int8, cut.to(tl.int8), block, offsets, live, ALIGNED, FULL)
+                _write(at, tl.int8, cut.to(tl.int8), block, left, offsets, ALIGNED, FULL)
         scale = tl.where(wrong, float("nan"), scale)
-        _write(scales, tl.float32, scale, block // _SCALE_BLOCK, groups, scale_live, False, FULL)
+        scales = tl.load(row + _word(NAME + "_scale"))
+        _write(scales, tl.float32, scale, *_of_scales(block, left, offsets), False, FULL)
+
+
+@triton.jit
+def _scalar(row, NAME: tl.constexpr):
+    """One of _NUMBERS."""
+    return tl.load((row + _FLOATS).to(tl.pointer_type(tl.float32), bitcast=True) + _number(NAME))
 
 
 # -- the update -------------------------------------------------------------------------------------------------
@@ -317,98 +338,75 @@ def _update(row, block, left, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
     IS_YOGI: tl.constexpr = _flag(KIND, _YOGI)
     groups = tl.arange(0, BLOCK // _SCALE_BLOCK)
     offsets = groups[:, None] * _SCALE_BLOCK + tl.arange(0, _SCALE_BLOCK)[None, :]
-    live = offsets < left
-    some = groups * _SCALE_BLOCK < left
 
-    g = _read_values(tl.load(row + _GRAD), GRAD, block, offsets, live, ALIGNED, FULL)
-    weight_at = tl.load(row + _WEIGHT)
-    master_at = tl.load(row + _MASTER)
+    g = _read_values(tl.load(row + _word("grad")), GRAD, block, left, offsets, ALIGNED, FULL)
+    weight_at = tl.load(row + _word("weight"))
+    master_at = tl.load(row + _word("master"))
     if MASTER == _FP32_MASTER:
-        w = _read_values(master_at, _FP32, block, offsets, live, ALIGNED, FULL)
+        w = _read_values(master_at, _FP32, block, left, offsets, ALIGNED, FULL)
     else:
-        w = _read_values(weight_at, WEIGHT, block, offsets, live, ALIGNED, FULL)
+        w = _read_values(weight_at, WEIGHT, block, left, offsets, ALIGNED, FULL)
     if MASTER == _SPLIT_MASTER:
-        low = _read(master_at, tl.int16, block, offsets, live, ALIGNED, FULL).to(tl.int32)
+        low = _read(master_at, tl.int16, block, left, offsets, ALIGNED, FULL).to(tl.int32)
         raw = w.to(tl.uint32, bitcast=True)
         low = tl.where(((raw & 0x7FFFFFFF) == 0) & (low < 0), 0, low)  # as precision.join_fp32
         w = (raw + low.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
-    m2_at, m2_scales = tl.load(row + _M2), tl.load(row + _M2_SCALE)
-    m2 = _read_state(m2_at, m2_scales, M2, False, block, offsets, groups, live, some, ALIGNED, FULL)
-    nu_at, nu_scales = tl.load(row + _NU), tl.load(row + _NU_SCALE)
-    nu = _read_state(nu_at, nu_scales, NU, True, block, offsets, groups, live, some, ALIGNED, FULL)
-    m1_at, m1_scales = tl.load(row + _M1), tl.load(row + _M1_SCALE)
+    m2 = _read_state(row, "m2", KIND, block, left, offsets, ALIGNED, FULL)
+    nu = _read_state(row, "nu", KIND, block, left, offsets, ALIGNED, FULL)
     if M1 != 0:
-        m1 = _read_state(m1_at, m1_scales, M1, False, block, offsets, groups, live, some, ALIGNED, FULL)
-    weight_ema_at, weight_ema_scales = tl.load(row + _WEIGHT_EMA), tl.load(row + _WEIGHT_EMA_SCALE)
+        m1 = _read_state(row, "m1", KIND, block, left, offsets, ALIGNED, FULL)
     if WEIGHT_EMA != 0:
-        weight_ema = _read_state(
-            weight_ema_at, weight_ema_scales, WEIGHT_EMA, False, block, offsets, groups, live, some, ALIGNED, FULL
-        )
-    c = (row + _FLOATS).to(tl.pointer_type(tl.float32), bitcast=True)
-    rate1, rate2, rate3 = tl.load(c + _RATE1), tl.load(c + _RATE2), tl.load(c + _RATE3)
-    beta1, beta2, beta3 = tl.load(c + _BETA1), tl.load(c + _BETA2), tl.load(c + _BETA3)
-    bias_correction1, bias_correction2, alpha = (
-        tl.load(c + _BIAS_CORRECTION1),
-        tl.load(c + _BIAS_CORRECTION2),
-        tl.load(c + _ALPHA),
-    )
-    eps, eps_root, decay = tl.load(c + _EPS), tl.load(c + _EPS_ROOT), tl.load(c + _DECAY)
-    lr, weight_ema_rate, sign = tl.load(c + _LR), tl.load(c + _WEIGHT_EMA_RATE), tl.load(c + _SIGN)
-    first = (tl.load(row + _START) + block).to(tl.uint64)
-    stream0 = tl.load(row + _STREAM).to(tl.uint64)
-    stream1 = tl.load(row + _STREAM + 1).to(tl.uint64)
-    stream2 = tl.load(row + _STREAM + 2).to(tl.uint64)
+        weight_ema = _read_state(row, "weight_ema", KIND, block, left, offsets, ALIGNED, FULL)
+        weight_ema_rate = _scalar(row, "weight_ema_rate")
+    first = (tl.load(row + _word("start")) + block).to(tl.uint64)
+    lr = _scalar(row, "lr")
 
-    g = g * sign
+    g = g * _scalar(row, "sign")
     fast = g
     if M1 != 0:
-        fast = _average(m1, g, beta1, rate1)
-    m2 = _average(m2, g, beta3, rate3)
+        fast = _average(m1, g, _scalar(row, "beta1"), _scalar(row, "rate1"))
+    m2 = _average(m2, g, _scalar(row, "beta3"), _scalar(row, "rate3"))
     squared = g * g
     squared = tl.where(squared > 2.0**127, 2.0**127, squared)  # reference.LARGEST_SQUARE
     if IS_YOGI:
         away = nu - squared
-        by = squared * rate2
+        by = squared * _scalar(row, "rate2")
         nu = nu - tl.where(away > 0.0, by, tl.where(away < 0.0, -by, 0.0))
     else:
-        nu = _average(nu, squared, beta2, rate2)
+        nu = _average(nu, squared, _scalar(row, "beta2"), _scalar(row, "rate2"))
     moves = lr != 0.0
-    u = tl.div_rn(fast * bias_correction1 + m2 * alpha, tl.sqrt_rn(nu * bias_correction2 + eps_root) + eps)
-    w = tl.where(moves, w - (u + w * decay) * lr, w)
+    denominator = tl.sqrt_rn(nu * _scalar(row, "bias_correction2") + _scalar(row, "eps_root")) + _scalar(row, "eps")
+    u = tl.div_rn(fast * _scalar(row, "bias_correction1") + m2 * _scalar(row, "alpha"), denominator)
+    w = tl.where(moves, w - (u + w * _scalar(row, "weight_decay")) * lr, w)
 
     ROUNDS_WEIGHT: tl.constexpr = WEIGHT == _BF16 and MASTER == 0
     words = tl.zeros(offsets.shape, tl.uint32)
     if M1 > _FP32 or M2 > _FP32:
-        words = _words(stream0, first, offsets)
+        words = _words(tl.load(row + _word("stream0")).to(tl.uint64), first, offsets)
     if M1 != 0:
-        _write_state(
-            m1_at, m1_scales, M1, False, fast, words & 0xFFFF, block, offsets, groups, live, some, ALIGNED, FULL
-        )
-    _write_state(m2_at, m2_scales, M2, False, m2, words >> 16, block, offsets, groups, live, some, ALIGNED, FULL)
+        _write_state(row, "m1", KIND, fast, words & 0xFFFF, block, left, offsets, ALIGNED, FULL)
+    _write_state(row, "m2", KIND, m2, words >> 16, block, left, offsets, ALIGNED, FULL)
     if NU > _FP32 or ROUNDS_WEIGHT:
-        words = _words(stream1, first, offsets)
-    _write_state(nu_at, nu_scales, NU, True, nu, words & 0xFFFF, block, offsets, groups, live, some, ALIGNED, FULL)
+        words = _words(tl.load(row + _word("stream1")).to(tl.uint64), first, offsets)
+    _write_state(row, "nu", KIND, nu, words & 0xFFFF, block, left, offsets, ALIGNED, FULL)
     if moves:
         if WEIGHT == _FP32:
-            _write(weight_at, tl.float32, w, block, offsets, live, ALIGNED, FULL)
+            _write(weight_at, tl.float32, w, block, left, offsets, ALIGNED, FULL)
         elif WEIGHT == _FP16:
-            _write(weight_at, tl.float16, w.to(tl.float16), block, offsets, live, ALIGNED, FULL)
+            _write(weight_at, tl.float16, w.to(tl.float16), block, left, offsets, ALIGNED, FULL)
         else:
             code = _to_bf16(w, words >> 16) if ROUNDS_WEIGHT else _nearest_bf16(w)
-            _write(weight_at, tl.uint16, code, block, offsets, live, ALIGNED, FULL)
+            _write(weight_at, tl.uint16, code, block, left, offsets, ALIGNED, FULL)
             if MASTER == _SPLIT_MASTER:
                 rest = w.to(tl.uint32, bitcast=True) - (code.to(tl.uint32) << 16)
-                _write(master_at, tl.uint16, rest.to(tl.uint16), block, offsets, live, ALIGNED, FULL)
+                _write(master_at, tl.uint16, rest.to(tl.uint16), block, left, offsets, ALIGNED, FULL)
         if MASTER == _FP32_MASTER:
-            _write(master_at, tl.float32, w, block, offsets, live, ALIGNED, FULL)
+            _write(master_at, tl.float32, w, block, left, offsets, ALIGNED, FULL)
     if WEIGHT_EMA != 0:
         weight_ema = weight_ema + (w - weight_ema) * weight_ema_rate
         if WEIGHT_EMA > _FP32:
-            words = _words(stream2, first, offsets) & 0xFFFF
-        at, scales = weight_ema_at, weight_ema_scales
-        _write_state(
-            at, scales, WEIGHT_EMA, False, weight_ema, words, block, offsets, groups, live, some, ALIGNED, FULL
-        )
+            words = _words(tl.load(row + _word("stream2")).to(tl.uint64), first, offsets)
+        _write_state(row, "weight_ema", KIND, weight_ema, words & 0xFFFF, block, left, offsets, ALIGNED, FULL)
 
 
 @triton.jit
@@ -416,9 +414,9 @@ def _step_kernel(table, owners, KIND: tl.constexpr, BLOCK: tl.constexpr):
     ALIGNED: tl.constexpr = _flag(KIND, _ALIGNED)
     program = tl.program_id(0)
     row = table + tl.load(owners + program).to(tl.int64) * _COLUMNS
-    flags = tl.load(row + _FLAGS)
-    block = (program - tl.load(row + _FIRST)) * BLOCK
-    left = tl.load(row + _LENGTH) - block
+    flags = tl.load(row + _word("flags"))
+    block = (program - tl.load(row + _word("first"))) * BLOCK
+    left = tl.load(row + _word("length")) - block
     if (flags & _SKIP) == 0:
         if left >= BLOCK:  # a mask of its own would keep the compiler from wide loads
             _update(row, block, left, KIND, ALIGNED, BLOCK, True)
@@ -435,7 +433,7 @@ def _double(row, FIELD: tl.constexpr, live):
 
 
 @triton.jit
-def _number(address, live):
+def _fp32_at(address, live):
     """The fp32 number at each address, as a double."""
     return tl.load(address.to(tl.pointer_type(tl.float32)), mask=live, other=1.0).to(tl.float64)
 
@@ -464,38 +462,38 @@ def _scalars_kernel(table, count, BLOCK: tl.constexpr):
     given = table + count * _COLUMNS + index * _WORDS
     c = (row + _FLOATS).to(tl.pointer_type(tl.float32), bitcast=True)
 
-    step_at = tl.load(given + _STEP_POINTER_AT, mask=live, other=0)
-    schedule_at = tl.load(given + _SCHEDULE_POINTER_AT, mask=live, other=0)
-    lr_at = tl.load(given + _LR_POINTER_AT, mask=live, other=0)
+    step_at = tl.load(given + _field("step_pointer"), mask=live, other=0)
+    schedule_at = tl.load(given + _field("schedule_pointer"), mask=live, other=0)
+    lr_at = tl.load(given + _field("lr_pointer"), mask=live, other=0)
     count_of_steps = _count(step_at, live)
     step = count_of_steps.to(tl.float64)
     scheduled = _count(tl.where(schedule_at == 0, step_at, schedule_at), live).to(tl.float64)
-    lr = tl.where(lr_at == 0, _double(given, _LR_AT, live), _number(lr_at, live & (lr_at != 0)))
+    lr = tl.where(lr_at == 0, _double(given, _field("lr"), live), _fp32_at(lr_at, live & (lr_at != 0)))
 
-    beta1 = _double(given, _BETA1_AT, live)
-    warmup = _double(given, _ALPHA_WARMUP_AT, live)
-    alpha = _double(given, _ALPHA_AT, live)
+    beta1 = _double(given, _field("beta1"), live)
+    warmup = _double(given, _field("alpha_warmup"), live)
+    alpha = _double(given, _field("alpha_final"), live)
     alpha = tl.where(warmup > scheduled, alpha * (scheduled / tl.where(warmup > 0.0, warmup, 1.0)), alpha)
-    warmup = _double(given, _BETA3_WARMUP_AT, live)
-    beta3 = _double(given, _BETA3_AT, live)
+    warmup = _double(given, _field("beta3_warmup"), live)
+    beta3 = _double(given, _field("beta3_final"), live)
     fraction = scheduled / tl.where(warmup > 0.0, warmup, 1.0)
     end = tl.log(beta3)
     start = tl.log(beta1)
     rising = tl.where(beta1 == 0.0, end / fraction, start * end / ((1.0 - fraction) * end + fraction * start))
     beta3 = tl.where(warmup > scheduled, tl.exp(rising), beta3)
-    weight_ema_rate = tl.where(step == 1.0, 1.0, _double(given, _RATE_AT, live))
+    weight_ema_rate = tl.where(step == 1.0, 1.0, _double(given, _field("weight_ema_rate"), live))
 
-    tl.store(c + _LR, lr.to(tl.float32), mask=live)
-    tl.store(c + _BETA3, beta3.to(tl.float32), mask=live)
-    tl.store(c + _RATE3, (1.0 - beta3).to(tl.float32), mask=live)
-    tl.store(c + _ALPHA, alpha.to(tl.float32), mask=live)
-    tl.store(c + _BIAS_CORRECTION1, _unbias(beta1, step), mask=live)
-    tl.store(c + _BIAS_CORRECTION2, _unbias(_double(given, _BETA2_AT, live), step), mask=live)
-    tl.store(c + _WEIGHT_EMA_RATE, weight_ema_rate.to(tl.float32), mask=live)
-    key = tl.load(given + _KEY_AT, mask=live, other=0).to(tl.uint64)
-    for pair in tl.static_range(_PAIRS_IN_ROW):
+    tl.store(c + _number("lr"), lr.to(tl.float32), mask=live)
+    tl.store(c + _number("beta3"), beta3.to(tl.float32), mask=live)
+    tl.store(c + _number("rate3"), (1.0 - beta3).to(tl.float32), mask=live)
+    tl.store(c + _number("alpha"), alpha.to(tl.float32), mask=live)
+    tl.store(c + _number("bias_correction1"), _unbias(beta1, step), mask=live)
+    tl.store(c + _number("bias_correction2"), _unbias(_double(given, _field("beta2"), live), step), mask=live)
+    tl.store(c + _number("weight_ema_rate"), weight_ema_rate.to(tl.float32), mask=live)
+    key = tl.load(given + _field("key"), mask=live, other=0).to(tl.uint64)
+    for pair in tl.static_range(_PAIRS):
         stream = _mix64(key + (count_of_steps.to(tl.uint64) * 4 + pair) * 0x9E3779B97F4A7C15)
-        tl.store(row + _STREAM + pair, stream.to(tl.int64), mask=live)
+        tl.store(row + _word("stream0") + pair, stream.to(tl.int64), mask=live)
 
 
 # -- the host's side ----------------------------------------------------------------------------------------------
@@ -577,16 +575,17 @@ def _fill(out: np.ndarray, raw: np.ndarray, table: Table) -> None:
     rows = out[: count * _COLUMNS.value].reshape(count, _COLUMNS.value)
     rows[:, : len(_COPIED)] = raw[:, : len(_COPIED)]
     step = raw[:, _PLACE["step"], None].view(np.uint64)
-    stream = (4 * step + np.arange(_PAIRS, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    stream = (4 * step + np.arange(_PAIRS.value, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
     stream += raw[:, _PLACE["key"], None].view(np.uint64)
-    rows[:, _STREAM.value : _STREAM.value + _PAIRS] = _mixed(stream).view(np.int64)
-    rows[:, _FIRST.value] = table.cache["triton_first"]
-    rows[:, _FLAGS.value] = table.rows["flags"]
+    rows[:, _ROW_PLACE["stream0"] :][:, : _PAIRS.value] = _mixed(stream).view(np.int64)
+    rows[:, _ROW_PLACE["first"]] = table.cache["triton_first"]
+    rows[:, _ROW_PLACE["flags"]] = table.rows["flags"]
     doubles = raw[:, _PLACE["lr"] : _PLACE["lr"] + len(DOUBLES)].view(np.float64)
     floats = rows[:, _FLOATS.value :].view(np.float32)
     floats[:, : len(DOUBLES)] = doubles
-    floats[:, _RATE1.value : _RATE3.value + 1] = 1.0 - doubles[:, _BETA1.value : _BETA3.value + 1]
-    floats[:, _SIGN.value] = np.where(table.rows["flags"] & FLAG_BITS["maximize"], -1.0, 1.0)
+    for rate, beta in (("rate1", "beta1"), ("rate2", "beta2"), ("rate3", "beta3")):
+        floats[:, _NUMBER_PLACE[rate]] = 1.0 - doubles[:, DOUBLES.index(beta)]
+    floats[:, _NUMBER_PLACE["sign"]] = np.where(table.rows["flags"] & FLAG_BITS["maximize"], -1.0, 1.0)
     if table.capturable:
         out[count * _COLUMNS.value :] = raw.ravel()
 
