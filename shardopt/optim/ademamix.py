@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from shardopt.errors import InputError
 from shardopt.optim import kernels, precision, reference, schema, states
 from shardopt.optim.checked import CheckedOptimizer, Stored, placed_like, shards_of
-from shardopt.optim.kernels.table import placed_ranges
-from shardopt.optim.plan import Plan, make_entry, scalars_of
+from shardopt.optim.kernels.table import make_entry, placed_ranges
+from shardopt.optim.plan import Plan
 from shardopt.optim.schedules import alpha_at, beta3_at
 from shardopt.optim.schema import STATE_TENSORS, HyperParameters
 from shardopt.slices import Layout, PlacementError, layout_of, local_tensor
@@ -151,7 +151,7 @@ class AdEMAMix(CheckedOptimizer):
             step = int(entry.state["step"])
             if not step:
                 continue
-            s = scalars_of(self.param_groups[entry.group], step, int(entry.state.get("schedule_step", step)))
+            s = reference.scalars_of(self.param_groups[entry.group], step, int(entry.state.get("schedule_step", step)))
             grad = None if entry.param.grad is None else local_tensor(entry.param.grad)
             for local, scale, length in ranges:
                 for done in range(0, length, _TILE):

@@ -24,27 +24,16 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from shardopt.errors import InputError
 from shardopt.optim import kernels
 from shardopt.optim.kernels import Entry, Kernel, Table
-from shardopt.optim.kernels.table import check_storage, placed_ranges
-from shardopt.optim.reference import scalars_at
-from shardopt.optim.schema import COUNTS, MASTER_KINDS, STATE_KEYS, TYPES, Scalars, formats_of
+from shardopt.optim.kernels.table import check_state, check_storage, make_entry, placed_ranges
+from shardopt.optim.reference import scalars_of
+from shardopt.optim.schema import COUNTS, MASTER_KINDS, TYPES, Scalars
 from shardopt.slices import Layout, PlacementError, Range, local_tensor
 
 _TILE = 1 << 20  # elements that a temporary may have where strided tensors are copied in parts
 _ORDINARY = {Tensor, torch.nn.Parameter, NoneType}
 # Mapped over lists of tensors, these cost half of what a loop that asks each does.
-_numel, _get_device, _is_contiguous = torch.Tensor.numel, torch.Tensor.get_device, torch.Tensor.is_contiguous
+_numel, _is_contiguous = torch.Tensor.numel, torch.Tensor.is_contiguous
 _dtype, _layout = attrgetter("dtype"), attrgetter("layout")
-
-
-def scalars_of(group: Mapping[str, Any], step: int, schedule_step: int) -> Scalars:
-    """A parameter group's scalars at a step (from 1). A step on the device (capturable) stands as 0."""
-    lr = group["lr"]
-    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
-    known = 0.0 if on_device and not step else float(lr)  # reading a device's tensor would break a capture
-    found = scalars_at(group, max(1, step), max(1, schedule_step), lr=known)
-    if not step and group["weight_ema"] is not None:
-        found = found._replace(weight_ema_rate=1.0 - group["weight_ema"])  # the kernel knows the first step itself
-    return found
 
 
 def is_captured(group: Mapping[str, Any], device: torch.device) -> bool:
@@ -84,7 +73,7 @@ class Plan:
         self.layouts: list[tuple[Layout, ...]] = []
         self.kernels: list[Kernel] = []
         self.positions: list[int] = []  # of the entries in `params`
-        self._weights: list[Tensor] = []
+        weights: list[Tensor] = []
         seen: set[Tensor] = set()
         owners = [index for index, group in enumerate(groups) for _ in group["params"]]
         for position, (param, group) in enumerate(zip(params, owners, strict=True)):
@@ -94,20 +83,19 @@ class Plan:
             weight = local_tensor(param.detach())
             entry = make_entry(names[param], param, group, groups[group], state[param])
             placed = _resolve(entry, weight, layouts)
-            _check_state(entry, weight, stored(groups[group], param))
+            check_state(entry, weight, stored(groups[group], param))
             self.entries.append(entry)
             self.positions.append(position)
             self.layouts.append(placed)
             self.kernels.append(kernels.choose(kernel, weight))
-            self._weights.append(weight)
+            weights.append(weight)
         planned = set(self.positions)
         self.absent = [i for i, param in enumerate(params) if i not in planned and param not in seen]
         self._states = [entry.state for entry in self.entries]
         self._stepped, place = np.unique([entry.group for entry in self.entries], return_inverse=True)
         self._place = place.astype(np.int64)  # of each entry's group among those that have entries
         self._scheduled = any("schedule_step" in held for held in self._states)
-        self._get_state = state.get
-        self._all_states = [state.get(param) for param in params]
+        self._all_states = list(state.values())
         self._lengths = list(map(len, self._states))
         keys = {key for entry in self.entries for key in entry.tensors}
         self._columns = []  # for each state key the dicts that have it and the tensors that they should hold
@@ -116,13 +104,10 @@ class Plan:
             self._columns.append((itemgetter(key), holders, [held[key] for held in holders]))
         self._params = [entry.param for entry in self.entries]
         self._any_placed = any(hasattr(param, "placements") for param in self._params)
-        self._types, self._numels, self._devices = (
-            list(map(of, self._weights)) for of in (_dtype, _numel, _get_device)
-        )
+        self._types, self._numels = (list(map(of, weights)) for of in (_dtype, _numel))
         self._tables: list[Table] = []
         self._table_kernels: list[Kernel] = []
         self._made_for: tuple[list[int], list[int]] | None = None  # strided entries and the groups' seeds
-        del self._weights
 
     @property
     def captured(self) -> bool:
@@ -133,7 +118,8 @@ class Plan:
         """Whether the parameters and the tensors of their state are still the very same objects."""
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
-        if not all(map(is_, map(state.get, params), self._all_states)):
+        now = state.values()
+        if len(now) != len(self._all_states) or not all(map(is_, now, self._all_states)):
             return False
         if list(map(len, self._states)) != self._lengths:
             return False
@@ -159,18 +145,19 @@ class Plan:
                 counted.
             RuntimeError: a sparse gradient (as torch's own optimizers have it).
         """
-        weights, grads, strided = self._gather([gradients[i] for i in self.positions])
+        weights, grads, types, strided = self._gather(
+            gradients if len(gradients) == len(self.positions) else [gradients[i] for i in self.positions]
+        )
         made_for = strided, [group["seed"] for group in self.groups]
         if made_for != self._made_for:
             self._make_tables(frozenset(strided))
             self._made_for = made_for
         try:
             for kernel, table in zip(self._table_kernels, self._tables, strict=True):
-                whole = len(table.indices) == len(grads)
-                table.point(
-                    weights if whole else [weights[i] for i in table.indices],
-                    grads if whole else [grads[i] for i in table.indices],
-                )
+                own = (weights, grads, types)
+                if len(table.indices) < len(grads):
+                    own = tuple([values[i] for i in table.indices] for values in own)  # type: ignore[assignment]
+                table.point(*own)
                 if table.capturable:
                     table.describe_schedules(self.groups)
                 kernel.check(table)
@@ -197,8 +184,10 @@ class Plan:
 
     # -- each step, for each parameter ----------------------------------------------------------------------------
 
-    def _gather(self, grads: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None], list[int]]:
-        """Local weights and gradients, and the entries of which one is not laid out in order."""
+    def _gather(
+        self, grads: list[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor | None], list[torch.dtype | None], list[int]]:
+        """Local weights and gradients, the gradients' types, and the entries of which one is not laid out in order."""
         weights = self._params
         if self._any_placed:
             weights = list(map(local_tensor, weights))
@@ -212,18 +201,17 @@ class Plan:
             and list(map(_dtype, all_grads)) == self._types
             and {*map(_layout, all_grads)} <= {torch.strided}
             and list(map(_numel, all_grads)) == self._numels == list(map(_numel, weights))
-            and list(map(_get_device, all_grads)) == self._devices == list(map(_get_device, weights))
             and all(map(_is_contiguous, all_grads))
             and all(map(_is_contiguous, weights))
         ):
-            return weights, grads, []
+            return weights, grads, self._types, []
         grads, strided = list(grads), []
         for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
             if grad is not None:
                 grads[i] = grad = self._fitting_gradient(i, weight, grad)
                 if not (grad.is_contiguous() and weight.is_contiguous()):
                     strided.append(i)
-        return weights, grads, strided
+        return weights, grads, [None if grad is None else grad.dtype for grad in grads], strided
 
     def _fitting_gradient(self, index: int, weight: Tensor, grad: Tensor) -> Tensor:
         """`grad` in a dtype that the kernels take, where it and the weight are what the plan was made for."""
@@ -238,11 +226,6 @@ class Plan:
                 raise InputError(
                     f"{what} {name} has {tensor.numel()} elements, the optimizer's state {self._numels[index]}: a "
                     f"parameter whose shape changes needs a new optimizer"
-                )
-            if tensor.get_device() != self._devices[index] or tensor.is_meta:
-                raise InputError(
-                    f"{what} {name} is on {tensor.device}, the optimizer's state elsewhere: move the state along, or "
-                    f"build the optimizer after moving the model"
                 )
         if not (grad.is_floating_point() or dtype.is_complex):
             raise InputError(f"the gradient of {name} is {grad.dtype}: it must be a floating-point tensor")
@@ -310,7 +293,10 @@ class Plan:
             return None
         counted = []
         for key in COUNTS if self._scheduled else COUNTS[:1]:
-            counts: list[Any] = [state.get(key) for state in self._states]
+            try:
+                counts: list[Any] = list(map(itemgetter(key), self._states))
+            except KeyError:  # some were there before a switch from AdamW, some were not
+                return None
             if {*map(type, counts)} != {int} or counts.count(counts[0]) < len(counts):
                 return None
             counted.append((key, counts[0] + 1))
@@ -350,11 +336,12 @@ class Plan:
                 f"the weight or gradient of {entry.name} is not contiguous: capturable=True needs them to be, call "
                 f".contiguous() on them, or set capturable=False"
             )
-        check_storage(weight, f"the weight {entry.name}")
         if grad is not None:
-            check_storage(grad, f"the gradient of {entry.name}")
+            check_storage(grad, weight.device, f"the gradient of {entry.name}")
+        device = next(iter(entry.tensors.values())).device
+        check_storage(weight, device, f"the weight {entry.name}")
         for key, tensor in entry.tensors.items():
-            check_storage(tensor, f"state {key!r} of {entry.name}")
+            check_storage(tensor, device, f"state {key!r} of {entry.name}")
 
     def _step_strided(
         self, index: int, weight: Tensor, grad: Tensor | None, scalars: list[Scalars], steps: np.ndarray
@@ -377,50 +364,14 @@ class Plan:
             }
             clipped = tuple(_clipped(layout, start, copy.numel()) for layout in layouts)
             table = Table([index], [replace(entry, tensors=tensors)], [clipped], self.groups, capturable=False)
-            table.point([copy], [grad[first : first + some].contiguous()])
+            table.point([copy], [grad[first : first + some].contiguous()], [grad.dtype])
             table.set_scalars(np.zeros(1, dtype=np.int64), scalars, steps)
             self.kernels[index].run(table)
             if scalars[0].lr != 0.0 and copy.data_ptr() != part.data_ptr():  # with lr = 0 no bit is to move
                 part.copy_(copy)
 
 
-# -- what a plan is made of -----------------------------------------------------------------------------------------
-
-
-def make_entry(name: str, param: Tensor, index: int, group: Mapping[str, Any], state: dict[str, Any]) -> Entry:
-    """A parameter of the group number `index` with its state."""
-    tensors = {k: local_tensor(v) for k, v in state.items() if isinstance(v, Tensor) and k not in COUNTS}
-    tensors |= {k: v.view(-1) for k, v in tensors.items() if k.endswith("_scale")}  # a row of a DTensor
-    formats = {key: fmt for key, fmt in formats_of(group["state_dtype"]).items() if key in tensors}
-    return Entry(name, param, index, state, tensors, formats)
-
-
-def _check_state(entry: Entry, weight: Tensor, stored: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
-    """Refuse state that lacks a tensor, or has one of another dtype, device or size than the kernels take it for."""
-    advice = "create the state with the optimizer's own hyper-parameters, or load it into the model it was saved from"
-    lacking = [key for key in ("step", *stored) if key not in entry.state]
-    unused = [key for key in entry.tensors if key in STATE_KEYS and key not in stored]
-    if lacking or unused:
-        raise InputError(
-            f"the state of {entry.name} lacks {lacking or 'nothing'} and has {unused or 'nothing'} besides, for "
-            f"{weight.dtype} weights: {advice}"
-        )
-    for key in COUNTS:
-        count = entry.state.get(key, 0)
-        if not (isinstance(count, int) or (isinstance(count, Tensor) and count.dtype == torch.int64)):
-            raise InputError(f"state {key!r} of {entry.name} must be a whole number, or an int64 tensor, got {count!r}")
-    for key, (dtype, shape) in stored.items():
-        tensor = local_tensor(entry.state[key])
-        found, wanted = (tensor.dtype, tensor.shape, tensor.device), (dtype, shape, weight.device)
-        if found != wanted or not tensor.is_contiguous():
-            raise InputError(
-                f"state {key!r} of {entry.name} is {_described(*found)}, its {weight.dtype} weight needs "
-                f"{_described(*wanted)}, contiguous: {advice}"
-            )
-
-
-def _described(dtype: torch.dtype, shape: torch.Size, device: torch.device) -> str:
-    return f"{dtype} of shape {tuple(shape)} on {device}"
+# -- layouts -----------------------------------------------------------------------------------------------------
 
 
 def _resolve(entry: Entry, weight: Tensor, layouts: Callable[[Tensor, str], tuple[Layout, ...]]) -> tuple[Layout, ...]:

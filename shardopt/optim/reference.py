@@ -55,6 +55,17 @@ def scalars_at(
     )
 
 
+def scalars_of(group: Mapping[str, Any], step: int, schedule_step: int) -> Scalars:
+    """A parameter group's scalars at a step (from 1). A step on the device (capturable) stands as 0."""
+    lr = group["lr"]
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    known = 0.0 if on_device and not step else float(lr)  # reading a device's tensor would break a capture
+    found = scalars_at(group, max(1, step), max(1, schedule_step), lr=known)
+    if not step and group["weight_ema"] is not None:
+        found = found._replace(weight_ema_rate=1.0 - group["weight_ema"])  # the kernel knows the first step itself
+    return found
+
+
 def bias_correction(beta: float, step: int) -> float:
     """1 / (1 - beta ** step), accurate for beta close to 1."""
     return 1.0 if beta == 0.0 else -1.0 / math.expm1(step * math.log(beta))

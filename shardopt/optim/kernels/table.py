@@ -18,6 +18,7 @@ from shardopt.errors import InputError
 from shardopt.optim import precision
 from shardopt.optim.precision import Format, blocks
 from shardopt.optim.schema import (
+    COUNTS,
     DOUBLES,
     FLAG_BITS,
     MASTER_KINDS,
@@ -26,10 +27,12 @@ from shardopt.optim.schema import (
     SCALES,
     SEGMENT,
     SKIP,
+    STATE_KEYS,
     TYPES,
     Scalars,
+    formats_of,
 )
-from shardopt.slices import Layout, Range, name_key
+from shardopt.slices import Layout, Range, local_tensor, name_key
 
 _NAMES = SEGMENT.names or ()
 # Rows as words: the columns before the small ones at the end are of 8 bytes.
@@ -39,7 +42,7 @@ _DOUBLES = slice(_NAMES.index("lr"), _NAMES.index("lr") + len(DOUBLES))
 assert _NAMES[_DOUBLES] == DOUBLES
 _COLUMN_OF = {key: _NAMES.index(key) for key in (*ROUNDED, *SCALES)}
 _COLUMN_OF |= dict.fromkeys(MASTER_KINDS, _NAMES.index("master"))
-_data_ptr, _storage_offset = torch.Tensor.data_ptr, torch.Tensor.storage_offset
+_data_ptr = torch.Tensor.data_ptr
 
 
 @dataclass(slots=True)
@@ -67,6 +70,42 @@ class Entry:
     def decoded(self, key: str, local: int, block: int, count: int) -> Tensor:
         """The values of those elements, flat, in fp32 (or fp64)."""
         return self.formats[key].decode(*self.stored(key, local, block, count))
+
+
+def make_entry(name: str, param: Tensor, index: int, group: Mapping[str, Any], state: dict[str, Any]) -> Entry:
+    """A parameter of the group number `index` with its state."""
+    tensors = {k: local_tensor(v) for k, v in state.items() if isinstance(v, Tensor) and k not in COUNTS}
+    tensors |= {k: v.view(-1) for k, v in tensors.items() if k.endswith("_scale")}  # a row of a DTensor
+    formats = {key: fmt for key, fmt in formats_of(group["state_dtype"]).items() if key in tensors}
+    return Entry(name, param, index, state, tensors, formats)
+
+
+def check_state(entry: Entry, weight: Tensor, stored: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
+    """Refuse state that lacks a tensor, or has one of another dtype, device or size than the kernels take it for."""
+    advice = "create the state with the optimizer's own hyper-parameters, or load it into the model it was saved from"
+    lacking = [key for key in ("step", *stored) if key not in entry.state]
+    unused = [key for key in entry.tensors if key in STATE_KEYS and key not in stored]
+    if lacking or unused:
+        raise InputError(
+            f"the state of {entry.name} lacks {lacking or 'nothing'} and has {unused or 'nothing'} besides, for "
+            f"{weight.dtype} weights: {advice}"
+        )
+    for key in COUNTS:
+        count = entry.state.get(key, 0)
+        if not (isinstance(count, int) or (isinstance(count, Tensor) and count.dtype == torch.int64)):
+            raise InputError(f"state {key!r} of {entry.name} must be a whole number, or an int64 tensor, got {count!r}")
+    for key, (dtype, shape) in stored.items():
+        tensor = local_tensor(entry.state[key])
+        found, wanted = (tensor.dtype, tensor.shape, tensor.device), (dtype, shape, weight.device)
+        if found != wanted or not tensor.is_contiguous():
+            raise InputError(
+                f"state {key!r} of {entry.name} is {_described(*found)}, its {weight.dtype} weight needs "
+                f"{_described(*wanted)}, contiguous: {advice}"
+            )
+
+
+def _described(dtype: torch.dtype, shape: torch.Size, device: torch.device) -> str:
+    return f"{dtype} of shape {tuple(shape)} on {device}"
 
 
 def placed_ranges(layouts: Sequence[Layout]) -> Iterator[tuple[Layout, Range, int]]:
@@ -98,6 +137,7 @@ class Table:
     ) -> None:
         segments = [(i, layout, r, block) for i, w in enumerate(layouts) for layout, r, block in placed_ranges(w)]
         self.device = entries[0].param.device
+        self._ordinal = -1 if self.device.index is None else self.device.index
         self.indices, self.entries, self.capturable = indices, entries, capturable
         self.learning_rates: list[float | Tensor] = []  # of a capturable table's entries
         self.captured = False  # whether a CUDA graph holds a step of this table
@@ -124,14 +164,14 @@ class Table:
     def _place_pointers(self) -> None:
         """Which words of the rows are addresses: in which tensor, and how many bytes behind its start."""
         self._stored: list[Tensor] = []  # those of an entry together, as they lie in memory
-        self._keys: list[tuple[int, str]] = []
+        self._keys: list[tuple[str, int]] = []  # of each address, state key, "weight" or "grad", and entry
         number: dict[tuple[int, str], int] = {}
         for index, entry in enumerate(self.entries):
             for key, tensor in entry.tensors.items():
                 if key in _COLUMN_OF:
                     number[index, key] = len(self._stored)
                     self._stored.append(tensor)
-                    self._keys.append((index, key))
+                    self._keys.append((key, index))
         sizes = np.array([tensor.element_size() for tensor in self._stored], dtype=np.int64)
         count, parts = len(self.entries), []
         for key, column in _COLUMN_OF.items():
@@ -145,55 +185,62 @@ class Table:
         parts.append((whole + _NAMES.index("weight"), weights, self.row_local * sizes[self.row_entry]))
         parts.append((whole + _NAMES.index("grad"), grads, np.zeros_like(self.row_local)))  # by `point`
         self._places, self._owner, offsets = (np.concatenate(column) for column in zip(*parts, strict=True))
-        self._offsets = offsets.astype(np.uint64)
-        self._expected = [(t.numel(), t.dtype, t.device) for t in self._stored]
-        self._known = np.zeros(len(self._stored) + count, dtype=np.uint64)  # addresses that have been checked
+        self._offsets = offsets
+        self._expected = [(t.numel(), t.dtype) for t in self._stored]
+        self._keys += [(key, index) for key in ("weight", "grad") for index in range(count)]
+        self._addresses: list[int] = []  # those that the rows have, all checked
+        self._known = np.full(len(self._keys), -1, dtype=np.int64)  # the same
         self._types: list[torch.dtype | None] = []
 
-    def point(self, weights: list[Tensor], grads: list[Tensor | None]) -> None:
+    def point(self, weights: list[Tensor], grads: list[Tensor | None], types: list[torch.dtype | None]) -> None:
         """Let the rows point into these local weights and gradients and into the state, as it lies in memory now.
 
+        Args:
+            types: dtype of each gradient.
+
         Raises:
-            InputError: a tensor whose storage is gone or no longer fits.
+            InputError: a tensor whose storage is gone, is on another device, or no longer fits.
         """
         self.weights, self.grads = weights, grads
-        types = [None if grad is None else grad.dtype for grad in grads]
-        if types != self._types:
+        other_types = types is not self._types and types != self._types
+        if other_types:
             self._types, owner = types, self.row_entry
             self.rows["grad_type"] = np.array([NONE if t is None else TYPES[t] for t in types], dtype=np.uint8)[owner]
             sizes = np.array([0 if t is None else t.itemsize for t in types], dtype=np.int64)
             self._offsets[-len(owner) :] = sizes[owner] * self.row_local
-        present = [grad for grad in grads if grad is not None]
-        of_grads = list(map(_data_ptr, present))
-        if not all(of_grads) or any(map(_storage_offset, present)):  # the address of an offset into nothing is not 0
-            for entry, grad in zip(self.entries, grads, strict=True):
-                if grad is not None:
-                    check_storage(grad, f"the gradient of {entry.name}")
-        if len(present) < len(grads):
-            given = iter(of_grads)
-            of_grads = [0 if grad is None else next(given) for grad in grads]
-        addresses = np.array([*map(_data_ptr, self._stored), *map(_data_ptr, weights), *of_grads], dtype=np.uint64)
-        if (addresses[: len(self._known)] != self._known).any():
-            self._check_moved(addresses)
-        self.rows.view(np.uint64).reshape(-1)[self._places] = addresses[self._owner] + self._offsets
+        addresses = [*map(_data_ptr, self._stored), *map(_data_ptr, weights)]
+        if None in types:
+            addresses += [0 if grad is None else grad.data_ptr() for grad in grads]
+        else:
+            addresses += map(_data_ptr, grads)  # type: ignore[arg-type]
+        if other_types or addresses != self._addresses:
+            now = np.fromiter(addresses, np.int64, len(addresses))
+            self._check_moved(np.flatnonzero(now != self._known).tolist())
+            self.rows.view(np.int64).reshape(-1)[self._places] = now[self._owner] + self._offsets
+            self._addresses, self._known = addresses, now
 
-    def _check_moved(self, addresses: np.ndarray) -> None:
-        """Look at the tensors of state and weights that lie elsewhere than they did."""
-        for i in np.nonzero(addresses[: len(self._known)] != self._known)[0].tolist():
-            if i >= len(self._stored):
-                at = i - len(self._stored)
-                check_storage(self.weights[at], f"the weight {self.entries[at].name}")
-                continue
-            tensor, (index, key) = self._stored[i], self._keys[i]
-            what = f"state {key!r} of {self.entries[index].name}"
-            found = tensor.numel(), tensor.dtype, tensor.device
-            if found != self._expected[i] or not tensor.is_contiguous():
-                raise InputError(
-                    f"{what} was replaced by another tensor: it has {found[0]} elements of {found[1]} on {found[2]}, "
-                    f"and had {' of '.join(map(str, self._expected[i][:2]))} on {self._expected[i][2]}"
-                )
-            check_storage(tensor, what)
-        self._known = addresses[: len(self._known)].copy()
+    def _check_moved(self, moved: list[int]) -> None:
+        """Look at the tensors, by their places among the addresses, that lie elsewhere than they did."""
+        for i in moved:
+            key, index = self._keys[i]
+            entry = self.entries[index]
+            if key == "grad":
+                grad = self.grads[index]
+                # Gradients move at many steps: the cheap question first.
+                if grad is not None and (
+                    not grad.data_ptr() or grad.storage_offset() or grad.get_device() != self._ordinal
+                ):
+                    check_storage(grad, self.device, f"the gradient of {entry.name}")
+            elif key == "weight":
+                check_storage(self.weights[index], self.device, f"the weight {entry.name}")
+            else:
+                tensor, (numel, dtype), what = self._stored[i], self._expected[i], f"state {key!r} of {entry.name}"
+                if (tensor.numel(), tensor.dtype) != (numel, dtype) or not tensor.is_contiguous():
+                    raise InputError(
+                        f"{what} was replaced: it has {tensor.numel()} elements of {tensor.dtype}, and had {numel} of "
+                        f"{dtype}, contiguous"
+                    )
+                check_storage(tensor, self.device, what)
 
     def set_scalars(self, places: np.ndarray, scalars: Sequence[Scalars], steps: np.ndarray) -> None:
         """Give each row its scalars and step.
@@ -247,12 +294,16 @@ class Table:
             self.rows[name] = np.array(values, dtype=self.rows[name].dtype)[self.row_entry]
 
 
-def check_storage(tensor: Tensor, what: str) -> None:
+def check_storage(tensor: Tensor, device: torch.device, what: str) -> None:
     """
     Raises:
-        InputError: the elements of `tensor` are not in memory.
+        InputError: the elements of `tensor` are not in memory, or not on `device`.
     """
-    if tensor.numel():
-        needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
-        if not tensor.data_ptr() or tensor.untyped_storage().nbytes() < needed:
-            raise InputError(f"{what} has no storage behind it: it was freed, or is on the meta device")
+    if tensor.device != device:
+        raise InputError(
+            f"{what} is on {tensor.device}, the optimizer's state on {device}: move the state along, or build the "
+            f"optimizer after moving the model"
+        )
+    needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    if tensor.numel() and (not tensor.data_ptr() or tensor.untyped_storage().nbytes() < needed):
+        raise InputError(f"{what} has no storage behind it: it was freed, or is on the meta device")
