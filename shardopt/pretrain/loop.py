@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,7 +19,7 @@ from shardopt.errors import InputError
 from shardopt.pretrain import data, model, report, rng
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.folder import RunFolder
-from shardopt.pretrain.metrics import Tracker
+from shardopt.pretrain.metrics import Tracker, peak_memory
 from shardopt.pretrain.report import Result
 from shardopt.pretrain.schedule import lr_factor
 from shardopt.pretrain.scoring import HeldOut, generate, held_out, token_loss_sum
@@ -392,13 +390,3 @@ class _Window:
         out = (sum(self.losses) / self.taken, self.norm, self.seconds)
         self.losses, self.seconds = [], 0.0
         return out
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held so far: of the GPU's memory, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Not getrusage's: Linux hands a new process the peak of the one that started it.
-    if (status := Path("/proc/self/status")).exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

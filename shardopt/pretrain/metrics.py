@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 
 from shardopt.errors import InputError
@@ -183,3 +186,13 @@ def _plain(value: float | int) -> float | int | None:
         return value
     number = float(value)
     return number if math.isfinite(number) else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: of the GPU's memory, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not getrusage's: Linux hands a new process the peak of the one that started it.
+    if (status := Path("/proc/self/status")).exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
