@@ -163,3 +163,9 @@ def test_held_out_blocks_come_once_and_mixed(tmp_path: Path) -> None:
     assert 8 <= int((rows[:40, 0] < 1000).sum()) <= 24
     with pytest.raises(IndexError):
         data.batch(90, 101)
+
+
+def test_places_of_the_sources_follow_the_seed_and_differ_between_sources():
+    first, second = (Mixture([1.0, 1.0], seed)(np.arange(1000))[0].tolist() for seed in (0, 1))
+    assert first != second
+    assert first != [0, 1] * 500  # as it would be if both had the same places
