@@ -50,3 +50,13 @@ def test_nan_with_every_bit_set_stays_nan_in_bf16_state(kernel):
     optimizer.step()
     for key in ("m1", "m2"):
         assert optimizer.state[param][key].isnan().all(), key
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "block8"])
+def test_beta1_of_zero_keeps_no_m1(state_dtype):
+    param = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = shardopt.AdEMAMix([("w", param)], betas=(0.0, 0.999, 0.9999), state_dtype=state_dtype)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert not [key for key in optimizer.state[param] if key.startswith("m1")]
+    assert {piece.kind for piece in states.state_slices(optimizer)} == {"m2", "nu"}

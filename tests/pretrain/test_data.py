@@ -591,3 +591,13 @@ def test_a_stream_mixes_with_packed_text(tmp_path: Path) -> None:
     resumed.load_state_dict(state)
     for step in range(18, 40):
         assert torch.equal(resumed.batch(step, 0, 4), whole[step])
+
+
+def test_vocabulary_reaches_to_the_largest_id_where_ids_have_gaps():
+    class Gaps(dict):
+        eos_token_id = 9
+
+        def get_vocab(self):
+            return self
+
+    assert tokenizers.describe(None, Gaps({"a": 0, "b": 1, "</s>": 9}))["vocab_size"] == 10
