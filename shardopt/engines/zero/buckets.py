@@ -35,14 +35,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Message:
-    """A run of elements of one part, `start` and `length` in elements of the bucket, that travels as one.
-
-    `member` is set where the run lies within that one parameter, so that its gradient can be sent as it is.
-    """
+    """A run of elements of one part, `start` and `length` in elements of the bucket, that travels as one."""
 
     start: int
     length: int
-    member: Member | None
 
 
 @dataclass(frozen=True)
@@ -90,11 +86,11 @@ class Bucket:
             if stop - start < floor:
                 continue
             if start > at:
-                yield Message(at, start - at, None)
-            yield Message(start, stop - start, member)
+                yield Message(at, start - at)
+            yield Message(start, stop - start)  # one parameter's: its gradient can be sent as it is
             at = stop
         if at < end:
-            yield Message(at, end - at, None)
+            yield Message(at, end - at)
 
     def __str__(self) -> str:
         first, last = self.members[0].name, self.members[-1].name

@@ -62,19 +62,18 @@ class Reducer:
     @staticmethod
     def _plan(bucket: Bucket) -> list[list[list[_Run]]]:
         """For every rank's messages, which elements of which gradients go where."""
-        plan = []
-        for messages in bucket.messages:
-            runs_of: list[list[_Run]] = []
-            for message in messages:
-                runs: list[_Run] = []
-                for m in bucket.members:
-                    first = max(m.offset, message.start)
-                    last = min(m.offset + m.numel, message.start + message.length)
-                    if first < last:
-                        runs.append((m, first - m.offset, last - m.offset, first - message.start))
-                runs_of.append(runs)
-            plan.append(runs_of)
-        return plan
+        return [
+            [
+                [
+                    (m, first - m.offset, last - m.offset, first - message.start)
+                    for m in bucket.members
+                    if (first := max(m.offset, message.start))
+                    < (last := min(m.offset + m.numel, message.start + message.length))
+                ]
+                for message in messages
+            ]
+            for messages in bucket.messages
+        ]
 
     def clear(self) -> None:
         """Forget all gradients: what the next round brings replaces them."""
