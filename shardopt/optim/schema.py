@@ -12,6 +12,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
 
 import numpy as np
@@ -66,6 +67,12 @@ def formats_of(state_dtype: StateDtype) -> dict[str, Format]:
         InputError: an unknown format or state key.
     """
     given = state_dtype if isinstance(state_dtype, Mapping) else dict.fromkeys(ROUNDED, state_dtype)
+    return _formats(tuple(given.items()))
+
+
+@cache  # asked for each parameter
+def _formats(items: tuple[tuple[str, str], ...]) -> dict[str, Format]:
+    given = dict(items)
     if unknown := sorted(set(given) - set(ROUNDED)):
         raise InputError(f"state_dtype names {unknown[0]!r}: the state tensors are {', '.join(ROUNDED)}")
     for value in given.values():
