@@ -54,6 +54,18 @@ class Ranks:
             _init_process_group(where, timedelta(minutes=timeout_minutes))
         return cls(rank, world_size, local_rank, where, distributed, owns_group)
 
+    @classmethod
+    def current(cls) -> Ranks:
+        """The processes of the default process group, which something else has made; this one alone without one."""
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(0, 1, local_rank, device, False)
+        if dist.get_backend() == "gloo":
+            device = torch.device("cpu")
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank, device, True)
+
     def stop(self) -> None:
         """Destroy the process group that `start` made."""
         if self.owns_group and dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Save and load slices: per-parameter flat vectors, of which each rank writes and reads its ranges.
+"""Save and load sharded state: per-parameter flat vectors, of which each rank writes and reads its ranges.
 
 What any engine wrote on any number of ranks, any other may read on any other number.
 """

@@ -33,7 +33,7 @@ def export_safetensors(
 
     Args:
         folder: an earlier export there is replaced.
-        parameters: `Engine.full_parameters()`: names as in the transformers model, values on rank 0 alone.
+        parameters: `ShardedState.full_parameters()`: names as in the transformers model, values on rank 0 alone.
         ranks: the processes.
         max_file_bytes: a file is closed rather than exceed this; a larger parameter has a file of its own.
         complete: adds what else belongs there (config, tokenizer); called on rank 0 with the folder to write

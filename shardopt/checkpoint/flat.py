@@ -16,8 +16,8 @@ from shardopt.slices import Layout, local_tensor
 class FlatShard(Tensor):
     """A 1-D tensor of `numel` elements of which only `chunks` exist here; it has no storage of its own.
 
-    torch.distributed.checkpoint asks three questions of a sharded tensor (what do I write, what do I want,
-    where is it) and accepts anyone's answers, as long as the class is a Tensor.
+    torch.distributed.checkpoint asks a sharded tensor for its write items, its chunks and their values through three
+    methods, which any Tensor subclass may have.
 
     Args:
         numel: elements of the whole vector.
@@ -77,7 +77,7 @@ def chunks_of(layout: Layout, tensor: Tensor) -> dict[int, Tensor]:
 
 
 def coverage_error(numel: int, chunks: Iterable[tuple[int, int]]) -> str | None:
-    """What is wrong with (start, length) pairs that should cover 0 .. numel exactly once, or None."""
+    """The error in (start, length) pairs that should cover 0 .. numel exactly once, or None."""
     end = 0
     for start, length in sorted(chunks):
         if start > end:

@@ -22,7 +22,7 @@ from shardopt.errors import InputError
 
 DOCUMENT = "checkpoint.json"
 METADATA = ".metadata"
-FORMAT = 1
+FORMAT = 2
 
 _ASIDE = re.compile(r"\.(.+)\.(partial|previous|deleting)")
 _STEP = re.compile(r"(?:step-(\d+)|\.step-(\d+)\.previous)")
@@ -32,16 +32,17 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def read_document(folder: Path) -> dict[str, Any]:
+def read_document(folder: str | Path) -> dict[str, Any]:
     """A checkpoint's JSON: what the caller of `save` gave, and under "checkpoint" what was written.
 
     `document["checkpoint"]` has `format`, `torch`, `world_size`, `parameters` ({name: {shape, kinds: {kind:
-    {dtypes, and layouts where it is a block format}}}}), `extras` (their keys) and `files` ({name: bytes}).
+    {dtypes, and layouts where it is a block format}}}}), `step_counts` ({name: {"step": 3, ...}}), `extras` (their
+    keys) and `files` ({name: bytes}).
 
     Raises:
         InputError: not a checkpoint, or one that this version cannot read.
     """
-    path = folder / DOCUMENT
+    path = Path(folder) / DOCUMENT
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         written = document["checkpoint"]
@@ -61,7 +62,7 @@ def read_document(folder: Path) -> dict[str, Any]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether everything that the checkpoint's document lists is there, with the size it was written with."""
+    """True where everything that the checkpoint's document lists is there, with the size it was written with."""
     try:
         files = read_document(folder)["checkpoint"]["files"]
         return (folder / METADATA).is_file() and all(
@@ -85,7 +86,7 @@ def complete_steps(root: Path) -> list[Path]:
 def latest(root: Path) -> Path | None:
     """The complete checkpoint under `root` with the highest step; None where there is none.
 
-    Half-written folders are ignored. Reads the disk and nothing else: ask on rank 0 and hand the answer round
+    Half-written folders are ignored. Reads the disk and nothing else: ask on rank 0 and broadcast the answer
     (`ranks.from_main(latest(root))`), since a network file system may show ranks different moments.
     """
     complete = complete_steps(root)
@@ -93,7 +94,7 @@ def latest(root: Path) -> Path | None:
 
 
 def partial_of(folder: Path) -> Path:
-    """Where `folder` is written before it gets its name."""
+    """The folder to write in before it gets the name `folder`."""
     return _aside(folder, "partial")
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -15,67 +14,84 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from shardopt.checkpoint import manifest
 from shardopt.checkpoint.flat import FlatShard, chunks_of, dtype_name, few
 from shardopt.checkpoint.folders import read_document
 from shardopt.checkpoint.metadata import DTYPES, read_metadata
-from shardopt.checkpoint.saving import (
-    Parameters,
-    block_keys,
-    check_coverage,
-    describe,
-    extra_key,
-    merge,
-    vector_key,
-)
-from shardopt.distributed import Ranks
+from shardopt.engines.state import ShardedState
 from shardopt.errors import InputError
 from shardopt.optim import states
 from shardopt.slices import Layout, Range, Slice, local_tensor
 
 
-def load(
-    folder: Path,
-    slices: list[Slice],
-    ranks: Ranks,
-    *,
-    strict: bool = True,
-    convert: bool = False,
-) -> dict[str, Any]:
-    """Fill the live tensors of `slices` from a checkpoint, in place, and return its document. A collective.
+def load(folder: str | Path, state: ShardedState, *, strict: bool = True, convert: bool = False) -> dict[str, Any]:
+    """Fill weights, optimizer state and step counts from a checkpoint, in place. A collective.
+
+        >>> import tempfile, torch
+        >>> from shardopt import AdEMAMix, checkpoint
+        >>> from shardopt.engines.state import ModuleState
+        >>> model = torch.nn.Linear(3, 2)
+        >>> state = ModuleState(AdEMAMix(model.named_parameters(), lr=1e-3), model)
+        >>> folder = tempfile.mkdtemp() + "/step-00000100"
+        >>> checkpoint.save(folder, state, {"step": 100})
+        >>> checkpoint.load(folder, state)["step"]
+        100
 
     Every rank reads its own ranges, and only the files that hold them. Nothing is overwritten unless all
-    checks pass on all ranks: names, shapes, kinds, dtypes, each element there exactly once, data files of
-    full length. (A disk that fails after that leaves the tensors half loaded, and raises.)
+    checks pass on all ranks: names, shapes, kinds, dtypes, step counts, each element there exactly once, data
+    files of full length. Where a disk fails after that, the optimizer refuses to step until a load has succeeded.
 
     Args:
         folder: a complete checkpoint, of any engine and world size.
-        slices: what this rank holds; elements that no rank holds are not read.
-        ranks: the processes.
-        strict: refuse a checkpoint that has more or less than the ranks together hold. Otherwise slices that
-            are not in it keep their values, and document["checkpoint"]["not_loaded"] lists them.
+        state: what this rank holds, created where it is not there yet; elements that no rank holds are not read.
+        strict: refuse a checkpoint that has more or less than the ranks together hold. Otherwise parameters that
+            are not in it keep their values, and document["checkpoint"]["not_loaded"] lists their slices; a
+            parameter of which only a part is in it (weights without masters, say) is refused all the same.
         convert: let a vector change its dtype or format, rounded once, to nearest. (A block format that keeps its
             format and changes its layout goes through fp32 without being asked for it.)
+
+    Returns:
+        The checkpoint's document: what `save` was given, and "checkpoint" (see `read_document`).
 
     Raises:
         InputError: the checkpoint does not fit; on every rank, with a handful of the names. The message says
             what to change.
     """
+    folder, ranks = Path(folder), state.ranks
     document, metadata = ranks.together(lambda: (read_document(folder), read_metadata(folder)))
-    stored: Parameters = document["checkpoint"]["parameters"]
-    live = _union(slices, ranks)
+    stored: manifest.Parameters = document["checkpoint"]["parameters"]
 
-    def check() -> None:
+    def describe_live() -> tuple[list[Slice], manifest.StepCounts, manifest.Descriptions]:
+        state.init()
+        return (slices := state.slices()), state.step_counts(), manifest.describe(slices)
+
+    slices, counts, described = ranks.together(describe_live)
+    live = manifest.merge(ranks.gather(described))
+
+    def check() -> manifest.StepCounts:
         try:
             _check_stored(folder, stored, metadata)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            saved: manifest.StepCounts = document["checkpoint"]["step_counts"]
+            if not all(type(number) in (int, float) for entry in saved.values() for number in entry.values()):
+                raise TypeError("a step count is not a number")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{folder} has a document that is not of this format ({error!r})") from error
         _check_match(folder, stored, live, strict=strict, convert=convert)
         for s in slices:
             _check_slice(folder, s, stored)
+        if uncounted := (counts.keys() & stored.keys()) - saved.keys():
+            raise InputError(f"checkpoint {folder} has no step counts of {few(uncounted)}: another optimizer wrote it")
+        return counts | saved
 
-    ranks.together(check)
-    ranks.together(lambda: _read(folder, metadata, stored, slices))
-    document["checkpoint"]["not_loaded"] = sorted(vector_key(name, kind) for name, kind in _keys(live) - _keys(stored))
+    counts = ranks.together(check)
+    with state.loading(folder):
+        ranks.together(lambda: _read(folder, metadata, stored, slices))
+        state.load_step_counts(counts)
+    document["checkpoint"]["not_loaded"] = sorted(
+        manifest.vector_key(name, kind) for name, kind in _keys(live) - _keys(stored)
+    )
     return document
 
 
@@ -92,37 +108,27 @@ def load_extras(folder: Path, keys: Iterable[str]) -> dict[str, Tensor]:
     metadata = read_metadata(folder)
     found: dict[str, Tensor] = {}
     for key in keys:
-        entry = metadata.state_dict_metadata.get(extra_key(key))
+        entry = metadata.state_dict_metadata.get(manifest.extra_key(key))
         if isinstance(entry, TensorStorageMetadata):
             found[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    _fill(folder, metadata, {extra_key(key): tensor for key, tensor in found.items()})
+    _fill(folder, metadata, {manifest.extra_key(key): tensor for key, tensor in found.items()})
     return found
 
 
-def _union(slices: list[Slice], ranks: Ranks) -> Parameters:
-    """What all ranks together hold, in the document's form. A collective."""
-    mine = ranks.together(lambda: describe(slices))
-    everyone: list[Any] = [mine]
-    if ranks.distributed:
-        everyone = [None] * ranks.world_size
-        dist.all_gather_object(everyone, mine)
-    return merge(everyone)
-
-
-def _keys(parameters: Parameters) -> set[tuple[str, str]]:
+def _keys(parameters: manifest.Parameters) -> set[tuple[str, str]]:
     return {(name, kind) for name, parameter in parameters.items() for kind in parameter["kinds"]}
 
 
-def _check_stored(folder: Path, stored: Parameters, metadata: Metadata) -> None:
-    """That the data is what the document says: its index is complete and of the same sizes and dtypes."""
+def _check_stored(folder: Path, stored: manifest.Parameters, metadata: Metadata) -> None:
+    """Check the data against the document: its index is complete and of the same sizes and dtypes."""
     chunks: dict[str, set[tuple[int, int]]] = {}
     for name, parameter in stored.items():
         numel = Layout.whole(name, parameter["shape"]).numel
         for kind, entry in parameter["kinds"].items():
             if len(entry["dtypes"]) == 1:
-                keys = [vector_key(name, kind)] if numel else []
+                keys = [manifest.vector_key(name, kind)] if numel else []
             else:
-                keys = [k for ranges in entry["layouts"] for k in block_keys(name, kind, _ranges(ranges))]
+                keys = [k for ranges in entry["layouts"] for k in manifest.block_keys(name, kind, _ranges(ranges))]
             for at, key in enumerate(keys):
                 tensor = metadata.state_dict_metadata.get(key)
                 dtype = DTYPES.get(entry["dtypes"][at % len(entry["dtypes"])])
@@ -133,13 +139,15 @@ def _check_stored(folder: Path, stored: Parameters, metadata: Metadata) -> None:
                         raise InputError(f"{folder}: {key!r} has {tuple(tensor.size)} elements, not {numel}")
                     chunks[key] = {(c.offsets[0], c.sizes[0]) for c in tensor.chunks}
     try:
-        check_coverage(stored, chunks)
+        manifest.check_coverage(stored, chunks)
     except ValueError as error:
         raise InputError(f"{folder} is {error}") from error
 
 
-def _check_match(folder: Path, stored: Parameters, live: Parameters, *, strict: bool, convert: bool) -> None:
-    """That the checkpoint and the live slices are of the same thing.
+def _check_match(
+    folder: Path, stored: manifest.Parameters, live: manifest.Parameters, *, strict: bool, convert: bool
+) -> None:
+    """Check that the checkpoint and the live slices are of the same model and optimizer.
 
     Raises:
         InputError: they are not; one line, with the first few names of each kind of difference.
@@ -158,11 +166,12 @@ def _check_match(folder: Path, stored: Parameters, live: Parameters, *, strict: 
         problems.append(f"shapes differ: {shapes}; set model as it was")
     wanted = {(n, kind) for n in shared for kind in live[n]["kinds"]}
     there = {(n, kind) for n in shared for kind in stored[n]["kinds"]}
-    if strict and wanted != there:
-        missing_kinds, extra_kinds = ({vector_key(*k) for k in d} for d in (wanted - there, there - wanted))
-        lists = [f"the checkpoint has no {few(missing_kinds)}"] if missing_kinds else []
-        lists += [f"nothing here takes its {few(extra_kinds)}"] if extra_kinds else []
-        problems.append("; ".join(lists) + "; set optimizer as it was, or load with strict=False")
+    # Not strict either: weights without their masters, or averages without their counts, would go on wrong.
+    if missing_kinds := {manifest.vector_key(*k) for k in wanted - there}:
+        problems.append(f"the checkpoint has no {few(missing_kinds)}; set optimizer as it was")
+    if strict and (extra_kinds := {manifest.vector_key(*k) for k in there - wanted}):
+        taken = f"nothing here takes its {few(extra_kinds)}"
+        problems.append(f"{taken}; set optimizer as it was, or load with strict=False")
     if not convert:
         for kind in sorted({kind for _, kind in wanted & there}):
             pairs = {
@@ -181,7 +190,7 @@ def _check_match(folder: Path, stored: Parameters, live: Parameters, *, strict: 
         raise InputError(f"checkpoint {folder} does not fit: " + "; ".join(problems))
 
 
-def _check_slice(folder: Path, s: Slice, stored: Parameters) -> None:
+def _check_slice(folder: Path, s: Slice, stored: manifest.Parameters) -> None:
     entry = stored.get(s.name, {"kinds": {}})["kinds"].get(s.kind)
     if entry is None or not s.layout.ranges:
         return
@@ -196,7 +205,7 @@ def _check_slice(folder: Path, s: Slice, stored: Parameters) -> None:
 
 
 def _direct(s: Slice, entry: dict[str, Any]) -> bool:
-    """Whether the stored elements can be read straight into the live tensors."""
+    """True where the stored elements can be read straight into the live tensors."""
     if len(s.tensors) == 1 or len(entry["dtypes"]) == 1:
         return len(s.tensors) == len(entry["dtypes"])
     return (
@@ -205,7 +214,7 @@ def _direct(s: Slice, entry: dict[str, Any]) -> bool:
     )
 
 
-def _read(folder: Path, metadata: Metadata, stored: Parameters, slices: list[Slice]) -> None:
+def _read(folder: Path, metadata: Metadata, stored: manifest.Parameters, slices: list[Slice]) -> None:
     state: dict[str, Tensor] = {}
     for s in slices:
         entry = stored.get(s.name, {"kinds": {}})["kinds"].get(s.kind)
@@ -214,10 +223,10 @@ def _read(folder: Path, metadata: Metadata, stored: Parameters, slices: list[Sli
         if not _direct(s, entry):
             _recode(folder, metadata, entry, s)
         elif len(s.tensors) == 1:
-            key = vector_key(s.name, s.kind)
+            key = manifest.vector_key(s.name, s.kind)
             state[key] = FlatShard(s.layout.numel, DTYPES[entry["dtypes"][0]], chunks_of(s.layout, s.tensors[0]))
         else:
-            for key, tensor in zip(block_keys(s.name, s.kind, s.layout.ranges), s.tensors, strict=True):
+            for key, tensor in zip(manifest.block_keys(s.name, s.kind, s.layout.ranges), s.tensors, strict=True):
                 state[key] = local_tensor(tensor).detach().view(-1)
     _fill(folder, metadata, state)
 
@@ -228,14 +237,14 @@ def _recode(folder: Path, metadata: Metadata, entry: dict[str, Any], s: Slice) -
     values = torch.zeros(mine.local_numel)
     if len(entry["dtypes"]) == 1:
         vector = FlatShard(s.layout.numel, torch.float32, chunks_of(mine, values))
-        _fill(folder, metadata, {vector_key(s.name, s.kind): vector})
+        _fill(folder, metadata, {manifest.vector_key(s.name, s.kind): vector})
     for ranges in entry.get("layouts", []):
         theirs = Layout(s.name, s.layout.shape, _ranges(ranges))
         if not any(_overlap(a, b) for a in theirs.ranges for b in mine.ranges):
             continue
         tensors = {
             key: torch.empty(metadata.state_dict_metadata[key].size, dtype=DTYPES[dtype])  # type: ignore[union-attr]
-            for key, dtype in zip(block_keys(s.name, s.kind, theirs.ranges), entry["dtypes"], strict=True)
+            for key, dtype in zip(manifest.block_keys(s.name, s.kind, theirs.ranges), entry["dtypes"], strict=True)
         }
         _fill(folder, metadata, dict(tensors))
         source = states.read_slice(Slice(s.name, s.kind, theirs, tuple(tensors.values())))
@@ -279,7 +288,7 @@ class _Reader(dcp.FileSystemReader):
         return self._metadata
 
 
-class _Planner(DefaultLoadPlanner):
+class _LoadPlanner(DefaultLoadPlanner):
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
@@ -292,7 +301,7 @@ def _fill(folder: Path, metadata: Metadata, state: dict[str, Tensor]) -> None:
     if not state:
         return
     try:
-        dcp.load(dict(state), storage_reader=_Reader(folder, metadata), planner=_Planner(), no_dist=True)
+        dcp.load(dict(state), storage_reader=_Reader(folder, metadata), planner=_LoadPlanner(), no_dist=True)
     except CheckpointException as error:
         (cause, _) = next(iter(error.failures.values()))
         if not isinstance(cause, Exception):

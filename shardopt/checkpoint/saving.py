@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,12 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 
-from shardopt.checkpoint import folders
-from shardopt.checkpoint.flat import FlatShard, chunks_of, coverage_error, dtype_name, few
+from shardopt.checkpoint import folders, manifest
+from shardopt.checkpoint.flat import FlatShard, chunks_of
 from shardopt.distributed import Ranks
+from shardopt.engines.state import ShardedState, refused_steps
 from shardopt.errors import InputError
-from shardopt.slices import Layout, Range, Slice, local_tensor
+from shardopt.slices import Slice, local_tensor
 
 # Writing alone is meant where there is no process group. A filter for the whole process, because the warning
 # may come from the background thread, where warnings cannot be caught without touching other threads.
@@ -34,60 +35,45 @@ warnings.filterwarnings(
     "ignore", message="torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to"
 )
 
-PARTS = ("codes", "scales")  # of a block format, in the order of Slice.tensors
-
 # How long a rank may wait in the background for the slowest other rank's disk.
 _WRITE_TIMEOUT = timedelta(hours=2)
 
 
-class Entry(NamedTuple):
-    """What a rank says about one of its slices to the rank that writes the document."""
+def save(
+    folder: str | Path,
+    state: ShardedState,
+    document: Mapping[str, Any] | None = None,
+    extras: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write weights, optimizer state and step counts to `folder`, complete when this returns. A collective.
 
-    shape: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    ranges: tuple[Range, ...] | None  # of a block format, which belongs to one layout
-
-
-Entries = dict[tuple[str, str], Entry]  # by parameter name and kind
-Scalars = dict[str, dict[str, Any]]  # by parameter name
-Parameters = dict[str, dict[str, Any]]  # as in the document, see folders.read_document
-
-
-def vector_key(name: str, kind: str) -> str:
-    return f"{name}/{kind}"
-
-
-def block_keys(name: str, kind: str, ranges: tuple[Range, ...]) -> list[str]:
-    """Where the codes and scales of one layout are kept; equal layouts (replicas) share them."""
-    where = ",".join(f"{start}:{local}:{length}" for start, local, length in ranges)
-    return [f"{name}/{kind}.{part}@{where}" for part in PARTS]
-
-
-def extra_key(key: str) -> str:
-    return f"/extras/{key}"  # a parameter's key does not begin with a slash
-
-
-def save(folder: Path, slices: list[Slice], extras: dict[str, Tensor], document: dict[str, Any], ranks: Ranks) -> None:
-    """Write a checkpoint to `folder`, complete when this returns. A collective.
+        >>> import tempfile, torch
+        >>> from shardopt import AdEMAMix, checkpoint
+        >>> from shardopt.engines.state import ModuleState
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = AdEMAMix(model.named_parameters(), lr=1e-3)
+        >>> folder = tempfile.mkdtemp() + "/step-00000100"
+        >>> checkpoint.save(folder, ModuleState(optimizer, model), {"step": 100})
+        >>> sorted(checkpoint.read_document(folder)["checkpoint"]["parameters"])
+        ['bias', 'weight']
 
     It is written beside `folder` and takes its name once every rank's data is on the disk, so a checkpoint
     that is there already is replaced whole or not at all. All ranks must see the same file system.
 
     Args:
         folder: for instance runs/x/checkpoints/step-00000100.
-        slices: what this rank holds. Elements that several ranks hold are written once.
+        state: what this rank holds. Elements that several ranks hold are written once.
+        document: JSON to keep with it (the run's step, the config), of which rank 0's is kept. The key "checkpoint"
+            is ours.
         extras: whole tensors of any shape beside them, by key; this rank's own under a key that says so
             ("rng/rank-00000/torch"), while equal keys on several ranks must mean equal values.
-        document: JSON to keep with it (the run's step, the steps of parameters, the config), of which rank
-            0's is kept; but "scalars" ({parameter name: {"step": 3, ...}}) is put together from all ranks,
-            each of which may know its own parameters only. The key "checkpoint" is ours.
 
     Raises:
-        InputError: the folder cannot be written, on every rank; or the disk is full.
+        InputError: the folder cannot be written, on every rank; the disk is full; the state was loaded by half.
         ValueError: an element that no rank holds, ranks that disagree, a document that is not JSON.
             (On the other ranks a RuntimeError that quotes it, where one rank alone found it.)
     """
-    _write(folder, slices, extras, document, ranks, group=None, after=None)
+    _write(Path(folder), state, document or {}, extras or {}, group=None, after=None)
 
 
 class Saver:
@@ -120,7 +106,13 @@ class Saver:
         # The background thread's collectives must not mix with the training's.
         self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT) if ranks.distributed else None
 
-    def save(self, step: int, slices: list[Slice], extras: dict[str, Tensor], document: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: ShardedState,
+        document: Mapping[str, Any] | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """As the function `save`, to the folder of `step`, after the save before it has ended. A collective.
 
         The tensors may change as soon as this returns.
@@ -132,7 +124,7 @@ class Saver:
             self._cleaned = True
         folder = folders.step_folder(self.root, step)
         future = _write(
-            folder, slices, extras, document, self.ranks,
+            folder, state, document or {}, extras or {},
             group=self._group,
             after=lambda: folders.prune(self.root, self.keep, folder),
             asynchronous=self.asynchronous,
@@ -165,28 +157,30 @@ class Saver:
 
 def _write(
     folder: Path,
-    slices: list[Slice],
-    extras: dict[str, Tensor],
-    document: dict[str, Any],
-    ranks: Ranks,
+    state: ShardedState,
+    document: Mapping[str, Any],
+    extras: Mapping[str, Tensor],
     *,
     group: dist.ProcessGroup | None,
     after: Callable[[], None] | None,
     asynchronous: bool = False,
 ) -> Future | None:
-    partial = folders.partial_of(folder)
+    ranks, partial = state.ranks, folders.partial_of(folder)
 
-    def prepare() -> tuple[dict[str, Tensor], Entries]:
-        entries = describe(slices)
+    def prepare() -> tuple[dict[str, Tensor], _SavePlanner]:
+        if (reason := refused_steps(state.optimizer)) is not None:
+            raise InputError(f"there is nothing to save: {reason}")
+        state.init()
+        slices = state.slices()
+        planner = _SavePlanner(manifest.describe(slices), state.step_counts())
         if "checkpoint" in document:
             raise ValueError('the document has a key "checkpoint", which is ours')
         json.dumps(document, allow_nan=False)  # better now, on this line, than in the background
         if ranks.is_main:
             folders.begin(folder)
-        return _state(slices, extras, copy=asynchronous), entries
+        return _tensors(slices, extras, copy=asynchronous), planner
 
-    state, entries = ranks.together(prepare)
-    planner = _Planner(entries, document.get("scalars", {}))
+    tensors, planner = ranks.together(prepare)
 
     def publish(files: dict[str, int]) -> None:
         for name, size in files.items():
@@ -201,147 +195,82 @@ def _write(
             "torch": torch.__version__,
             "world_size": ranks.world_size,
             "parameters": planner.parameters,
+            "step_counts": planner.step_counts,
             "extras": planner.extras,
             "files": files,
         }
-        folders.write_json(partial / folders.DOCUMENT, {**document, "scalars": planner.scalars, "checkpoint": written})
+        folders.write_json(partial / folders.DOCUMENT, {**document, "checkpoint": written})
         folders.publish(partial, folder, folders.is_complete)
         if after is not None:
             after()
 
     options: dict[str, Any] = {
-        "storage_writer": _Writer(partial, publish),
+        "storage_writer": _PublishingWriter(partial, publish),
         "planner": planner,
         "process_group": group,
         "no_dist": not ranks.distributed,
     }
     if asynchronous:
-        future = dcp.async_save(state, async_stager=_Staged(), **options)
+        future = dcp.async_save(tensors, async_stager=_Staged(), **options)
         assert isinstance(future, Future)
         return future
     try:
-        dcp.save(state, **options)
+        dcp.save(tensors, **options)
     except CheckpointException as error:
         _give_up(folder, error, ranks)
     return None
 
 
-def describe(slices: list[Slice]) -> Entries:
-    """What this rank holds.
-
-    Raises:
-        ValueError: two slices of the same name and kind.
-    """
-    entries: Entries = {}
-    for s in slices:
-        if (s.name, s.kind) in entries:
-            raise ValueError(f"{vector_key(s.name, s.kind)!r} is given twice")
-        dtypes = tuple(dtype_name(t.dtype) for t in s.tensors)
-        ranges = s.layout.ranges if len(s.tensors) > 1 else None
-        entries[s.name, s.kind] = Entry(s.layout.shape, dtypes, ranges)
-    return entries
-
-
-def _state(slices: list[Slice], extras: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
-    """What DCP is to write. With `copy`, tensors of its own on the CPU."""
+def _tensors(slices: list[Slice], extras: Mapping[str, Tensor], copy: bool) -> dict[str, Tensor]:
+    """The tensors that DCP is to write. With `copy`, tensors of its own on the CPU."""
 
     def staged(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=True) if copy else tensor.detach()
 
-    state: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for s in slices:
         parts = tuple(local_tensor(t) for t in s.tensors)
         if s.layout.ranges and len(parts) == 1:
             chunks = {start: staged(c) for start, c in chunks_of(s.layout, parts[0]).items()}
-            state[vector_key(s.name, s.kind)] = FlatShard(s.layout.numel, parts[0].dtype, chunks)
+            tensors[manifest.vector_key(s.name, s.kind)] = FlatShard(s.layout.numel, parts[0].dtype, chunks)
         elif s.layout.ranges:
-            for key, part in zip(block_keys(s.name, s.kind, s.layout.ranges), parts, strict=True):
-                state[key] = staged(part.reshape(-1))  # a rank may hold the same range in another shape
-    state.update((extra_key(key), staged(tensor)) for key, tensor in extras.items())
-    return state
+            for key, part in zip(manifest.block_keys(s.name, s.kind, s.layout.ranges), parts, strict=True):
+                tensors[key] = staged(part.reshape(-1))  # a rank may hold the same range in another shape
+    tensors.update((manifest.extra_key(key), staged(tensor)) for key, tensor in extras.items())
+    return tensors
 
 
-class _Planner(DefaultSavePlanner):
-    """Also tells rank 0 what every rank's slices are, and refuses them where they leave a gap."""
+class _SavePlanner(DefaultSavePlanner):
+    """Also sends every rank's descriptions to rank 0, which puts them together and refuses a gap."""
 
-    def __init__(self, entries: Entries, scalars: Scalars) -> None:
+    def __init__(self, described: manifest.Descriptions, step_counts: manifest.StepCounts) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.entries, self.scalars = entries, scalars
-        self.parameters: Parameters = {}
+        self.described, self.step_counts = described, step_counts
+        self.parameters: manifest.Parameters = {}
         self.extras: list[str] = []
 
     def create_local_plan(self) -> SavePlan:
-        return replace(super().create_local_plan(), planner_data=(self.entries, self.scalars))
+        return replace(super().create_local_plan(), planner_data=(self.described, self.step_counts))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        self.parameters = merge([plan.planner_data[0] for plan in all_plans])
-        self.scalars = _merge_scalars([plan.planner_data[1] for plan in all_plans])
+        self.parameters = manifest.merge([plan.planner_data[0] for plan in all_plans])
+        self.step_counts = manifest.merge_step_counts([plan.planner_data[1] for plan in all_plans])
         # DCP looks for gaps itself, but not when a rank writes alone, and it names bounds without ranges.
         chunks: dict[str, set[tuple[int, int]]] = {}
         for item in (item for plan in all_plans for item in plan.items):
             if len(item.tensor_data.size) == 1:  # type: ignore[union-attr]
                 chunk = item.tensor_data.chunk  # type: ignore[union-attr]
                 chunks.setdefault(item.index.fqn, set()).add((chunk.offsets[0], chunk.sizes[0]))
-        check_coverage(self.parameters, chunks)
-        prefix = extra_key("")
+        manifest.check_coverage(self.parameters, chunks)
+        prefix = manifest.extra_key("")
         self.extras = sorted(
             {i.index.fqn.removeprefix(prefix) for p in all_plans for i in p.items if i.index.fqn.startswith(prefix)}
         )
         return super().create_global_plan([replace(plan, planner_data=None) for plan in all_plans])
 
 
-def merge(plans: list[Entries]) -> Parameters:
-    """What all ranks hold, in the document's form; a ValueError where they disagree."""
-    parameters: Parameters = {}
-    for (name, kind), entry in (pair for entries in plans for pair in entries.items()):
-        parameter = parameters.setdefault(name, {"shape": list(entry.shape), "kinds": {}})
-        stored = parameter["kinds"].setdefault(kind, {"dtypes": list(entry.dtypes)})
-        if parameter["shape"] != list(entry.shape) or stored["dtypes"] != list(entry.dtypes):
-            here, there = (parameter["shape"], stored["dtypes"]), (list(entry.shape), list(entry.dtypes))
-            raise ValueError(f"{vector_key(name, kind)}: ranks disagree, {here} on one and {there} on another")
-        if entry.ranges is not None:
-            layouts = stored.setdefault("layouts", [])
-            as_lists = [list(r) for r in entry.ranges]
-            if as_lists and as_lists not in layouts:
-                layouts.append(as_lists)
-    return parameters
-
-
-def _merge_scalars(plans: list[Scalars]) -> Scalars:
-    together: Scalars = {}
-    for name, scalars in (pair for plan in plans for pair in plan.items()):
-        if together.setdefault(name, scalars) != scalars:
-            raise ValueError(f"{name}: ranks disagree, {together[name]} on one and {scalars} on another")
-    return together
-
-
-def check_coverage(parameters: Parameters, chunks: dict[str, set[tuple[int, int]]]) -> None:
-    """That every element of every slice is there exactly once.
-
-    Args:
-        parameters: as in the document.
-        chunks: (start, length) pairs by vector key.
-
-    Raises:
-        ValueError: an element is missing or there twice.
-    """
-    errors = {}
-    for name, parameter in parameters.items():
-        numel = Layout.whole(name, parameter["shape"]).numel
-        for kind, stored in parameter["kinds"].items():
-            key = vector_key(name, kind)
-            if len(stored["dtypes"]) == 1:
-                held = chunks.get(key, set())
-            else:
-                held = {(r[0], r[2]) for ranges in stored["layouts"] for r in ranges}
-            if error := coverage_error(numel, held):
-                errors[key] = error
-    if errors:
-        raise ValueError("incomplete: " + few(f"{key}: {error}" for key, error in errors.items()))
-
-
 class _Staged(AsyncStager):
-    """Hands on the copies that were made before; DCP's own stager cannot copy a FlatShard."""
+    """Passes the copies that were made before; DCP's own stager cannot copy a FlatShard."""
 
     _synchronize_after_execute = False
 
@@ -355,8 +284,8 @@ class _Staged(AsyncStager):
         return None
 
 
-class _Writer(dcp.FileSystemWriter):
-    """Ends, on rank 0 once all ranks have written, with `publish({file: bytes})`; its errors reach all."""
+class _PublishingWriter(dcp.FileSystemWriter):
+    """Calls, on rank 0 once all ranks have written, `publish({file: bytes})`; its errors reach all."""
 
     def __init__(self, folder: Path, publish: Callable[[dict[str, int]], None]) -> None:
         super().__init__(folder, sync_files=True)

@@ -1,4 +1,4 @@
-"""Who holds what, and how gradients get there. One file an engine."""
+"""Sharding engines: parameter placement and gradient reduction. One file per engine."""
 
 from __future__ import annotations
 

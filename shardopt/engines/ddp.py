@@ -35,8 +35,6 @@ class DdpEngine(ModuleEngine):
     name = "ddp"
 
     def __init__(self, config: DdpConfig, inputs: EngineInputs) -> None:
-        if not inputs.ranks.distributed:
-            raise InputError("engine.name: ddp needs torchrun (or choose engine.name=single)")
         inputs.initialise(inputs.model)
         device = inputs.ranks.device
         # Rotary tables and the like are the same everywhere already. The argument's name depends on torch's version.
@@ -51,7 +49,7 @@ class DdpEngine(ModuleEngine):
             gradient_as_bucket_view=True,
             **no_buffers,
         )
-        super().__init__(inputs, None, compute_dtype(config.compute_dtype, device))
+        super().__init__(inputs, compute_dtype(config.compute_dtype, device))
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self._ddp.no_sync()

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from shardopt.engines.base import DtypeName, EngineInputs, ModuleEngine, check_choice, compute_dtype
+from shardopt.engines.base import DtypeName, EngineInputs, ModuleEngine, check_choice, compute_dtype, replicated_mesh
 from shardopt.errors import InputError
 
 
@@ -42,39 +41,18 @@ class FsdpEngine(ModuleEngine):
 
     def __init__(self, config: FsdpConfig, inputs: EngineInputs) -> None:
         ranks, model = inputs.ranks, inputs.model
-        if not ranks.distributed:
-            raise InputError("engine.name: fsdp needs torchrun (or choose engine.name=single)")
-        if ranks.world_size % config.replicate:
-            raise InputError(
-                f"engine.replicate: {config.replicate} does not divide the {ranks.world_size} ranks of this run"
-            )
-        mesh = init_device_mesh(
-            ranks.device.type,
-            (config.replicate, ranks.world_size // config.replicate),
-            mesh_dim_names=("replicate", "shard"),
-        )
-        shard = mesh["shard"]
+        mesh = replicated_mesh(ranks, config.replicate)
         reduce = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.reduce_dtype]
         policy = MixedPrecisionPolicy(
             param_dtype=compute_dtype(config.compute_dtype, ranks.device), reduce_dtype=reduce
         )
         for block in inputs.blocks:
-            fully_shard(
-                block,
-                mesh=shard if config.replicate == 1 else mesh,
-                reshard_after_forward=config.reshard_after_forward,
-                mp_policy=policy,
-            )
+            fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=policy)
         # The root is needed again as soon as backward starts, so it stays gathered.
-        fully_shard(
-            model,
-            mesh=shard if config.replicate == 1 else mesh,
-            reshard_after_forward=False,
-            mp_policy=policy,
-        )
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         inputs.initialise(model)
         self.model = model
-        super().__init__(inputs, shard.get_group(), torch.float32)
+        super().__init__(inputs, torch.float32)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -82,9 +60,3 @@ class FsdpEngine(ModuleEngine):
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
         yield
-
-    def after_load(self) -> None:
-        # The root stays gathered after a forward that no backward follows.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shardopt.engines.base import DtypeName, EngineInputs, ModuleEngine, check_choice, compute_dtype
-from shardopt.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,9 @@ class SingleEngine(ModuleEngine):
     name = "single"
 
     def __init__(self, config: SingleConfig, inputs: EngineInputs) -> None:
-        if inputs.ranks.world_size > 1:
-            raise InputError(
-                f"engine.name: single runs on one process, this run has {inputs.ranks.world_size}: "
-                f"choose ddp, zero, fsdp or deepspeed"
-            )
         inputs.initialise(inputs.model)
         self.model = inputs.model
-        super().__init__(inputs, None, compute_dtype(config.compute_dtype, inputs.ranks.device))
+        super().__init__(inputs, compute_dtype(config.compute_dtype, inputs.ranks.device))
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext()

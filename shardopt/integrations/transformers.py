@@ -8,13 +8,12 @@ Both work under plain torchrun, accelerate's FSDP2 and DeepSpeed ZeRO-1/2/3. doc
 
 from __future__ import annotations
 
-import ast
 import difflib
 import inspect
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, get_last_checkpoint
 
-from shardopt.checkpoint import read_document
+from shardopt import checkpoint
+from shardopt.distributed import Ranks
+from shardopt.engines.deepspeed.config import check_client_config
 from shardopt.errors import InputError
 from shardopt.integrations import accelerate as hosts
+from shardopt.integrations.arguments import AdEMAMixArguments, parse_optim_args, plain
 from shardopt.optim import registry
 from shardopt.optim.ademamix import AdEMAMix
 from shardopt.slices import canonical_name
@@ -38,26 +40,23 @@ _FROM_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 _WARMUPS = ("alpha_warmup", "beta3_warmup")
 
 
-@dataclass
-class AdEMAMixArguments:
-    """AdEMAMix's own settings for HfArgumentParser; lr and weight decay are TrainingArguments'."""
-
-    alpha: float = field(default=5.0, metadata={"help": "Weight of the slow average."})
-    beta3: float = field(default=0.9999, metadata={"help": "Decay of the slow average."})
-    alpha_warmup: str = field(
-        default="total", metadata={"help": "Steps over which alpha rises: a number, 'total' or 'none'."}
-    )
-    beta3_warmup: str = field(
-        default="total", metadata={"help": "Steps over which beta3 rises: a number, 'total' or 'none'."}
-    )
-    state_dtype: str = field(default="fp32", metadata={"help": "fp32, bf16, block16 or block8."})
-    master_weights: str = field(default="none", metadata={"help": "For 16-bit weights: none, fp32 or split."})
-
-
 def shardopt_optimizer(
     args: TrainingArguments, settings: AdEMAMixArguments | None = None, **overrides: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """What `Trainer(optimizer_cls_and_kwargs=...)` takes.
+    """The value of `Trainer(optimizer_cls_and_kwargs=...)`.
+
+        >>> import tempfile, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+        >>> from shardopt.integrations.transformers import shardopt_optimizer
+        >>> size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **size))
+        >>> data = [{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 8
+        >>> args = TrainingArguments(tempfile.mkdtemp(), learning_rate=1e-3, max_steps=2, use_cpu=True, report_to=[])
+        >>> chosen = shardopt_optimizer(args, alpha=8.0, state_dtype="bf16")
+        >>> trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=chosen)
+        >>> trainer.train().global_step
+        {'train_runtime': ...}
+        2
 
     lr and weight decay come from `args`, and so do beta1, beta2, eps and the seed unless given here (adam_beta1,
     adam_beta2, adam_epsilon, seed). Weight decay goes where the Trainer's `get_decay_parameter_names` says. alpha
@@ -79,7 +78,7 @@ def shardopt_optimizer(
             f"optim={getattr(args.optim, 'value', args.optim)!r} would be ignored beside shardopt's AdEMAMix: "
             f"leave `optim` out of TrainingArguments"
         )
-    given = _plain(settings) | overrides | parse_optim_args(args.optim_args)
+    given = plain(settings) | overrides | parse_optim_args(args.optim_args)
     allowed = {name for name in inspect.signature(AdEMAMix).parameters if name != "params"} | {"beta3"}
     for key in given:
         if key in _FROM_ARGUMENTS:
@@ -95,8 +94,8 @@ def shardopt_optimizer(
             raise InputError(f"{key} must be a number of steps, 'total' or none, got {given[key]!r}")
     registry.spec("ademamix", **_resolved(args, given, total=1))
     if args.deepspeed_plugin is not None:
-        hosts.check_deepspeed_config(args.deepspeed_plugin.hf_ds_config.config)
-    return _Door, {"args": args, "given": given}
+        check_client_config(args.deepspeed_plugin.hf_ds_config.config)
+    return _Factory, {"args": args, "given": given}
 
 
 class AdEMAMixTrainer(Trainer):
@@ -141,63 +140,16 @@ class AdEMAMixTrainer(Trainer):
         return prepared
 
 
-def _beyond_deepspeed(checkpoint: str | os.PathLike[str]) -> str | None:
-    """Why DeepSpeed cannot load a Trainer's checkpoint although shardopt can; None where it can."""
-    document = read_document(Path(checkpoint) / SLICES) if (Path(checkpoint) / SLICES).is_dir() else {}
-    here = hosts.ranks_here().world_size
-    if document.get("host") not in (None, "deepspeed"):
+def _beyond_deepspeed(folder: str | os.PathLike[str]) -> str | None:
+    """The reason why DeepSpeed cannot load a Trainer's checkpoint although shardopt can; None where it can."""
+    if not (Path(folder) / SLICES).is_dir():
+        return None
+    document, here = checkpoint.read_document(Path(folder) / SLICES), Ranks.current().world_size
+    if document["host"] != "deepspeed":
         return f"it was written under {document['host']}"
-    if document.get("world_size", here) != here:
-        return f"it was written by {document['world_size']} ranks and DeepSpeed reads it on as many only, not on {here}"
+    if (wrote := document["checkpoint"]["world_size"]) != here:
+        return f"it was written by {wrote} ranks and DeepSpeed reads it on as many only, not on {here}"
     return None
-
-
-def parse_optim_args(text: str | None) -> dict[str, Any]:
-    """ "alpha=8,betas=(0.9,0.999,0.99),state_dtype=bf16,alpha_warmup=none" as values.
-
-    Commas inside brackets do not separate; a word that is not a Python literal stays text.
-
-    Raises:
-        InputError: something that is not key=value.
-    """
-    values: dict[str, Any] = {}
-    for item in _split(text or ""):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not key.isidentifier() or not value:
-            raise InputError(f"optim_args: {item!r} is not key=value (as in 'alpha=8,betas=(0.9,0.999,0.99)')")
-        if key in values:
-            raise InputError(f"optim_args: {key} stands there twice")
-        values[key] = _value(value)
-    return values
-
-
-def _split(text: str) -> list[str]:
-    items, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            items.append("")
-        else:
-            items[-1] += character
-    if depth:
-        raise InputError(f"optim_args: the brackets of {text!r} do not match")
-    return [item for item in items if item.strip()]
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _plain(settings: AdEMAMixArguments | None) -> dict[str, Any]:
-    if settings is None:
-        return {}
-    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    return {key: _value(value) if isinstance(value, str) else value for key, value in values.items()}
 
 
 def _resolved(args: TrainingArguments, given: Mapping[str, Any], total: int) -> dict[str, Any]:
@@ -210,7 +162,7 @@ def _resolved(args: TrainingArguments, given: Mapping[str, Any], total: int) -> 
     return kwargs | {"lr": args.learning_rate, "weight_decay": args.weight_decay}
 
 
-class _Door:
+class _Factory:
     """Trainer calls what is not an Optimizer subclass as `factory()(model, **kwargs)`: the one place with names."""
 
     def __call__(self, model: nn.Module, *, args: TrainingArguments, given: dict[str, Any]) -> Optimizer:
@@ -275,11 +227,26 @@ def _caller() -> tuple[Trainer, str | None]:
 
 
 def _attach(trainer: Trainer, callback: AdEMAMixCallback) -> None:
-    """Put the callback right behind the one that decides when to log, so that reporters come after it."""
+    """Put the callback right behind the one that decides when to log, so that reporters come after it.
+
+    Its slices are written when Trainer writes the optimizer, not in on_save: Trainer deletes older checkpoints
+    (save_total_limit) in between, and a crash there would leave none with slices.
+    """
     handler = trainer.callback_handler
     handler.callbacks = [c for c in handler.callbacks if not isinstance(c, AdEMAMixCallback)]
     at = next((i for i, c in enumerate(handler.callbacks) if isinstance(c, DefaultFlowCallback)), -1) + 1
     handler.callbacks.insert(at, callback)
+    save = trainer._save_optimizer_and_scheduler
+    if isinstance(save, partial) and save.func is _save_with_slices:  # of an earlier train()
+        save = save.args[0]
+    trainer._save_optimizer_and_scheduler = partial(  # type: ignore[method-assign]
+        _save_with_slices, save, callback, trainer
+    )
+
+
+def _save_with_slices(save: Callable[[str], None], callback: AdEMAMixCallback, trainer: Trainer, folder: str) -> None:
+    callback.save(folder, trainer.args, trainer.state)
+    save(folder)
 
 
 class AdEMAMixCallback(TrainerCallback):
@@ -293,6 +260,7 @@ class AdEMAMixCallback(TrainerCallback):
         self.optimizer, self.host = optimizer, host
         self.resume = Path(resume) if resume is not None else None
         self._values: tuple[int, dict[str, float]] | None = None
+        self._saved: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -310,7 +278,7 @@ class AdEMAMixCallback(TrainerCallback):
                 f"{resume} has no {SLICES} folder: it was saved by another optimizer or with save_only_model. Start a "
                 f"new run from its weights: from_pretrained({str(resume)!r}), without resume_from_checkpoint"
             )
-        document = hosts.load_slices(resume / SLICES, self.optimizer)
+        document = checkpoint.load(resume / SLICES, hosts.sharded_state(self.optimizer))
         if (scheduler := kwargs.get("lr_scheduler")) is not None:
             # torch's schedulers load their own count, and leave lr to the optimizer's file, which has none.
             for group, lr in zip(self.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
@@ -320,7 +288,12 @@ class AdEMAMixCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Norms over all ranks are a collective: taken here, where every rank comes, not in on_log."""
-        self._values = (state.global_step, hosts.statistics(self.optimizer)) if control.should_log else None
+        if not control.should_log:
+            self._values = None
+            return
+        held = hosts.sharded_state(self.optimizer)
+        sizes = {f"state_bytes/rank_{r}": float(n) for r, n in enumerate(held.ranks.gather(held.state_bytes()))}
+        self._values = state.global_step, held.statistics() | sizes
 
     def on_log(
         self,
@@ -337,12 +310,15 @@ class AdEMAMixCallback(TrainerCallback):
             self._values = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.save_only_model:
-            return
-        folder = Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / SLICES
-        hosts.save_slices(
-            folder, self.optimizer, host=self.host, step=state.global_step, wandb_run=_wandb_run(args, state)
-        )
+        """Trainers that do not call what `_attach` wraps still get their slices."""
+        if not args.save_only_model and self._saved != state.global_step:
+            self.save(Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", args, state)
+
+    def save(self, folder: str | Path, args: TrainingArguments, state: TrainerState) -> None:
+        """Write every rank's slices into the Trainer's checkpoint `folder`. A collective."""
+        document = {"host": self.host, "step": state.global_step, "wandb_run": _wandb_run(args, state)}
+        checkpoint.save(Path(folder) / SLICES, hosts.sharded_state(self.optimizer), document)
+        self._saved = state.global_step
 
 
 def _reports_to_wandb(args: TrainingArguments) -> bool:

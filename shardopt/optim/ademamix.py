@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, Unpack
@@ -87,7 +87,7 @@ class AdEMAMix(CheckedOptimizer):
         schema.check_group(defaults)
         if kernel not in kernels.KERNELS:
             raise InputError(f"kernel must be one of {', '.join(kernels.KERNELS)}, got {kernel!r}")
-        self.explicit_layouts: dict[Tensor, Layout | Sequence[Layout]] = {}
+        self.layouts: dict[Tensor, states.Layouts] = {}
         self._kernel_choice = kernel
         self._plan: Plan | None = None
         self._averaged = False
@@ -110,14 +110,17 @@ class AdEMAMix(CheckedOptimizer):
                     found[kernels.choose(self._kernel_choice, local_tensor(param.detach())).name] = None
         return "+".join(found)
 
-    def set_layout(self, param: Tensor, layout: Layout | Sequence[Layout]) -> None:
+    def set_layout(self, param: Tensor, layout: states.Layouts | None) -> None:
         """Say which elements of which parameter the local tensor `param` holds.
 
         Ordinary tensors and row-sharded DTensors need no word. A flat partition of several parameters takes a
         sequence of layouts, whose local starts count in `param`; elements that no layout names (padding) are not
-        updated. To be called before the first step: the random bits of later steps depend on it.
+        updated. To be called before the first step: the random bits of later steps depend on it. None forgets.
         """
-        self.explicit_layouts[param] = layout
+        if layout is None:
+            self.layouts.pop(param, None)
+        else:
+            self.layouts[param] = layout
         self._plan = None
 
     def schedule_values(self) -> dict[str, float]:
@@ -232,7 +235,7 @@ class AdEMAMix(CheckedOptimizer):
     # -- state --------------------------------------------------------------------------------------------------
 
     def _layouts(self, param: Tensor, name: str) -> tuple[Layout, ...]:
-        layout = self.explicit_layouts.get(param)
+        layout = self.layouts.get(param)
         if layout is None:
             return (layout_of(param, name),)
         return (layout,) if isinstance(layout, Layout) else tuple(layout)
@@ -338,7 +341,7 @@ class AdEMAMix(CheckedOptimizer):
             raise InputError(f"parameter {name} is complex: optimise torch.view_as_real of it")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("explicit_layouts", "_kernel_choice")}
+        own = {key: self.__dict__[key] for key in ("layouts", "_kernel_choice")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,16 @@ from shardopt.slices import Layout, Range, Slice, canonical_name, layout_of, loc
 Layouts = Layout | Sequence[Layout]
 # torch keeps these as 0-dim tensors; a 0-dim parameter has 0-dim state tensors too, hence the names.
 _SCALARS = ("step", "schedule_step", "eta", "mu", "mu_product")
+
+
+@runtime_checkable
+class TakesLayouts(Protocol):
+    """An optimizer made for slices: told what its tensors hold, it updates them as parts of whole parameters."""
+
+    layouts: Mapping[Tensor, Layouts]
+    """What `set_layout` was told."""
+
+    def set_layout(self, param: Tensor, layout: Layouts | None) -> None: ...
 
 
 def parameter_names(optimizer: Optimizer) -> dict[Tensor, str]:
@@ -52,19 +62,14 @@ def parameter_names(optimizer: Optimizer) -> dict[Tensor, str]:
 def layouts_of(
     optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None = None
 ) -> dict[Tensor, tuple[Layout, ...]]:
-    """Which elements each parameter of `optimizer` stands for: from `layouts`, the optimizer's own, or the tensor.
+    """The elements that each parameter stands for: `layouts`, else what the optimizer was told, else the tensor's own.
 
     A flat partition stands for several parameters: it has several layouts, whose local starts count in it.
     """
-    explicit: dict[Tensor, Layouts] = dict(getattr(optimizer, "explicit_layouts", {}))
-    explicit.update(layouts or {})
-    found = {}
-    for param, name in parameter_names(optimizer).items():
-        layout = explicit.get(param)
-        if layout is None:
-            layout = layout_of(param, name)
-        found[param] = (layout,) if isinstance(layout, Layout) else tuple(layout)
-    return found
+    if layouts is None:
+        told = optimizer.layouts if isinstance(optimizer, TakesLayouts) else {}
+        layouts = {p: told[p] if p in told else layout_of(p, name) for p, name in parameter_names(optimizer).items()}
+    return {p: (where,) if isinstance(where, Layout) else tuple(where) for p, where in layouts.items()}
 
 
 def _rebased(layout: Layout) -> tuple[int, int, Layout]:
@@ -79,7 +84,7 @@ def _rebased(layout: Layout) -> tuple[int, int, Layout]:
     return first, last, Layout(layout.name, layout.shape, ranges)
 
 
-def _pieces(tensor: Tensor, layouts: tuple[Layout, ...]) -> Iterator[tuple[Layout, Tensor]]:
+def _pieces(tensor: Tensor, layouts: Sequence[Layout]) -> Iterator[tuple[Layout, Tensor]]:
     """Each layout with its own elements of the local `tensor` (a view)."""
     for layout in layouts:
         first, last, rebased = _rebased(layout)
@@ -96,11 +101,17 @@ def is_scalar(key: str, value: object, param: Tensor) -> bool:
     return isinstance(value, (int, float))
 
 
+def weight_slices(layouts: Mapping[Tensor, Sequence[Layout]]) -> list[Slice]:
+    """The live parameters as slices."""
+    parts = ((layouts[param], local_tensor(param.detach())) for param in layouts)
+    return [Slice(w.name, "weight", w, (piece,)) for where, local in parts for w, piece in _pieces(local, where)]
+
+
 def state_slices(optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None = None) -> list[Slice]:
-    """The live state tensors as slices, in the order of the parameter groups; `kind` is the state key.
+    """The live state tensors as slices; `kind` is the state key.
 
     Args:
-        layouts: for parameters whose elements the optimizer cannot know itself (flat partitions).
+        layouts: what each parameter holds, where the optimizer cannot know it (flat partitions); else `layouts_of`.
 
     Raises:
         InputError: a state tensor that does not hold one value per element: the optimizer is not elementwise.
@@ -140,10 +151,12 @@ def state_slices(optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None 
     return slices
 
 
-def step_counts(optimizer: Optimizer) -> dict[str, dict[str, int | float]]:
-    """Counts and other numbers in the state, by parameter name; plain JSON."""
+def step_counts(
+    optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None = None
+) -> dict[str, dict[str, int | float]]:
+    """Counts and other numbers in the state, by parameter name; plain JSON. Args: see `state_slices`."""
     scalars: dict[str, dict[str, int | float]] = {}
-    for param, where in layouts_of(optimizer).items():
+    for param, where in layouts_of(optimizer, layouts).items():
         entry: dict[str, int | float] = {}
         for key, value in optimizer.state.get(param, {}).items():
             if not is_scalar(key, value, param):
@@ -155,13 +168,17 @@ def step_counts(optimizer: Optimizer) -> dict[str, dict[str, int | float]]:
     return scalars
 
 
-def load_step_counts(optimizer: Optimizer, mapping: Mapping[str, Mapping[str, int | float]]) -> None:
-    """Set what `step_counts` returned, in place; the state exists already (`init_state`).
+def load_step_counts(
+    optimizer: Optimizer,
+    mapping: Mapping[str, Mapping[str, int | float]],
+    layouts: Mapping[Tensor, Layouts] | None = None,
+) -> None:
+    """Set what `step_counts` returned, in place; the state exists already (`init_state`). Args: see `state_slices`.
 
     Raises:
         InputError: a parameter that has state here and none in `mapping`.
     """
-    for param, where in layouts_of(optimizer).items():
+    for param, where in layouts_of(optimizer, layouts).items():
         state = optimizer.state.get(param)
         if not state:
             continue

@@ -108,7 +108,7 @@ class Run:
             ),
         )
         stack.callback(self.engine.close)
-        self.engine.init_state()
+        self.engine.state.init()
         self.base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
         document = self._resume(resume_from) if resume_from is not None else {}
         self.tokens_a_step = config.train.global_batch * config.data.block_size
@@ -201,7 +201,7 @@ class Run:
         self.stopped = stops > 0
 
     def _evaluate(self) -> HeldOut:
-        with self.engine.use_weight_ema():  # the weights that are exported
+        with self.engine.state.use_weight_ema():  # the weights that are exported
             return held_out(self.engine, self.holdout_data, self._scored_blocks, self.config.train.micro_batch)
 
     @property
@@ -232,20 +232,14 @@ class Run:
         """Write a row of metrics and return it: `loss` is the mean over the steps since the last row, `grad_norm`,
         the other norms and the schedules are of the latest step. A collective."""
         engine, step = self.engine, self.progress.step
-        local = {name: value.item() for name, value in engine.statistics().items()}
-        squares = self.ranks.sum(list(local.values()))
-        norms = {
-            f"{name}_norm": math.sqrt(square / engine.replicas()) for name, square in zip(local, squares, strict=True)
-        }
         loss, norm, seconds = self.window.take()
         metrics: dict[str, float] = {
             "tokens": step * self.tokens_a_step,
             "loss": loss,
             "bits_per_byte": loss / math.log(2) / self.train_data.bytes_per_token,
             "lr": engine.optimizer.param_groups[0]["lr"],
-            **engine.schedule_values(),
             "grad_norm": norm,
-            **norms,
+            **engine.state.statistics(),
             "tokens_per_second": self.window.taken * self.tokens_a_step / seconds,
             "memory_bytes": peak_memory(self.ranks.device),
             "skipped_steps": self.progress.skipped,
@@ -262,13 +256,12 @@ class Run:
             "step": self.progress.step,
             "skipped": self.progress.skipped,
             "skipped_in_row": self.progress.skipped_in_row,
-            "scalars": self.engine.step_counts(),
             "data": self.train_data.state_dict(),
             "data_fingerprint": self.train_data.fingerprint,
             "wandb_id": self.tracker.run_id,
             "config": self.config.as_dict(),
         }
-        self.saver.save(self.progress.step, self.engine.slices(), rng.capture(self.ranks.rank), document)
+        self.saver.save(self.progress.step, self.engine.state, document, rng.capture(self.ranks.rank))
 
     def _resume(self, folder: Path) -> dict[str, Any]:
         """Fill the engine from a checkpoint and set everything else that it holds; its document."""
@@ -281,9 +274,7 @@ class Run:
                 f"data: the corpus or its tokenizer has changed since {folder} was written, so the run would not go "
                 f"on where it stopped; restore it, or choose another run.name"
             )
-        checkpoint.load(folder, engine.slices(), ranks)
-        engine.load_step_counts(document["scalars"])
-        engine.after_load()
+        checkpoint.load(folder, engine.state)
         self.train_data.load_state_dict(document["data"])
         self.progress = Progress(document["step"], document["skipped"], document["skipped_in_row"])
         saved = checkpoint.load_extras(folder, list(rng.capture(ranks.rank)))
@@ -304,7 +295,7 @@ class Run:
 
     def _report_start(self) -> None:
         config, engine, progress = self.config, self.engine, self.progress
-        held = report.holdings(engine.slices(), engine.gradient_bytes(), self.ranks)
+        held = report.holdings(engine.state)
         world_size, tokens = self.ranks.world_size, self.train_data.tokens
         text = "a stream" if tokens is None else f"{report.count(tokens)} tokens"
         scored = f"{self._scored_blocks:,} of {self.holdout_data.n_blocks:,} blocks scored"
@@ -325,7 +316,7 @@ class Run:
         finished = self.progress.step >= config.train.steps
         holdout = self.holdout or (self._evaluate() if finished else None)
         export = sample = None
-        with engine.use_weight_ema():  # the weights that the held-out loss is of
+        with engine.state.use_weight_ema():  # the weights that the held-out loss is of
             if finished and config.checkpoint.export:
                 export = config.folder / "export"
                 checkpoint.export_safetensors(export, self._exported(), self.ranks, complete=self._export_rest)
@@ -357,7 +348,7 @@ class Run:
         return result
 
     def _exported(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        for name, value in self.engine.full_parameters():
+        for name, value in self.engine.state.full_parameters():
             yield name, None if value is None else value.to(self.export_dtype)
 
     def _export_rest(self, folder: Path) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-import torch.distributed as dist
 from rich import box
 from rich.console import Console, RenderableType
 from rich.panel import Panel
@@ -25,8 +24,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from shardopt.distributed import Ranks
-from shardopt.slices import Slice
+from shardopt.engines.state import ShardedState
 
 # Shown first and in this order; a kind that is not listed comes after them under its own name.
 _LABELS = {
@@ -64,27 +62,21 @@ class Holdings:
         return sorted(present, key=lambda kind: (order.get(kind, len(order)), kind))
 
 
-def holdings(slices: list[Slice], gradient_bytes: int, ranks: Ranks) -> Holdings:
-    """Bytes that every rank holds, from the slices themselves. A collective.
+def holdings(state: ShardedState) -> Holdings:
+    """Bytes that every rank holds, from the slices themselves, once the state exists. A collective.
 
     The unsharded size of a tensor is its number of elements times the bytes an element takes where its first
     element is held. A gradient counts as large as its weight.
-
-    Args:
-        slices: `Engine.slices()`, once the state exists.
-        gradient_bytes: `Engine.gradient_bytes()`.
     """
-    held: dict[str, int] = {"gradient": gradient_bytes}
+    held: dict[str, int] = {"gradient": state.gradient_bytes()}
     whole: dict[tuple[str, str], int] = {}
-    for piece in slices:
+    for piece in state.slices():
         held[piece.kind] = held.get(piece.kind, 0) + piece.nbytes
         layout = piece.layout
         # Only the rank with the first element reports it, so that a sharded model is not listed once per rank.
         if layout.ranges and layout.ranges[0].global_start == 0:
             whole[piece.kind, piece.name] = round(piece.nbytes * layout.numel / layout.local_numel)
-    reports: list[tuple[dict[str, int], dict[tuple[str, str], int]]] = [(held, whole)] * ranks.world_size
-    if ranks.distributed:
-        dist.all_gather_object(reports, (held, whole))
+    reports = state.ranks.gather((held, whole))
     # Replicas report the same tensor; it counts once.
     merged = {key: size for _, sizes in reports for key, size in sizes.items()}
     unsharded: dict[str, int] = {}

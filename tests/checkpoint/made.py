@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardopt import checkpoint
 from shardopt.distributed import Ranks
+from shardopt.engines.state import ShardedState
 from shardopt.slices import Layout, Range, Slice, name_key
 
 SHAPES = {"embed.weight": (13, 4), "layers.0.mlp.weight": (7, 3), "norm.weight": (1,), "layers.0.bias": (5,)}
@@ -20,6 +21,51 @@ KINDS = {"weight": torch.float32, "m1": torch.bfloat16, "m2": torch.float32}
 
 def ranks_here(rank: int = 0, world_size: int = 1) -> Ranks:
     return Ranks(rank, world_size, rank, torch.device("cpu"), distributed=dist.is_initialized())
+
+
+class State(ShardedState):
+    """Slices that are given, and step counts beside them.
+
+    Args:
+        held: what this rank holds.
+        ranks: the processes.
+        counts: by parameter name.
+        gradients: bytes of them.
+    """
+
+    def __init__(
+        self, held: list[Slice], ranks: Ranks, counts: dict[str, Any] | None = None, gradients: int = 0
+    ) -> None:
+        super().__init__(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), ranks)
+        self.held, self.counts, self.gradients, self.refreshed = held, counts or {}, gradients, 0
+
+    def init(self) -> None:
+        pass
+
+    def slices(self) -> list[Slice]:
+        return self.held
+
+    def step_counts(self) -> dict[str, Any]:
+        return self.counts
+
+    def load_step_counts(self, counts: Any) -> None:
+        self.counts = dict(counts)
+
+    def refresh(self) -> None:
+        self.refreshed += 1
+
+    def clip_grad_norm(self, max_norm: float | None) -> float:
+        return 0.0
+
+    def gradient_bytes(self) -> int:
+        return self.gradients
+
+    @property
+    def replicas(self) -> int:
+        return 1
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
+        return iter(())
 
 
 def rows(name: str, rank: int, world_size: int) -> Layout:
@@ -97,7 +143,7 @@ def wrong(given: list[Slice]) -> list[str]:
 
 def save(rank: int, world_size: int, folder: Path, cut: Cut, document: dict[str, Any] | None = None) -> None:
     given = slices(cut, rank, world_size)
-    checkpoint.save(folder, given, {}, document or {}, ranks_here(rank, world_size))
+    checkpoint.save(folder, State(given, ranks_here(rank, world_size)), document or {})
 
 
 def load(rank: int, world_size: int, folder: Path, cut: Cut) -> dict[str, Any]:
@@ -105,6 +151,6 @@ def load(rank: int, world_size: int, folder: Path, cut: Cut) -> dict[str, Any]:
     given = slices(cut, rank, world_size, filled=False)
     held = {f"{s.name}/{s.kind}" for s in given if s.layout.ranges}
     assert set(wrong(given)) == held
-    document = checkpoint.load(folder, given, ranks_here(rank, world_size))
+    document = checkpoint.load(folder, State(given, ranks_here(rank, world_size)))
     assert wrong(given) == []
     return document

@@ -32,7 +32,7 @@ def _slice(number: float) -> tuple[list[Slice], torch.Tensor]:
 
 def _number(folder: Path) -> float:
     given, tensor = _slice(-1)
-    checkpoint.load(folder, given, made.ranks_here())
+    checkpoint.load(folder, made.State(given, made.ranks_here()))
     assert (tensor == tensor[0]).all()
     return tensor[0].item()
 
@@ -46,7 +46,7 @@ def _snapshots(rank: int, world_size: int, root: Path) -> None:
     given = made.slices(made.flat, rank, world_size)
     extra = torch.tensor([1, 2], dtype=torch.uint8)
     for step in (1, 2, 3):
-        saver.save(step, given, {"rng": extra} if rank == 0 else {}, {"step": step})
+        saver.save(step, made.State(given, saver.ranks), {"step": step}, {"rng": extra} if rank == 0 else {})
         # Training goes on, and changes everything in place.
         for s in given:
             s.tensors[0].fill_(3)
@@ -68,7 +68,7 @@ def test_the_background_writes_what_was_there_at_the_call(tmp_path: Path) -> Non
     assert checkpoint.load_extras(root / "step-00000003", ["rng"])["rng"].tolist() == [1, 2]
 
 
-class _Held(saving._Writer):
+class _Held(saving._PublishingWriter):
     """Writes when told to."""
 
     gate: Path
@@ -80,12 +80,12 @@ class _Held(saving._Writer):
 
 
 def test_saving_returns_before_the_disk_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "_Writer", _Held)
+    monkeypatch.setattr(saving, "_PublishingWriter", _Held)
     monkeypatch.setattr(_Held, "gate", tmp_path / "gate", raising=False)
     root = tmp_path / "root"
     saver = Saver(root, 1, made.ranks_here(), asynchronous=True)
     given, tensor = _slice(1)
-    saver.save(1, given, {}, {})
+    saver.save(1, made.State(given, saver.ranks))
     tensor.fill_(2)
     assert _names(root) == [".step-00000001.partial"]
     assert checkpoint.latest(root) is None
@@ -99,7 +99,7 @@ def test_saving_returns_before_the_disk_has_it(tmp_path: Path, monkeypatch: pyte
 def test_the_newest_are_kept_and_the_one_just_written(tmp_path: Path, asynchronous: bool) -> None:
     saver = Saver(tmp_path, 2, made.ranks_here(), asynchronous)
     for step in (10, 20, 30, 5):  # the last by a run that went back
-        saver.save(step, _slice(step)[0], {}, {})
+        saver.save(step, made.State(_slice(step)[0], saver.ranks))
     saver.close()
     assert _names(tmp_path) == ["step-00000005", "step-00000020", "step-00000030"]
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000030"
@@ -109,7 +109,7 @@ def test_the_newest_are_kept_and_the_one_just_written(tmp_path: Path, asynchrono
 def test_the_same_step_is_replaced(tmp_path: Path) -> None:
     saver = Saver(tmp_path, 1, made.ranks_here(), asynchronous=False)
     for number in (1, 2):
-        saver.save(7, _slice(number)[0], {}, {})
+        saver.save(7, made.State(_slice(number)[0], saver.ranks))
     assert _names(tmp_path) == ["step-00000007"]
     assert _number(tmp_path / "step-00000007") == 2
 
@@ -118,20 +118,21 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.tex").touch()
     with pytest.raises(InputError, match="holds something else"):
-        checkpoint.save(tmp_path / "a", _slice(1)[0], {}, {}, made.ranks_here())
+        checkpoint.save(tmp_path / "a", made.State(_slice(1)[0], made.ranks_here()))
     assert _names(tmp_path) == ["a"]
     assert _names(tmp_path / "a") == ["thesis.tex"]
 
 
 def test_leftovers_are_ignored_and_cleaned_away_by_the_next_run(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "step-00000001", _slice(1)[0], {}, {}, made.ranks_here())
+    checkpoint.save(tmp_path / "step-00000001", made.State(_slice(1)[0], made.ranks_here()))
     shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000009.partial")
     shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000008.deleting")
     shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000007")
     (tmp_path / "step-00000007" / "checkpoint.json").unlink()  # by hand, or by a copy that was cut short
     (tmp_path / ".notes.partial").mkdir()  # not ours
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000001"
-    Saver(tmp_path, 3, made.ranks_here(), asynchronous=False).save(2, _slice(2)[0], {}, {})
+    saver = Saver(tmp_path, 3, made.ranks_here(), asynchronous=False)
+    saver.save(2, made.State(_slice(2)[0], saver.ranks))
     assert _names(tmp_path) == [".notes.partial", "step-00000001", "step-00000002", "step-00000007"]
 
 
@@ -145,7 +146,7 @@ def _fail(rank: int, world_size: int, root: Path, asynchronous: bool) -> str:
     saver = Saver(root, 1, made.ranks_here(rank, world_size), asynchronous)
     layout = Layout.contiguous("w", (4096,), 2048 * rank, 2048)
     given = [Slice("w", "m1", layout, (torch.full((2048,), 1.0),))]
-    saver.save(1, given, {}, {})
+    saver.save(1, made.State(given, saver.ranks))
     saver.wait()
     given[0].tensors[0].fill_(2)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -161,20 +162,20 @@ def _fail(rank: int, world_size: int, root: Path, asynchronous: bool) -> str:
     assert _names(root) == ["step-00000001"]
     assert _number_by_halves(root / "step-00000001", layout, saver.ranks) == 1
     # Said once: the next one goes through.
-    saver.save(3, given, {}, {})
+    saver.save(3, made.State(given, saver.ranks))
     saver.close()
     assert _number_by_halves(root / "step-00000003", layout, saver.ranks) == 2
     return str(caught.value)
 
 
 def _save_and_wait(saver: Saver, step: int, given: list[Slice]) -> None:
-    saver.save(step, given, {}, {})
+    saver.save(step, made.State(given, saver.ranks))
     saver.wait()
 
 
 def _number_by_halves(folder: Path, layout: Layout, ranks: Any) -> float:
     target = torch.zeros(2048)
-    checkpoint.load(folder, [Slice("w", "m1", layout, (target,))], ranks)
+    checkpoint.load(folder, made.State([Slice("w", "m1", layout, (target,))], ranks))
     assert (target == target[0]).all()
     return target[0].item()
 
@@ -191,7 +192,7 @@ def _unwritable(rank: int, world_size: int, root: Path) -> None:
     with pytest.raises(InputError, match=r"cannot write to .*Not a directory; change run.dir"):
         Saver(root, 1, ranks, asynchronous=True)
     with pytest.raises(InputError, match=r"change run.dir"):
-        checkpoint.save(root / "step-00000001", [], {}, {}, ranks)
+        checkpoint.save(root / "step-00000001", made.State([], ranks))
     with pytest.raises(InputError, match=r"checkpoint.keep must be at least 1, got 0"):
         Saver(root.parent.parent / "good", 0, ranks, asynchronous=True)
 
@@ -221,11 +222,11 @@ def _die() -> None:
 
 def _killed_writing(rank: int, world_size: int, root: Path) -> None:
     saver = Saver(root, 1, made.ranks_here(rank, world_size), asynchronous=True)
-    saver.save(1, made.slices(made.rows, rank, world_size), {}, {})
+    saver.save(1, made.State(made.slices(made.rows, rank, world_size), saver.ranks))
     saver.wait()
     if rank == 1:
-        saving._Writer.write_data = lambda *_: _die()  # type: ignore[assignment,method-assign]
-    saver.save(2, made.slices(made.rows, rank, world_size), {}, {})
+        saving._PublishingWriter.write_data = lambda *_: _die()  # type: ignore[assignment,method-assign]
+    saver.save(2, made.State(made.slices(made.rows, rank, world_size), saver.ranks))
     saver.wait()
 
 
@@ -249,7 +250,7 @@ def _killed_renaming(rank: int, world_size: int, root: Path) -> None:
         return rename(path, target)
 
     Path.rename = kill_at_the_second  # type: ignore[method-assign,assignment]
-    checkpoint.save(root / "step-00000001", _slice(2)[0], {}, {}, made.ranks_here(rank, world_size))
+    checkpoint.save(root / "step-00000001", made.State(_slice(2)[0], made.ranks_here(rank, world_size)))
 
 
 def _killed_deleting(rank: int, world_size: int, root: Path) -> None:
@@ -258,11 +259,12 @@ def _killed_deleting(rank: int, world_size: int, root: Path) -> None:
         _die()
 
     folders.shutil.rmtree = kill_after_one_file  # type: ignore[assignment]
-    Saver(root, 1, made.ranks_here(rank, world_size), asynchronous=False).save(2, _slice(2)[0], {}, {})
+    saver = Saver(root, 1, made.ranks_here(rank, world_size), asynchronous=False)
+    saver.save(2, made.State(_slice(2)[0], saver.ranks))
 
 
 def test_killed_between_the_two_renames_the_old_one_is_there(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "step-00000001", _slice(1)[0], {}, {}, made.ranks_here())
+    checkpoint.save(tmp_path / "step-00000001", made.State(_slice(1)[0], made.ranks_here()))
     with pytest.raises(RankError, match="the process died"):
         on_ranks(1, _killed_renaming, tmp_path, fresh=True)
     assert _names(tmp_path) == [".step-00000001.partial", ".step-00000001.previous"]
@@ -270,13 +272,14 @@ def test_killed_between_the_two_renames_the_old_one_is_there(tmp_path: Path) -> 
     assert latest is not None
     assert _number(latest) == 1
     # The next run's first save puts it back, and keeps it as any other.
-    Saver(tmp_path, 2, made.ranks_here(), asynchronous=False).save(2, _slice(2)[0], {}, {})
+    saver = Saver(tmp_path, 2, made.ranks_here(), asynchronous=False)
+    saver.save(2, made.State(_slice(2)[0], saver.ranks))
     assert _names(tmp_path) == ["step-00000001", "step-00000002"]
     assert _number(tmp_path / "step-00000001") == 1
 
 
 def test_killed_while_deleting_the_new_one_is_there(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "step-00000001", _slice(1)[0], {}, {}, made.ranks_here())
+    checkpoint.save(tmp_path / "step-00000001", made.State(_slice(1)[0], made.ranks_here()))
     with pytest.raises(RankError, match="the process died"):
         on_ranks(1, _killed_deleting, tmp_path, fresh=True)
     assert _names(tmp_path) == [".step-00000001.deleting", "step-00000002"]

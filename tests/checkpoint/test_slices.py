@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardopt import checkpoint
-from shardopt.checkpoint import folders, saving
+from shardopt.checkpoint import folders, manifest
 from shardopt.checkpoint.metadata import read_metadata
 from shardopt.errors import InputError
 from shardopt.optim import precision, states
@@ -53,7 +53,7 @@ def test_the_document_says_what_was_written(tmp_path: Path) -> None:
     document = checkpoint.read_document(tmp_path / "a")
     assert document["config"] == {"lr": 1e-3}
     written = document["checkpoint"]
-    assert (written["format"], written["torch"]) == (1, torch.__version__)
+    assert (written["format"], written["torch"]) == (2, torch.__version__)
     assert {name: tuple(p["shape"]) for name, p in written["parameters"].items()} == made.SHAPES
     kinds = written["parameters"]["norm.weight"]["kinds"]
     assert kinds == {
@@ -75,7 +75,7 @@ def _save_fsdp(rank: int, world_size: int, folder: Path) -> dict[str, Tensor]:
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1))
     fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
     given = [Slice(n, "weight", layout_of(p, n), (p,)) for n, p in model.named_parameters()]
-    checkpoint.save(folder, given, {}, {}, made.ranks_here(rank, world_size))
+    checkpoint.save(folder, made.State(given, made.ranks_here(rank, world_size)))
     return {n: p.full_tensor().detach() for n, p in model.named_parameters()}  # type: ignore[attr-defined]
 
 
@@ -84,7 +84,7 @@ def test_fsdp2_parameters_are_read_by_a_single_process(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1))
     given = [Slice(n, "weight", Layout.whole(n, p.shape), (p,)) for n, p in model.named_parameters()]
     assert not any(torch.equal(p, expected[n]) for n, p in model.named_parameters())
-    checkpoint.load(tmp_path / "a", given, made.ranks_here())
+    checkpoint.load(tmp_path / "a", made.State(given, made.ranks_here()))
     assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
 
 
@@ -92,22 +92,23 @@ def _save_own(rank: int, world_size: int, folder: Path) -> None:
     """As under DeepSpeed: each rank has some of the parameters and says nothing of the others."""
     given = [s for i, s in enumerate(made.slices(made.whole)) if i // len(made.KINDS) % world_size == rank]
     here = made.ranks_here(rank, world_size)
-    scalars = [{"a": {"step": 3}, "b": {"step": 2}}, {"b": {"step": 2}, "c": {"step": 1}}][rank]
-    checkpoint.save(folder / "a", given, {}, {"scalars": scalars}, here)
+    counts = [{"a": {"step": 3}, "b": {"step": 2}}, {"b": {"step": 2}, "c": {"step": 1}}][rank]
+    checkpoint.save(folder / "a", made.State(given, here, counts))
     with pytest.raises(ValueError, match="b: ranks disagree"):
-        checkpoint.save(folder / "b", given, {}, {"scalars": {"b": {"step": rank}}}, here)
+        checkpoint.save(folder / "b", made.State(given, here, {"b": {"step": rank}}))
 
 
 def test_ranks_that_know_only_their_parameters_make_one_checkpoint(tmp_path: Path) -> None:
     on_ranks(2, _save_own, tmp_path)
     document = made.load(0, 1, tmp_path / "a", made.whole)
-    assert document["scalars"] == {"a": {"step": 3}, "b": {"step": 2}, "c": {"step": 1}}
+    assert document["checkpoint"]["step_counts"] == {"a": {"step": 3}, "b": {"step": 2}, "c": {"step": 1}}
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def _save_rng(rank: int, world_size: int, folder: Path) -> None:
     extras = {f"rng/rank-{rank:05d}": torch.tensor([rank, 9], dtype=torch.uint8), "both": torch.tensor(True)}
-    checkpoint.save(folder, made.slices(made.rows, rank, world_size), extras, {}, made.ranks_here(rank, world_size))
+    state = made.State(made.slices(made.rows, rank, world_size), made.ranks_here(rank, world_size))
+    checkpoint.save(folder, state, extras=extras)
 
 
 def test_extras_are_read_by_key_and_absent_ones_left_out(tmp_path: Path) -> None:
@@ -123,8 +124,8 @@ def test_extras_are_read_by_key_and_absent_ones_left_out(tmp_path: Path) -> None
 
 def test_a_parameter_without_elements_is_kept(tmp_path: Path) -> None:
     given = [Slice("empty", "weight", Layout.whole("empty", (0, 3)), (torch.empty(0, 3),))]
-    checkpoint.save(tmp_path / "a", given, {}, {}, made.ranks_here())
-    checkpoint.load(tmp_path / "a", given, made.ranks_here())
+    checkpoint.save(tmp_path / "a", made.State(given, made.ranks_here()))
+    checkpoint.load(tmp_path / "a", made.State(given, made.ranks_here()))
 
 
 def _refused(rank: int, world_size: int, folder: Path, cut: made.Cut, skip_rank: int, reason: str) -> None:
@@ -133,7 +134,7 @@ def _refused(rank: int, world_size: int, folder: Path, cut: made.Cut, skip_rank:
     if rank == skip_rank:
         given = [replace(s, layout=replace(s.layout, ranges=())) for s in given]
     with pytest.raises(ValueError, match=reason):
-        checkpoint.save(folder, given, {}, {}, made.ranks_here(rank, world_size))
+        checkpoint.save(folder, made.State(given, made.ranks_here(rank, world_size)))
 
 
 def test_a_gap_is_not_saved(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_a_gap_is_not_saved(tmp_path: Path) -> None:
     # Alone, where DCP's own check does not look.
     layout = Layout.contiguous("w", (10,), 0, 9)
     with pytest.raises(ValueError, match="w/m1: elements 9 to 10 of 10 are held by no rank"):
-        checkpoint.save(tmp_path / "a", [Slice("w", "m1", layout, (torch.ones(9),))], {}, {}, made.ranks_here())
+        checkpoint.save(tmp_path / "a", made.State([Slice("w", "m1", layout, (torch.ones(9),))], made.ranks_here()))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,7 +150,7 @@ def _save_bounds(rank: int, world_size: int, folder: Path, bounds: list[tuple[in
     layout = Layout.contiguous("w", (10,), *bounds[rank])
     given = [Slice("w", "m1", layout, (torch.ones(bounds[rank][1]),))]
     with pytest.raises(ValueError, match="elements 4 to 6 of 10 are held in two ranges"):
-        checkpoint.save(folder, given, {}, {}, made.ranks_here(rank, world_size))
+        checkpoint.save(folder, made.State(given, made.ranks_here(rank, world_size)))
 
 
 def test_replicas_with_other_bounds_are_not_saved(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_a_document_that_json_cannot_hold_is_refused(tmp_path: Path, document: d
 
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'embed.weight/weight' is given twice"):
-        checkpoint.save(tmp_path / "a", made.slices(made.whole) * 2, {}, {}, made.ranks_here())
+        checkpoint.save(tmp_path / "a", made.State(made.slices(made.whole) * 2, made.ranks_here()))
 
 
 def _live(case: str) -> list[Slice]:
@@ -204,7 +205,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched(tmp_path: Path,
     made.save(0, 1, tmp_path / "a", made.whole)
     live = _live(case)
     with pytest.raises(InputError, match=MISMATCHES[case]):
-        checkpoint.load(tmp_path / "a", live, made.ranks_here())
+        checkpoint.load(tmp_path / "a", made.State(live, made.ranks_here()))
     assert all((s.tensors[0] == 7).all() for s in live)
 
 
@@ -213,7 +214,7 @@ def _load_unlike(rank: int, world_size: int, folder: Path) -> None:
     if rank == 1:
         given = [replace(s, name="other") if s.name == "norm.weight" else s for s in given]
     with pytest.raises(InputError, match=r"the checkpoint has no other"):
-        checkpoint.load(folder, given, made.ranks_here(rank, world_size))
+        checkpoint.load(folder, made.State(given, made.ranks_here(rank, world_size)))
     assert all((s.tensors[0] == 7).all() for s in given)
 
 
@@ -224,9 +225,9 @@ def test_a_mismatch_on_one_rank_is_refused_on_all(tmp_path: Path) -> None:
 
 def test_a_long_list_of_names_is_cut(tmp_path: Path) -> None:
     given = [Slice(f"w{i:02d}", "weight", Layout.whole(f"w{i:02d}", (1,)), (torch.ones(1),)) for i in range(20)]
-    checkpoint.save(tmp_path / "a", given, {}, {}, made.ranks_here())
+    checkpoint.save(tmp_path / "a", made.State(given, made.ranks_here()))
     with pytest.raises(InputError, match=r"the model has no w00, w01, w02, w03, w04 and 15 more;"):
-        checkpoint.load(tmp_path / "a", [], made.ranks_here())
+        checkpoint.load(tmp_path / "a", made.State([], made.ranks_here()))
 
 
 def test_not_strict_takes_what_there_is(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_not_strict_takes_what_there_is(tmp_path: Path) -> None:
         *_live("kind too few"),
         *(replace(s, name="new") for s in made.slices(made.whole, filled=False)[:1]),
     ]
-    document = checkpoint.load(tmp_path / "a", live, made.ranks_here(), strict=False)
+    document = checkpoint.load(tmp_path / "a", made.State(live, made.ranks_here()), strict=False)
     assert made.wrong(live[:-1]) == []
     assert (live[-1].tensors[0] == 7).all()
     assert document["checkpoint"]["not_loaded"] == ["new/weight"]
@@ -244,7 +245,7 @@ def test_not_strict_takes_what_there_is(tmp_path: Path) -> None:
 def test_convert_changes_the_dtype(tmp_path: Path) -> None:
     made.save(0, 1, tmp_path / "a", made.whole)
     live = _live("dtype")
-    checkpoint.load(tmp_path / "a", live, made.ranks_here(), convert=True)
+    checkpoint.load(tmp_path / "a", made.State(live, made.ranks_here()), convert=True)
     for s in live:
         torch.testing.assert_close(
             s.tensors[0].view(s.layout.shape), made.value(s.name, s.kind).to(s.tensors[0].dtype),
@@ -255,13 +256,13 @@ def test_convert_changes_the_dtype(tmp_path: Path) -> None:
 def test_a_stored_gap_is_found_before_anything_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout.contiguous("w", (10,), 0, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "check_coverage", lambda *_: None)
-        checkpoint.save(tmp_path / "a", [Slice("w", "m1", layout, (torch.ones(6),))], {}, {}, made.ranks_here())
+        patch.setattr(manifest, "check_coverage", lambda *_: None)
+        checkpoint.save(tmp_path / "a", made.State([Slice("w", "m1", layout, (torch.ones(6),))], made.ranks_here()))
     assert folders.is_complete(tmp_path / "a")
     live = torch.full((10,), 7.0)
     given = [Slice("w", "m1", Layout.whole("w", (10,)), (live,))]
     with pytest.raises(InputError, match="w/m1: elements 6 to 10 of 10 are held by no rank"):
-        checkpoint.load(tmp_path / "a", given, made.ranks_here())
+        checkpoint.load(tmp_path / "a", made.State(given, made.ranks_here()))
     assert (live == 7).all()
 
 
@@ -294,14 +295,14 @@ def _cut(rank: int, world_size: int, pieces: int) -> Layout:
 
 def _save_blocks(rank: int, world_size: int, folder: Path, fmt: str, pieces: int) -> None:
     live = _blocks(fmt, _cut(rank, world_size, pieces), filled=True)
-    checkpoint.save(folder, [live], {}, {}, made.ranks_here(rank, world_size))
+    checkpoint.save(folder, made.State([live], made.ranks_here(rank, world_size)))
 
 
 def _load_blocks(rank: int, world_size: int, folder: Path, fmt: str, pieces: int, exactly: bool) -> None:
     layout = _cut(rank, world_size, pieces)
     live, expected = _blocks(fmt, layout, filled=False), _blocks(fmt, layout, filled=True)
     assert not torch.equal(live.tensors[0], expected.tensors[0])
-    checkpoint.load(folder, [live], made.ranks_here(rank, world_size))
+    checkpoint.load(folder, made.State([live], made.ranks_here(rank, world_size)))
     if exactly:
         for there, here in zip(expected.tensors, live.tensors, strict=True):
             assert torch.equal(there, here)
@@ -330,14 +331,14 @@ def test_a_format_changes_only_on_demand(tmp_path: Path, fmt: str) -> None:
     plain = Slice("w", "m2", layout, (torch.zeros_like(NUMBERS),))
     here = made.ranks_here()
     with pytest.raises(InputError, match=r"m2 is .*\+float32 there and float32 here.*optimizer.state_dtype"):
-        checkpoint.load(tmp_path / "blocks", [plain], here)
+        checkpoint.load(tmp_path / "blocks", made.State([plain], here))
     assert not plain.tensors[0].any()
-    checkpoint.load(tmp_path / "blocks", [plain], here, convert=True)
+    checkpoint.load(tmp_path / "blocks", made.State([plain], here), convert=True)
     assert torch.equal(plain.tensors[0].view(-1), states.read_slice(_blocks(fmt, layout, filled=True)))
 
-    checkpoint.save(tmp_path / "fp32", [replace(plain, tensors=(NUMBERS,))], {}, {}, here)
+    checkpoint.save(tmp_path / "fp32", made.State([replace(plain, tensors=(NUMBERS,))], here))
     live, expected = (_blocks(fmt, layout, filled=f) for f in (False, True))
-    checkpoint.load(tmp_path / "fp32", [live], here, convert=True)
+    checkpoint.load(tmp_path / "fp32", made.State([live], here), convert=True)
     assert torch.equal(live.tensors[0], expected.tensors[0])
 
 
@@ -349,8 +350,8 @@ def test_a_gpu_tensor_is_staged(tmp_path: Path, asynchronous: bool) -> None:
     source = torch.randn(1 << 20, device="cuda")
     expected, target = source.clone(), torch.zeros_like(source)
     saver = checkpoint.Saver(tmp_path, 1, here, asynchronous)
-    saver.save(1, [Slice("w", "m1", layout, (source,))], {}, {})
+    saver.save(1, made.State([Slice("w", "m1", layout, (source,))], saver.ranks))
     source.zero_()
     saver.close()
-    checkpoint.load(tmp_path / "step-00000001", [Slice("w", "m1", layout, (target,))], here)
+    checkpoint.load(tmp_path / "step-00000001", made.State([Slice("w", "m1", layout, (target,))], here))
     assert torch.equal(target, expected)

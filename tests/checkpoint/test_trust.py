@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 def _load_refused(folder: Path, reason: str) -> None:
     live = made.slices(made.whole, filled=False)
     with pytest.raises(InputError, match=reason):
-        checkpoint.load(folder, live, made.ranks_here())
+        checkpoint.load(folder, made.State(live, made.ranks_here()))
     assert all((s.tensors[0] == 7).all() for s in live)
     with pytest.raises(InputError, match=reason):
         checkpoint.load_extras(folder, ["x"])
@@ -192,7 +192,7 @@ def test_an_index_that_does_not_fit_its_document_is_refused(
     _rewrite(folder, change)
     live = made.slices(made.whole, filled=False)
     with pytest.raises(InputError, match="is not there with the dtype that its document names"):
-        checkpoint.load(folder, live, made.ranks_here())
+        checkpoint.load(folder, made.State(live, made.ranks_here()))
     assert all((s.tensors[0] == 7).all() for s in live)
 
 
@@ -208,7 +208,7 @@ def test_a_truncated_data_file_is_refused(folder: Path) -> None:
     [
         ("{", "is not the document of a shardopt checkpoint"),
         ("[]", "is not the document of a shardopt checkpoint"),
-        ('{"checkpoint": {"format": 2}}', "has checkpoint format 2, this shardopt reads format 1"),
+        ('{"checkpoint": {"format": 1}}', "has checkpoint format 1, this shardopt reads format 2"),
     ],
 )
 def test_another_document_is_refused(folder: Path, content: str, reason: str) -> None:
@@ -222,7 +222,7 @@ def test_a_document_of_another_form_is_refused(folder: Path, parameters: Any) ->
     document["checkpoint"]["parameters"] = parameters
     (folder / "checkpoint.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match="has a document that is not of this format"):
-        checkpoint.load(folder, [], made.ranks_here())
+        checkpoint.load(folder, made.State([], made.ranks_here()))
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

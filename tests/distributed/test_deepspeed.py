@@ -21,7 +21,8 @@ from shardopt import engines
 from shardopt.distributed import Ranks
 from shardopt.engines import DdpConfig, DeepspeedConfig, ZeroConfig
 from shardopt.engines.base import EngineInputs
-from shardopt.engines.deepspeed.layouts import UnknownPartitions, attach_layouts
+from shardopt.engines.deepspeed.layouts import UnknownPartitions
+from shardopt.engines.deepspeed.state import DeepspeedState
 from shardopt.errors import InputError
 from shardopt.optim import registry
 from shardopt.pretrain.metrics import read_metrics
@@ -181,7 +182,7 @@ def built(config, seed=0, **optimizer):
     spec = registry.spec(optimizer.pop("name", "ademamix"), **(OPTIMIZER | optimizer))
     inputs = EngineInputs(ranks, model, lambda _: None, spec, list(model.layers))
     engine = engines.build(config, inputs)
-    engine.init_state()
+    engine.state.init()
     return engine
 
 
@@ -206,7 +207,7 @@ def step(engine, seed, uses=((0, 1, 2),), clip=None, poison=False):
 
 def held(engine):
     """Every kind of every parameter, whole, put together from all ranks' slices; NaN where no rank has it."""
-    parts = [(s.name, s.kind, s.layout, s.tensors[0].float().reshape(-1).clone()) for s in engine.slices()]
+    parts = [(s.name, s.kind, s.layout, s.tensors[0].float().reshape(-1).clone()) for s in engine.state.slices()]
     whole = {}
     for pieces in engine.ranks.gather(parts):
         for name, kind, layout, values in pieces:
@@ -221,7 +222,7 @@ def same(a, b):
 
 def counts(engine):
     merged = {}
-    for part in engine.ranks.gather(engine.step_counts()):
+    for part in engine.ranks.gather(engine.state.step_counts()):
         for name, entry in part.items():
             assert merged.setdefault(name, entry) == entry
     return {name: entry["step"] for name, entry in merged.items()}
@@ -256,7 +257,7 @@ def _bits(rank, world_size, names):
         for i in range(4):
             step(engine, i)
         after = held(engine)
-        share = sum(s.nbytes for s in engine.slices() if s.kind == "m2" and s.tensors[0].dtype == torch.bfloat16)
+        share = sum(s.nbytes for s in engine.state.slices() if s.kind == "m2" and s.tensors[0].dtype == torch.bfloat16)
         outcome[name] = (same(before, after), same(after, expected), share, counts(engine))
         engine.close()
     total = 2 * sum(value.numel() for key, value in expected.items() if key.endswith("/m2"))
@@ -281,9 +282,9 @@ def _covered(rank, world_size):
         expected = dict(Model().named_parameters())
         engine = built(config, seed=3)
         weights = {key[:-7]: value for key, value in held(engine).items() if key.endswith("/weight")}
-        whole = {n: v for n, v in engine.full_parameters() if v is not None}
+        whole = {n: v for n, v in engine.state.full_parameters() if v is not None}
         exact = {n: p.bfloat16().float() if "bf16" in name and not p.requires_grad else p for n, p in expected.items()}
-        elements = sum(engine.ranks.gather(sum(s.layout.local_numel for s in engine.slices() if s.kind == "nu")))
+        elements = sum(engine.ranks.gather(sum(s.layout.local_numel for s in engine.state.slices() if s.kind == "nu")))
         outcome[name] = (same(weights, exact), rank > 0 or same({n: v.float() for n, v in whole.items()}, exact))
         outcome[name] += (elements == sum(p.numel() for p in expected.values() if p.requires_grad),)
         engine.close()
@@ -320,8 +321,8 @@ def _unused(rank, world_size, names):
         moved = [not torch.equal(mine[i]["layers.1.weight/m2"], mine[i - 1]["layers.1.weight/m2"]) for i in range(1, 4)]
         frozen = all(torch.equal(m["frozen.weight/weight"], expected[0]["frozen.weight/weight"]) for m in mine)
         # Through a checkpoint's scalars and back.
-        scalars = {k: v for part in engine.ranks.gather(engine.step_counts()) for k, v in part.items()}
-        engine.load_step_counts(scalars)
+        scalars = {k: v for part in engine.ranks.gather(engine.state.step_counts()) for k, v in part.items()}
+        engine.state.load_step_counts(scalars)
         outcome[name] = (close, moved, frozen, counts(engine))
         engine.close()
     return outcome, counts(control)
@@ -419,7 +420,7 @@ def _attached(rank, world_size):
         optimizer = AdEMAMix(groups, **OPTIMIZER, state_dtype="bf16")
         config = DeepspeedConfig(stage=stage, config=SMALL if stage == 3 else ROUND_ROBIN).merged(False, False)
         host, wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        layouts = attach_layouts(wrapped if stage == 2 else host, optimizer, model)
+        layouts = DeepspeedState(wrapped if stage == 2 else host, optimizer, model).layouts()
         tokens = torch.randint(53, (4, 7), generator=torch.Generator().manual_seed(1000 + rank))
         loss = nn.functional.cross_entropy(host(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
         host.backward(loss / 24)
@@ -445,14 +446,13 @@ def test_layouts_can_be_attached_to_a_deepspeed_that_somebody_else_made():
         assert outcome[3][1] > 2  # several sub-groups a parameter group
 
 
-def test_partitions_that_cannot_be_found_are_an_error_only_where_rounding_is_stochastic():
+def test_partitions_of_an_unknown_optimizer_are_refused():
     from shardopt import AdEMAMix
 
     model = Model()
-    assert attach_layouts(object(), AdEMAMix(model.parameters()), model) == {}
-    for state_dtype in ("bf16", {"m2": "bf16"}):
-        with pytest.raises(UnknownPartitions, match="state_dtype: fp32"):
-            attach_layouts(object(), AdEMAMix(model.parameters(), state_dtype=state_dtype), model)
+    for state_dtype in ("fp32", "bf16", {"m2": "bf16"}):
+        with pytest.raises(UnknownPartitions, match="object holds: it is not DeepSpeed's ZeRO-1, 2 or 3"):
+            DeepspeedState(object(), AdEMAMix(model.parameters(), state_dtype=state_dtype), model)
 
 
 def _refused(rank, world_size):

@@ -101,7 +101,7 @@ def _holdings(rank, world_size, folder):
         run = Run(tiny.config(folder, run__name="holdings", train__steps=2), Ranks.start("cpu"), stack)
         run.train()
         held = {}
-        for s in run.engine.slices():
+        for s in run.engine.state.slices():
             held[s.kind] = held.get(s.kind, 0) + sum(t.numel() for t in s.tensors)
         state = run.engine.optimizer.state
         sharded = all(isinstance(state[p][k], DTensor) for p in state for k in ("m1", "m2", "nu"))

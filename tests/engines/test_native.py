@@ -70,7 +70,7 @@ def train(one, steps, micro=2, clip=None):
 
 
 def fingerprint(one):
-    return {n: hashlib.sha256(p.numpy().tobytes()).hexdigest() for n, p in one.full_parameters() if p is not None}
+    return {n: hashlib.sha256(p.numpy().tobytes()).hexdigest() for n, p in one.state.full_parameters() if p is not None}
 
 
 def _fingerprint(rank, world_size, config, name):
@@ -268,7 +268,7 @@ def test_engines_refuse_worlds_they_are_not_for():
 def _bf16(rank, world_size, config):
     one = engine(config, Ranks.start("cpu"))
     out = train(one, 6, 1, 1.0)
-    return [loss for loss, _ in out], {s.tensors[0].dtype for s in one.slices() if s.kind == "weight"}
+    return [loss for loss, _ in out], {s.tensors[0].dtype for s in one.state.slices() if s.kind == "weight"}
 
 
 @pytest.mark.parametrize(

@@ -48,27 +48,28 @@ def _frozen_and_resumed(rank, world_size):
     ranks = Ranks.start("cpu")
     config = ZeroConfig(bucket_mb=0.01)
     first = engine(config, ranks, state_dtype="bf16")
-    first.init_state()
-    empty = [s.tensors[0].clone() for s in first.slices()]
+    first.state.init()
+    empty = [s.tensors[0].clone() for s in first.state.slices()]
     train(first, 4, 1)
-    held = first.slices()
+    held = first.state.slices()
     differ = any(not torch.equal(a, s.tensors[0]) for a, s in zip(empty, held, strict=True))
     second = engine(config, ranks, state_dtype="bf16")
-    second.init_state()
-    for ours, theirs in zip(second.slices(), held, strict=True):
+    second.state.init()
+    for ours, theirs in zip(second.state.slices(), held, strict=True):
         assert (ours.name, ours.kind, ours.layout) == (theirs.name, theirs.kind, theirs.layout)
         for a, b in zip(ours.tensors, theirs.tensors, strict=True):
             a.copy_(b)
-    second.load_step_counts(first.step_counts())
-    second.after_load()
+    second.state.load_step_counts(first.state.step_counts())
+    second.state.refresh()
     train(first, 3, 1)
     train(second, 3, 1)
     places = [(s.name, s.kind, s.layout.ranges, s.layout.numel) for s in held]
-    statistics = {k: v.item() for k, v in first.statistics().items()}
+    statistics = first.state.statistics()
     norms = {
-        k: sum(s.tensors[0].double().square().sum().item() for s in first.slices() if s.kind == k) for k in ("m1", "m2")
+        k: sum(s.tensors[0].double().square().sum().item() for s in first.state.slices() if s.kind == k)
+        for k in ("m1", "m2")
     }
-    facts = first.replicas(), first.gradient_bytes(), first.optimizer.kernel, first.schedule_values()["alpha"]
+    facts = first.state.replicas, first.state.gradient_bytes(), first.optimizer.kernel, statistics["alpha"]
     return places, differ, fingerprint(first) == fingerprint(second), statistics, norms, facts
 
 
@@ -84,11 +85,12 @@ def test_slices_cover_everything_once_and_carry_a_run(world_size):
     assert {kind for _, kind in counts} == {"weight", "m1", "m2", "nu"}
     for (_, kind), count in counts.items():
         assert set(count.tolist()) == {float(world_size) if kind == "weight" else 1.0}
-    for _, differ, equal, statistics, norms, (replicas, gradients, kernel, alpha) in results:
+    for _, differ, equal, statistics, _, (replicas, gradients, kernel, alpha) in results:
         assert differ
         assert equal
-        assert statistics["m1"] == pytest.approx(norms["m1"])
-        assert statistics["m2"] == pytest.approx(norms["m2"])
+        for kind in ("m1", "m2"):
+            square = sum(norms[kind] for *_, norms, _ in results)
+            assert statistics[f"{kind}_norm"] == pytest.approx(square**0.5)
         assert replicas == 1
         whole = sum(c.numel() for (_, kind), c in counts.items() if kind == "weight") * 4
         assert gradients == pytest.approx(whole / world_size, rel=0.02)

@@ -15,12 +15,13 @@ pytest.importorskip("transformers", reason="the extra shardopt[transformers]")
 from accelerate.utils import DistributedType
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
+from shardopt.engines.deepspeed.config import check_client_config
 from shardopt.errors import InputError, MissingExtraError
-from shardopt.integrations.accelerate import check_deepspeed_config, sharded_ademamix
+from shardopt.integrations.accelerate import sharded_ademamix
+from shardopt.integrations.arguments import parse_optim_args
 from shardopt.integrations.transformers import (
     AdEMAMixArguments,
     AdEMAMixTrainer,
-    parse_optim_args,
     shardopt_optimizer,
 )
 from tests.distributed.pool import on_ranks
@@ -156,7 +157,7 @@ def test_a_resume_that_comes_too_late(tmp_path: Path) -> None:
 def test_offload_with_a_forced_cpu_adam(tmp_path: Path) -> None:
     message = 'puts its own CPU Adam.*"zero_force_ds_cpu_optimizer": false'
     with pytest.raises(InputError, match=message):
-        check_deepspeed_config(OFFLOAD)
+        check_client_config(OFFLOAD)
     for told in on_ranks(2, refused, tmp_path, host="zero2", config=OFFLOAD):
         assert re.search(message, told)
 
@@ -171,38 +172,45 @@ def test_offload_with_our_own_kernel(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, 'delete the "optimizer" block'),
-        ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, 'give AdEMAMix state_dtype="bf16"'),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+            "the DeepSpeed config: optimizer cannot be .*instead of the program's own.*remove it",
+        ),
+        (
+            {"bf16": {"enabled": True, "bf16_optimizer_states": True}},
+            "bf16_optimizer_states cannot be true: .*state_dtype bf16 does it right",
+        ),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
         (
             {
                 "zero_force_ds_cpu_optimizer": False,
                 "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
             },
-            "ratio below 1",
+            "offload_optimizer.ratio cannot be 0.5: .*AdamW of its own",
         ),
     ],
 )
 def test_deepspeed_configs(config: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        check_deepspeed_config(config)
+        check_client_config(config)
 
 
 def test_an_optimizer_block_is_refused_before_the_trainer_is_made(tmp_path: Path) -> None:
     block = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}}
     for told in on_ranks(2, refused, tmp_path, host="zero2", config=block):
-        assert 'delete the "optimizer" block' in told
+        assert "the DeepSpeed config: optimizer cannot be" in told
 
 
 def test_deepspeed_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(MissingExtraError, match=r"shardopt\[deepspeed\]"):
-        check_deepspeed_config({})
+        check_client_config({})
 
 
 def test_blocks_in_flat_partitions(tmp_path: Path) -> None:
     for told in on_ranks(2, refused, tmp_path, host="zero2", ademamix={"state_dtype": {"m2": "block8"}}):
-        assert "use 'bf16', or DDP or FSDP2" in told
+        assert "state_dtype: block8 has scales for blocks" in told
+        assert "use bf16, or another engine than DeepSpeed" in told
 
 
 def test_fp16_where_gradients_are_not_the_optimizers(tmp_path: Path) -> None:

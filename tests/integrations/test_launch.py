@@ -54,7 +54,7 @@ def test_accelerate_launch(name: str, tmp_path: Path) -> None:
     output = launch(command)
     assert "(learned)" in output
     document = json.loads((tmp_path / "checkpoint-25" / "shardopt" / "checkpoint.json").read_text())
-    assert (document["host"], document["world_size"]) == (QUICK.get(name, "deepspeed"), 2)
+    assert (document["host"], document["checkpoint"]["world_size"]) == (QUICK.get(name, "deepspeed"), 2)
     parameters = document["checkpoint"]["parameters"].values()
     elements = sum(math.prod(entry["shape"]) for entry in parameters if "m2" in entry["kinds"])
     assert sum(state_bytes(output)) == pytest.approx(3 * 4 * elements, rel=1e-2)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import doctest
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the extra shardopt[transformers]")
+from shardopt.checkpoint import folders
 from shardopt.errors import InputError
+from shardopt.integrations.transformers import shardopt_optimizer
 from tests.distributed.pool import on_ranks
+from tests.integrations.hosts import new_job
 from tests.integrations.training import difference, refused, train
 
 HOSTS = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -156,7 +162,7 @@ def test_optimizer_file_is_plain_data(saved: dict) -> None:
     assert file["state"] == {}
     assert file["shardopt"] == {"step": 3}
     document = json.loads((saved["ddp"][0] / "shardopt" / "checkpoint.json").read_text())
-    assert document["world_size"] == 2
+    assert document["checkpoint"]["world_size"] == 2
     assert document["host"] == "ddp"
 
 
@@ -208,15 +214,50 @@ def test_wandb_is_one_run_a_job(tmp_path: Path) -> None:
     assert len(set(started)) == 1
 
 
-def test_a_new_optimizer_file_is_told_from_anothers(tmp_path: Path) -> None:
-    from shardopt.integrations.accelerate import PointingAdEMAMix
+def fails_in_the_second_save(rank: int, world_size: int, folder: Path) -> str:
+    """Train with save_total_limit=1; the disk is gone when the second checkpoint's slices get their name."""
+    publish, published = folders.publish, []
 
-    optimizer = PointingAdEMAMix([torch.nn.Parameter(torch.ones(2))])
+    def fail_later(partial: Path, target: Path, replaceable: Any) -> None:
+        if published:
+            raise OSError("the disk is gone")
+        published.append(target)
+        publish(partial, target, replaceable)
+
+    with mock.patch.object(folders, "publish", fail_later):
+        return refused(rank, world_size, folder, save_strategy="steps", save_steps=3, save_total_limit=1)
+
+
+def test_slices_are_written_before_trainer_deletes_the_older_checkpoint(tmp_path: Path) -> None:
+    (told,) = on_ranks(1, fails_in_the_second_save, tmp_path)
+    assert "the disk is gone" in told
+    older = tmp_path / "checkpoint-3"
+    assert (older / "shardopt" / "checkpoint.json").is_file()
+    straight = on_ranks(2, train, tmp_path / "two", save_strategy="steps", save_steps=3, save_total_limit=1)
+    assert sorted(path.name for path in (tmp_path / "two").glob("checkpoint-*")) == ["checkpoint-6"]
+    assert (tmp_path / "two" / "checkpoint-6" / "shardopt" / "checkpoint.json").is_file()
+    resumed = on_ranks(1, train, tmp_path, resume=str(older))[0]
+    assert difference(straight[0]["weights"], resumed["weights"]) < CLOSE
+
+
+def test_docstring_example_of_shardopt_optimizer_runs() -> None:
+    (example,) = doctest.DocTestFinder(recurse=False).find(shardopt_optimizer, "shardopt_optimizer", globs={})
+    new_job()
+    assert example.examples
+    with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):  # or DeepSpeed prints what it has chosen
+        assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example).failed == 0
+
+
+def test_a_new_optimizer_file_is_told_from_anothers(tmp_path: Path) -> None:
+    from shardopt.integrations.hosted import FileAdEMAMix
+
+    net = torch.nn.Linear(2, 2)
+    optimizer = FileAdEMAMix([{"params": list(net.named_parameters())}], net)
     with pytest.raises(InputError, match="not saved by shardopt"):
         optimizer.load_state_dict(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]).state_dict())
     pointer = optimizer.state_dict()
     optimizer.load_state_dict(pointer)  # nothing counted yet: nothing to wait for
     optimizer.step()
     optimizer.load_state_dict({**pointer, "shardopt": {"step": 3}})
-    with pytest.raises(InputError, match=r"call .*load_slices"):
+    with pytest.raises(InputError, match=r"call .*checkpoint\.load"):
         optimizer.step()

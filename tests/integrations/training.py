@@ -14,9 +14,9 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from shardopt import checkpoint
 from shardopt.errors import InputError
-from shardopt.integrations import accelerate as hosts
-from shardopt.integrations.accelerate import load_slices, save_slices, sharded_ademamix, statistics, unwrap
+from shardopt.integrations.accelerate import sharded_ademamix, sharded_state
 from shardopt.integrations.transformers import AdEMAMixTrainer, shardopt_optimizer
 from shardopt.slices import canonical_name, local_tensor
 from tests.integrations.hosts import fsdp_on_cpu, new_job, no_inference_extension
@@ -110,6 +110,7 @@ def train(
             told["wandb"] = dict(wandb.run.summary) if wandb.run is not None else None
             wandb.finish()
     del made
+    new_job()  # transformers takes a DeepSpeed config that is still alive for every model's
     gc.collect()
     return told
 
@@ -155,7 +156,7 @@ def loop(
         batches = torch.utils.data.DataLoader(data(), batch_size=micro // world_size)
         net, optimizer, batches = accelerator.prepare(net, optimizer, batches)
         if begin:
-            assert load_slices(folder, optimizer)["step"] == begin
+            assert checkpoint.load(folder, sharded_state(optimizer))["step"] == begin
         for number, batch in enumerate(batches):
             if not begin * accumulate <= number < steps * accumulate:
                 continue
@@ -166,16 +167,16 @@ def loop(
                 optimizer.step()
                 optimizer.zero_grad()
         if begin == 0:
-            save_slices(folder, optimizer, step=steps)
-        ours = unwrap(optimizer)
+            checkpoint.save(folder, sharded_state(optimizer), {"step": steps})
+        ours = sharded_state(optimizer).optimizer
         told = {"weights": whole_weights(net), "held": held(ours), "class": type(ours).__name__}
-        told["statistics"] = statistics(optimizer)
+        told["statistics"] = sharded_state(optimizer).statistics()
         told["parameters"] = {type(p).__name__ for p in net.parameters()}
     return told
 
 
 def tell(trainer: Trainer) -> dict[str, Any]:
-    optimizer = hosts.unwrap(trainer.optimizer)
+    optimizer = sharded_state(trainer.optimizer).optimizer
     return {
         "logs": [row for row in trainer.state.log_history if "loss" in row],
         "weights": whole_weights(trainer.model_wrapped),

@@ -12,6 +12,7 @@ from torch import nn
 from shardopt.distributed import Ranks
 from shardopt.pretrain.report import Holdings, Report, Result, holdings, printable, render
 from shardopt.slices import Layout, Slice, layout_of, local_tensor
+from tests.checkpoint import made
 from tests.distributed.pool import on_ranks
 
 MIB = 1024**2
@@ -55,7 +56,7 @@ def fsdp_body(rank, world_size):
         slices.append(Slice(name, "nu", layout, (local.to(torch.uint8), scale)))
         slices.append(Slice(name, "weight_ema", Layout.whole(name, param.shape), (torch.zeros(param.shape),)))
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"), True)
-    return holdings(slices, gradient_bytes=100 + rank, ranks=ranks)
+    return holdings(made.State(slices, ranks, gradients=100 + rank))
 
 
 def test_holdings_are_counted_from_the_slices_of_every_rank():
@@ -79,7 +80,7 @@ def test_holdings_are_counted_from_the_slices_of_every_rank():
 def test_a_process_alone_holds_everything():
     weight = torch.zeros(3, 4, dtype=torch.bfloat16)
     piece = Slice("w", "weight", Layout.whole("w", weight.shape), (weight,))
-    held = holdings([piece], 24, Ranks(0, 1, 0, torch.device("cpu"), False))
+    held = holdings(made.State([piece], made.ranks_here(), gradients=24))
     assert held == Holdings(({"gradient": 24, "weight": 24},), {"weight": 24, "gradient": 24})
 
 

@@ -5,24 +5,32 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from shardopt.engines.base import DtypeName, check_choice
 from shardopt.errors import InputError, MissingExtraError
+from shardopt.optim.precision import BLOCK_FORMATS
 
 # What a user's own configuration must not turn on, and what to do instead. A key that is absent, "auto" or off is
 # fine; `None` as the allowed value refuses the key whatever it says.
-_FORBIDDEN: dict[str, tuple[Any, str]] = {
-    "optimizer": (None, "DeepSpeed would put that one in the place of the run's: the optimizer section decides"),
-    "scheduler": (None, "the schedule section of the run decides the learning rate"),
-    "gradient_clipping": (0, "train.grad_clip decides, and this engine clips"),
+Refusals = dict[str, tuple[Any, str]]
+# Whoever drives DeepSpeed: these put another optimizer, or another update, in the place of its client optimizer.
+_REPLACING: Refusals = {
+    "optimizer": (None, "DeepSpeed would use that one instead of the program's own, which sets lr and weight decay"),
     "bf16.bf16_optimizer_states": (
         False,
-        "it keeps state in bf16 without stochastic rounding or masters; optimizer.state_dtype: bf16 does it right",
+        "it rounds the optimizer's state to nearest, without masters; AdEMAMix's state_dtype bf16 does it right",
     ),
+    "zero_optimization.zenflow": (None, "it replaces the optimizer's step"),
+    "zero_optimization.offload_optimizer.super_offload": (False, "it needs DeepSpeed's own Adam"),
+    "zero_optimization.offload_optimizer.ratio": (1.0, "DeepSpeed would update the rest with an AdamW of its own"),
+}
+_FORBIDDEN: Refusals = _REPLACING | {
+    "scheduler": (None, "the schedule section of the run decides the learning rate"),
+    "gradient_clipping": (0, "train.grad_clip decides, and this engine clips"),
     "bf16.bf16_master_weights_and_grads": (False, "masters and gradients are fp32 here"),
     "zero_force_ds_cpu_optimizer": (False, "DeepSpeedCPUAdam would take the place of the run's optimizer"),
     "zero_allow_untested_optimizer": (True, "DeepSpeed refuses every optimizer but its own without it"),
@@ -32,10 +40,7 @@ _FORBIDDEN: dict[str, tuple[Any, str]] = {
     "fp16.enabled": (False, "use engine.compute_dtype: bf16, which needs no loss scaling"),
     "amp.enabled": (False, "use engine.compute_dtype: bf16"),
     "torch_autocast.enabled": (False, "use engine.compute_dtype: bf16"),
-    "zero_optimization.offload_optimizer.ratio": (1.0, "DeepSpeed would update the rest with an AdamW of its own"),
-    "zero_optimization.offload_optimizer.super_offload": (False, "it needs DeepSpeed's own Adam"),
     "zero_optimization.offload_param.device": ("none", "offloaded weights are not supported; use more ranks"),
-    "zero_optimization.zenflow": (None, "it replaces the optimizer's step"),
     "zero_optimization.zero_hpz_partition_size": (1, "secondary partitions are not supported"),
     "zero_optimization.zero_quantized_weights": (False, "quantised weights are not supported"),
     "zero_optimization.zero_quantized_nontrainable_weights": (False, "quantised weights are not supported"),
@@ -89,14 +94,13 @@ class DeepspeedConfig:
         _Given(self.config).check(self)
 
     def check_run(self, global_batch: int, micro_batch: int, world_size: int) -> None:
-        """What only the start of a run can tell.
+        """Check what only the start of a run can tell.
 
         Raises:
             MissingExtraError: DeepSpeed is not installed.
             InputError: batch sizes in `config` that are not the run's.
         """
-        if importlib.util.find_spec("deepspeed") is None:
-            raise MissingExtraError("deepspeed", "deepspeed")
+        _check_installed()
         given = _Given(self.config)
         own = (global_batch, micro_batch, global_batch // (micro_batch * world_size))
         for key, value in zip(_BATCHES, own, strict=True):
@@ -138,11 +142,44 @@ class DeepspeedConfig:
         return tree
 
 
-class _Given:
-    """The user's own DeepSpeed configuration, which says where each of its keys stands."""
+def check_client_config(config: Mapping[str, Any] | None) -> None:
+    """Refuse a DeepSpeed config, made for accelerate or HF Trainer, that replaces the client optimizer.
 
-    def __init__(self, config: str | dict[str, Any] | None) -> None:
-        self.path, self.text = None, ""
+    Raises:
+        InputError: naming the key to change.
+        MissingExtraError: deepspeed is not installed.
+    """
+    _check_installed()
+    given = _Given(dict(config or {}), "the DeepSpeed config")
+    given.refuse(_REPLACING)
+    device = given.get("zero_optimization.offload_optimizer.device") or "none"
+    if device != "none" and given.get("zero_force_ds_cpu_optimizer") is not False:
+        raise InputError(
+            "with offload_optimizer DeepSpeed puts its own CPU Adam in AdEMAMix's place: add "
+            '"zero_force_ds_cpu_optimizer": false to the DeepSpeed config (our CPU kernel then takes the step)'
+        )
+
+
+def check_state_dtype(key: str, kept: str | Mapping[str, str]) -> None:
+    """Raise InputError naming `key` for a block format, which DeepSpeed's flat partitions cannot hold."""
+    for name in kept.values() if isinstance(kept, Mapping) else (kept,):
+        if name in BLOCK_FORMATS:
+            raise InputError(
+                f"{key}: {name} has scales for blocks of one parameter, but DeepSpeed's flat partitions hold several: "
+                f"use bf16, or another engine than DeepSpeed"
+            )
+
+
+def _check_installed() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise MissingExtraError("deepspeed", "deepspeed")
+
+
+class _Given:
+    """The user's own DeepSpeed configuration, which says where each of its keys stands: in a file, or under `name`."""
+
+    def __init__(self, config: str | dict[str, Any] | None, name: str = "engine.config") -> None:
+        self.path, self.text, self.name = None, "", name
         self.tree: dict[str, Any] = config if isinstance(config, dict) else {}
         if isinstance(config, str):
             self.path = Path(config).expanduser()
@@ -167,7 +204,7 @@ class _Given:
     def where(self, key: str) -> str:
         """The key as a message names it, with the file's line."""
         if self.path is None:
-            return f"engine.config: {key}"
+            return f"{self.name}: {key}"
         position = 0
         for part in key.split("."):
             position = max(position, self.text.find(f'"{part}"', position))
@@ -182,37 +219,32 @@ class _Given:
         for key in ("zero_optimization", "bf16", "data_types"):
             if not isinstance(self.get(key), dict | None):
                 raise InputError(f"{self.where(key)} must hold keys of its own, not {_short(self.get(key))}")
-        for key, (allowed, instead) in _FORBIDDEN.items():
+        self.refuse(_FORBIDDEN)
+        offload = "zero_optimization.offload_optimizer.device"
+        if (device := self.get(offload)) not in (None, "none", "cpu"):
+            raise InputError(f"{self.where(offload)} cannot be {device}: state is offloaded to the cpu only")
+        for key, field, ours in (
+            ("zero_optimization.stage", "stage", config.stage),
+            (
+                "bf16.enabled",
+                "compute_dtype",
+                None if config.compute_dtype == "auto" else config.compute_dtype == "bf16",
+            ),
+            (offload, "offload_optimizer", "cpu" if config.offload_optimizer else "none"),
+            ("communication_data_type", "reduce_dtype", config.reduce_dtype),
+        ):
+            if (value := self.get(key)) is not None and ours is not None and value != ours:
+                raise InputError(
+                    f"{self.where(key)} is {_short(value)}, which is not engine.{field} = "
+                    f"{getattr(config, field)}: change one of them"
+                )
+
+    def refuse(self, refusals: Refusals) -> None:
+        """Raise InputError for the first key that says what it must not."""
+        for key, (allowed, instead) in refusals.items():
             value = self.get(key)
             if value is not None and (allowed is None or value != allowed):
                 raise InputError(f"{self.where(key)} cannot be {_short(value)}: {instead}; remove it")
-        device = self.get("zero_optimization.offload_optimizer.device")
-        agree: Iterator[tuple[str, Any, str, Any]] = iter(
-            [
-                ("zero_optimization.stage", self.get("zero_optimization.stage"), "stage", config.stage),
-                ("bf16.enabled", self.get("bf16.enabled"), "compute_dtype", config.compute_dtype),
-                (
-                    "zero_optimization.offload_optimizer.device",
-                    None if device is None else device != "none",
-                    "offload_optimizer",
-                    config.offload_optimizer,
-                ),
-                ("communication_data_type", self.get("communication_data_type"), "reduce_dtype", config.reduce_dtype),
-            ]
-        )
-        if device not in (None, "none", "cpu"):
-            raise InputError(
-                f"{self.where('zero_optimization.offload_optimizer.device')} cannot be {device}: state is offloaded to "
-                f"the cpu only"
-            )
-        for key, value, field, ours in agree:
-            if field == "compute_dtype":
-                ours = value if ours == "auto" else ours == "bf16"
-            if value is not None and value != ours:
-                raise InputError(
-                    f"{self.where(key)} is {_short(self.get(key))}, which is not engine.{field} = "
-                    f"{getattr(config, field)}: change one of them"
-                )
 
     def without_auto(self) -> dict[str, Any]:
         """A deep copy without the keys that are "auto"."""

@@ -1,25 +1,22 @@
-"""Which elements of which parameter lie where in DeepSpeed's flat partitions, and how to get at them.
+"""DeepSpeed's flat partitions, and the parameters that each of them holds.
 
-DeepSpeed hands its client optimizer one flat fp32 tensor a parameter group (stages 1 and 2) or a sub-group
-(stage 3), which holds this rank's elements of many parameters and some padding. `attach_layouts` tells an
-optimizer of ours which; `Partitions` is the same for an engine that also saves, loads and clips.
+DeepSpeed hands its client optimizer one flat fp32 tensor per parameter group (stages 1 and 2) or per sub-group
+(stage 3), which holds this rank's elements of many parameters and some padding. One class here for each of its ZeRO
+optimizers knows where that one keeps them.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from shardopt.errors import InputError
-from shardopt.optim import states
-from shardopt.slices import Layout, Range, Slice, named_parameters
+from shardopt.slices import Layout, Range
 
 
 class Flat(NamedTuple):
@@ -34,117 +31,8 @@ class UnknownPartitions(InputError):
     """A DeepSpeed optimizer whose flat partitions cannot be mapped to parameters."""
 
 
-def attach_layouts(host: Any, optimizer: Optimizer, model: nn.Module) -> dict[Tensor, tuple[Layout, ...]]:
-    """Tell `optimizer` what DeepSpeed's flat partitions hold, so that its random bits are those of any other engine.
-
-    To be called after deepspeed.initialize (or Accelerator.prepare) and before the first step.
-
-    Args:
-        host: the DeepSpeed engine, its ZeRO optimizer, or accelerate's wrapper of either.
-        optimizer: the client optimizer inside it.
-        model: the module that was given to DeepSpeed, for its parameters' names.
-
-    Returns:
-        The layouts by flat partition; empty where they cannot be found and nothing needs them.
-
-    Raises:
-        UnknownPartitions: they cannot be found and the optimizer rounds stochastically.
-    """
-    try:
-        return Partitions(host, optimizer, model).layouts
-    except UnknownPartitions:
-        if rounds_stochastically(optimizer):
-            raise
-        return {}
-
-
-def rounds_stochastically(optimizer: Optimizer) -> bool:
-    """Whether some state (masters are fp32 under DeepSpeed) is kept in fewer bits than fp32."""
-    kept = [group.get("state_dtype", "fp32") for group in optimizer.param_groups]
-    return any(dtype != "fp32" for k in kept for dtype in (k.values() if isinstance(k, Mapping) else (k,)))
-
-
-class Partitions:
-    """The flat partitions of one DeepSpeed optimizer. Arguments and errors: see `attach_layouts`."""
-
-    def __init__(self, host: Any, optimizer: Optimizer, model: nn.Module) -> None:
-        self.optimizer = optimizer
-        self.named = named_parameters(model)
-        self.stage = _stage_of(host, {param: name for name, param in self.named})
-        self.flats = self.stage.flats()
-        self.layouts = {flat.tensor: flat.layouts for flat in self.flats}
-        # Another optimizer than ours does not ask, but `states` does.
-        self.explicit: dict[Tensor, Any] = optimizer.__dict__.setdefault("explicit_layouts", {})
-        for tensor, layouts in self.layouts.items():
-            self.tell(tensor, layouts)
-
-    def tell(self, tensor: Tensor, layouts: tuple[Layout, ...]) -> None:
-        """Let the optimizer know what `tensor` holds."""
-        set_layout = getattr(self.optimizer, "set_layout", self.explicit.__setitem__)
-        set_layout(tensor, layouts)
-
-    @contextmanager
-    def in_groups(self, present: bool = True) -> Iterator[None]:
-        """The partitions in the client's parameter groups, or not: stage 3 wants to put each there for its own step."""
-        kept = [group["params"] for group in self.optimizer.param_groups]
-        if present or self.stage.empties_groups:
-            self.fill_groups(present)
-        try:
-            yield
-        finally:
-            for group, params in zip(self.optimizer.param_groups, kept, strict=True):
-                group["params"] = params
-
-    def fill_groups(self, present: bool = True) -> None:
-        """Put the partitions into the client's parameter groups, or take them out."""
-        for i, group in enumerate(self.optimizer.param_groups):
-            group["params"] = [flat.tensor for flat in self.flats if flat.group == i and present]
-
-    def weight_slices(self) -> list[Slice]:
-        """The fp32 masters held here, and the frozen parameters in the dtype that they have."""
-        slices = []
-        for flat in self.flats:
-            for layout in flat.layouts:
-                (r,) = layout.ranges
-                piece = flat.tensor.detach().narrow(0, r.local_start, r.length)
-                where = Layout.contiguous(layout.name, layout.shape, r.global_start, r.length)
-                slices.append(Slice(layout.name, "weight", where, (piece,)))
-        for name, param in self.named:
-            if not param.requires_grad:
-                layout, tensor = self.stage.frozen(name, param)
-                slices.append(Slice(name, "weight", layout, (tensor,)))
-        return slices
-
-    def slices(self) -> list[Slice]:
-        """Weights and optimizer state held here; see Engine.slices."""
-        with self.in_groups():
-            return self.weight_slices() + states.state_slices(self.optimizer, self.layouts)
-
-    @torch.no_grad()
-    def full(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and whole value (masters in fp32), one at a time. A collective."""
-        held: dict[str, list[Slice]] = {}
-        for s in self.weight_slices():
-            held.setdefault(s.name, []).append(s)
-        device = self.stage.device
-        for name, param in self.named:
-            mine = held.get(name, [])
-            if any(s.layout.is_whole for s in mine) and not param.requires_grad:
-                yield name, mine[0].tensors[0]
-                continue
-            shape = tuple(getattr(param, "ds_shape", param.shape))
-            # Integers: adding zero to the bits keeps -0.0 and NaN what they are.
-            dtype = torch.float32 if param.requires_grad else param.dtype
-            whole = torch.zeros(shape, dtype=dtype, device=device)
-            for s in mine:
-                s.layout.copy_to_whole(s.tensors[0].to(device), whole)
-            bits = whole.view(torch.int32) if dtype == torch.float32 else whole
-            dist.all_reduce(bits)
-            yield name, whole
-
-
-class _Stage(abc.ABC):
-    """Where one class of DeepSpeed's ZeRO optimizers keeps its things."""
+class Stage(abc.ABC):
+    """Places of weights, gradients and state in one class of DeepSpeed's ZeRO optimizers."""
 
     empties_groups = False  # whether the client has parameters only while it steps
 
@@ -153,7 +41,7 @@ class _Stage(abc.ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where collectives work."""
+        """The device that collectives work on."""
         from deepspeed.accelerator import get_accelerator
 
         return torch.device(get_accelerator().current_device_name())
@@ -179,7 +67,7 @@ class _Stage(abc.ABC):
         """Bytes that gradients take when backward has ended."""
 
     def frozen(self, name: str, param: Tensor) -> tuple[Layout, Tensor]:
-        """What is held here of a parameter that is not trained."""
+        """The part held here of a parameter that is not trained."""
         return Layout.whole(name, param.shape), param.detach()
 
     def name(self, param: Tensor) -> str:
@@ -207,7 +95,7 @@ class _Stage(abc.ABC):
         return tuple(sorted(layouts, key=lambda layout: layout.ranges[0].local_start))
 
 
-class _Stage12(_Stage):
+class _Stage12(Stage):
     """DeepSpeedZeroOptimizer."""
 
     def flats(self) -> list[Flat]:
@@ -248,7 +136,7 @@ class _Stage12(_Stage):
         return shards * sum(flat.nbytes for flat in z.single_partition_of_fp32_groups)
 
 
-class _Bf16(_Stage):
+class _Bf16(Stage):
     """BF16_Optimizer: stage 1 with bf16 weights and fp32 accumulation, whole on every rank."""
 
     def flats(self) -> list[Flat]:
@@ -271,7 +159,7 @@ class _Bf16(_Stage):
         return sum(g.nbytes for g in self.zero.fp32_groups_gradients_flat) * 3 // 2  # and bf16 ones from autograd
 
 
-class _Stage3(_Stage):
+class _Stage3(Stage):
     """DeepSpeedZeroOptimizer_Stage3: each parameter is cut by itself, and padded to the world size."""
 
     empties_groups = True
@@ -334,14 +222,14 @@ class _Stage3(_Stage):
         return layout, param.ds_tensor.detach().view(-1).narrow(0, 0, layout.local_numel)
 
 
-def _stage_of(host: Any, names: Mapping[Tensor, str]) -> _Stage:
-    """What knows the ZeRO optimizer in `host`, which accelerate may have wrapped."""
+def stage_of(host: Any, names: Mapping[Tensor, str]) -> Stage:
+    """The stage of the ZeRO optimizer in `host`, which accelerate may have wrapped."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    # Subclasses (ZenFlow, SuperOffload) keep things elsewhere.
-    known: dict[type, type[_Stage]] = {
+    # Subclasses (ZenFlow, SuperOffload) keep their state elsewhere.
+    known: dict[type, type[Stage]] = {
         DeepSpeedZeroOptimizer: _Stage12,
         BF16_Optimizer: _Bf16,
         DeepSpeedZeroOptimizer_Stage3: _Stage3,
@@ -354,5 +242,5 @@ def _stage_of(host: Any, names: Mapping[Tensor, str]) -> _Stage:
         found = getattr(found, "engine", None) if inner is None else inner
     raise UnknownPartitions(
         f"cannot find out which elements {type(host).__name__} holds: it is not DeepSpeed's ZeRO-1, 2 or 3 (stage 0, "
-        f"ZenFlow and SuperOffload are not supported); choose one of these, or state_dtype: fp32"
+        f"ZenFlow and SuperOffload are not supported): choose one of these"
     )

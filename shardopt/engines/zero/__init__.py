@@ -3,6 +3,7 @@
 from shardopt.engines.zero.agreement import NonFiniteGradientError
 from shardopt.engines.zero.engine import ZeroConfig, ZeroEngine
 from shardopt.engines.zero.optimizer import ZeroOptimizer
+from shardopt.engines.zero.state import ZeroState
 from shardopt.engines.zero.transports import PeerError
 
-__all__ = ["NonFiniteGradientError", "PeerError", "ZeroConfig", "ZeroEngine", "ZeroOptimizer"]
+__all__ = ["NonFiniteGradientError", "PeerError", "ZeroConfig", "ZeroEngine", "ZeroOptimizer", "ZeroState"]

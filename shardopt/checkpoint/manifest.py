@@ -1,0 +1,115 @@
+"""The manifest: what all ranks together hold, in the form that a checkpoint's document keeps.
+
+Every rank describes its slices; rank 0 puts the descriptions together and refuses gaps and contradictions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from shardopt.checkpoint.flat import coverage_error, dtype_name, few
+from shardopt.slices import Layout, Range, Slice
+
+PARTS = ("codes", "scales")  # of a block format, in the order of Slice.tensors
+
+
+class Described(NamedTuple):
+    """One slice of one rank without its values."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    ranges: tuple[Range, ...] | None  # of a block format, which belongs to one layout
+
+
+Descriptions = dict[tuple[str, str], Described]  # by parameter name and kind
+StepCounts = dict[str, dict[str, int | float]]  # by parameter name
+Parameters = dict[str, dict[str, Any]]  # as in the document, see folders.read_document
+
+
+def vector_key(name: str, kind: str) -> str:
+    return f"{name}/{kind}"
+
+
+def block_keys(name: str, kind: str, ranges: tuple[Range, ...]) -> list[str]:
+    """Keys of the codes and scales of one layout; equal layouts (replicas) share them."""
+    where = ",".join(f"{start}:{local}:{length}" for start, local, length in ranges)
+    return [f"{name}/{kind}.{part}@{where}" for part in PARTS]
+
+
+def extra_key(key: str) -> str:
+    return f"/extras/{key}"  # a parameter's key does not begin with a slash
+
+
+def describe(slices: list[Slice]) -> Descriptions:
+    """The slices of this rank without their values.
+
+    Raises:
+        ValueError: two slices of the same name and kind.
+    """
+    described: Descriptions = {}
+    for s in slices:
+        if (s.name, s.kind) in described:
+            raise ValueError(f"{vector_key(s.name, s.kind)!r} is given twice")
+        dtypes = tuple(dtype_name(t.dtype) for t in s.tensors)
+        ranges = s.layout.ranges if len(s.tensors) > 1 else None
+        described[s.name, s.kind] = Described(s.layout.shape, dtypes, ranges)
+    return described
+
+
+def merge(ranks: list[Descriptions]) -> Parameters:
+    """The slices of all ranks, in the document's form.
+
+    Raises:
+        ValueError: ranks disagree about a shape or a dtype.
+    """
+    parameters: Parameters = {}
+    for (name, kind), here in (pair for described in ranks for pair in described.items()):
+        parameter = parameters.setdefault(name, {"shape": list(here.shape), "kinds": {}})
+        stored = parameter["kinds"].setdefault(kind, {"dtypes": list(here.dtypes)})
+        if parameter["shape"] != list(here.shape) or stored["dtypes"] != list(here.dtypes):
+            known, other = (parameter["shape"], stored["dtypes"]), (list(here.shape), list(here.dtypes))
+            raise ValueError(f"{vector_key(name, kind)}: ranks disagree, {known} on one and {other} on another")
+        if here.ranges is not None:
+            layouts = stored.setdefault("layouts", [])
+            as_lists = [list(r) for r in here.ranges]
+            if as_lists and as_lists not in layouts:
+                layouts.append(as_lists)
+    return parameters
+
+
+def merge_step_counts(ranks: list[StepCounts]) -> StepCounts:
+    """The step counts of all ranks, each of which may know its own parameters only.
+
+    Raises:
+        ValueError: ranks disagree about a parameter that several hold.
+    """
+    together: StepCounts = {}
+    for name, counts in (pair for rank in ranks for pair in rank.items()):
+        if together.setdefault(name, counts) != counts:
+            raise ValueError(f"{name}: ranks disagree, {together[name]} on one and {counts} on another")
+    return together
+
+
+def check_coverage(parameters: Parameters, chunks: dict[str, set[tuple[int, int]]]) -> None:
+    """Check that every element of every slice is there exactly once.
+
+    Args:
+        parameters: as in the document.
+        chunks: (start, length) pairs by vector key.
+
+    Raises:
+        ValueError: an element is missing or there twice.
+    """
+    errors = {}
+    for name, parameter in parameters.items():
+        numel = Layout.whole(name, parameter["shape"]).numel
+        for kind, stored in parameter["kinds"].items():
+            key = vector_key(name, kind)
+            if len(stored["dtypes"]) == 1:
+                held = chunks.get(key, set())
+            else:
+                held = {(r[0], r[2]) for ranges in stored["layouts"] for r in ranges}
+            if error := coverage_error(numel, held):
+                errors[key] = error
+    if errors:
+        raise ValueError("incomplete: " + few(f"{key}: {error}" for key, error in errors.items()))

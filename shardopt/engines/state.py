@@ -1,0 +1,255 @@
+"""Sharded state: the part of a model and its optimizer on this process, whichever framework has spread them.
+
+Engines and integrations make one `ShardedState` each; checkpoints, reports and logs know nothing else of them.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shardopt.distributed import Ranks
+from shardopt.errors import InputError
+from shardopt.optim import states
+from shardopt.slices import Layout, Slice, layout_of, local_tensor, named_parameters
+
+
+class ShardedState(abc.ABC):
+    """The weights and the optimizer state that this process holds, and the few sums over all of them.
+
+    Args:
+        optimizer: what the training loop steps; its param_groups carry the lr.
+        ranks: the processes; None takes those of the default process group.
+    """
+
+    def __init__(self, optimizer: Optimizer, ranks: Ranks | None = None) -> None:
+        self.optimizer, self.ranks = optimizer, ranks or Ranks.current()
+
+    # Different in each framework
+
+    @abc.abstractmethod
+    def slices(self) -> list[Slice]:
+        """The weights and the optimizer state held here, as the live tensors themselves.
+
+        The state is there after `init`. Replicas (DDP, HSDP) each return theirs.
+        """
+
+    @abc.abstractmethod
+    def clip_grad_norm(self, max_norm: float | None) -> float:
+        """L2 norm of the whole reduced gradient before clipping, the same double on every rank. A collective.
+
+        Scales the gradients down to `max_norm` where the norm exceeds it; None only measures. Not finite as soon as
+        any element of the gradient is not finite on any rank; the gradients are then left alone.
+        """
+
+    @abc.abstractmethod
+    def gradient_bytes(self) -> int:
+        """Bytes of gradients that this process holds when backward has ended."""
+
+    @property
+    @abc.abstractmethod
+    def replicas(self) -> int:
+        """Number of ranks that hold each element of the optimizer's state (1 where it is fully sharded)."""
+
+    @abc.abstractmethod
+    def full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Each parameter's name and, on rank 0 alone, its whole value on the CPU; one at a time. A collective."""
+
+    def layouts(self) -> dict[Tensor, tuple[Layout, ...]]:
+        """The elements that each parameter of the inner optimizer stands for."""
+        return states.layouts_of(self.inner)
+
+    def refresh(self) -> None:  # noqa: B027  most frameworks derive nothing
+        """Renew what derives from the weights, after they have been overwritten. A collective."""
+
+    # The same for all
+
+    @property
+    def inner(self) -> Any:
+        """The optimizer that keeps the state, where `optimizer` wraps one."""
+        return self.optimizer
+
+    def init(self) -> None:
+        """Create the optimizer's state without counting a step; leave alone what is there."""
+        states.init_state(self.inner)
+
+    def step_counts(self) -> dict[str, dict[str, int | float]]:
+        """Step counts and other numbers of the optimizer by parameter name, of the parameters held here."""
+        return states.step_counts(self.inner, self.layouts())
+
+    def load_step_counts(self, counts: Mapping[str, Mapping[str, int | float]]) -> None:
+        """Take over what `step_counts` gave, of all ranks together, after `init`."""
+        states.load_step_counts(self.inner, counts, self.layouts())
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state on this process, padding and step counts included."""
+        held = (value for state in self.inner.state.values() for value in state.values())
+        return sum(local_tensor(value).nbytes for value in held if isinstance(value, Tensor))
+
+    def statistics(self) -> dict[str, float]:
+        """alpha, beta3 and the norms of m1, m2 and the update over the whole model. A collective.
+
+        Empty for an optimizer that does not measure itself.
+        """
+        if not hasattr(self.inner, "statistics"):
+            return {}
+        sums = self.inner.statistics()
+        totals = self.total([value.item() for value in sums.values()])
+        norms = {f"{key}_norm": math.sqrt(total) for key, total in zip(sums, totals, strict=True)}
+        return {**self.inner.schedule_values(), **norms}
+
+    @torch.no_grad()
+    def _clip(self, grads: list[Tensor], max_norm: float | None) -> float:
+        """`clip_grad_norm` of gradients that are tensors on this rank."""
+        norm = math.sqrt(self.total([sum_of_squares(grads)])[0])
+        if max_norm is not None and max_norm < norm < math.inf:
+            torch._foreach_mul_(grads, max_norm / norm)
+        return norm
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums over the whole model of `values`, each a sum over the elements held here. A collective."""
+        if self.replicas == self.ranks.world_size:
+            return list(values)
+        return [value / self.replicas for value in self.ranks.sum(list(values))]
+
+    @contextmanager
+    def use_weight_ema(self) -> Iterator[None]:
+        """The optimizer's averaged weights in the model's place, to evaluate or export; a collective.
+
+        The weights stay where the optimizer keeps no average of them.
+        """
+        if all(group.get("weight_ema") is None for group in self.optimizer.param_groups):
+            yield
+            return
+        try:
+            with self.optimizer.use_weight_ema():  # type: ignore[attr-defined]
+                self.refresh()
+                yield
+        finally:
+            self.refresh()
+
+    @contextmanager
+    def loading(self, source: object) -> Iterator[None]:
+        """Around overwriting the slices: no step and no save until the block has ended without an error."""
+        refuse_steps(
+            self.optimizer,
+            f"loading {source} failed midway, so the weights and the optimizer's state are half of one and half of "
+            f"another: load a complete checkpoint before the next step",
+        )
+        yield
+        self.refresh()
+        allow_steps(self.optimizer)
+
+
+class ModuleState(ShardedState):
+    """Parameters that are the module's own: whole tensors (one process, DDP) or row-sharded DTensors (FSDP2).
+
+    Args:
+        optimizer: any elementwise torch optimizer over the model's parameters, best given with their names.
+        model: the module, wrapped or not.
+        ranks: the processes; None takes those of the default process group.
+        trained_only: leave frozen weights out of the slices.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module, ranks: Ranks | None = None, *, trained_only: bool = False
+    ) -> None:
+        super().__init__(optimizer, ranks)
+        self.model = model
+        # Now: while FSDP2 has a module gathered, its parameters are others than those that hold the shards.
+        trained = set(self._trained())
+        self.frozen = [] if trained_only else [(n, p) for n, p in named_parameters(model) if p not in trained]
+
+    def _weights(self) -> dict[Tensor, tuple[Layout, ...]]:
+        return self.layouts() | {param: (layout_of(param, name),) for name, param in self.frozen}
+
+    def slices(self) -> list[Slice]:
+        return states.weight_slices(self._weights()) + states.state_slices(self.optimizer, self.layouts())
+
+    def _trained(self) -> Iterator[Tensor]:
+        return (param for group in self.optimizer.param_groups for param in group["params"])
+
+    def clip_grad_norm(self, max_norm: float | None) -> float:
+        return self._clip([local_tensor(p.grad) for p in self._trained() if p.grad is not None], max_norm)
+
+    def gradient_bytes(self) -> int:
+        return sum(local_tensor(param).nbytes for param in self._trained())
+
+    @property
+    def replicas(self) -> int:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        for param in self._trained():
+            if isinstance(param, DTensor):
+                mesh = zip(param.device_mesh.shape, param.placements, strict=True)
+                shards = math.prod(size for size, placement in mesh if not isinstance(placement, Replicate))
+                return self.ranks.world_size // shards
+        return self.ranks.world_size
+
+    @torch.no_grad()
+    def full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
+        from torch.distributed.tensor import DTensor
+
+        for param, (layout,) in self._weights().items():
+            whole = param.full_tensor() if isinstance(param, DTensor) else param.detach()
+            yield layout.name, whole.cpu() if self.ranks.is_main else None
+
+    def refresh(self) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        # FSDP2 keeps the root gathered after a forward that no backward follows.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+@torch.no_grad()
+def sum_of_squares(tensors: Sequence[Tensor]) -> float:
+    """Sum of the squares of all elements: fp32 within a tensor, double across tensors.
+
+    Doubles throughout where that is not finite, since squares overflow in fp32 before the values do.
+    """
+    if not tensors:
+        return 0.0
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm(list(tensors))])
+    square = norms.square().sum().item()
+    if not math.isfinite(square):
+        wide = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+        square = torch.stack(wide).square().sum().item()
+    return square
+
+
+class _Refusal:
+    """A step pre-hook that raises."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __call__(self, *_: Any) -> None:
+        raise InputError(self.reason)
+
+
+def refuse_steps(optimizer: Optimizer, reason: str) -> None:
+    """Make `optimizer.step` raise InputError with `reason`, until the next complete load."""
+    allow_steps(optimizer)
+    optimizer.register_step_pre_hook(_Refusal(reason))
+
+
+def allow_steps(optimizer: Optimizer) -> None:
+    """Undo `refuse_steps`."""
+    hooks = optimizer._optimizer_step_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Refusal)]:
+        del hooks[key]
+
+
+def refused_steps(optimizer: Optimizer) -> str | None:
+    """The reason for which `optimizer` refuses to step; None where it does not."""
+    reasons = [hook.reason for hook in optimizer._optimizer_step_pre_hooks.values() if isinstance(hook, _Refusal)]
+    return reasons[0] if reasons else None

@@ -1,0 +1,161 @@
+"""The optimizers that a host (accelerate, HF Trainer) steps, one class for each way in which it spreads a model.
+
+Hosts that save rank 0's `state_dict()` alone would lose the other ranks' state. So the classes for those (all but
+FSDP2's) put plain data into it, and the state itself is saved from every rank with `checkpoint.save`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardopt.engines.deepspeed.state import DeepspeedState
+from shardopt.engines.state import ModuleState, ShardedState, refuse_steps
+from shardopt.engines.zero import ZeroOptimizer, ZeroState
+from shardopt.errors import InputError
+from shardopt.optim.ademamix import AdEMAMix
+
+_POINTER = "shardopt"
+
+
+class Hosted(abc.ABC):
+    """An optimizer that a host steps, and that knows its own sharded state."""
+
+    @abc.abstractmethod
+    def sharded_state(self) -> ShardedState:
+        """The trained weights and the optimizer state that this process holds, once the host has placed them."""
+
+
+class _Pointing(Hosted):
+    """An optimizer whose state_dict is plain data, since its state is saved from every rank elsewhere.
+
+    After such a state_dict has been loaded the optimizer will not step until `checkpoint.load` has brought the state.
+    """
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step count and the groups' hyper-parameters; no tensor."""
+        groups, at = [], 0
+        for group in self.param_groups:
+            numbers = list(range(at, at + len(group["params"])))
+            lr: dict[str, Any] = {key: float(group[key]) for key in ("lr", "initial_lr") if key in group}
+            groups.append({**group, **lr, "params": numbers})
+            at += len(numbers)
+        step = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+        return {"state": {}, "param_groups": groups, _POINTER: {"step": step}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse to step until the state comes; hyper-parameters are the program's, not the file's.
+
+        Raises:
+            InputError: another optimizer's state.
+        """
+        if _POINTER not in state_dict:
+            raise InputError(
+                "this optimizer state was not saved by shardopt: start a new run from the checkpoint's weights, or "
+                "resume with the optimizer that wrote it"
+            )
+        if state_dict[_POINTER]["step"] > 0:
+            assert isinstance(self, torch.optim.Optimizer)
+            refuse_steps(
+                self,
+                "the optimizer's state has not been loaded, only the file that stands for it: call "
+                "shardopt.checkpoint.load(folder, sharded_state(optimizer)) on every rank",
+            )
+
+
+class HostedAdEMAMix(Hosted, AdEMAMix):
+    """AdEMAMix on the module's own parameters, in one process or under FSDP2, which saves every rank's shards itself.
+
+    Args:
+        groups: parameter groups with (name, parameter) pairs.
+        model: the module before it is wrapped.
+        **kwargs: of AdEMAMix.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], model: nn.Module, **kwargs: Any) -> None:
+        super().__init__(groups, **kwargs)
+        self._model = model
+
+    def sharded_state(self) -> ShardedState:
+        return ModuleState(self, self._model, trained_only=True)
+
+
+class FileAdEMAMix(_Pointing, HostedAdEMAMix):
+    """AdEMAMix for one process, whose checkpoints more processes can read. Args: see HostedAdEMAMix."""
+
+
+class ZeroAdEMAMix(_Pointing, ZeroOptimizer):
+    """AdEMAMix with its state cut over the ranks of DistributedDataParallel, which has reduced the gradients.
+
+    Args:
+        groups: parameter groups with (name, parameter) pairs.
+        model: the module before it is wrapped, on its device.
+        **kwargs: of AdEMAMix.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], model: nn.Module, **kwargs: Any) -> None:
+        super().__init__(groups, AdEMAMix, stage=1, gradients="host", model=model, **kwargs)
+        self._settled = False
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the parameters views of the buckets again, if the host has copied them since construction.
+
+        accelerate moves a model to "cpu:0", which copies what is on "cpu". Before the first step only: whoever
+        replaces parameters later is refused.
+        """
+        if self._settled:
+            return
+        self._settled = True
+        self.flat.reattach()
+
+    def sharded_state(self) -> ShardedState:
+        self.settle()
+        return ZeroState(self, trained_only=True)
+
+    def step(self, closure: Any = None) -> Any:
+        """As AdEMAMix, and all-gather the new weights. A collective."""
+        self.settle()
+        return super().step(closure)
+
+
+class DeepspeedAdEMAMix(_Pointing, AdEMAMix):
+    """AdEMAMix as DeepSpeed's client optimizer, which learns at its first step what the flat partitions hold.
+
+    Args:
+        groups: parameter groups with (name, parameter) pairs.
+        model: the module before it is wrapped.
+        accelerator: whose `prepare` will make the DeepSpeed engine.
+        **kwargs: of AdEMAMix.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], model: nn.Module, accelerator: Any, **kwargs: Any) -> None:
+        super().__init__(groups, **kwargs)
+        self._made_from: Any = (accelerator, model)
+        self._sharded: DeepspeedState | None = None
+
+    def sharded_state(self) -> ShardedState:
+        """See Hosted.
+
+        Raises:
+            InputError: `prepare` has not been called, or the partitions cannot be found.
+        """
+        if self._sharded is None:
+            accelerator, model = self._made_from
+            if (wrapped := accelerator.deepspeed_engine_wrapped) is None:
+                raise InputError("accelerator.prepare(model, optimizer) has not been called on this optimizer")
+            self._sharded = DeepspeedState(wrapped.engine, self, model, trained_only=True)
+            self._made_from = None
+        return self._sharded
+
+    def step(self, closure: Any = None) -> Any:
+        """As AdEMAMix. Not a collective: DeepSpeed has reduced the gradients and all-gathers the weights."""
+        self.sharded_state()
+        return super().step(closure)

@@ -1,0 +1,226 @@
+"""ShardedState: what a load restores, what it refuses, and the sums over the whole model."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from shardopt import AdEMAMix, ZeroOptimizer, checkpoint
+from shardopt.checkpoint import folders, loading
+from shardopt.distributed import Ranks
+from shardopt.engines import FsdpConfig
+from shardopt.engines.state import ModuleState
+from shardopt.engines.zero import ZeroState
+from shardopt.errors import InputError
+from tests.distributed.pool import on_ranks
+from tests.engines.test_native import batch, engine, train
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).to(dtype)
+
+
+def step(model, optimizer, number):
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(4, 6, generator=generator).to(next(model.parameters()).dtype)
+    (model(x) ** 2).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trained(steps, optimizer_class=AdEMAMix, dtype=torch.float32, **kwargs):
+    model = net(dtype)
+    optimizer = optimizer_class(model.named_parameters(), lr=1e-2, **kwargs)
+    for number in range(steps):
+        step(model, optimizer, number)
+    return model, ModuleState(optimizer, model)
+
+
+@pytest.mark.parametrize("optimizer_class", [AdEMAMix, torch.optim.AdamW])
+def test_load_alone_restores_weights_state_and_step_counts(tmp_path, optimizer_class):
+    model, state = trained(5, optimizer_class)
+    checkpoint.save(tmp_path / "a", state)
+    other, loaded = trained(0, optimizer_class)
+    checkpoint.load(tmp_path / "a", loaded)
+    assert loaded.step_counts()["0.weight"] == {"step": 5}
+    for number in range(5, 8):
+        step(model, state.optimizer, number)
+        step(other, loaded.optimizer, number)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_save_before_the_first_step_has_the_state(tmp_path):
+    checkpoint.save(tmp_path / "a", trained(0)[1])
+    _, state = trained(3)
+    checkpoint.load(tmp_path / "a", state)
+    assert state.step_counts()["2.bias"] == {"step": 0}
+
+
+def test_load_that_fails_midway_refuses_steps_and_saves_until_one_succeeds(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "a", trained(5)[1])
+    model, state = trained(2)
+
+    def read_half(folder, metadata, stored, slices):
+        slices[0].tensors[0].zero_()
+        raise InputError("cannot read checkpoint: the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "_read", read_half)
+        with pytest.raises(InputError, match="the disk is gone"):
+            checkpoint.load(tmp_path / "a", state)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):  # every time, not once
+        with pytest.raises(InputError, match=r"loading .*/a failed midway.*load a complete checkpoint"):
+            step(model, state.optimizer, 9)
+    with pytest.raises(InputError, match=r"nothing to save: loading .*/a failed midway"):
+        checkpoint.save(tmp_path / "b", state)
+    assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before, strict=True))
+    checkpoint.load(tmp_path / "a", ModuleState(state.optimizer, model))  # another adapter of the same optimizer
+    model.zero_grad()
+    step(model, state.optimizer, 9)
+    assert state.step_counts()["0.weight"] == {"step": 6}
+
+
+def test_load_refuses_step_counts_that_are_missing_or_no_numbers(tmp_path):
+    _, state = trained(2)
+    checkpoint.save(tmp_path / "a", state)
+    document = checkpoint.read_document(tmp_path / "a")
+    kept = [s.tensors[0].clone() for s in state.slices()]
+    for counts, message in (
+        ({}, r"has no step counts of 0\.bias, 0\.weight, 2\.bias, 2\.weight"),
+        ({"0.weight": {"step": "three"}}, "has a document that is not of this format"),
+    ):
+        document["checkpoint"]["step_counts"] = counts
+        folders.write_json(tmp_path / "a" / "checkpoint.json", document)
+        with pytest.raises(InputError, match=message):
+            checkpoint.load(tmp_path / "a", state)
+    assert all(torch.equal(s.tensors[0], k) for s, k in zip(state.slices(), kept, strict=True))
+    step(state.model, state.optimizer, 3)  # nothing had been overwritten, so nothing is refused
+
+
+def test_partial_load_of_a_parameter_is_refused_by_name(tmp_path):
+    """Weights without their masters, or averages without their counts, would go on wrong."""
+    bf16 = {"dtype": torch.bfloat16}
+    checkpoint.save(tmp_path / "a", trained(3, **bf16)[1])
+    for masters, key in (("fp32", "master"), ("split", "master_low")):
+        _, state = trained(1, master_weights=masters, **bf16)
+        with pytest.raises(InputError, match=rf"has no 0\.bias/{key}, 0\.weight/{key}.*set optimizer as it was"):
+            checkpoint.load(tmp_path / "a", state, strict=False)
+    _, adamw = trained(1, torch.optim.AdamW, **bf16)
+    with pytest.raises(InputError, match=r"has no 0\.bias/exp_avg"):
+        checkpoint.load(tmp_path / "a", adamw, strict=False)
+    _, fewer = trained(1, betas=(0.0, 0.999, 0.9999), **bf16)  # what is too much may be left
+    checkpoint.load(tmp_path / "a", fewer, strict=False)
+    assert fewer.step_counts()["0.weight"] == {"step": 3}
+
+
+def test_parameter_that_is_not_in_the_checkpoint_keeps_its_count(tmp_path):
+    checkpoint.save(tmp_path / "a", trained(3)[1])
+    model = net()
+    model.append(nn.Linear(3, 3))
+    optimizer = AdEMAMix(model.named_parameters(), lr=1e-2)
+    step(model, optimizer, 0)
+    state = ModuleState(optimizer, model)
+    document = checkpoint.load(tmp_path / "a", state, strict=False)
+    assert document["checkpoint"]["not_loaded"][0] == "3.bias/m1"
+    assert (state.step_counts()["3.bias"], state.step_counts()["2.bias"]) == ({"step": 1}, {"step": 3})
+
+
+def _zero_masters(rank, world_size, folder):
+    """bf16 weights with fp32 masters of ZeRO's own: loaded with the weights, or not at all."""
+
+    def made(dtype):
+        model = net(dtype)
+        optimizer = ZeroOptimizer(model, torch.optim.AdamW, lr=1e-2)
+        return model, optimizer, ZeroState(optimizer)
+
+    def advance(model, optimizer, number):
+        with optimizer.accumulate():
+            (model(torch.ones(2, 6, dtype=model[0].weight.dtype) * number) ** 2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer, state = made(torch.bfloat16)
+    for number in range(1, 5):
+        advance(model, optimizer, number)
+    checkpoint.save(folder / "bf16", state)
+    other, second, loaded = made(torch.bfloat16)
+    advance(other, second, 9)
+    checkpoint.load(folder / "bf16", loaded)
+    advance(model, optimizer, 5)
+    advance(other, second, 5)
+    same = all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    _, _, plain = made(torch.float32)
+    checkpoint.save(folder / "fp32", plain)
+    try:
+        checkpoint.load(folder / "fp32", loaded, strict=False, convert=True)
+    except InputError as error:
+        return same, str(error)
+    raise AssertionError("not refused")
+
+
+def test_zero_masters_are_loaded_with_the_weights_or_refused_by_name(tmp_path):
+    for same, told in on_ranks(2, _zero_masters, tmp_path):
+        assert same
+        assert "the checkpoint has no 0.bias/master" in told
+
+
+def test_norm_of_a_gradient_whose_squares_overflow_fp32():
+    model, state = trained(0)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e25)
+    elements = sum(p.numel() for p in model.parameters())
+    assert state.clip_grad_norm(1.0) == pytest.approx(1e25 * math.sqrt(elements))
+    whole = torch.cat([p.grad.view(-1).double() for p in model.parameters()])
+    assert whole.norm().item() == pytest.approx(1.0, rel=1e-5)
+    model[0].weight.grad[0, 0] = math.nan
+    assert math.isnan(state.clip_grad_norm(1.0))
+
+
+def _ema_and_error(rank, world_size):
+    one = engine(FsdpConfig(reshard_after_forward=False), Ranks.start("cpu"), weight_ema=0.5)
+    train(one, 3, 1)
+
+    def loss():
+        with torch.no_grad():
+            return one.model(input_ids=batch(7)[:, :-1]).logits.double().sum().item()
+
+    before = loss()
+    averaged = None
+    try:
+        with one.state.use_weight_ema():
+            averaged = loss()
+            raise KeyError("in the evaluation")
+    except KeyError:
+        pass
+    return before, averaged, loss()
+
+
+def test_weights_are_back_when_an_evaluation_of_the_averages_fails():
+    for before, averaged, after in on_ranks(2, _ema_and_error):
+        assert averaged != before
+        assert after == before
+
+
+def _hsdp_sums(rank, world_size):
+    one = engine(FsdpConfig(replicate=2), Ranks.start("cpu"))
+    train(one, 3, 1)
+    held = [(s.name, s.kind, s.layout, s.tensors[0].reshape(-1).double()) for s in one.state.slices()]
+    whole = {}
+    for pieces in one.ranks.gather(held):
+        for name, kind, layout, values in pieces:
+            target = whole.setdefault((name, kind), torch.zeros(layout.numel, dtype=torch.float64))
+            layout.copy_to_whole(values, target)
+    squares = [(kind, values.square().sum().item()) for (_, kind), values in whole.items()]
+    norms = {key: math.sqrt(sum(square for kind, square in squares if kind == key)) for key in ("m1", "m2")}
+    return one.state.statistics(), norms, one.state.replicas
+
+
+def test_norms_count_replicas_once():
+    for statistics, norms, replicas in on_ranks(4, _hsdp_sums):
+        assert replicas == 2
+        assert statistics["m1_norm"] == pytest.approx(norms["m1"])
+        assert statistics["m2_norm"] == pytest.approx(norms["m2"])
+        assert statistics["alpha"] == pytest.approx(5.0 * 3 / 10)
