@@ -42,6 +42,7 @@ _DOUBLES = slice(_NAMES.index("lr"), _NAMES.index("lr") + len(DOUBLES))
 assert _NAMES[_DOUBLES] == DOUBLES
 _COLUMN_OF = {key: _NAMES.index(key) for key in (*ROUNDED, *SCALES)}
 _COLUMN_OF |= dict.fromkeys(MASTER_KINDS, _NAMES.index("master"))
+_BITS = tuple(FLAG_BITS.values())
 _data_ptr = torch.Tensor.data_ptr
 
 
@@ -142,6 +143,10 @@ class Table:
         self.learning_rates: list[float | Tensor] = []  # of a capturable table's entries
         self.captured = False  # whether a CUDA graph holds a step of this table
         self.rows = rows = np.zeros(len(segments), dtype=SEGMENT)
+        # Views are made once: of a record numpy takes microseconds to make one.
+        self._words = rows.view(np.int64).reshape(-1)
+        self._doubles = rows.view(np.float64).reshape(-1, _WORDS)[:, _DOUBLES]  # they lie side by side
+        self._flags, self._steps = rows["flags"], rows["step"]
         self.row_entry = owner = np.array([i for i, *_ in segments], dtype=np.int64)
         self.row_local = np.array([r.local_start for _, _, r, _ in segments], dtype=np.int64)
         self.row_block = np.array([block for *_, block in segments], dtype=np.int64)
@@ -216,7 +221,7 @@ class Table:
         if other_types or addresses != self._addresses:
             now = np.fromiter(addresses, np.int64, len(addresses))
             self._check_moved(np.flatnonzero(now != self._known).tolist())
-            self.rows.view(np.int64).reshape(-1)[self._places] = now[self._owner] + self._offsets
+            self._words[self._places] = now[self._owner] + self._offsets
             self._addresses, self._known = addresses, now
 
     def _check_moved(self, moved: list[int]) -> None:
@@ -248,15 +253,11 @@ class Table:
         Args:
             places: of each entry in `scalars` and `steps`; -1 for an entry that is to be left alone.
         """
-        rows, of_row = self.rows, places[self.row_entry]
-        flags = np.array(
-            [sum(bit for name, bit in FLAG_BITS.items() if getattr(s, name)) for s in scalars], dtype=np.uint8
-        )
-        rows["flags"] = np.where(of_row < 0, SKIP, flags[of_row])
-        rows["step"] = steps[of_row]
-        # The doubles of a row lie side by side: one assignment instead of one for each.
-        doubles = np.array([s[: len(DOUBLES)] for s in scalars], dtype=np.float64)
-        rows.view(np.float64).reshape(-1, _WORDS)[:, _DOUBLES] = doubles[of_row]
+        of_row = places[self.row_entry]
+        flags = [sum(bit for bit, on in zip(_BITS, s[len(DOUBLES) :], strict=True) if on) for s in scalars]
+        self._flags[:] = np.where(of_row < 0, SKIP, np.array(flags, dtype=np.uint8)[of_row])
+        self._steps[:] = steps[of_row]
+        self._doubles[:] = np.array([s[: len(DOUBLES)] for s in scalars])[of_row]
 
     def describe_schedules(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Fill in what a captured kernel computes its scalars from (kernels/__init__.py).
