@@ -95,8 +95,6 @@ class AdEMAMix(CheckedOptimizer):
         super().__init__(params, defaults)
         states.parameter_names(self)  # refuses two parameters of one name
 
-    # -- what hosts and engines ask ---------------------------------------------------------------------------
-
     @property
     def kernel(self) -> str:
         """The kernel in use: "c", "triton" or "torch"; several joined by "+" where parameters differ."""
