@@ -155,10 +155,7 @@ class Report:
     """
 
     def __init__(
-        self,
-        is_main: bool,
-        console: Console | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, is_main: bool, console: Console | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._is_main = is_main
         self.console = console or Console(highlight=False)

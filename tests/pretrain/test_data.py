@@ -113,7 +113,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
         ((got, held),) = sides(home)
         assert got == wanted, source
         assert held == [text for text in texts if is_held_out(text, 0.2)]
-        assert train.corpora[0]["documents"] == len(wanted)
+        assert train.corpora[0].train.documents == len(wanted)
 
 
 def test_text_is_cut_into_documents_as_asked(tmp_path: Path) -> None:
@@ -128,8 +128,8 @@ def test_stdlib_is_the_sources_without_tests(tmp_path: Path) -> None:
     config = DataConfig(cache=tmp_path)
     train, holdout = prepare(config, ALONE, 0, 4)
     corpus = train.corpora[0]
-    assert corpus["bytes"] > 10e6
-    assert corpus["fingerprint"] == Corpus(config, 0).key
+    assert corpus.train.bytes > 10e6
+    assert corpus.corpus == Corpus(config, 0).key
     root = Path(sysconfig.get_path("stdlib"))
     files = [path.relative_to(root) for path in Corpus(config, 0).files]
     assert Path("argparse.py") in files
@@ -149,7 +149,7 @@ def test_files_that_are_not_utf8_are_skipped_and_counted(tmp_path: Path, caplog:
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             train, _ = load(tmp_path / "home", {"source": "text", "paths": str(tmp_path / "*.txt")})
-        assert train.corpora[0]["skipped"] == 3
+        assert train.corpora[0].skipped == 3
         assert "skipped 3 files that are not UTF-8 text" in caplog.text
         assert "latin.txt" in caplog.text
     ((train_texts, held),) = sides(tmp_path / "home")
@@ -600,4 +600,4 @@ def test_vocabulary_reaches_to_the_largest_id_where_ids_have_gaps():
         def get_vocab(self):
             return self
 
-    assert tokenizers.describe(None, Gaps({"a": 0, "b": 1, "</s>": 9}))["vocab_size"] == 10
+    assert tokenizers.vocab_size(Gaps({"a": 0, "b": 1, "</s>": 9})) == 10

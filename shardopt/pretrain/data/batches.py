@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from shardopt.pretrain.data.packing import Blocks, is_held_out
+from shardopt.pretrain.data.packing import Blocks, Packed, chunks, is_held_out
 from shardopt.pretrain.data.sources import document
 from shardopt.pretrain.data.tokenizers import SavedTokenizer
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 # Divisible by 1000 and by 3, 7 and 9: proportions written with three decimals, or as thirds, are met exactly.
 _PERIOD = 252_000
 _STREAM_CHARACTERS = 1 << 18
+_START: dict[str, Any] = {"row": 0, "epoch": 0, "place": None, "offset": 0}
 
 
 def _keys(count: int, *what: object) -> np.ndarray:
@@ -63,23 +66,20 @@ class Mixture:
     """
 
     def __init__(self, weights: list[float], seed: int) -> None:
-        if len(weights) == 1:
-            self._counts, self._order = np.ones(1, np.int64), np.zeros(1, np.int64)
-        else:
-            share = np.asarray(weights) / np.sum(weights) * _PERIOD
-            self._counts = share.astype(np.int64)
-            # The largest remainders get what flooring left over; nobody is left with none.
-            missing = _PERIOD - int(self._counts.sum())
-            self._counts[np.argsort(self._counts - share, kind="stable")[:missing]] += 1
-            self._counts[np.argmax(self._counts)] -= np.count_nonzero(self._counts == 0)
-            self._counts = np.maximum(self._counts, 1)
-            place = []
-            for source, count in enumerate(self._counts):
-                k = np.arange(count, dtype=np.uint64)
-                jitter = _mix(k + _keys(1, "mixture", seed, source)) / 2.0**64
-                place.append((k + jitter) / count)
-            owner = np.repeat(np.arange(len(weights)), self._counts)
-            self._order = owner[np.argsort(np.concatenate(place), kind="stable")]
+        share = np.asarray(weights) / np.sum(weights) * _PERIOD
+        self._counts = share.astype(np.int64)
+        # The largest remainders get what flooring left over; nobody is left with none.
+        missing = _PERIOD - int(self._counts.sum())
+        self._counts[np.argsort(self._counts - share, kind="stable")[:missing]] += 1
+        self._counts[np.argmax(self._counts)] -= np.count_nonzero(self._counts == 0)
+        self._counts = np.maximum(self._counts, 1)
+        place = []
+        for source, count in enumerate(self._counts):
+            k = np.arange(count, dtype=np.uint64)
+            jitter = _mix(k + _keys(1, "mixture", seed, source)) / 2.0**64
+            place.append((k + jitter) / count)
+        owner = np.repeat(np.arange(len(weights)), self._counts)
+        self._order = owner[np.argsort(np.concatenate(place), kind="stable")]
         # How many of the same source stand before each place of the period.
         self._before = np.empty_like(self._order)
         for source, count in enumerate(self._counts):
@@ -97,21 +97,8 @@ class Mixture:
         return period * int(self._counts[source]) + int(np.count_nonzero(self._order[:place] == source))
 
 
-class Source(Protocol):
-    """One source of samples, numbered from 0 over all epochs."""
-
-    def rows(self, number: np.ndarray) -> np.ndarray: ...
-
-    def advance(self, first: int, last: int) -> None:
-        """Make samples first..last, those of the next step, ready for `rows`."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class Shuffled:
-    """Packed blocks, in another order every epoch."""
+    """Packed blocks, in another order every epoch; samples are numbered from 0 over all epochs."""
 
     def __init__(self, blocks: Blocks, *key: object) -> None:
         self._blocks, self._key = blocks, key
@@ -123,15 +110,6 @@ class Shuffled:
         for one in np.unique(epoch):
             index[epoch == one] = permute(place[epoch == one], n, *self._key, int(one))
         return self._blocks.rows(index)
-
-    def advance(self, first: int, last: int) -> None:
-        """Nothing to do: any block can be read at any time."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to do: the step says everything."""
 
 
 class Stream:
@@ -155,16 +133,17 @@ class Stream:
         self._tokenizer, self._holdout, self._size = tokenizer, holdout, block_size
         self._encode = tokenizer.encoder()
         self._window, self._window_start = np.empty((0, block_size + 1), tokenizer.dtype), 0
-        self._seek({"row": 0, "epoch": 0, "place": None, "offset": 0})
+        self.load_state_dict(_START)
 
     def rows(self, number: np.ndarray) -> np.ndarray:
         return self._window[number - self._window_start]
 
     def advance(self, first: int, last: int) -> None:
+        """Make samples first..last, those of the next step, ready for `rows`."""
         if self._window_start == first and len(self._window) == last - first and self._row == last:
             return
         if first < self._row:
-            self._seek({"row": 0, "epoch": 0, "place": None, "offset": 0})
+            self.load_state_dict(_START)
         while self._row < first:
             self._next_block()
         window = [self._next_block() for _ in range(last - first)]
@@ -177,9 +156,6 @@ class Stream:
         return {"row": self._row, "offset": self._offset, **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seek(state)
-
-    def _seek(self, state: dict[str, Any]) -> None:
         self._row, self._offset, self._epoch = state["row"], state["offset"], state["epoch"]
         self._pieces: list[tuple[dict[str, Any], np.ndarray]] = []
         self._window = self._window[:0]
@@ -189,29 +165,18 @@ class Stream:
         self._dataset, self._place = self._open(), place
         if place is not None:
             self._dataset.load_state_dict(place)
-        self._texts = self._read(iter(self._dataset))
+        self._texts = self._read()
 
     def _state_here(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "place": self._place}
 
-    def _read(self, rows: Iterator[dict[str, Any]]) -> Iterator[list[str]]:
+    def _read(self) -> Iterator[list[str]]:
         """Training texts in pieces that depend only on where reading began, noting the place after each."""
-        texts: list[str] = []
-        size = 0
-        for row in rows:
-            text = document(row, self._column, self._where)
-            if not text:
-                continue
-            size += len(text)
-            if not is_held_out(text, self._holdout):
-                texts.append(text)
-            if size >= _STREAM_CHARACTERS:
+        documents = (document(row, self._column, self._where) for row in self._dataset)
+        for texts in chunks(filter(None, documents), _STREAM_CHARACTERS):
+            if kept := [text for text in texts if not is_held_out(text, self._holdout)]:
                 self._place = self._dataset.state_dict()
-                yield texts
-                texts, size = [], 0
-        if texts:
-            self._place = self._dataset.state_dict()
-            yield texts
+                yield kept
 
     def _next_block(self) -> np.ndarray:
         need = self._offset + self._size + 1
@@ -239,72 +204,82 @@ class Stream:
         raise RuntimeError(f"{self._where}: the stream gave documents before and now gives none")
 
 
+def _gather(
+    sources: Sequence[Blocks | Shuffled | Stream], which: np.ndarray, number: np.ndarray, size: int
+) -> torch.Tensor:
+    """Row `number` of source `which`, for each pair: int64, [len(which), size]."""
+    out = np.empty((len(which), size), np.int64)
+    for source in np.unique(which):
+        mine = which == source
+        out[mine] = sources[source].rows(number[mine])
+    return torch.from_numpy(out)
+
+
+@dataclass(frozen=True)
 class TrainData:
     """The training samples.
 
     Attributes:
+        sources, weights: where samples come from, and the share of each; `seed` decides how they are mixed.
         block_size: target tokens of a sample, which holds one token more.
-        vocab_size: number of token ids.
         bytes_per_token: UTF-8 bytes of text a token stands for, ends of documents counted as tokens, weighted
             as the sources are (estimated from the documents scanned where a source streams).
         n_blocks, tokens: of one epoch over all sources; None where a source streams.
         fingerprint: hash of the tokens and of how they are mixed and cut; equal means equal samples for equal
             (seed, step, global batch).
-        corpora: for each source what was read, for logs: its place in the config, its key, documents, tokens,
-            bytes, held-out documents and tokens, skipped files.
+        corpora: what was read for each source.
     """
 
-    def __init__(
-        self,
-        sources: list[Source],
-        weights: list[float],
-        tokenizer: SavedTokenizer,
-        *,
-        block_size: int,
-        seed: int,
-        global_batch: int,
-        bytes_per_token: float,
-        n_blocks: int | None,
-        tokens: int | None,
-        fingerprint: str,
-        corpora: list[dict[str, Any]],
-    ) -> None:
-        self.block_size, self.vocab_size = block_size, tokenizer.vocab_size
-        self.bytes_per_token, self.n_blocks, self.tokens = bytes_per_token, n_blocks, tokens
-        self.fingerprint, self.corpora = fingerprint, corpora
-        self._sources, self._mixture = sources, Mixture(weights, seed)
-        self._tokenizer, self._global_batch = tokenizer, global_batch
+    sources: Sequence[Shuffled | Stream]
+    weights: list[float]
+    saved_tokenizer: SavedTokenizer
+    _: KW_ONLY
+    block_size: int
+    seed: int
+    global_batch: int
+    bytes_per_token: float
+    n_blocks: int | None
+    tokens: int | None
+    fingerprint: str
+    corpora: list[Packed]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A fresh copy, with `save_pretrained`, `decode` and `eos_token_id`."""
-        return self._tokenizer.load()
+        return self.saved_tokenizer.load()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.saved_tokenizer.vocab_size
+
+    @cached_property
+    def _mixture(self) -> Mixture:
+        return Mixture(self.weights, self.seed)
+
+    @property
+    def _streams(self) -> dict[int, Stream]:
+        return {index: source for index, source in enumerate(self.sources) if isinstance(source, Stream)}
 
     def batch(self, step: int, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of the global batch of `step` (from 0): int64, [stop - start, block_size + 1].
 
         Inputs are [:, :-1], targets [:, 1:]; every target counts. Any split into rows gives the same rows.
         """
-        if not 0 <= start <= stop <= self._global_batch or step < 0:
-            raise IndexError(f"rows {start}..{stop} of step {step}, but a batch has {self._global_batch} rows")
-        first = step * self._global_batch
-        for index, source in enumerate(self._sources):
-            source.advance(self._mixture.count(index, first), self._mixture.count(index, first + self._global_batch))
+        if not 0 <= start <= stop <= self.global_batch or step < 0:
+            raise IndexError(f"rows {start}..{stop} of step {step}, but a batch has {self.global_batch} rows")
+        first = step * self.global_batch
+        for index, stream in self._streams.items():
+            stream.advance(self._mixture.count(index, first), self._mixture.count(index, first + self.global_batch))
         which, number = self._mixture(np.arange(first + start, first + stop))
-        out = np.empty((stop - start, self.block_size + 1), np.int64)
-        for index in np.unique(which):
-            mine = which == index
-            out[mine] = self._sources[index].rows(number[mine])
-        return torch.from_numpy(out)
+        return _gather(self.sources, which, number, self.block_size + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values, the same on every rank; empty unless a source streams. Take it between two steps."""
-        states = {str(index): source.state_dict() for index, source in enumerate(self._sources)}
-        return {index: state for index, state in states.items() if state}
+        return {str(index): stream.state_dict() for index, stream in self._streams.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for index, one in state.items():
-            self._sources[int(index)].load_state_dict(one)
+            self._streams[int(index)].load_state_dict(one)
 
 
 class HoldoutData:
@@ -328,11 +303,7 @@ class HoldoutData:
             raise IndexError(f"held-out blocks {start}..{stop}, but there are {self.n_blocks}")
         index = permute(np.arange(start, stop), self.n_blocks, "holdout")
         which = np.searchsorted(self._starts, index, side="right") - 1
-        out = np.empty((stop - start, self.block_size + 1), np.int64)
-        for source in np.unique(which):
-            mine = which == source
-            out[mine] = self._blocks[source].rows(index[mine] - self._starts[source])
-        return torch.from_numpy(out)
+        return _gather(self._blocks, which, index - self._starts[which], self.block_size + 1)
 
     def target_bytes(self, batch: torch.Tensor) -> int:
         """UTF-8 bytes of the text that the targets of `batch` stand for."""

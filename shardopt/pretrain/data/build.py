@@ -7,35 +7,27 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
-from shardopt.pretrain.data.batches import HoldoutData, Shuffled, Source, Stream, TrainData
+from shardopt.pretrain.data.batches import HoldoutData, Shuffled, Stream, TrainData
 from shardopt.pretrain.data.config import BpeTokenizer, ByteTokenizer, DataConfig, HfSource, holds_tokenizer
-from shardopt.pretrain.data.packing import (
-    FORMAT,
-    Packed,
-    Tick,
-    aside,
-    is_held_out,
-    pack,
-    read_meta,
-    read_packed,
-    write_meta,
-)
+from shardopt.pretrain.data.packing import FORMAT, Packed, Tick, aside, is_held_out, pack, read_meta, write_meta
 from shardopt.pretrain.data.sources import Corpus, digest
 from shardopt.pretrain.data.tokenizers import (
     SavedTokenizer,
     byte_tokenizer,
     check_same_ids,
     content_key,
-    describe,
     load_path,
     save,
     train_bpe,
+    vocab_size,
 )
 
 logger = logging.getLogger("shardopt.data")
@@ -61,57 +53,32 @@ def prepare(
     Raises:
         InputError: on every rank; the message names the key to change.
     """
-    built = _while_others_wait(ranks, (lambda: _build(config, weights, progress=True)) if ranks.is_main else None)
-    folders = ranks.from_main(built)
-    assert folders is not None
-    if ranks.any(not folders.visible()):
-        lacking = not folders.visible()
-        builds = lacking and ranks.local_rank == 0
-        _while_others_wait(ranks, (lambda: _build(config, weights, progress=False)) if builds else None)
-        if lacking:
-            # Finds what this node's first rank has just built.
-            folders = ranks.together(lambda: _build(config, weights, progress=False))
-        else:
-            ranks.together(lambda: None)
-    opened = ranks.together(lambda: _open(config, folders, seed, global_batch))
-    wanted = ranks.from_main(opened[0].fingerprint)
-
-    def agree() -> None:
-        if opened[0].fingerprint != wanted:
+    build = partial(_build, config, weights, progress=ranks.is_main)
+    folders = ranks.from_main(_while_others_wait(ranks, build if ranks.is_main else None) or [])
+    lacking = not all((folder / "meta.json").exists() for folder in folders)
+    if ranks.any(lacking):
+        _while_others_wait(ranks, build if lacking and ranks.local_rank == 0 else None)
+        # Finds what this node's first rank has just built.
+        folders = ranks.together(lambda: build() if lacking else folders)
+    train, holdout = ranks.together(lambda: _open(config, folders, seed, global_batch))
+    fingerprints = ranks.gather(train.fingerprint)
+    for rank, fingerprint in enumerate(fingerprints):
+        if fingerprint != fingerprints[0]:
             raise InputError(
-                f"data.sources: rank {ranks.rank}'s machine holds other text, or another tokenizer, than "
-                f"rank 0's; copy the same files to every machine"
+                f"data.sources: rank {rank}'s machine holds other text, or another tokenizer, than rank 0's; copy the "
+                f"same files to every machine"
             )
-
-    ranks.together(agree)
     if ranks.is_main:
-        for corpus in opened[0].corpora:
-            if corpus["skipped"]:
-                logger.warning(
-                    "%s: skipped %d files that are not UTF-8 text (%s)",
-                    corpus["where"],
-                    corpus["skipped"],
-                    ", ".join(corpus["skipped_examples"]),
-                )
-        shape, size = config.tokenizer, opened[0].vocab_size
+        for index, corpus in enumerate(train.corpora):
+            if corpus.skipped:
+                examples = ", ".join(corpus.skipped_examples)
+                message = "data.sources[%d]: skipped %d files that are not UTF-8 text (%s)"
+                logger.warning(message, index, corpus.skipped, examples)
+        shape, size = config.tokenizer, train.vocab_size
         if isinstance(shape, BpeTokenizer) and size < shape.vocab_size:
-            logger.warning(
-                "data.tokenizer: bpe has %d tokens instead of %d: the text has no more pairs to merge",
-                size,
-                shape.vocab_size,
-            )
-    return opened
-
-
-@dataclass(frozen=True)
-class _Folders:
-    """Folders of the tokenizer and of each source's packed tokens in the cache."""
-
-    tokenizer: Path
-    sources: tuple[Path, ...]
-
-    def visible(self) -> bool:
-        return all((folder / "meta.json").exists() for folder in (self.tokenizer, *self.sources))
+            message = "data.tokenizer: bpe has %d tokens instead of %d: the text has no more pairs to merge"
+            logger.warning(message, size, shape.vocab_size)
+    return train, holdout
 
 
 def _while_others_wait(ranks: Ranks, action: Callable[[], T] | None) -> T | None:
@@ -122,37 +89,25 @@ def _while_others_wait(ranks: Ranks, action: Callable[[], T] | None) -> T | None
     """
     if not ranks.distributed:
         return action() if action else None
-    results: list[T] = []
-    errors: list[Exception] = []
+    future: Future[T | None] = Future()
 
     def work() -> None:
-        assert action is not None
         try:
-            results.append(action())
+            future.set_result(action() if action else None)
         except Exception as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True) if action else None
-    if thread:
-        thread.start()
+    # Not an executor's thread, which would keep an interrupted process from ending.
+    threading.Thread(target=work, daemon=True).start()
     pause = 0.01
-    while ranks.any(thread is not None and thread.is_alive()):
-        if thread:
-            thread.join(pause)
-        else:
-            time.sleep(pause)
+    while ranks.any(not future.done()):
+        time.sleep(pause)
         pause = min(2 * pause, 0.5)
-
-    def finish() -> T | None:
-        if errors:
-            raise errors[0]
-        return results[0] if results else None
-
-    return ranks.together(finish)
+    return ranks.together(future.result)
 
 
-def _build(config: DataConfig, weights: Path | None, progress: bool) -> _Folders:
-    """Everything that the cache lacks for `config`."""
+def _build(config: DataConfig, weights: Path | None, progress: bool) -> list[Path]:
+    """Build what the cache lacks for `config`; the folders of the tokenizer and of each source's packed tokens."""
     corpora = [Corpus(config, index) for index in range(len(config.sources))]
     tokenizer = _build_tokenizer(config, corpora, progress)
     if weights is not None:
@@ -160,7 +115,7 @@ def _build(config: DataConfig, weights: Path | None, progress: bool) -> _Folders
             check_same_ids(tokenizer, weights)
         else:
             logger.warning("model.path holds no tokenizer: its weights must have been trained on data.tokenizer's ids")
-    return _Folders(tokenizer.folder, tuple(_build_packed(config, corpus, tokenizer, progress) for corpus in corpora))
+    return [tokenizer.folder, *(_build_packed(config, corpus, tokenizer, progress) for corpus in corpora)]
 
 
 def _build_tokenizer(config: DataConfig, corpora: list[Corpus], progress: bool) -> SavedTokenizer:
@@ -168,27 +123,24 @@ def _build_tokenizer(config: DataConfig, corpora: list[Corpus], progress: bool) 
     shape = config.tokenizer
     if isinstance(shape, (ByteTokenizer, BpeTokenizer)):
         what = shape.model_dump(mode="json")
-        trained_on = [
-            config.holdout,
-            [(one.key, one.source.model_dump(include={"weight", "scan"})) for one in corpora],
-        ]
+        trained_on = [config.holdout, [(one.key, one.source.model_dump(include={"weight", "scan"})) for one in corpora]]
         folder = root / digest(FORMAT, what, trained_on if isinstance(shape, BpeTokenizer) else None)
         make = byte_tokenizer if isinstance(shape, ByteTokenizer) else lambda: _train(config, shape, corpora, progress)
     else:
         loaded = load_path(shape)
         folder = root / digest(FORMAT, content_key(loaded))
         make = lambda: loaded  # noqa: E731
-    if read_meta(folder) is None:
+    if not read_meta(folder):
         with aside(folder) as building:
             tokenizer = make()
-            write_meta(building, {"key": save(tokenizer, building), **describe(shape, tokenizer)})
-    return _saved_tokenizer(folder)
-
-
-def _saved_tokenizer(folder: Path) -> SavedTokenizer:
-    meta = read_meta(folder)
-    assert meta is not None
-    return SavedTokenizer(folder=folder, **meta)
+            meta = {
+                "key": save(tokenizer, building),
+                "vocab_size": vocab_size(tokenizer),
+                "eos": tokenizer.eos_token_id,
+                "is_bytes": isinstance(shape, ByteTokenizer),
+            }
+            write_meta(building, meta)
+    return SavedTokenizer(folder=folder, **read_meta(folder))
 
 
 def _train(config: DataConfig, shape: BpeTokenizer, corpora: list[Corpus], progress: bool) -> Any:
@@ -213,19 +165,17 @@ def _build_packed(config: DataConfig, corpus: Corpus, tokenizer: SavedTokenizer,
     scan = corpus.source.scan if isinstance(corpus.source, HfSource) and corpus.source.streaming else None
     key = digest(FORMAT, corpus.key, tokenizer.key, config.holdout, scan)
     folder = config.cache_folder / "packed" / key
-    if read_meta(folder) is None:
+    if not read_meta(folder):
         with aside(folder) as building, _progress(f"tokenising {corpus.source.source}", progress) as tick:
             sides = pack(corpus.documents(), tokenizer, config.holdout, building, tick)
-            write_meta(
-                building,
-                {
-                    "corpus": corpus.key,
-                    "skipped": len(corpus.skipped),
-                    "skipped_examples": [str(path) for path in corpus.skipped[:3]],
-                    "dtype": tokenizer.dtype.name,
-                    **{side: asdict(one) for side, one in sides.items()},
-                },
-            )
+            meta = {
+                "corpus": corpus.key,
+                "skipped": len(corpus.skipped),
+                "skipped_examples": [str(path) for path in corpus.skipped[:3]],
+                "dtype": tokenizer.dtype.name,
+                **{side: asdict(one) for side, one in sides.items()},
+            }
+            write_meta(building, meta)
     return folder
 
 
@@ -233,28 +183,19 @@ def _build_packed(config: DataConfig, corpus: Corpus, tokenizer: SavedTokenizer,
 def _progress(label: str, shown: bool) -> Iterator[Tick]:
     """A bar on stderr that counts documents; how many there are is not known before they are read."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,} documents"),
-        TimeElapsedColumn(),
-    )
+    columns = ("{task.description}", BarColumn(), "{task.completed:,} documents", TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task(label, total=None)
         yield lambda documents: bar.advance(task, documents)
         bar.update(task, total=bar.tasks[0].completed)
 
 
-def _open(config: DataConfig, folders: _Folders, seed: int, global_batch: int) -> tuple[TrainData, HoldoutData]:
-    tokenizer = _saved_tokenizer(folders.tokenizer)
-    packed: list[Packed] = []
-    for folder in folders.sources:
-        one = read_packed(folder)
-        assert one is not None
-        packed.append(one)
-    sources: list[Source] = []
+def _open(config: DataConfig, folders: list[Path], seed: int, global_batch: int) -> tuple[TrainData, HoldoutData]:
+    tokenizer = SavedTokenizer(folder=folders[0], **read_meta(folders[0]))
+    packed = [Packed.open(folder) for folder in folders[1:]]
+    sources: list[Shuffled | Stream] = []
     n_blocks = tokens = 0
     streaming = False
     for index, (shape, one) in enumerate(zip(config.sources, packed, strict=True)):
@@ -279,12 +220,8 @@ def _open(config: DataConfig, folders: _Folders, seed: int, global_batch: int) -
             n_blocks, tokens = n_blocks + blocks.n_blocks, tokens + one.train.tokens
             sources.append(Shuffled(blocks, seed, index))
     holdout_tokens = sum(one.holdout.tokens for one in packed)
-    holdout = HoldoutData(
-        [one.blocks("holdout", config.block_size) for one in packed],
-        config.block_size,
-        holdout_tokens,
-        tokenizer.token_bytes(),
-    )
+    held_out = [one.blocks("holdout", config.block_size) for one in packed]
+    holdout = HoldoutData(held_out, config.block_size, holdout_tokens, tokenizer.token_bytes())
     if holdout.n_blocks == 0:
         documents = sum(one.train.documents + one.holdout.documents for one in packed)
         raise InputError(
@@ -294,6 +231,7 @@ def _open(config: DataConfig, folders: _Folders, seed: int, global_batch: int) -
         )
     weights = [shape.weight for shape in config.sources]
     shares = [weight / sum(weights) for weight in weights]
+    text_bytes = [one.train.bytes / one.train.tokens for one in packed]  # per token
     contents = [(one.train.sha256, one.holdout.sha256, one.corpus) for one in packed]
     train = TrainData(
         sources,
@@ -302,26 +240,10 @@ def _open(config: DataConfig, folders: _Folders, seed: int, global_batch: int) -
         block_size=config.block_size,
         seed=seed,
         global_batch=global_batch,
-        bytes_per_token=sum(
-            share * one.train.bytes / one.train.tokens for share, one in zip(shares, packed, strict=True)
-        ),
+        bytes_per_token=sum(share * one for share, one in zip(shares, text_bytes, strict=True)),
         n_blocks=None if streaming else n_blocks,
         tokens=None if streaming else tokens,
         fingerprint=digest(contents, weights, tokenizer.key, config.block_size),
-        corpora=[
-            {
-                "where": f"data.sources[{index}]",
-                "source": shape.source,
-                "fingerprint": one.corpus,
-                "documents": one.train.documents,
-                "tokens": one.train.tokens,
-                "bytes": one.train.bytes,
-                "holdout_documents": one.holdout.documents,
-                "holdout_tokens": one.holdout.tokens,
-                "skipped": one.skipped,
-                "skipped_examples": list(one.skipped_examples),
-            }
-            for index, (shape, one) in enumerate(zip(config.sources, packed, strict=True))
-        ],
+        corpora=packed,
     )
     return train, holdout

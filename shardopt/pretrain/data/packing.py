@@ -9,7 +9,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,15 @@ class Packed:
     folder: Path
     corpus: str
     skipped: int
-    skipped_examples: tuple[str, ...]
+    skipped_examples: list[str]
     dtype: str
     train: Side
     holdout: Side
+
+    @classmethod
+    def open(cls, folder: Path) -> Packed:
+        meta = read_meta(folder)
+        return cls(folder=folder, **meta | {side: Side(**meta[side]) for side in ("train", "holdout")})
 
     def blocks(self, side: str, block_size: int) -> Blocks:
         return Blocks(self.folder / f"{side}.bin", np.dtype(self.dtype), getattr(self, side).tokens, block_size)
@@ -138,12 +143,12 @@ def chunks(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
         yield texts
 
 
-def write_meta(folder: Path, meta: Any) -> None:
-    (folder / "meta.json").write_text(json.dumps(meta if isinstance(meta, dict) else asdict(meta), indent=1))
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def read_meta(folder: Path) -> dict[str, Any] | None:
-    """The meta.json of a finished build, None where there is none.
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The meta.json of a finished build, empty where there is none.
 
     Raises:
         InputError: the folder is there, but not what was written to it.
@@ -153,7 +158,7 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         if folder.exists():
             raise damaged(folder) from None
-        return None
+        return {}
     except ValueError:
         raise damaged(folder) from None
     except OSError as error:
@@ -162,15 +167,6 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 def damaged(folder: Path) -> InputError:
     return InputError(f"data.cache: {folder} is damaged; remove that folder")
-
-
-def read_packed(folder: Path) -> Packed | None:
-    meta = read_meta(folder)
-    if meta is None:
-        return None
-    sides: dict[str, Any] = {side: Side(**meta.pop(side)) for side in ("train", "holdout")}
-    meta["skipped_examples"] = tuple(meta["skipped_examples"])
-    return Packed(folder=folder, **meta, **sides)
 
 
 @contextlib.contextmanager
@@ -186,7 +182,7 @@ def aside(folder: Path) -> Iterator[Path]:
         _remove_abandoned(folder.parent)
         yield building
         # Renaming fails if somebody was first, and theirs is as good.
-        if read_meta(folder) is None:
+        if not read_meta(folder):
             with contextlib.suppress(FileExistsError):
                 building.rename(folder)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import functools
 import glob
@@ -43,7 +42,6 @@ class Corpus:
         where: its place in the config, for messages.
         key: hash of everything that decides which documents it gives.
         files: what it reads, in order; empty for a hub dataset.
-        total_bytes: of the files; None for a hub dataset.
 
     Raises:
         InputError: nothing is there, or the hub cannot be reached.
@@ -56,16 +54,15 @@ class Corpus:
         self._hub_cache = config.cache_folder / "hf"
         shape = self.source.model_dump(mode="json", exclude={"weight", "paths", "scan", "streaming"})
         if isinstance(self.source, HfSource):
-            self.total_bytes: int | None = None
             self.key = digest(shape, self._hub_key())
             return
         self.files = _files(self.source, self.where)
         root = Path(sysconfig.get_path("stdlib")) if isinstance(self.source, StdlibSource) else None
         names = [path.relative_to(root).as_posix() if root else path.name for path in self.files]
-        self.total_bytes = sum(path.stat().st_size for path in self.files)
-        if self.total_bytes == 0:
+        total_bytes = sum(path.stat().st_size for path in self.files)
+        if total_bytes == 0:
             raise InputError(f"{self.where}: every file is empty ({_some(self.files)})")
-        self.key = digest(shape, _files_key(self.files, names, self.total_bytes))
+        self.key = digest(shape, _files_key(self.files, names, total_bytes))
 
     def documents(self) -> Iterator[str]:
         """The non-empty documents in order, once.
@@ -267,16 +264,11 @@ def _is_text(path: Path) -> bool:
     """Whether it is UTF-8 without NUL, which no text has and most other files do."""
     import fsspec
 
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with fsspec.open(str(path), "rb", compression="infer") as file:
+    with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8") as file:
         try:
-            while chunk := file.read(1 << 20):
-                if "\0" in decoder.decode(chunk):
-                    return False
-            decoder.decode(b"", final=True)
+            return not any("\0" in chunk for chunk in iter(lambda: file.read(1 << 20), ""))
         except UnicodeDecodeError:
             return False
-    return True
 
 
 @contextlib.contextmanager
@@ -284,14 +276,13 @@ def _quiet() -> Iterator[None]:
     """Without datasets' own progress bars: they count files, ours counts documents."""
     import datasets
 
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
+    shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shardopt.errors import InputError
-from shardopt.pretrain.data.config import ByteTokenizer, PathTokenizer
+from shardopt.pretrain.data.config import PathTokenizer
 from shardopt.pretrain.data.sources import digest
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class SavedTokenizer:
     Attributes:
         folder: what `transformers.AutoTokenizer.from_pretrained` loads.
         key: hash of everything that decides the ids it gives.
-        vocab_size: one more than the largest id.
+        vocab_size: see `vocab_size`.
         eos: id of the token that ends a document.
         is_bytes: ids are UTF-8 bytes.
     """
@@ -81,36 +81,28 @@ class SavedTokenizer:
         if self.is_bytes:
             return lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts]
         tokenizer: Any = self.load()
-        if not tokenizer.is_fast:
-
-            def encode_slowly(texts: list[str]) -> list[np.ndarray]:
-                ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-                return [np.asarray(row, self.dtype) for row in ids]
-
-            return encode_slowly
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
+        if tokenizer.is_fast:
+            backend = tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = True
 
         def encode(texts: list[str]) -> list[np.ndarray]:
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
+            if tokenizer.is_fast:
+                rows = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+            else:
+                rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            return [np.asarray(row, self.dtype) for row in rows]
 
         return encode
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     """Id b is the byte b, 256 ends a document."""
-    from tokenizers import models, pre_tokenizers
+    from tokenizers import models
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # GPT-2's spelling of bytes, which ByteLevel uses
 
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    # GPT-2's spelling of bytes, which ByteLevel uses: printable ones are themselves, others from U+0100 on.
-    spelled = {byte: chr(byte) for byte in printable}
-    others = (byte for byte in range(256) if byte not in spelled)
-    spelled |= {byte: chr(256 + place) for place, byte in enumerate(others)}
-    assert set(spelled.values()) == set(pre_tokenizers.ByteLevel.alphabet())
-    model = models.BPE(vocab={char: byte for byte, char in spelled.items()}, merges=[])
+    model = models.BPE(vocab={char: byte for byte, char in bytes_to_unicode().items()}, merges=[])
     return _transformers(_backend(model, use_regex=False))
 
 
@@ -174,13 +166,9 @@ def save(tokenizer: Any, folder: Path) -> str:
     return digest(content, tokenizer.eos_token_id)
 
 
-def describe(config: Any, tokenizer: Any) -> dict[str, Any]:
-    """The attributes of a `SavedTokenizer`, for its meta.json."""
-    return {
-        "vocab_size": max([len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values())]),
-        "eos": tokenizer.eos_token_id,
-        "is_bytes": isinstance(config, ByteTokenizer),
-    }
+def vocab_size(tokenizer: Any) -> int:
+    """One more than the largest id."""
+    return max([len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values())])
 
 
 def _backend(model: models.Model, use_regex: bool) -> Tokenizer:
