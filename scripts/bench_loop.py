@@ -1,4 +1,4 @@
-"""What the loop costs: tokens/s of `shardopt pretrain` against a bare loop, in one run.
+"""Cost of the training loop: tokens/s of `shardopt pretrain` against a bare loop, in one run.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 scripts/bench_loop.py [CONFIG] [key.sub=value ...]
 

@@ -1,4 +1,4 @@
-"""What does one optimizer step cost? Prints tables and draws docs/bench_step.png.
+"""Time of one optimizer step. Prints tables and draws docs/bench_step.png.
 
     python scripts/bench_step.py [--rounds 15] [--seconds 20] [--plot docs/bench_step.png] [--only NAME ...]
 
@@ -275,7 +275,7 @@ def table(title: str, shapes: list[tuple[int, ...]], found: list[Contender], cop
     lines = [
         f"### {title}: {max(len(c.times) for c in found)} rounds, copy {copy / 1e9:.1f} GB/s",
         "",
-        f"| optimizer | ms | against {found[0].name} | ns an element | bytes an element | GB/s | of copy |",
+        f"| optimizer | ms | against {found[0].name} | ns per element | bytes per element | GB/s | of copy |",
         "|---|---|---|---|---|---|---|",
     ]
     for c in found:
@@ -325,7 +325,7 @@ def main() -> None:
         results[title] = found
         gc.collect()
     if {"1 x 50M", "500 x 10k"} <= set(results):
-        print("500 tensors of 10k against one of 50M, an element, in turn:")
+        print("500 tensors of 10k against one of 50M, per element, in turn:")
         for contender in [c for c in results["500 x 10k"] if c.name.startswith("shardopt")]:
             print(f"  {contender.name}: {small_against_large(contender, arguments.rounds, arguments.device):.2f}")
     plot(results, arguments.plot)

@@ -279,7 +279,7 @@ def copy_bandwidth() -> float:
 
 
 def contestants() -> Iterator[tuple[str, torch.dtype, float, Callable[..., Any]]]:
-    """Name, dtype of weights and gradients, bytes that must move for an element, and how to make it."""
+    """Name, dtype of weights and gradients, bytes that must move per element, and how to make it."""
 
     def ours(**options: Any) -> Callable[..., Any]:
         return lambda params, **more: shardopt.AdEMAMix(params, kernel="triton", **options, **more)

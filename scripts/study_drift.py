@@ -1,4 +1,4 @@
-"""How far does rounded state drift from its fp32 twin? Prints a table and draws docs/drift.png.
+"""Drift of rounded state from its fp32 twin. Prints a table and draws docs/drift.png.
 
     python scripts/study_drift.py [--steps 40000] [--elements 4096] [--seed 0] [--plot docs/drift.png]
 

@@ -1,4 +1,4 @@
-"""What docs/architecture.md and CONTRIBUTING.md say of the code's structure."""
+"""The structure of the code, as docs/architecture.md and CONTRIBUTING.md describe it."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""What a process is told that cannot join the others."""
+"""Messages of a process that cannot join the process group."""
 
 from datetime import timedelta
 

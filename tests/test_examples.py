@@ -41,7 +41,9 @@ def _metric(output: str) -> tuple[float, float]:
         ("autoencoder", (0.9, 2.0), (0.0, 0.05)),
     ],
 )
-def test_it_learns(name: str, at_first: tuple[float, float], in_the_end: tuple[float, float]) -> None:
+def test_example_ends_with_a_better_score_than_it_begins_with(
+    name: str, at_first: tuple[float, float], in_the_end: tuple[float, float]
+) -> None:
     run = _run(name)
     assert run.returncode == 0, run.stderr
     before, after = _metric(run.stdout)

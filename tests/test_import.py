@@ -1,4 +1,4 @@
-"""What `import shardopt` loads, and from where."""
+"""Modules that `import shardopt` loads, and the place that it loads them from."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def fenced(language):
 
 
 class Blocks(nn.Module):
-    """What the snippets call `model`."""
+    """Stand-in for the model of the snippets."""
 
     def __init__(self):
         super().__init__()

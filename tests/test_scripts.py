@@ -1,4 +1,4 @@
-"""What the set-up says where a machine lacks something: one line, and a status."""
+"""Set-up on a machine that lacks something: one line, and an exit status."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What the examples share: the command line, the optimizer, and the verdict that becomes the exit status."""
+"""Shared by the examples: command line, optimizer, and the result as an exit status."""
 
 import argparse
 import sys

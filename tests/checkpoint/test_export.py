@@ -1,4 +1,4 @@
-"""What is exported loads in transformers and computes the same."""
+"""Exports load in transformers and compute the same."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ HOSTS = ("zero", "ddp", "fsdp")
 
 
 def hosted(host, module, lr=0.05, attached=(), **zero):
-    """What to call, its optimizer and the module to read weights from, with hooks attached."""
+    """A forward function, its optimizer and the module that has the weights, with hooks attached."""
     trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     if host == "zero":
         optimizer = ZeroOptimizer(module, torch.optim.SGD, bucket_mb=SMALL_BUCKETS, lr=lr, **zero)

@@ -1,4 +1,4 @@
-"""What a person can get wrong: a clear line, status 2 or 1 on every rank, no hang, and nothing on disk lost."""
+"""User errors at the launcher: one clear line, status 2 or 1 on every rank, no hang, and nothing on disk lost."""
 
 import contextlib
 import io

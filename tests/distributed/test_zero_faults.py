@@ -1,4 +1,4 @@
-"""What the other ranks see when one goes wrong."""
+"""Failures of one rank as the other ranks see them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the deepspeed engine accepts, what it refuses and where it says to look, without starting DeepSpeed."""
+"""Configurations that the deepspeed engine accepts and refuses, and the places its messages name; no DeepSpeed runs."""
 
 import importlib.util
 import json

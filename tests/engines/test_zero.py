@@ -44,7 +44,7 @@ def test_losses_and_clipped_norms_equal_the_single_process(name):
 
 
 def _frozen_and_resumed(rank, world_size):
-    """What an engine says it holds; and that another engine goes on from it exactly."""
+    """The slices that an engine reports, and the exact run of another engine from them."""
     ranks = Ranks.start("cpu")
     config = ZeroConfig(bucket_mb=0.01)
     first = engine(config, ranks, state_dtype="bf16")

@@ -1,4 +1,4 @@
-"""What stands between a rank process that serves many tests and accelerate, which means to serve one job."""
+"""Reset of accelerate, transformers and DeepSpeed between the tests that share a rank process."""
 
 from __future__ import annotations
 

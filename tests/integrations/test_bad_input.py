@@ -1,4 +1,4 @@
-"""What a person can get wrong with Trainer: a message that names the thing to change."""
+"""User errors with Trainer and accelerate: each message names the thing to change."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_script_with_hf_argument_parser(tmp_path: Path) -> None:
         ({"alpha": -1}, "alpha must be"),
     ],
 )
-def test_settings(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_settings_that_cannot_work_are_refused_by_name(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         shardopt_optimizer(arguments(tmp_path, 1), **settings)
 

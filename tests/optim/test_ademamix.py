@@ -1,4 +1,4 @@
-"""What a torch optimizer is expected to do, and how AdEMAMix takes state over."""
+"""AdEMAMix as a torch optimizer: groups, state_dict, schedulers, from_adamw."""
 
 import copy
 import math

@@ -68,7 +68,7 @@ def optax_run(transform, weight, grads):
 
 
 @pytest.mark.parametrize("case", list(cases(10)), ids=lambda c: f"{c['shape']}")
-def test_optax(case):
+def test_update_equals_optax_in_float64(case):
     weight, grads = data(case, 12)
     b1, b2, b3 = case["betas"]
     theirs = optax_run(

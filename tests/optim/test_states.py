@@ -173,7 +173,7 @@ def test_a_flat_partition_is_several_slices():
     assert {p.name for p in states.state_slices(adamw, {flat: parts})} == {"a", "b"}
 
 
-def test_names():
+def test_canonical_name_strips_wrapper_prefixes_and_positions_stand_in():
     net = model()
     wrapped = [(f"module._orig_mod.{name}", param) for name, param in net.named_parameters()]
     assert list(states.parameter_names(torch.optim.SGD(wrapped, lr=1)).values())[:2] == ["scale", "0.weight"]

@@ -222,7 +222,7 @@ STALE = ("lr", "beta3", "alpha", "bias_correction1", "bias_correction2", "step")
 
 
 def captured(start, options):
-    """What a replayed graph does: scalars from the device's counts, those of the host being wrong."""
+    """One step as a replayed graph takes it: scalars from the device's counts, while those of the host are wrong."""
     from shardopt.optim.kernels.triton import TritonKernel
 
     outcomes = []

@@ -1,4 +1,4 @@
-"""Which blocks a step sees: permutations, mixtures, epochs."""
+"""Blocks of a step: permutations, mixtures, epochs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of the trained weights: held-out loss, export and sample are of the same ones, and train on."""
+"""Trained weights: held-out loss, export and sample use the same ones, and training goes on from them."""
 
 import json
 import math

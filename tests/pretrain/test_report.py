@@ -67,7 +67,7 @@ def test_holdings_are_counted_from_the_slices_of_every_rank():
     assert first.unsharded["weight"] == first.unsharded["gradient"] == 4 * numel
     assert first.unsharded["m1"] == 2 * numel
     assert first.unsharded["weight_ema"] == 4 * numel  # held twice, counted once
-    # A byte an element and a scale a tensor on the rank that holds its start; scaled up where the rest is elsewhere.
+    # A byte per element and a scale per tensor on the rank that holds its start; scaled up where the rest is elsewhere.
     assert first.unsharded["nu"] == round(28 * 40 / 24) + round(7 * 5 / 3) + (5 + 4) + (1 + 4)
     assert [rank["weight"] for rank in first.per_rank] == [4 * rows[0], 4 * rows[1]]
     assert [rank["m1"] for rank in first.per_rank] == [2 * rows[0], 2 * rows[1]]
