@@ -12,8 +12,9 @@ may have tests of its own.
       faults:
         - {name: warm-up starts at zero, old: return step / config.warmup, new: return (step - 1) / config.warmup}
 
-The tests of a group run without a fault first. A fault is caught when a test fails or does not end; the status is 1
-when one is missed, or is planted no more because its text has changed.
+The tests of a group run without a fault first. A fault is caught when a test fails, crashes or does not end; it is
+stale when its text has changed. The last line counts caught, missed and stale faults, and those whose tests did not
+run; the status is 1 unless all are caught.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +88,7 @@ def _pytest(tree: Path, tests: str, log: Path) -> None:
 
 
 def run_tests(tree: Path, tests: str) -> str:
-    """`passed`, `failed` (or did not end), or the last words where no test was run."""
+    """`passed`, `failed` (or crashed, or did not end), or the last words where no test was run."""
     log = tree / "planted.log"
     process = _context.Process(target=_pytest, args=(tree, tests, log))
     process.start()
@@ -95,7 +97,7 @@ def run_tests(tree: Path, tests: str) -> str:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid or 0, signal.SIGKILL)
     process.join()
-    if ended in (0, 1, None):
+    if ended is None or ended in (0, 1) or ended < 0:  # did not end, or crashed
         return "passed" if ended == 0 else "failed"
     return log.read_text(errors="replace").strip()[-300:]
 
@@ -136,8 +138,10 @@ def main() -> int:
     for file in dict.fromkeys(fault.file for fault in faults):
         own = [verdict for fault, verdict in verdicts.items() if fault.file == file]
         print(f"{file:40} {own.count('caught'):6} {len(own):4}")
-    caught = list(verdicts.values()).count("caught")
+    counts = Counter(verdict.split(":")[0] for verdict in verdicts.values())
+    caught, missed, stale = counts["caught"], counts["missed"], counts["stale"]
     print(f"{'all':40} {caught:6} {len(faults):4}  {100 * caught / max(1, len(faults)):.0f} %")
+    print(f"{caught} caught, {missed} missed, {stale} stale, {len(faults) - caught - missed - stale} not tried")
     return caught < len(faults)
 
 

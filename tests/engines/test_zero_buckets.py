@@ -54,9 +54,18 @@ def test_buckets_fill_in_the_order_of_backward():
     buckets = lay_out(PARAMETERS, 2, 64)
     last = [b.members[-1].index for b in buckets]
     assert last == sorted(last, reverse=True)
+    for bucket in lay_out(PARAMETERS, 2, 10**6):
+        assert [m.index for m in bucket.members] == sorted((m.index for m in bucket.members), reverse=True)
     assert {b.dtype for b in buckets} == {torch.float32, torch.bfloat16}
     assert fingerprint(buckets) != fingerprint(lay_out(PARAMETERS[:-1], 2, 64))
     assert fingerprint(buckets) == fingerprint(lay_out(PARAMETERS, 2, 64))
+
+
+@pytest.mark.parametrize("other", [("a", (5, 3)), ("z", (3, 5))])
+def test_fingerprint_tells_shapes_and_names_apart(other):
+    """Neither moves an element, and a state_dict of the one is not the other's."""
+    changed = [(*other, torch.float32), *PARAMETERS[1:]]
+    assert fingerprint(lay_out(PARAMETERS, 2, 64)) != fingerprint(lay_out(changed, 2, 64))
 
 
 def test_settings_are_refused_by_name():

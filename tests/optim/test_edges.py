@@ -60,3 +60,20 @@ def test_beta1_of_zero_keeps_no_m1(state_dtype):
     optimizer.step()
     assert not [key for key in optimizer.state[param] if key.startswith("m1")]
     assert {piece.kind for piece in states.state_slices(optimizer)} == {"m2", "nu"}
+
+
+@pytest.mark.parametrize("kernel", ["c", "torch"])
+def test_parameter_without_a_gradient_keeps_weight_state_and_count(kernel):
+    with_gradient, without = (torch.nn.Parameter(torch.ones(300)) for _ in range(2))
+    optimizer = shardopt.AdEMAMix([("a", with_gradient), ("b", without)], lr=0.1, kernel=kernel)
+    for param in (with_gradient, without):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = {"weight": without.detach().clone()} | {
+        k: torch.as_tensor(v).clone() for k, v in optimizer.state[without].items()
+    }
+    without.grad = None
+    optimizer.step()
+    after = {"weight": without.detach()} | {k: torch.as_tensor(v) for k, v in optimizer.state[without].items()}
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert optimizer.state[with_gradient]["step"] == 2

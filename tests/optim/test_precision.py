@@ -207,6 +207,30 @@ def test_block_formats_are_unbiased_and_bounded(fmt, kind):
     assert ((mean - values).abs() <= 5 * step / np.sqrt(rounds) + values.abs() * 1e-6)[above].all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", ["m1", "nu"])
+@pytest.mark.parametrize("fmt", precision.BLOCK_FORMATS)
+def test_block_with_a_value_that_is_not_finite_reads_as_nan_and_the_next_one_as_it_is(fmt, kind, value):
+    values = torch.ones(256)
+    values[3] = value
+    form = schema.formats_of(fmt)[kind]
+    codes, scale = torch.zeros(256, dtype=form.dtype(torch.float32)), torch.zeros(2)
+    form.encode(values, None, codes, scale)
+    decoded = form.decode(codes, scale)
+    assert decoded[:128].isnan().all()
+    torch.testing.assert_close(decoded[128:], values[128:])
+
+
+def test_fp32_state_of_float64_weights_is_float64():
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = shardopt.AdEMAMix([("w", param)], betas=(0.9, 0.999, 0.9999))
+    param.grad = torch.full_like(param, 1 / 3)
+    optimizer.step()
+    state = optimizer.state[param]
+    assert {state[key].dtype for key in ("m1", "m2", "nu")} == {torch.float64}
+    torch.testing.assert_close(state["m1"], torch.full_like(param, 0.1 / 3).detach(), rtol=1e-14, atol=0)
+
+
 def test_slices_are_read_and_written_in_their_format():
     torch.manual_seed(0)
     layout = Layout("w", (2000,), (Range(10, 0, 300), Range(900, 300, 500)))
