@@ -90,10 +90,6 @@ def coverage_error(numel: int, chunks: Iterable[tuple[int, int]]) -> str | None:
     return f"elements beyond the end ({numel}) are held" if end > numel else None
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def few(items: Iterable[str], limit: int = 5) -> str:
     """The first few of `items`, and how many more there are."""
     listed = sorted(items)

@@ -21,8 +21,8 @@ from typing import Any
 from shardopt.errors import InputError
 
 DOCUMENT = "checkpoint.json"
-METADATA = ".metadata"
-FORMAT = 2
+INDEX = "index.json"
+FORMAT = 3
 
 _ASIDE = re.compile(r"\.(.+)\.(partial|previous|deleting)")
 _STEP = re.compile(r"(?:step-(\d+)|\.step-(\d+)\.previous)")
@@ -65,7 +65,7 @@ def is_complete(folder: Path) -> bool:
     """True where everything that the checkpoint's document lists is there, with the size it was written with."""
     try:
         files = read_document(folder)["checkpoint"]["files"]
-        return (folder / METADATA).is_file() and all(
+        return (folder / INDEX).is_file() and all(
             (folder / name).stat().st_size == size for name, size in files.items()
         )
     except (InputError, OSError, KeyError, AttributeError, TypeError):

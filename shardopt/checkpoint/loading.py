@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
 
 from shardopt.checkpoint import manifest
-from shardopt.checkpoint.flat import FlatShard, chunks_of, dtype_name, few
+from shardopt.checkpoint.flat import FlatShard, chunks_of, few
 from shardopt.checkpoint.folders import read_document
-from shardopt.checkpoint.metadata import DTYPES, read_metadata
+from shardopt.checkpoint.index import DTYPES, dtype_name, read_index
 from shardopt.engines.state import ShardedState
 from shardopt.errors import InputError
 from shardopt.optim import states
@@ -58,7 +57,7 @@ def load(folder: str | Path, state: ShardedState, *, strict: bool = True, conver
             what to change.
     """
     folder, ranks = Path(folder), state.ranks
-    document, metadata = ranks.together(lambda: (read_document(folder), read_metadata(folder)))
+    document, metadata = ranks.together(lambda: (read_document(folder), read_index(folder)))
     stored: manifest.Parameters = document["checkpoint"]["parameters"]
 
     def describe_live() -> tuple[list[Slice], manifest.StepCounts, manifest.Descriptions]:
@@ -105,7 +104,7 @@ def load_extras(folder: Path, keys: Iterable[str]) -> dict[str, Tensor]:
         InputError: not a checkpoint that can be read.
     """
     read_document(folder)
-    metadata = read_metadata(folder)
+    metadata = read_index(folder)
     found: dict[str, Tensor] = {}
     for key in keys:
         entry = metadata.state_dict_metadata.get(manifest.extra_key(key))
@@ -278,7 +277,7 @@ def _ranges(stored: Iterable[Iterable[int]]) -> tuple[Range, ...]:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Works from an index that was read and checked before, never from the pickle."""
+    """Works from an index that was read and checked before."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
@@ -288,20 +287,13 @@ class _Reader(dcp.FileSystemReader):
         return self._metadata
 
 
-class _LoadPlanner(DefaultLoadPlanner):
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> NoReturn:
-        raise InputError(f"{read_item.dest_index.fqn!r} is a pickled object, and is not read")
-
-
 def _fill(folder: Path, metadata: Metadata, state: dict[str, Tensor]) -> None:
     """Read `state`'s tensors in place, each rank by itself: DCP plans a load without the others anyway."""
     if not state:
         return
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        dcp.load(dict(state), storage_reader=_Reader(folder, metadata), planner=_LoadPlanner(), no_dist=True)
+        dcp.load(dict(state), storage_reader=_Reader(folder, metadata), planner=planner, no_dist=True)
     except CheckpointException as error:
         (cause, _) = next(iter(error.failures.values()))
         if not isinstance(cause, Exception):

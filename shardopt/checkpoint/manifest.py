@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from shardopt.checkpoint.flat import coverage_error, dtype_name, few
+from shardopt.checkpoint.flat import coverage_error, few
+from shardopt.checkpoint.index import dtype_name
 from shardopt.slices import Layout, Range, Slice
 
 PARTS = ("codes", "scales")  # of a block format, in the order of Slice.tensors

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,13 +18,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 
 from shardopt.checkpoint import folders, manifest
 from shardopt.checkpoint.flat import FlatShard, chunks_of
+from shardopt.checkpoint.index import write_index
 from shardopt.distributed import Ranks
 from shardopt.engines.state import ShardedState, refused_steps
 from shardopt.errors import InputError
@@ -73,7 +74,7 @@ def save(
         ValueError: an element that no rank holds, ranks that disagree, a document that is not JSON.
             (On the other ranks a RuntimeError that quotes it, where one rank alone found it.)
     """
-    _write(Path(folder), state, document or {}, extras or {}, group=None, after=None)
+    _prepare(Path(folder), state, document or {}, extras or {})()
 
 
 class Saver:
@@ -94,7 +95,7 @@ class Saver:
     def __init__(self, root: Path, keep: int, ranks: Ranks, asynchronous: bool) -> None:
         self.root, self.keep, self.ranks, self.asynchronous = root, keep, ranks, asynchronous
         self._cleaned = False
-        self._pending: tuple[Path, Future] | None = None
+        self._pending: Future[None] | None = None
 
         def check() -> None:
             if keep < 1:
@@ -123,14 +124,18 @@ class Saver:
             self.ranks.together(lambda: folders.clean(self.root) if self.ranks.is_main else None)
             self._cleaned = True
         folder = folders.step_folder(self.root, step)
-        future = _write(
+        write = _prepare(
             folder, state, document or {}, extras or {},
             group=self._group,
             after=lambda: folders.prune(self.root, self.keep, folder),
-            asynchronous=self.asynchronous,
+            copy=self.asynchronous,
         )  # fmt: skip
-        if future is not None:
-            self._pending = folder, future
+        if not self.asynchronous:
+            write()
+            return
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending = thread.submit(write)
+        thread.shutdown(wait=False)
 
     def wait(self) -> None:
         """Return when what was saved is complete on the disk.
@@ -138,12 +143,9 @@ class Saver:
         Raises:
             InputError, RuntimeError: the background write failed, on every rank; said once.
         """
-        if self._pending is not None:
-            (folder, future), self._pending = self._pending, None
-            try:
-                future.result()
-            except CheckpointException as error:
-                _give_up(folder, error, self.ranks)
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
         """Wait, and leave the process group of the background writes. Call it once."""
@@ -155,16 +157,22 @@ class Saver:
                 self._group = None
 
 
-def _write(
+def _prepare(
     folder: Path,
     state: ShardedState,
     document: Mapping[str, Any],
     extras: Mapping[str, Tensor],
     *,
-    group: dist.ProcessGroup | None,
-    after: Callable[[], None] | None,
-    asynchronous: bool = False,
-) -> Future | None:
+    group: dist.ProcessGroup | None = None,
+    after: Callable[[], None] = lambda: None,
+    copy: bool = False,
+) -> Callable[[], None]:
+    """Check and describe what is to be saved, and copy it if asked to. A collective, as is what it returns: the write.
+
+    Args:
+        group: the ranks, for the collectives of the write; None is all of them.
+        after: called on rank 0 when the checkpoint is complete.
+    """
     ranks, partial = state.ranks, folders.partial_of(folder)
 
     def prepare() -> tuple[dict[str, Tensor], _SavePlanner]:
@@ -178,7 +186,7 @@ def _write(
         json.dumps(document, allow_nan=False)  # better now, on this line, than in the background
         if ranks.is_main:
             folders.begin(folder)
-        return _tensors(slices, extras, copy=asynchronous), planner
+        return _tensors(slices, extras, copy=copy), planner
 
     tensors, planner = ranks.together(prepare)
 
@@ -201,24 +209,19 @@ def _write(
         }
         folders.write_json(partial / folders.DOCUMENT, {**document, "checkpoint": written})
         folders.publish(partial, folder, folders.is_complete)
-        if after is not None:
-            after()
+        after()
 
-    options: dict[str, Any] = {
-        "storage_writer": _PublishingWriter(partial, publish),
-        "planner": planner,
-        "process_group": group,
-        "no_dist": not ranks.distributed,
-    }
-    if asynchronous:
-        future = dcp.async_save(tensors, async_stager=_Staged(), **options)
-        assert isinstance(future, Future)
-        return future
-    try:
-        dcp.save(tensors, **options)
-    except CheckpointException as error:
-        _give_up(folder, error, ranks)
-    return None
+    writer = _PublishingWriter(partial, publish)
+
+    def write() -> None:
+        try:
+            dcp.save(
+                tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=not ranks.distributed
+            )
+        except CheckpointException as error:
+            _give_up(folder, error, ranks)
+
+    return write
 
 
 def _tensors(slices: list[Slice], extras: Mapping[str, Tensor], copy: bool) -> dict[str, Tensor]:
@@ -269,31 +272,12 @@ class _SavePlanner(DefaultSavePlanner):
         return super().create_global_plan([replace(plan, planner_data=None) for plan in all_plans])
 
 
-class _Staged(AsyncStager):
-    """Passes the copies that were made before; DCP's own stager cannot copy a FlatShard."""
-
-    _synchronize_after_execute = False
-
-    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return state_dict
-
-    def synchronize_staging(self) -> None:
-        return None
-
-    def close(self) -> None:
-        return None
-
-
 class _PublishingWriter(dcp.FileSystemWriter):
     """Calls, on rank 0 once all ranks have written, `publish({file: bytes})`; its errors reach all."""
 
     def __init__(self, folder: Path, publish: Callable[[dict[str, int]], None]) -> None:
         super().__init__(folder, sync_files=True)
-        self._publish = publish
-
-    def storage_meta(self) -> StorageMeta:
-        # Without the path: it is the temporary folder's, and a path cannot be read back without running code.
-        return StorageMeta(save_id=self.save_id)
+        self._folder, self._publish = folder, publish
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         try:
@@ -306,7 +290,7 @@ class _PublishingWriter(dcp.FileSystemWriter):
             raise cause or error from None
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        super().finish(metadata, results)
+        write_index(self._folder, metadata, itertools.chain(*results))
         files: dict[str, int] = {}
         for place in (r.storage_data for rank in results for r in rank):
             files[place.relative_path] = max(files.get(place.relative_path, 0), place.offset + place.length)

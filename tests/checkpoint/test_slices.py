@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardopt import checkpoint
 from shardopt.checkpoint import folders, manifest
-from shardopt.checkpoint.metadata import read_metadata
+from shardopt.checkpoint.index import read_index
 from shardopt.errors import InputError
 from shardopt.optim import precision, states
 from shardopt.slices import Layout, Range, Slice, layout_of
@@ -53,7 +53,7 @@ def test_the_document_says_what_was_written(tmp_path: Path) -> None:
     document = checkpoint.read_document(tmp_path / "a")
     assert document["config"] == {"lr": 1e-3}
     written = document["checkpoint"]
-    assert (written["format"], written["torch"]) == (2, torch.__version__)
+    assert (written["format"], written["torch"]) == (3, torch.__version__)
     assert {name: tuple(p["shape"]) for name, p in written["parameters"].items()} == made.SHAPES
     kinds = written["parameters"]["norm.weight"]["kinds"]
     assert kinds == {
@@ -63,7 +63,7 @@ def test_the_document_says_what_was_written(tmp_path: Path) -> None:
 
 def test_replicas_are_written_once_and_by_turns(tmp_path: Path) -> None:
     on_ranks(2, made.save, tmp_path / "a", made.whole)
-    metadata = read_metadata(tmp_path / "a")
+    metadata = read_index(tmp_path / "a")
     assert all(len(t.chunks) == 1 for t in metadata.state_dict_metadata.values())  # type: ignore[union-attr]
     assert {p.relative_path for p in metadata.storage_data.values()} == {"__0_0.distcp", "__1_0.distcp"}
 
