@@ -1,5 +1,8 @@
 """What a person gave that cannot work, told apart from a defect of ours."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Something the user wrote, pointed to or launched cannot work.
@@ -14,3 +17,9 @@ class MissingExtraError(ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed. Install it with: pip install 'shardopt[{extra}]'")
+
+
+def did_you_mean(word: object, known: Iterable[str], prefix: str = "") -> str:
+    """ "; did you mean ...?", or nothing where none of `known` is like `word`."""
+    near = difflib.get_close_matches(str(word), list(known), 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""

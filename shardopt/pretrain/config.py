@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import types
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from shardopt import engines
 from shardopt.engines import EngineConfig, FsdpConfig
-from shardopt.errors import InputError
+from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import registry
 from shardopt.pretrain.data.config import DataConfig, holds_tokenizer
 from shardopt.pretrain.metrics import TrackingConfig
@@ -152,15 +151,13 @@ class Config(Section):
         names = {member().name: member for member in get_args(EngineConfig)}
         chosen = names.get(value.get("name", "fsdp"))
         if chosen is None:
-            near = difflib.get_close_matches(str(value["name"]), names, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(value["name"], names)
             raise InputError(f"engine.name: {value['name']!r} is not one of {', '.join(names)}{hint}")
         known = chosen.__dataclass_fields__
         for key in value.keys() - known.keys():
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean engine.{near[0]}?" if near else f"known: {', '.join(known)}"
+            hint = did_you_mean(key, known, "engine.") or f"; known: {', '.join(known)}"
             raise InputError(
-                f"engine.{key}: the engine {chosen().name} has no such key; {hint} (to change the engine and its keys "
+                f"engine.{key}: the engine {chosen().name} has no such key{hint} (to change the engine and its keys "
                 f"at once, write engine='{{name: ...}}')"
             )
         return TypeAdapter(chosen).validate_python(value)
@@ -174,14 +171,13 @@ class Config(Section):
             )
         if schedule.warmup > train.steps:
             raise InputError(f"schedule.warmup: {schedule.warmup} is longer than train.steps = {train.steps}")
-        if schedule.cooldown is not None:
-            if schedule.name != "wsd":
-                raise InputError(f"schedule.cooldown: belongs to schedule.name=wsd, not to {schedule.name}")
-            if schedule.warmup + schedule.cooldown > train.steps:
-                raise InputError(
-                    f"schedule.cooldown: warmup {schedule.warmup} + cooldown {schedule.cooldown} is longer than "
-                    f"train.steps = {train.steps}"
-                )
+        if schedule.cooldown is not None and schedule.name != "wsd":
+            raise InputError(f"schedule.cooldown: belongs to schedule.name=wsd, not to {schedule.name}")
+        if schedule.warmup + (schedule.cooldown or 0) > train.steps:
+            raise InputError(
+                f"schedule.cooldown: warmup {schedule.warmup} + cooldown {schedule.cooldown} is longer than "
+                f"train.steps = {train.steps}"
+            )
         self.optimizer.spec(train.steps, self.run.seed)
         # The tokenizer comes later; all but the size of its vocabulary can be checked now.
         transformers_config(self.model, 257, 256, self.data.block_size)
@@ -197,8 +193,7 @@ class Config(Section):
                 f"{self.train.micro_batch} over {world_size} ranks; make it a multiple of {a_round}, or change "
                 f"train.micro_batch"
             )
-        check = getattr(self.engine, "check_run", None)
-        if check is not None:
+        if check := getattr(self.engine, "check_run", None):
             check(self.train.global_batch, self.train.micro_batch, world_size)
 
     @property
@@ -346,10 +341,8 @@ def _explain(error: Any) -> str:
     key = ".".join(location)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _keys_at(Config, location[:-1])
-        near = difflib.get_close_matches(location[-1], known, 1)
-        prefix = ".".join([*location[:-1], ""])
-        hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-        return f"{key}: there is no such key; {hint}"
+        hint = did_you_mean(last, known, ".".join([*location[:-1], ""])) or f"; known: {', '.join(sorted(known))}"
+        return f"{key}: there is no such key{hint}"
     if error["type"] == "missing":
         return f"{key}: is required"
     if error["type"] == "union_tag_not_found":

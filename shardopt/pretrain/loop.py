@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +65,12 @@ class Run:
 
     def __init__(self, config: Config, ranks: Ranks, stack: ExitStack) -> None:
         self.config, self.ranks = config, ranks
-        self.progress, self.window = Progress(), _Window()
+        self.progress = Progress()
+        # Of the steps since the last row of metrics: losses over the global batch, seconds.
+        self.losses: list[float] = []
+        self.seconds, self.norm = 0.0, math.nan
         self.logged: dict[str, float] = {}
+        self.logged_steps = 0
         self.holdout: HeldOut | None = None
         self.stopped = False
         self.report = report.Report(ranks.is_main)
@@ -197,16 +200,14 @@ class Run:
             )
         engine.zero_grad()
         self.progress.step += 1
-        self.window.add(summed, norm, time.perf_counter() - began)
+        self.losses.append(summed)
+        self.norm = norm
+        self.seconds += time.perf_counter() - began
         self.stopped = stops > 0
 
     def _evaluate(self) -> HeldOut:
         with self.engine.state.use_weight_ema():  # the weights that are exported
             return held_out(self.engine, self.holdout_data, self._scored_blocks, self.config.train.micro_batch)
-
-    @property
-    def export_dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.checkpoint.export_dtype]
 
     @property
     def _scored_blocks(self) -> int:
@@ -232,15 +233,17 @@ class Run:
         """Write a row of metrics and return it: `loss` is the mean over the steps since the last row, `grad_norm`,
         the other norms and the schedules are of the latest step. A collective."""
         engine, step = self.engine, self.progress.step
-        loss, norm, seconds = self.window.take()
+        self.logged_steps = len(self.losses)
+        loss, seconds = sum(self.losses) / self.logged_steps, self.seconds
+        self.losses, self.seconds = [], 0.0
         metrics: dict[str, float] = {
             "tokens": step * self.tokens_a_step,
             "loss": loss,
             "bits_per_byte": loss / math.log(2) / self.train_data.bytes_per_token,
             "lr": engine.optimizer.param_groups[0]["lr"],
-            "grad_norm": norm,
+            "grad_norm": self.norm,
             **engine.state.statistics(),
-            "tokens_per_second": self.window.taken * self.tokens_a_step / seconds,
+            "tokens_per_second": self.logged_steps * self.tokens_a_step / seconds,
             "memory_bytes": peak_memory(self.ranks.device),
             "skipped_steps": self.progress.skipped,
         }
@@ -253,9 +256,7 @@ class Run:
     def _save(self) -> None:
         document = {
             "format": FORMAT,
-            "step": self.progress.step,
-            "skipped": self.progress.skipped,
-            "skipped_in_row": self.progress.skipped_in_row,
+            **asdict(self.progress),
             "data": self.train_data.state_dict(),
             "data_fingerprint": self.train_data.fingerprint,
             "wandb_id": self.tracker.run_id,
@@ -316,10 +317,18 @@ class Run:
         finished = self.progress.step >= config.train.steps
         holdout = self.holdout or (self._evaluate() if finished else None)
         export = sample = None
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.checkpoint.export_dtype]
+
+        def complete(folder: Path) -> None:
+            self.model_config.dtype = dtype
+            self.model_config.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
         with engine.state.use_weight_ema():  # the weights that the held-out loss is of
             if finished and config.checkpoint.export:
                 export = config.folder / "export"
-                checkpoint.export_safetensors(export, self._exported(), self.ranks, complete=self._export_rest)
+                parameters = ((n, p if p is None else p.to(dtype)) for n, p in engine.state.full_parameters())
+                checkpoint.export_safetensors(export, parameters, self.ranks, complete=complete)
             if finished and config.eval.sample_tokens:
                 sample = generate(engine, self.tokenizer, config.eval.sample_tokens, config.data.block_size)
         where = self.tracker.where
@@ -334,7 +343,7 @@ class Run:
             tokens_before=self.tokens_before,
             seconds=time.monotonic() - self.began,
             loss=self.logged.get("loss"),
-            loss_steps=self.window.taken,
+            loss_steps=self.logged_steps,
             holdout_loss=holdout.loss if holdout else None,
             holdout_bits_per_byte=holdout.bits_per_byte if holdout else None,
             skipped=self.progress.skipped,
@@ -347,37 +356,5 @@ class Run:
         self.report.end(result)
         return result
 
-    def _exported(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        for name, value in self.engine.state.full_parameters():
-            yield name, None if value is None else value.to(self.export_dtype)
-
-    def _export_rest(self, folder: Path) -> None:
-        self.model_config.dtype = self.export_dtype
-        self.model_config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
     def _close_tracker(self, kind: type[BaseException] | None, *_: object) -> None:
         self.tracker.close("finished" if kind is None else "failed")
-
-
-@dataclass
-class _Window:
-    """Steps since the last row of metrics."""
-
-    losses: list[float] = field(default_factory=list)
-    norm: float = math.nan
-    seconds: float = 0.0
-    taken: int = 0
-    """Steps of the last row."""
-
-    def add(self, loss: float, norm: float, seconds: float) -> None:
-        self.losses.append(loss)
-        self.norm = norm
-        self.seconds += seconds
-
-    def take(self) -> tuple[float, float, float]:
-        """Mean loss, latest gradient norm and seconds of the `taken` steps; starts anew."""
-        self.taken = len(self.losses)
-        out = (sum(self.losses) / self.taken, self.norm, self.seconds)
-        self.losses, self.seconds = [], 0.0
-        return out

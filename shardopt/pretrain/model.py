@@ -8,7 +8,6 @@ of its own and only the elements held here kept. So initial weights do not depen
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from shardopt.errors import InputError
+from shardopt.errors import InputError, did_you_mean
 from shardopt.pretrain.section import Section
 from shardopt.slices import canonical_name, layout_of, local_tensor, name_key, named_parameters
 
@@ -68,23 +67,17 @@ def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int
         model_type = base.pop("model_type", None)
     else:
         model_type = section.model_type
-        base = {
-            "vocab_size": vocab_size,
-            "eos_token_id": eos_token_id,
-            "bos_token_id": eos_token_id,
-            "pad_token_id": None,
-        }
+        base = {"vocab_size": vocab_size, "pad_token_id": None}
+        base |= {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
     try:
         defaults = AutoConfig.for_model(model_type)
     except ValueError:
-        near = difflib.get_close_matches(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise InputError(f"model.model_type: transformers knows no {model_type!r}{hint}") from None
     known = set(defaults.to_dict()) | set(defaults.attribute_map)
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean model.{near[0]}?" if near else ""
+            hint = did_you_mean(key, known, "model.")
             raise InputError(f"model.{key}: a {model_type} configuration has no such key{hint}")
     if getattr(defaults, "is_decoder", True) is False:
         base["is_decoder"] = True  # else BERT and its kin attend to the tokens that they are to predict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,9 @@ def draw_loss(rows: Sequence[Mapping[str, Any]], target: Path, title: str) -> No
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, marker=marker, label="train, raw")
         axes.plot(steps, smooth, color="tab:blue", linewidth=1.8, label="train, smoothed")
     if held_out:
-        axes.plot(
-            *zip(*held_out, strict=True),
-            color="tab:red",
-            marker="o",
-            markersize=5,
-            linewidth=1,
-            linestyle="--",
-            label=f"held-out ({held_out[-1][1]:.3f} at step {held_out[-1][0]})",
-            zorder=3,
-        )
+        label = f"held-out ({held_out[-1][1]:.3f} at step {held_out[-1][0]})"
+        points = [step for step, _ in held_out], [loss for _, loss in held_out]
+        axes.plot(*points, "o--", color="tab:red", markersize=5, linewidth=1, label=label, zorder=3)
     if len(train) >= 40:
         settled = [loss for _, loss in train[len(train) // 20 :]] + [loss for _, loss in held_out[1:]]
         low, high = min(settled), max(settled)
@@ -60,9 +54,6 @@ def draw_loss(rows: Sequence[Mapping[str, Any]], target: Path, title: str) -> No
 
 
 def _smooth(values: list[float], span: float) -> list[float]:
-    decay, average, weight, smoothed = 1 - 1 / span, 0.0, 0.0, []
-    for value in values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        smoothed.append(average / weight)
-    return smoothed
+    decay = 1 - 1 / span
+    averages = accumulate(values, lambda average, value: decay * average + (1 - decay) * value, initial=0.0)
+    return [average / (1 - decay**count) for count, average in enumerate(averages) if count]

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import time
 import unicodedata
-from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.rule import Rule
@@ -57,9 +56,8 @@ class Holdings:
     @property
     def kinds(self) -> list[str]:
         """In the order in which they are shown."""
-        order = {kind: place for place, kind in enumerate(_LABELS)}
         present = {kind for sizes in (self.unsharded, *self.per_rank) for kind in sizes}
-        return sorted(present, key=lambda kind: (order.get(kind, len(order)), kind))
+        return [kind for kind in _LABELS if kind in present] + sorted(present - _LABELS.keys())
 
 
 def holdings(state: ShardedState) -> Holdings:
@@ -68,10 +66,10 @@ def holdings(state: ShardedState) -> Holdings:
     The unsharded size of a tensor is its number of elements times the bytes an element takes where its first
     element is held. A gradient counts as large as its weight.
     """
-    held: dict[str, int] = {"gradient": state.gradient_bytes()}
+    held = Counter(gradient=state.gradient_bytes())
     whole: dict[tuple[str, str], int] = {}
     for piece in state.slices():
-        held[piece.kind] = held.get(piece.kind, 0) + piece.nbytes
+        held[piece.kind] += piece.nbytes
         layout = piece.layout
         # Only the rank with the first element reports it, so that a sharded model is not listed once per rank.
         if layout.ranges and layout.ranges[0].global_start == 0:
@@ -79,10 +77,10 @@ def holdings(state: ShardedState) -> Holdings:
     reports = state.ranks.gather((held, whole))
     # Replicas report the same tensor; it counts once.
     merged = {key: size for _, sizes in reports for key, size in sizes.items()}
-    unsharded: dict[str, int] = {}
+    unsharded: Counter[str] = Counter()
     for (kind, _), size in merged.items():
-        unsharded[kind] = unsharded.get(kind, 0) + size
-    unsharded["gradient"] = unsharded.get("weight", 0)
+        unsharded[kind] += size
+    unsharded["gradient"] = unsharded["weight"]
     return Holdings(tuple(held for held, _ in reports), unsharded)
 
 
@@ -157,9 +155,9 @@ class Report:
     def __init__(
         self, is_main: bool, console: Console | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._is_main = is_main
         self.console = console or Console(highlight=False)
-        self._clock = clock
+        self.console.quiet = not is_main
+        self.clock = clock
 
     def say(self, message: str) -> None:
         """One line, which may come from outside; above the progress bar where there is one."""
@@ -172,122 +170,97 @@ class Report:
     def start(self, run_name: str, facts: Mapping[str, object], held: Holdings, resume_step: int = 0) -> None:
         """Print the run's name, one line per fact that is not None, and the memory of each rank."""
         self._title(run_name, f"resumed at step {resume_step:,}" if resume_step else "")
-        self._pairs(facts)
-        self._line(Text())
-        self._print(render(held))
-        self._line(Text())
+        self._facts(facts)
+        self.console.print()
+        self.console.print(render(held))
+        self.console.print()
 
     def evaluated(self, step: int, loss: float, bits_per_byte: float | None = None) -> None:
         """One line with the held-out loss at `step`."""
         self.say(f"step {step:,}: held-out loss {_held_out(loss, bits_per_byte)}")
 
-    def training(self, total: int, start: int = 0) -> Training:
-        """The progress of steps `start` + 1 .. `total`, as a context manager."""
-        return Training(self, total, start)
+    @contextmanager
+    def training(self, total: int, start: int = 0) -> Iterator[Training]:
+        """The progress of steps `start` + 1 .. `total`."""
+        training = Training(self, total, start)
+        with training.bar or nullcontext():
+            yield training
 
     def end(self, result: Result) -> None:
         """Print the results of the run and their places on disk."""
         stopped = result.stopped_by and f"stopped by {result.stopped_by}; run it again to go on"
         self._title(result.run_name, stopped or result.status)
+        facts: dict[str, object] = {}
         if result.loss is not None:
             mean = "" if result.loss_steps == 1 else f", mean of the last {result.loss_steps} steps"
-            self._pair("train loss", f"{result.loss:.4f} at step {result.step:,}{mean}")
+            facts["train loss"] = f"{result.loss:.4f} at step {result.step:,}{mean}"
         if result.holdout_loss is not None:
-            self._pair("held-out loss", _held_out(result.holdout_loss, result.holdout_bits_per_byte))
-        seen = f"{count(result.tokens - result.tokens_before)} in {_duration(result.seconds)}"
-        if result.tokens_before:
-            seen += f" since it was resumed, {count(result.tokens)} in all"
-        self._pair("tokens seen", seen)
+            facts["held-out loss"] = _held_out(result.holdout_loss, result.holdout_bits_per_byte)
+        resumed = f" since it was resumed, {count(result.tokens)} in all" if result.tokens_before else ""
+        seen = count(result.tokens - result.tokens_before)
+        facts["tokens seen"] = f"{seen} in {_duration(result.seconds)}{resumed}"
         if result.skipped:
-            self._pair("skipped steps", f"{result.skipped:,}: their loss or gradient was not finite")
-        paths = {"run folder": result.folder, "checkpoint": result.checkpoint, "loss curve": result.plot}
-        self._pairs(paths | {"export": result.export, "W&B": result.tracking})
-        if result.sample is not None:
-            text = result.sample
+            facts["skipped steps"] = f"{result.skipped:,}: their loss or gradient was not finite"
+        facts |= {"run folder": result.folder, "checkpoint": result.checkpoint, "loss curve": result.plot}
+        self._facts(facts | {"export": result.export, "W&B": result.tracking})
+        if (text := result.sample) is not None:
             if len(text) > _SAMPLE_CHARACTERS:
                 text = text[:_SAMPLE_CHARACTERS] + " ..."
             body = Text(self._safe(text), overflow="fold")
-            self._print(Panel(body, title="sample", title_align="left", border_style="dim", box=box.ROUNDED))
+            self.console.print(Panel(body, title="sample", title_align="left", border_style="dim", box=box.ROUNDED))
 
     def _title(self, run_name: str, note: str) -> None:
         title = Text(self._safe(run_name), style="bold", overflow="fold")
         if note:
             title.append(f" {self._safe(note)}", style="not bold")
-        self._print(Rule(title, align="left", style="dim"))
+        self.console.print(Rule(title, align="left", style="dim"))
 
-    def _pairs(self, values: Mapping[str, object]) -> None:
-        for label, value in values.items():
+    def _facts(self, facts: Mapping[str, object]) -> None:
+        for label, value in facts.items():
             if value is not None:
-                self._pair(label, value)
-
-    def _pair(self, label: str, value: object) -> None:
-        self._line(Text.assemble((f"{label:<{_LABEL_WIDTH}} ", "cyan"), self._safe(str(value))))
+                self._line(Text.assemble((f"{label:<{_LABEL_WIDTH}} ", "cyan"), self._safe(str(value))))
 
     def _line(self, text: Text) -> None:
         # The terminal wraps, not we: a path stays in one piece for whoever copies or greps it.
-        if self._is_main:
-            self.console.print(text, soft_wrap=True)
-
-    def _print(self, what: RenderableType) -> None:
-        if self._is_main:
-            self.console.print(what)
+        self.console.print(text, soft_wrap=True)
 
     def _safe(self, text: str) -> str:
         return printable(text, self.console.encoding)
 
 
-class Training(AbstractContextManager["Training"]):
+class Training:
     """The steps of a run as they pass: a bar on a terminal, elsewhere one line per logged step. See `Report`."""
 
     def __init__(self, report: Report, total: int, start: int) -> None:
-        self._report, self._total, self._clock = report, total, report._clock
+        self._report, self._total = report, total
         self._loss: float | None = None
         self._rate: float | None = None
-        now = self._clock()
         # Recent steps tell the time left: a start that compiles, or a pause to evaluate, is soon forgotten.
-        self._passed: deque[tuple[float, int]] = deque([(now, start)], maxlen=64)
+        self._passed: deque[tuple[float, int]] = deque([(report.clock(), start)], maxlen=64)
         self._drawn = float("-inf")
-        self._bar: Progress | None = None
-        if report._is_main and report.console.is_interactive and report.console.is_terminal:
-            self._bar = Progress(
-                BarColumn(bar_width=None),
-                TextColumn("{task.description}", markup=False),
-                console=report.console,
-                # No thread of its own: the loop forks workers and its step must not wait for a lock.
-                auto_refresh=False,
-                expand=True,
-            )
-            self._task = self._bar.add_task(self._describe(start), total=total, completed=start)
-
-    def __enter__(self) -> Training:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.refresh()
-            self._bar.stop()
+        self.bar: Progress | None = None
+        console = report.console
+        if console.is_interactive and console.is_terminal and not console.quiet:
+            columns = BarColumn(bar_width=None), TextColumn("{task.description}", markup=False)
+            # No thread of its own: the loop forks workers and its step must not wait for a lock.
+            self.bar = Progress(*columns, console=console, auto_refresh=False, expand=True)
+            self._task = self.bar.add_task(self._describe(start), total=total, completed=start)
 
     def step(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
         """Step `step` is done; the loss and the rate where this step is logged, else those before stand.
 
         Elsewhere than on a terminal, a step with a loss is printed.
         """
-        if not self._report._is_main:
-            return
-        now = self._clock()
+        now = self._report.clock()
         self._passed.append((now, step))
         self._loss = self._loss if loss is None else loss
         self._rate = self._rate if tokens_per_second is None else tokens_per_second
-        if self._bar is None:
+        if self.bar is None:
             if loss is not None:
                 self._report.say(self._describe(step))
         elif now - self._drawn >= _REDRAW_SECONDS or step == self._total:
             self._drawn = now
-            self._bar.update(self._task, completed=step, description=self._describe(step), refresh=True)
+            self.bar.update(self._task, completed=step, description=self._describe(step), refresh=True)
 
     def _describe(self, step: int) -> str:
         width = len(f"{self._total:,}")
@@ -318,11 +291,11 @@ def printable(text: str, encoding: str = "utf-8") -> str:
 
 def _unit(largest: int) -> tuple[int, str]:
     """One unit for a whole table, so that its columns compare at a glance."""
-    for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB")):
-        # 10 of it, so that the small rows keep their digits.
-        if largest >= 10 * 1024**power:
+    # 10 of it, so that the small rows keep their digits.
+    for power, name, least in ((4, "TiB", 10), (3, "GiB", 10), (2, "MiB", 1)):
+        if largest >= least * 1024**power:
             return 1024**power, name
-    return (1024**2, "MiB") if largest >= 1024**2 else (1024, "KiB")
+    return 1024, "KiB"
 
 
 def count(number: int) -> str:

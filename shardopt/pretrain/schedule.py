@@ -24,19 +24,11 @@ class ScheduleConfig(Section):
     """wsd only: steps of the cooldown; None is a fifth of the run."""
 
 
-def _cosine(progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _linear(progress: float) -> float:
-    return 1 - progress
-
-
-def _one_minus_sqrt(progress: float) -> float:
-    return 1 - math.sqrt(progress)
-
-
-_DECAYS: dict[str, Callable[[float], float]] = {"cosine": _cosine, "linear": _linear, "wsd": _one_minus_sqrt}
+_DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "wsd": lambda progress: 1 - math.sqrt(progress),
+}
 
 
 def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
@@ -47,12 +39,9 @@ def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
         return 1.0
     start = config.warmup
     if config.name == "wsd":
-        start = max(start, steps - cooldown_steps(steps, config))
+        cooldown = config.cooldown if config.cooldown is not None else max(1, steps // 5)
+        start = max(start, steps - cooldown)
     if step <= start:
         return 1.0
     progress = min(1.0, (step - start) / max(1, steps - start))
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * _DECAYS[config.name](progress)
-
-
-def cooldown_steps(steps: int, config: ScheduleConfig) -> int:
-    return config.cooldown if config.cooldown is not None else max(1, steps // 5)

@@ -26,14 +26,8 @@ _EXIT_CODES: dict[Status, int] = {"finished": 0, "interrupted": 255, "failed": 1
 _INIT_TIMEOUT_SECONDS = 30.0
 _FINISH_TIMEOUT_SECONDS = 300.0
 # WANDB_MODE's own words, old ones included.
-_ENVIRONMENT_MODES = {
-    "online": "online",
-    "run": "online",
-    "shared": "shared",
-    "offline": "offline",
-    "dryrun": "offline",
-    "disabled": "disabled",
-}
+_ENVIRONMENT_MODES = {mode: mode for mode in ("online", "shared", "offline", "disabled")}
+_ENVIRONMENT_MODES |= {"run": "online", "dryrun": "offline"}
 # Where `wandb login` may have left a key for the default host, whichever of its names was current.
 _DEFAULT_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 
@@ -263,17 +257,12 @@ def _api_key(wandb: ModuleType) -> str | None:
     if settings.api_key:
         return settings.api_key
     host = urlsplit(settings.base_url).netloc
-    files = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
-    for file in (Path(name).expanduser() for name in files if name):
-        if not file.exists():
-            continue
-        try:
-            entries = netrc.netrc(file)
-        except (netrc.NetrcParseError, OSError):
-            return None  # wandb cannot read it either, and says so
-        for name in _DEFAULT_HOSTS if host in _DEFAULT_HOSTS else (host,):
-            login = entries.authenticators(name)
-            if login and login[2]:
-                return login[2]
+    paths = (Path(name).expanduser() for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc") if name)
+    file = next((path for path in paths if path.exists()), None)
+    try:
+        entries = netrc.netrc(file) if file else None
+    except (netrc.NetrcParseError, OSError):  # wandb cannot read it either, and says so
         return None
-    return None
+    names = _DEFAULT_HOSTS if host in _DEFAULT_HOSTS else (host,)
+    logins = (entries.authenticators(name) for name in names) if entries else ()
+    return next((login[2] for login in logins if login and login[2]), None)

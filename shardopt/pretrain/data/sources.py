@@ -106,13 +106,13 @@ class Corpus:
         import datasets
 
         if isinstance(self.source, HfSource):
-            with _quiet():
-                if self.source.streaming:
-                    rows = self._builder.as_streaming_dataset(split=self.source.split).take(self.source.scan)
-                else:
+            if self.source.streaming:
+                yield self.stream().take(self.source.scan)
+            else:
+                with _quiet():
                     self._builder.download_and_prepare()
                     rows = self._builder.as_dataset(split=self.source.split)
-            yield rows
+                yield rows
             return
         if isinstance(self.source, TextSource) and self.source.sample_by == "document":
             for path in self.files:
