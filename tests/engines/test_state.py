@@ -179,6 +179,17 @@ def test_norm_of_a_gradient_whose_squares_overflow_fp32():
     assert math.isnan(state.clip_grad_norm(1.0))
 
 
+def test_gradient_with_an_infinity_has_an_infinite_norm_and_is_left_alone():
+    model, state = trained(0)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    elements = sum(p.numel() for p in model.parameters())
+    assert state.clip_grad_norm(None) == pytest.approx(2.0 * math.sqrt(elements))
+    model[0].weight.grad[0, 0] = math.inf
+    assert state.clip_grad_norm(1.0) == math.inf
+    assert (model[2].weight.grad == 2.0).all()
+
+
 def _ema_and_error(rank, world_size):
     one = engine(FsdpConfig(reshard_after_forward=False), Ranks.start("cpu"), weight_ema=0.5)
     train(one, 3, 1)
@@ -215,12 +226,17 @@ def _hsdp_sums(rank, world_size):
             layout.copy_to_whole(values, target)
     squares = [(kind, values.square().sum().item()) for (_, kind), values in whole.items()]
     norms = {key: math.sqrt(sum(square for kind, square in squares if kind == key)) for key in ("m1", "m2")}
-    return one.state.statistics(), norms, one.state.replicas
+    statistics = one.state.statistics()
+    with one.accumulate(last=True):
+        one.backward(one.model(input_ids=batch(7)[:, :-1]).logits.square().mean())
+    gradient = [p.grad.full_tensor().double().square().sum().item() for p in one.model.parameters()]
+    return statistics, norms, one.state.replicas, one.state.clip_grad_norm(None), math.sqrt(sum(gradient))
 
 
 def test_norms_count_replicas_once():
-    for statistics, norms, replicas in on_ranks(4, _hsdp_sums):
+    for statistics, norms, replicas, gradient_norm, expected in on_ranks(4, _hsdp_sums):
         assert replicas == 2
+        assert gradient_norm == pytest.approx(expected)
         assert statistics["m1_norm"] == pytest.approx(norms["m1"])
         assert statistics["m2_norm"] == pytest.approx(norms["m2"])
         assert statistics["alpha"] == pytest.approx(5.0 * 3 / 10)

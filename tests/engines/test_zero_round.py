@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardopt import AdEMAMix, ZeroOptimizer
 from shardopt.engines.gradient_hooks import GradientHook, attach
-from shardopt.engines.zero.round import RoundState
+from shardopt.engines.zero.round import Round, RoundState
 from shardopt.errors import InputError
 
 
@@ -419,3 +419,50 @@ def test_round_returns_to_idle_after_the_step():
     states.append(optimizer.round.state)
     names = [RoundState.IDLE, RoundState.ACCUMULATING, RoundState.ACCUMULATED, RoundState.REDUCED, RoundState.IDLE]
     assert states == names
+
+
+def test_exception_in_accumulate_stops_the_optimizer():
+    model = mlp()
+    optimizer = ZeroOptimizer(model, AdEMAMix, lr=0.1)
+    with pytest.raises(KeyError), optimizer.accumulate():
+        raise KeyError("in the forward")
+    with pytest.raises(RuntimeError, match="stopped at an earlier failure"):
+        optimizer.step()
+
+
+def test_round_names_its_first_failure_and_forgets_dropped_gradients():
+    current = Round(state=RoundState.ACCUMULATED, unsent=True)
+    current.drop()
+    assert (current.state, current.unsent) == (RoundState.IDLE, False)
+    first = KeyError("first")
+    current.fail(first)
+    current.fail(KeyError("second"))
+    assert current.failure is first
+
+
+def test_masters_are_rounded_to_the_weights_and_loaded_with_the_state():
+    model = mlp(torch.bfloat16)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = ZeroOptimizer(model, torch.optim.SGD, lr=0.5)
+    train(model, optimizer, range(3))
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    for bucket, master in optimizer.flat.masters.items():
+        assert torch.equal(master.bfloat16(), optimizer.flat.own(bucket))
+    train(model, optimizer, range(3, 5))
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    for bucket, master in optimizer.flat.masters.items():
+        assert torch.equal(master, state["masters"][bucket])
+
+
+def test_masters_of_elements_left_alone_keep_what_is_below_a_bf16_ulp():
+    model = mlp(torch.bfloat16)
+    optimizer = ZeroOptimizer(model, torch.optim.SGD, lr=1e-3)
+    train(model, optimizer, range(3))
+    before = {s.name: s.tensors[0].clone() for s in optimizer.slices() if s.kind == "master"}
+    with torch.no_grad():
+        model[0].weight[0, 0] = 7.0
+    after = {s.name: s.tensors[0] for s in optimizer.slices() if s.kind == "master"}
+    assert after["0.weight"][0] == 7.0
+    assert torch.equal(after["0.weight"][1:], before["0.weight"][1:])

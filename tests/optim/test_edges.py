@@ -6,6 +6,7 @@ import torch
 import shardopt
 from shardopt.optim import states
 from shardopt.optim.reference import scalars_at, update
+from shardopt.optim.schedules import beta3_at
 from shardopt.optim.schema import DEFAULTS
 from shardopt.slices import Layout, Slice
 
@@ -77,3 +78,15 @@ def test_parameter_without_a_gradient_keeps_weight_state_and_count(kernel):
     after = {"weight": without.detach()} | {k: torch.as_tensor(v) for k, v in optimizer.state[without].items()}
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert optimizer.state[with_gradient]["step"] == 2
+
+
+def test_warm_ups_count_from_the_switch_from_adamw():
+    param = torch.nn.Parameter(torch.ones(3))
+    adamw = torch.optim.AdamW([("w", param)], betas=(0.8, 0.95))
+    param.grad = torch.ones(3)
+    for _ in range(5):
+        adamw.step()
+    optimizer = shardopt.AdEMAMix.from_adamw(adamw, alpha=3.0, alpha_warmup=10, beta3_warmup=10)
+    optimizer.step()
+    expected = 1 - beta3_at(1, 0.9999, 0.8, 10)
+    torch.testing.assert_close(optimizer.state[param]["m2"], torch.full((3,), expected))
