@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -35,10 +36,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Message:
-    """A run of elements of one part, `start` and `length` in elements of the bucket, that travels as one."""
+    """A run of elements of one part, `start` and `length` in elements of the bucket, that travels as one.
+
+    `pieces` are what it holds of parameters: elements [first, last) of a member lie from `at` in the message.
+    """
 
     start: int
     length: int
+    pieces: tuple[tuple[Member, int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,15 @@ class Bucket:
     members: tuple[Member, ...]
     numel: int
     world_size: int
-    messages: tuple[tuple[Message, ...], ...] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "messages", tuple(tuple(self._cut(r)) for r in range(self.world_size)))
+    @cached_property
+    def messages(self) -> list[list[Message]]:
+        """What each rank's part is sent in."""
+        return [list(self._cut(rank)) for rank in range(self.world_size)]
+
+    def whole(self) -> Message:
+        """All of the bucket."""
+        return Message(0, self.numel, tuple((m, 0, m.numel, m.offset) for m in self.members))
 
     @property
     def part(self) -> int:
@@ -81,16 +91,21 @@ class Bucket:
         begin, end = rank * self.part, (rank + 1) * self.part
         floor = _MESSAGE_BYTES // self.dtype.itemsize
         at = begin  # all before it is in a message
+        pieces: list[tuple[Member, int, int, int]] = []  # from there on
         for member in self.members:
             start, stop = max(member.offset, begin), min(member.offset + member.numel, end)
+            if stop <= start:
+                continue
+            first, last = start - member.offset, stop - member.offset
             if stop - start < floor:
+                pieces.append((member, first, last, start - at))
                 continue
             if start > at:
-                yield Message(at, start - at)
-            yield Message(start, stop - start)  # one parameter's: its gradient can be sent as it is
-            at = stop
+                yield Message(at, start - at, tuple(pieces))
+            yield Message(start, stop - start, ((member, first, last, 0),))  # its gradient can be sent as it is
+            at, pieces = stop, []
         if at < end:
-            yield Message(at, end - at)
+            yield Message(at, end - at, tuple(pieces))
 
     def __str__(self) -> str:
         first, last = self.members[0].name, self.members[-1].name
@@ -137,7 +152,7 @@ def lay_out(
     return tuple(buckets)
 
 
-def fingerprint(buckets: Iterable[Bucket], more: str = "") -> int:
-    """A 40-bit hash of names, shapes, dtypes and places; exact in a double, and so is a sum over 8,192 ranks."""
-    text = repr([(b.dtype, b.numel, b.world_size, b.members) for b in buckets]) + more
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=5).digest(), "little")
+def fingerprint(buckets: Iterable[Bucket]) -> str:
+    """A hash of names, shapes, dtypes and places."""
+    text = repr([(b.dtype, b.numel, b.world_size, b.members) for b in buckets])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

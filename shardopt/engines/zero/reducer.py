@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from shardopt.engines.zero.buckets import Bucket, Member
+from shardopt.engines.zero.buckets import Bucket, Message
 from shardopt.engines.zero.flat import FlatParameters
 from shardopt.engines.zero.transports import Communicator, Part, PeerError, Reduction
 from shardopt.errors import InputError
 
 if TYPE_CHECKING:
     from shardopt.engines.gradient_hooks import GradientHook
-
-# Elements [first, last) of a member's gradient, which lie from `at` in a message.
-_Run = tuple[Member, int, int, int]
 
 
 class Reducer:
@@ -52,28 +49,10 @@ class Reducer:
         buckets = self.buckets
         self._wire = [b.dtype if b.dtype.itemsize <= 2 or reduce_dtype.itemsize > 2 else reduce_dtype for b in buckets]
         self._order = [m.index for b in buckets for m in b.members]
-        self._bucket_of = {m.index: b for b in buckets for m in b.members}
-        self._plans = [self._plan(b) for b in buckets] if comm.takes_messages else []
         sizes = [b.numel * max(b.dtype.itemsize, w.itemsize) for b, w in zip(buckets, self._wire, strict=True)]
         self.budget = 2 * max(sizes)
         self.clear()
         self._begin()
-
-    @staticmethod
-    def _plan(bucket: Bucket) -> list[list[list[_Run]]]:
-        """For every rank's messages, which elements of which gradients go where."""
-        return [
-            [
-                [
-                    (m, first - m.offset, last - m.offset, first - message.start)
-                    for m in bucket.members
-                    if (first := max(m.offset, message.start))
-                    < (last := min(m.offset + m.numel, message.start + message.length))
-                ]
-                for message in messages
-            ]
-            for messages in bucket.messages
-        ]
 
     def clear(self) -> None:
         """Forget all gradients: what the next round brings replaces them."""
@@ -102,11 +81,11 @@ class Reducer:
 
     def is_sent(self, index: int) -> bool:
         """Whether the bucket of parameter `index` has been sent in this micro-batch."""
-        return self._bucket_of[index].index < self._next
+        return self.flat.parameters[index].bucket.index < self._next
 
     def ready(self, index: int) -> None:
         """Take note that the `.grad` of parameter `index` is complete for this backward; send what is full."""
-        bucket = self._bucket_of[index]
+        bucket = self.flat.parameters[index].bucket
         if self.is_sent(index):
             raise InputError(
                 f"{self.flat.parameters[index].name} got a second gradient in one micro-batch, after its bucket had "
@@ -158,47 +137,37 @@ class Reducer:
                     gradients[m.index] = gradient.detach()
                 if m.index in self._seen:
                     self._waiting_bytes -= self.params[m.index].nbytes
-            if self.hooks or not self._plans:
-                parts: Sequence[Part] = self._flat(bucket, gradients, wire)
+            if self.hooks or not self.comm.takes_messages:
+                dtype = self.flat.gradients[bucket.index].dtype if self.hooks else wire
+                whole = self._packed(bucket.whole(), gradients, dtype)
+                gradients.clear()
+                for hook in self.hooks:
+                    hook.before_reduce(bucket.index, whole)
+                parts: Sequence[Part] = [[part] for part in whole.to(wire).chunk(self.comm.size)]
+                del whole
             else:
-                parts = [
-                    [self._message(message.length, runs, gradients, wire) for message, runs in zip(*of, strict=True)]
-                    for of in zip(bucket.messages, self._plans[bucket.index], strict=True)
-                ]
+                parts = [[self._message(m, gradients, wire) for m in messages] for messages in bucket.messages]
             gradients.clear()
             reduction = self.comm.reduce_scatter(parts)
             self._flying.append((bucket, reduction))
             self._flying_bytes += reduction.held_bytes()
             self._next = bucket.index + 1
 
-    def _message(self, length: int, runs: list[_Run], gradients: dict[int, Tensor], wire: torch.dtype) -> Tensor:
-        if len(runs) == 1:
-            m, first, last, _ = runs[0]
+    def _message(self, message: Message, gradients: dict[int, Tensor], wire: torch.dtype) -> Tensor:
+        if len(message.pieces) == 1:
+            m, first, last, _ = message.pieces[0]
             gradient = gradients.get(m.index)
-            if gradient is not None and last - first == length and gradient.dtype == wire and gradient.is_contiguous():
+            alone = last - first == message.length
+            if gradient is not None and alone and gradient.dtype == wire and gradient.is_contiguous():
                 return gradient.view(-1)[first:last]  # sent from where autograd left it
-        packed = torch.zeros(length, dtype=wire, device=self.params[0].device)
-        for m, first, last, at in runs:
+        return self._packed(message, gradients, wire)
+
+    def _packed(self, message: Message, gradients: dict[int, Tensor], dtype: torch.dtype) -> Tensor:
+        packed = torch.zeros(message.length, dtype=dtype, device=self.params[0].device)
+        for m, first, last, at in message.pieces:
             if (gradient := gradients.get(m.index)) is not None:
                 packed[at : at + last - first].copy_(gradient.reshape(-1)[first:last])
         return packed
-
-    def _flat(self, bucket: Bucket, gradients: dict[int, Tensor], wire: torch.dtype) -> list[list[Tensor]]:
-        dtype = self.flat.gradients[bucket.index].dtype if self.hooks else wire
-        flat = torch.empty(bucket.numel, dtype=dtype, device=self.params[0].device)
-        end = 0
-        for m in bucket.members:
-            flat[end : m.offset].zero_()
-            end = m.offset + m.numel
-            gradient = gradients.pop(m.index, None)
-            if gradient is None:
-                flat[m.offset : end].zero_()
-            else:
-                flat[m.offset : end].copy_(gradient.reshape(-1))
-        flat[end:].zero_()
-        for hook in self.hooks:
-            hook.before_reduce(bucket.index, flat)
-        return [[part] for part in flat.to(wire).chunk(self.comm.size)]
 
     def _complete(self) -> None:
         bucket, reduction = self._flying.popleft()

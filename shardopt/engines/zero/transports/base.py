@@ -102,8 +102,16 @@ class Communicator(abc.ABC):
     def sum(self, values: Tensor) -> Tensor:
         """All-reduce a few values in place: their sum over ranks, the same bits on every rank."""
         if self.size > 1:
-            wait(dist.all_reduce(values, group=self.group, async_op=True), self.timeout, "the agreement on gradients")
+            self.wait(dist.all_reduce(values, group=self.group, async_op=True), "the agreement on gradients")
         return values
+
+    def wait(self, work: dist.Work | None, what: str) -> None:
+        """Wait for `work`. Raises PeerError, which says `what` was being waited for, if it fails."""
+        try:
+            if work is not None:
+                work.wait(self.timeout or timedelta(0))  # zero: the process group's own
+        except RuntimeError as error:
+            raise PeerError(f"{what} failed: {error}") from error
 
     def global_rank(self, rank: int) -> int:
         """The rank in the whole job of this group's `rank`."""
@@ -112,19 +120,6 @@ class Communicator(abc.ABC):
     def peers(self) -> list[int]:
         """The other ranks, beginning with the next one, so that not all ranks turn to the same one first."""
         return [(self.rank + i) % self.size for i in range(1, self.size)]
-
-
-def wait(work: dist.Work | None, timeout: timedelta | None, what: str) -> None:
-    """Wait for `work`. Raises PeerError, which says `what` was being waited for, if it fails."""
-    if work is None:
-        return
-    try:
-        if timeout is None:
-            work.wait()
-        else:
-            work.wait(timeout)
-    except RuntimeError as error:
-        raise PeerError(f"{what} failed: {error}") from error
 
 
 def sum_parts(parts: Sequence[Tensor], out: Tensor, accumulate: bool, scale: float) -> None:
@@ -145,41 +140,53 @@ def sum_parts(parts: Sequence[Tensor], out: Tensor, accumulate: bool, scale: flo
         out.mul_(scale)
 
 
-def chunks(messages: Part, world_size: int) -> Iterator[tuple[int, int, int, int]]:
-    """Chunks of a part that fit the cache for all ranks together: (message, its start there, start, end in the part).
-
-    The elements of chunk (i, first, start, end) are messages[i][first : first + end - start].
-    """
-    at = 0
-    for number, message in enumerate(messages):
-        size = max(1, _IN_CACHE // world_size if message.device.type == "cpu" else message.numel())
-        for first in range(0, message.numel(), size):
-            yield number, first, at + first, at + min(first + size, message.numel())
-        at += message.numel()
-
-
 class ExchangedReduction(Reduction):
-    """A reduction that is sent every rank's part as it is, and adds them up here."""
+    """A reduction that is sent every rank's part as it is, and adds them up here; `sent` must live until `release`."""
 
-    def __init__(self, comm: Communicator) -> None:
-        self.comm = comm
+    def __init__(self, comm: Communicator, parts: Sequence[Part]) -> None:
+        self.comm, self.sent, self.own = comm, parts, parts[comm.rank]
+        comm.reduce_bytes += sum(message.nbytes for peer in comm.peers() for message in parts[peer])
 
     @abc.abstractmethod
-    def received_parts(self) -> Iterator[tuple[list[Tensor], int, int]]:
-        """By chunks: what each rank sent, in rank order, and where the chunk starts and ends in this rank's part.
+    def arrive(self) -> None:
+        """Wait until every rank's part may be read."""
 
-        The tensors are good until the next chunk is asked for.
+    @abc.abstractmethod
+    def read(self, peer: int, message: int, first: int, start: int, own: Tensor) -> Tensor:
+        """What `peer` sent for the elements of `own`, good until the next one of that peer is read.
+
+        Args:
+            message: number of the message.
+            first, start: where the elements begin in the message, and in the part.
+            own: this rank's own values of them.
         """
 
+    def _chunks(self) -> Iterator[tuple[list[Tensor], int, int]]:
+        """Every rank's values, in rank order, of pieces of the part that fit the cache: (values, start, end)."""
+        at = 0
+        for number, message in enumerate(self.own):
+            size = max(1, _IN_CACHE // self.comm.size if message.device.type == "cpu" else message.numel())
+            for first in range(0, message.numel(), size):
+                own = message[first : first + size]
+                values = [own] * self.comm.size
+                for peer in self.comm.peers():
+                    values[peer] = self.read(peer, number, first, at + first, own)
+                yield values, at + first, at + first + own.numel()
+            at += message.numel()
+
+    def held_bytes(self) -> int:
+        return sum(message.nbytes for part in self.sent for message in part)
+
     def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
+        self.arrive()
         norms = []
-        for parts, start, end in self.received_parts():
-            sum_parts(parts, out[start:end], accumulate, scale)
+        for values, start, end in self._chunks():
+            sum_parts(values, out[start:end], accumulate, scale)
             norms.append(torch.linalg.vector_norm(out[start:end]))
         return torch.linalg.vector_norm(torch.stack(norms))
 
     def not_finite(self) -> list[int]:
         bad: set[int] = set()
-        for parts, *_ in self.received_parts():
-            bad |= {rank for rank, part in enumerate(parts) if not part.isfinite().all()}
+        for values, *_ in self._chunks():
+            bad |= {rank for rank, part in enumerate(values) if not part.isfinite().all()}
         return sorted(map(self.comm.global_rank, bad))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardopt.engines.zero.transports.base import Communicator, Part, Reduction, sum_parts, wait
+from shardopt.engines.zero.transports.base import Communicator, Part, Reduction, sum_parts
 
 # Renamed in torch 2.13.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -29,7 +29,7 @@ class NativeCommunicator(Communicator):
         own = flat.view(self.size, -1)[self.rank]
         work = _all_gather(flat, own, group=self.group, async_op=True)
         self.gather_bytes += own.nbytes * (self.size - 1)
-        return lambda: wait(work, self.timeout, "the all-gather")
+        return lambda: self.wait(work, "the all-gather")
 
 
 class _NativeReduction(Reduction):
@@ -49,7 +49,7 @@ class _NativeReduction(Reduction):
         return self.flat.nbytes + self.received.nbytes
 
     def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
-        wait(self.work, self.comm.timeout, "the reduce-scatter")
+        self.comm.wait(self.work, "the reduce-scatter")
         parts = list(self.received.view(self.comm.size, -1)) if self.exchanged else [self.received]
         sum_parts(parts, out, accumulate, scale)
         return torch.linalg.vector_norm(out)

@@ -17,7 +17,7 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -26,14 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardopt.engines.zero.transports.base import (
-    Communicator,
-    ExchangedReduction,
-    Part,
-    PeerError,
-    Reduction,
-    chunks,
-)
+from shardopt.engines.zero.transports.base import Communicator, ExchangedReduction, Part, PeerError, Reduction
 
 _WORD = 8  # bytes; mailboxes and tables are of 64-bit integers
 _PAUSE = 1e-6  # seconds; every pause between two looks into a mailbox is longer by this
@@ -231,29 +224,21 @@ class _Mailbox:
 
 class _SharedMemoryReduction(ExchangedReduction):
     def __init__(self, comm: SharedMemoryCommunicator, mailbox: _Mailbox, parts: Sequence[Part]) -> None:
-        super().__init__(comm)
-        self.mailbox, self.own = mailbox, parts[comm.rank]
-        self.sent = parts  # they must live until the others have read them
+        super().__init__(comm, parts)
+        self.mailbox, self.scratch = mailbox, dict.fromkeys(comm.peers(), self.own[0].new_empty(0))
         self.number = mailbox.post([[message.data_ptr() for message in part] for part in parts])
-        comm.reduce_bytes += sum(message.nbytes for peer in comm.peers() for message in parts[peer])
 
-    def held_bytes(self) -> int:
-        return sum(message.nbytes for part in self.sent for message in part)
+    def arrive(self) -> None:
+        fetch = self.mailbox.fetch
+        self.addresses = {peer: fetch(peer, self.number, len(self.own)) for peer in self.comm.peers()}
+
+    def read(self, peer: int, message: int, first: int, start: int, own: Tensor) -> Tensor:
+        if self.scratch[peer].numel() < own.numel():
+            self.scratch[peer] = torch.empty_like(own)
+        into = self.scratch[peer][: own.numel()]
+        address = self.addresses[peer][message] + first * own.itemsize
+        self.mailbox.peers[peer].read(address, into.data_ptr(), own.nbytes)
+        return into
 
     def release(self) -> None:
         self.mailbox.wait_until_read(self.number)
-
-    def received_parts(self) -> Iterator[tuple[list[Tensor], int, int]]:
-        comm = self.comm
-        addresses = {peer: self.mailbox.fetch(peer, self.number, len(self.own)) for peer in comm.peers()}
-        scratch = {peer: self.own[0].new_empty(0) for peer in addresses}
-        for number, first, start, end in chunks(self.own, comm.size):
-            own = self.own[number][first : first + end - start]
-            parts = [own] * comm.size
-            for peer, at in addresses.items():
-                if scratch[peer].numel() < own.numel():
-                    scratch[peer] = torch.empty_like(own)
-                parts[peer] = scratch[peer][: own.numel()]
-                process = self.mailbox.peers[peer]
-                process.read(at[number] + first * own.itemsize, parts[peer].data_ptr(), own.nbytes)
-            yield parts, start, end
