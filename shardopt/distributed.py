@@ -90,7 +90,7 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """All-gather a value that can be pickled: every rank's, in rank order. A collective."""
-        return _all_gather(value, None) if self.distributed else [value]
+        return all_gather_objects(value, dist.group.WORLD) if self.distributed else [value]
 
     def from_main(self, value: T) -> T:
         """Broadcast rank 0's value, which can be pickled. A collective."""
@@ -118,22 +118,19 @@ class Ranks:
             result = action()
         except Exception as e:
             error = e
-        if self.distributed:
-            raise_on_all_ranks(error)
-        elif error is not None:
-            raise error
+        raise_on_all_ranks(error, dist.group.WORLD if self.distributed else None)
         return result
 
 
-def raise_on_all_ranks(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
-    """Raise on every rank of `group` (None: all ranks) if any of them has an error. A collective.
+def raise_on_all_ranks(error: Exception | None, group: dist.ProcessGroup | None) -> None:
+    """Raise on every rank of `group` (None: this process alone) if any of them has an error. A collective.
 
     Raises:
         InputError: some rank's error is an InputError; its message.
         RuntimeError: another rank's error is something else. This rank's own error is raised as it is.
     """
     mine = None if error is None else (isinstance(error, InputError), type(error).__name__, str(error))
-    reports = _all_gather((dist.get_rank(), mine), group)
+    reports = all_gather_objects((dist.get_rank() if group is not None else 0, mine), group)
     if error is not None:
         raise error
     for rank, report in reports:
@@ -142,9 +139,14 @@ def raise_on_all_ranks(error: Exception | None, group: dist.ProcessGroup | None 
             raise InputError(message) if is_input else RuntimeError(f"rank {rank} failed: {kind}: {message}")
 
 
-def _all_gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+def all_gather_objects(value: T, *groups: dist.ProcessGroup | None) -> list[T]:
+    """Every rank's `value`, over `groups` one after the other (None: this process alone). A collective."""
+    values = [value]
+    for group in groups:
+        if group is not None and dist.get_backend(group) != "fake":  # simulated ranks do not answer
+            gathered: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, values, group=group)
+            values = [each for part in gathered for each in part]
     return values
 
 

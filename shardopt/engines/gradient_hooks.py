@@ -270,10 +270,8 @@ class _Hooks(GradientHook):
         failed, spoiled = self.comm.sum(flags).tolist()
         error, self.error, self.finite = self.error, None, True
         self.spoiled = self.spoiled or spoiled > 0
-        if failed and self.comm.group is not None:
+        if failed:
             raise_on_all_ranks(error, self.comm.group)
-        if error is not None:
-            raise error
 
 
 def _bind(hooks: _Hooks, comm: Communicator) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from shardopt.distributed import all_gather_objects
+from shardopt.engines.state import sum_of_squares
 from shardopt.engines.zero.flat import FlatParameters
-from shardopt.engines.zero.groups import all_gather_objects
 from shardopt.engines.zero.reducer import Reducer
 from shardopt.engines.zero.transports import Communicator, PeerError
 from shardopt.errors import InputError
@@ -24,8 +24,7 @@ class Agreement:
     """One small all-reduce before each step.
 
     Args:
-        flat: the parameters and their reduced gradients.
-        reducer: what the gradients came through.
+        flat, reducer: the parameters, and what has reduced their gradients.
         shard, replicate: the ranks that the gradients are cut over, and those that hold the same parts.
         from_host: gradients are whole in `.grad`, reduced by some host.
 
@@ -46,34 +45,26 @@ class Agreement:
         Raises:
             PeerError: another rank failed; names it.
         """
+        flat, replicas = self.flat, self.replicate.size
         refusal = _attempt(self._take_from_host if self.from_host else self._refuse_second_reduction)
-        if self.replicate.size > 1:
-            for storage in self.flat.storage.values():
-                self.replicate.sum(storage)
+        if replicas > 1:
+            for gradient in flat.gradients:
+                self.replicate.sum(gradient)
         error = _attempt(self._run_hooks) or refusal
-        square = self._sum_of_squares()
-        counted = torch.tensor([error is not None, *self.reducer.present], dtype=torch.float64, device=square.device)
+        as_reduced = not self.from_host and replicas == 1 and not self.reducer.hooks
+        square = sum_of_squares(flat.gradients, self.reducer.norms if as_reduced else None)
         # Replicas hold the same shards: each contributes an equal share of the norm.
-        agreed = torch.cat([(square / self.replicate.size).reshape(1), counted])
-        self.replicate.sum(self.shard.sum(agreed))
-        total, failed, *present = agreed.tolist()
+        mine = [square / replicas, error is not None, *self.reducer.present]
+        agreed = torch.tensor(mine, dtype=torch.float64, device=flat.gradients[0].device)
+        total, failed, *present = self.replicate.sum(self.shard.sum(agreed)).tolist()
         if failed:
             self._raise_on_all(error)
         self.has_gradient = [count > 0 for count in present]
         return math.sqrt(total) if total >= 0 else math.nan
 
-    def _sum_of_squares(self) -> Tensor:
-        reduced_here = not self.from_host and self.replicate.size == 1 and not self.reducer.hooks
-        gradients = self.flat.gradients
-        norms = self.reducer.norms if reduced_here else [torch.linalg.vector_norm(g) for g in gradients]
-        square = torch.stack([n.double() for n in norms]).square().sum()
-        if not math.isfinite(square.item()):  # or the squares alone overflowed
-            square = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).square().sum()
-        return square
-
     def _raise_on_all(self, error: Exception | None) -> None:
         mine = (dist.get_rank() if self.shard.group is not None else 0, repr(error) if error is not None else "")
-        reports = all_gather_objects((self.shard.group, self.replicate.group), mine)
+        reports = all_gather_objects(mine, self.shard.group, self.replicate.group)
         if error is not None:
             raise error
         rank, text = next(report for report in reports if report[1])
@@ -109,7 +100,7 @@ class Agreement:
             for p, has_gradient in zip(self.flat.parameters, self.has_gradient, strict=True)
             if has_gradient and not p.gradient.isfinite().all()
         ]
-        reports = all_gather_objects((self.shard.group,), found)
+        reports = all_gather_objects(found, self.shard.group)
         lines = sorted({line for report in reports for line in report})
         shown = [
             f"{name} (bucket {bucket}{', from rank ' + ' and '.join(map(str, ranks)) if ranks else ''})"

@@ -71,6 +71,11 @@ class Bucket:
         return self.numel // self.world_size
 
     @property
+    def wide(self) -> torch.dtype:
+        """What gradients are summed in, and masters kept: fp32 or wider."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardopt.engines.zero.buckets import Bucket, Member, lay_out
+from shardopt.engines.zero.buckets import Bucket, Member
 from shardopt.engines.zero.round import Round, RoundState
 from shardopt.engines.zero.transports import Communicator, PeerError
 from shardopt.errors import InputError
@@ -45,46 +45,28 @@ class FlatParameters:
 
     Args:
         named: canonical names and parameters in registration order.
-        world_size, rank: of the ranks that the buckets are cut over.
-        bucket_bytes: see `lay_out`.
+        buckets: their layout.
+        rank: of the ranks that the buckets are cut over.
         with_masters: keep fp32 masters of parameters narrower than that.
 
     Attributes:
-        buckets: the layout.
         flats: the weights of every bucket.
-        gradients: this rank's part of every reduced bucket; views of `storage`, by dtype.
+        gradients: this rank's part of every reduced bucket.
         masters: of this rank's part of a bucket, by bucket.
         parameters: one record per parameter, in registration order.
     """
 
     def __init__(
-        self,
-        named: Sequence[tuple[str, nn.Parameter]],
-        world_size: int,
-        rank: int,
-        bucket_bytes: float,
-        with_masters: bool,
+        self, named: Sequence[tuple[str, nn.Parameter]], buckets: Sequence[Bucket], rank: int, with_masters: bool
     ) -> None:
         device = named[0][1].device
-        self.buckets = lay_out([(n, tuple(p.shape), p.dtype) for n, p in named], world_size, bucket_bytes)
-        self.rank = rank
-        self.flats = [torch.zeros(b.numel, dtype=b.dtype, device=device) for b in self.buckets]
-        self.storage: dict[torch.dtype, Tensor] = {}
-        self.gradients: list[Tensor] = [torch.empty(0)] * len(self.buckets)
-        wide_of = [torch.promote_types(b.dtype, torch.float32) for b in self.buckets]
-        for wide in dict.fromkeys(wide_of):
-            buckets = [b for b, w in zip(self.buckets, wide_of, strict=True) if w == wide]
-            self.storage[wide] = torch.zeros(sum(b.part for b in buckets), dtype=wide, device=device)
-            for bucket, part in zip(buckets, self.storage[wide].split([b.part for b in buckets]), strict=True):
-                self.gradients[bucket.index] = part
-        self.masters: dict[int, Tensor] = {}
-        if with_masters:
-            narrow = [b for b, wide in zip(self.buckets, wide_of, strict=True) if b.dtype != wide]
-            self.masters = {b.index: torch.zeros(b.part, dtype=wide_of[b.index], device=device) for b in narrow}
+        self.buckets, self.rank = buckets, rank
+        self.flats = [torch.zeros(b.numel, dtype=b.dtype, device=device) for b in buckets]
+        self.gradients = [torch.zeros(b.part, dtype=b.wide, device=device) for b in buckets]
+        narrow = [b for b in buckets if with_masters and b.dtype != b.wide]
+        self.masters = {b.index: torch.zeros(b.part, dtype=b.wide, device=device) for b in narrow}
         records = {m.index: self._attach(*named[m.index], b, m) for b in self.buckets for m in b.members}
         self.parameters = [records[index] for index in range(len(named))]
-        # As they lie now; reattach and verify compare with it.
-        self._places = [(p.param.data_ptr(), p.bucket.dtype, p.param.shape) for p in self.parameters]
 
     @torch.no_grad()
     def _attach(self, name: str, param: nn.Parameter, bucket: Bucket, member: Member) -> FlatParameter:
@@ -129,9 +111,10 @@ class FlatParameters:
         Raises:
             InputError: names the first one.
         """
-        for p, (place, dtype, shape) in zip(self.parameters, self._places, strict=True):
-            now = p.param
-            if now.data_ptr() != place or now.dtype != dtype or now.shape != shape or not now.is_contiguous():
+        for p in self.parameters:
+            now, made = p.param, p.weight
+            alike = now.dtype == made.dtype and now.shape == made.shape and now.is_contiguous()
+            if not alike or now.data_ptr() != made.data_ptr():
                 raise InputError(
                     f"{p.name} was moved or replaced after ZeroOptimizer was built: call .to(), .half() and "
                     f"load_state_dict(assign=True) before, and close() before building another ZeroOptimizer"
@@ -140,9 +123,9 @@ class FlatParameters:
     @torch.no_grad()
     def reattach(self) -> None:
         """Make parameters that a host has copied since (same device and dtype) views of the buckets again."""
-        for p, (place, *_) in zip(self.parameters, self._places, strict=True):
+        for p in self.parameters:
             same = (p.param.device.type, p.param.dtype) == (p.weight.device.type, p.weight.dtype)
-            if p.param.data_ptr() != place and same:
+            if same and p.param.data_ptr() != p.weight.data_ptr():
                 p.weight.copy_(p.param)
                 p.param.data = p.weight
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from shardopt.distributed import all_gather_objects
 from shardopt.engines.zero.guards import refuse_owned
 from shardopt.errors import InputError
 from shardopt.slices import canonical_name, named_parameters
@@ -148,18 +149,6 @@ def process_groups(
     return where, None
 
 
-def all_gather_objects(groups: Iterable[dist.ProcessGroup | None], value: Any) -> list[Any]:
-    """Every rank's `value`, over all the groups one after the other; pickled between the ranks of one job."""
-    values = [value]
-    for group in groups:
-        if group is None or dist.get_backend(group) == "fake":  # simulated ranks do not answer
-            continue
-        gathered: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, values, group=group)
-        values = [each for part in gathered for each in part]
-    return values
-
-
 def _agree_on_settings(
     groups: Sequence[dist.ProcessGroup | None], settings: Mapping[str, Any], error: Exception | None
 ) -> None:
@@ -174,7 +163,7 @@ def _agree_on_settings(
         InputError: on every rank; `error` itself on the rank that has it.
     """
     mine = {} if error is not None else {name: _describe(value) for name, value in settings.items()}
-    reports = all_gather_objects(groups, (dist.get_rank() if groups[0] is not None else 0, str(error), mine))
+    reports = all_gather_objects((dist.get_rank() if groups[0] is not None else 0, str(error), mine), *groups)
     if error is not None:
         raise error
     for rank, message, theirs in reports:

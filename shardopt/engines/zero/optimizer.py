@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from shardopt.engines.zero import groups as given
 from shardopt.engines.zero.agreement import Agreement, NonFiniteGradientError
-from shardopt.engines.zero.buckets import fingerprint
+from shardopt.engines.zero.buckets import fingerprint, lay_out
 from shardopt.engines.zero.flat import FlatParameters, WeightGather
 from shardopt.engines.zero.guards import Guards
 from shardopt.engines.zero.micro_batches import MicroBatches
@@ -104,12 +104,11 @@ class ZeroOptimizer(Optimizer):
         device = named[0][1].device
         shard_group, replica_group = process_groups
         world = dist.get_world_size(shard_group) if shard_group is not None else 1
-        rank = dist.get_rank(shard_group) if shard_group is not None else 0
-        with_masters = not hasattr(optimizer_class, "set_layout")
-        self.flat = FlatParameters(named, world, rank, bucket_mb * 2**20, with_masters)
-        self.buckets = self.flat.buckets
+        self.buckets = lay_out([(n, tuple(p.shape), p.dtype) for n, p in named], world, bucket_mb * 2**20)
         self._shard = communicator(shard_group, device, timeout, in_flight=len(self.buckets))
         self._replicate = communicator(replica_group, device, timeout)
+        with_masters = not hasattr(optimizer_class, "set_layout")
+        self.flat = FlatParameters(named, self.buckets, self._shard.rank, with_masters)
         self.flat.start_alike(self.model, (self._replicate, self._shard))
 
         record_of: dict[Tensor, Any] = {p.param: p for p in self.flat.parameters}
@@ -125,7 +124,7 @@ class ZeroOptimizer(Optimizer):
         average = 1.0 / (world * self._replicate.size)
         self.reducer = Reducer(self.flat, self._shard, given.DTYPES[reduce_dtype], average)
         self.round = Round()
-        self._place = {"fingerprint": fingerprint(self.buckets), "rank": rank}
+        self._place = {"fingerprint": fingerprint(self.buckets), "rank": self._shard.rank}
         self._gather = WeightGather(self.flat, self._shard, self.round)
         weakref.finalize(self, self._gather.give_up).atexit = False
         from_host = gradients == "host"
@@ -241,8 +240,7 @@ class ZeroOptimizer(Optimizer):
             self.flat.verify()
             self.flat.refresh_masters(self.inner.state)
             if self.round.clip != 1.0:
-                for storage in self.flat.storage.values():
-                    storage.mul_(self.round.clip)
+                torch._foreach_mul_(self.flat.gradients, self.round.clip)
             if not self.inner.state:  # the same on all ranks, whatever each sees of its own shards
                 states.init_state(self.inner)
             for p, has_gradient in zip(self.flat.parameters, self._agreement.has_gradient, strict=True):
@@ -370,7 +368,7 @@ class ZeroOptimizer(Optimizer):
     def gradient_bytes(self) -> int:
         """Bytes of gradients held now: the owned shards, and any whole ones."""
         whole = sum(p.param.grad.nbytes for p in self.flat.parameters if p.param.grad is not None)
-        return whole + sum(s.nbytes for s in self.flat.storage.values())
+        return whole + sum(g.nbytes for g in self.flat.gradients)
 
     @property
     def wire_bytes(self) -> dict[str, int]:

@@ -26,18 +26,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardopt.distributed import all_gather_objects
 from shardopt.engines.zero.transports.base import Communicator, ExchangedReduction, Part, PeerError, Reduction
 
 _WORD = 8  # bytes; mailboxes and tables are of 64-bit integers
 _PAUSE = 1e-6  # seconds; every pause between two looks into a mailbox is longer by this
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
+_TwoIovecs = ctypes.c_uint64 * 4  # the kernel's struct iovec: an address and a length in bytes
 _mailboxes: list[ctypes.Array[ctypes.c_int64]] = []  # never freed: a peer may still read one after its owner failed
-
-
-class _IoVec(ctypes.Structure):
-    """The kernel's struct iovec."""
-
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
 @cache
@@ -48,8 +44,8 @@ def _process_vm_readv() -> Callable[..., int] | None:
         return None
     function = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
     if function is not None:
-        vector = ctypes.POINTER(_IoVec)
-        function.argtypes = [ctypes.c_int, vector, ctypes.c_ulong, vector, ctypes.c_ulong, ctypes.c_ulong]
+        one_side = [ctypes.c_void_p, ctypes.c_ulong]
+        function.argtypes = [ctypes.c_int, *one_side, *one_side, ctypes.c_ulong]
         function.restype = ctypes.c_ssize_t
     return function
 
@@ -75,8 +71,8 @@ class _Process:
         found = ctypes.c_int64()
         done = 0
         while done < nbytes:
-            here = (_IoVec * 2)(_IoVec(ctypes.addressof(found), _WORD), _IoVec(into + done, nbytes - done))
-            there = (_IoVec * 2)(_IoVec(self.address, _WORD), _IoVec(address + done, nbytes - done))
+            here = _TwoIovecs(ctypes.addressof(found), _WORD, into + done, nbytes - done)
+            there = _TwoIovecs(self.address, _WORD, address + done, nbytes - done)
             count = call(self.pid, here, 2, there, 2, 0)
             number = ctypes.get_errno() if count < 0 else errno.EFAULT  # after the secret nothing could be read
             if count > 0 and found.value != self.secret:
@@ -105,8 +101,7 @@ def join(
     comm = SharedMemoryCommunicator(group, timeout, channel, in_flight)
     able = _process_vm_readv() is not None
     mine = (_BOOT_ID.read_text() if able else "", os.getpid(), [(m.address, m.secret) for m in comm.mailboxes])
-    everyone = [mine] * comm.size
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone = all_gather_objects(mine, group)
     for mailbox, places in zip(comm.mailboxes, zip(*(places for *_, places in everyone), strict=True), strict=True):
         mailbox.peers = [_Process(comm.global_rank(r), everyone[r][1], *place) for r, place in enumerate(places)]
     able = able and all(machine == mine[0] for machine, *_ in everyone)
