@@ -7,7 +7,8 @@ they were reduced. A bucket is one of ZeroOptimizer's or DDP's, or all that an F
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -116,15 +117,11 @@ class GradientStatistics(GradientHook):
             The same on every rank: the reduced gradient's `norm` and `largest` magnitude, and `local_norm`, the root
             mean square over ranks and micro-batches of a rank's own gradient norm times sqrt(micro-batches).
         """
-        sums, largest, ranks = torch.stack([self._local, self._reduced]), self._largest.clone(), 1
-        if self.group is not None:
-            ranks = dist.get_world_size(self.group)
-            sums, largest = _on_wire(sums, self.group), _on_wire(largest, self.group)
-            dist.all_reduce(sums, group=self.group)
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        local, reduced = _all_reduce([self._local, self._reduced], dist.ReduceOp.SUM, self.group)
+        largest = _all_reduce([self._largest], dist.ReduceOp.MAX, self.group)[0]
         self._clear()
-        local, reduced = sums.tolist()
-        return {"norm": math.sqrt(reduced), "largest": largest.item(), "local_norm": math.sqrt(local / ranks)}
+        ranks = dist.get_world_size(self.group) if self.group is not None else 1
+        return {"norm": math.sqrt(reduced), "largest": largest, "local_norm": math.sqrt(local / ranks)}
 
 
 class NonFinite(GradientHook):
@@ -138,17 +135,18 @@ class NonFinite(GradientHook):
 
     def agreed(self) -> bool:
         """True on every rank if any of them saw a NaN or an infinity since the last call. A collective."""
-        flag = self._found.float()
+        found = _all_reduce([self._found.double()], dist.ReduceOp.MAX, self.group)[0]
         self._found = torch.tensor(False)
-        if self.group is not None:
-            flag = _on_wire(flag, self.group)
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-        return bool(flag.item())
+        return found > 0
 
 
-def _on_wire(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`values` on a device that the group's backend takes."""
-    return values.cuda() if dist.get_backend(group) == "nccl" else values
+def _all_reduce(values: list[Tensor], op: Any, group: dist.ProcessGroup | None) -> list[float]:
+    """All-reduce a few numbers, on a device that the group's backend takes."""
+    stacked = torch.stack(values)
+    if group is not None:
+        stacked = stacked.cuda() if dist.get_backend(group) == "nccl" else stacked
+        dist.all_reduce(stacked, op, group=group)
+    return stacked.tolist()
 
 
 def attach(hooks: GradientHook | Sequence[GradientHook], target: ZeroOptimizer | nn.Module) -> None:
@@ -193,16 +191,16 @@ def attach(hooks: GradientHook | Sequence[GradientHook], target: ZeroOptimizer |
     if not covered.isdisjoint(_targets):
         raise InputError(f"this {type(target).__name__} has hooks already: attach all of them in one call")
     if isinstance(target, ZeroOptimizer):
-        _attach_to_zero(hooks, target)
+        group = _attach_to_zero(hooks, target)
     elif isinstance(target, DistributedDataParallel):
-        _attach_to_ddp(hooks, target)
+        group = _attach_to_ddp(hooks, target)
     elif isinstance(target, FSDPModule):
-        _attach_to_fsdp(hooks, target)
+        group = _attach_to_fsdp(hooks, target)
     else:
         raise InputError(f"hooks attach to a ZeroOptimizer, a DDP or an FSDP2 module, not to {type(target).__name__}")
     _targets.update(covered)
     for hook in hooks:
-        hook.attached = True
+        hook.attached, hook.group = True, group
 
 
 _targets: WeakSet[Any] = WeakSet()  # what has hooks
@@ -220,9 +218,10 @@ class _Hooks(GradientHook):
         agree_after: the bucket after which the ranks agree; None is every one.
     """
 
+    comm: Communicator
+
     def __init__(self, hooks: list[GradientHook], gaps: dict[int, _Gaps], agree_after: int | None = None) -> None:
         self.hooks, self.gaps, self.agree_after = hooks, gaps, agree_after
-        self.comm: Communicator
         self.error: Exception | None = None
         self.finite = True  # this rank's part since the ranks agreed last
         self.spoiled = False  # whether any rank's gradient of this backward was not finite
@@ -274,13 +273,7 @@ class _Hooks(GradientHook):
             raise_on_all_ranks(error, self.comm.group)
 
 
-def _bind(hooks: _Hooks, comm: Communicator) -> None:
-    hooks.comm = comm
-    for hook in hooks.hooks:
-        hook.group = comm.group
-
-
-def _attach_to_zero(hooks: list[GradientHook], target: ZeroOptimizer) -> None:
+def _attach_to_zero(hooks: list[GradientHook], target: ZeroOptimizer) -> dist.ProcessGroup | None:
     sent = target.reducer.reduce_dtype
     for hook in hooks:
         if hook.wire_dtype is not None and hook.wire_dtype != sent:
@@ -289,8 +282,9 @@ def _attach_to_zero(hooks: list[GradientHook], target: ZeroOptimizer) -> None:
             )
     if hooks:
         run = _Hooks(hooks, {b.index: _gaps(b) for b in target.buckets}, agree_after=len(target.buckets) - 1)
-        _bind(run, target.reducer.comm)
+        run.comm = target.reducer.comm
         target.add_hook(run)
+    return target.reducer.comm.group
 
 
 def _gaps(bucket: Bucket) -> _Gaps:
@@ -305,9 +299,9 @@ def _reduce(comm: Communicator, sent: Tensor, out: Tensor, scale: float) -> None
     reduction.release()
 
 
-def _attach_to_ddp(hooks: list[GradientHook], target: DistributedDataParallel) -> None:
+def _attach_to_ddp(hooks: list[GradientHook], target: DistributedDataParallel) -> dist.ProcessGroup | None:
     run = _Hooks(hooks, {})
-    _bind(run, communicator(target.process_group, next(target.parameters()).device))
+    run.comm = communicator(target.process_group, next(target.parameters()).device)
     members: dict[int, list[int]] = {}
 
     def reduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -334,6 +328,7 @@ def _attach_to_ddp(hooks: list[GradientHook], target: DistributedDataParallel) -
 
     reduce.__annotations__ = {"bucket": dist.GradBucket}  # DDP compares the class, not the name of one
     target.register_comm_hook(None, reduce)
+    return run.comm.group
 
 
 class _FsdpReduction:
@@ -363,16 +358,11 @@ class _FsdpReduction:
         output_tensor.copy_(reduced)
 
 
-def _attach_to_fsdp(hooks: list[GradientHook], target: nn.Module) -> None:
+def _attach_to_fsdp(hooks: list[GradientHook], target: nn.Module) -> dist.ProcessGroup | None:
     run, comms = _Hooks(hooks, {}), dict[dist.ProcessGroup, Communicator]()
-    groups = [p.device_mesh.get_group(p.device_mesh.ndim - 1) for p in target.parameters() if hasattr(p, "device_mesh")]
-    for hook in hooks:
-        hook.group = groups[0] if groups else None
     for index, module in enumerate(m for m in target.modules() if isinstance(m, FSDPModule)):
         module.set_custom_reduce_scatter(_FsdpReduction(run, index, comms))  # type: ignore[arg-type]
         if hooks:
-            module.set_all_reduce_hook(_after(run, index))
-
-
-def _after(hooks: _Hooks, index: int) -> Callable[[Tensor], None]:
-    return lambda reduced: hooks.after_reduce(index, reduced)
+            module.set_all_reduce_hook(partial(run.after_reduce, index))
+    groups = (p.device_mesh.get_group(p.device_mesh.ndim - 1) for p in target.parameters() if hasattr(p, "device_mesh"))
+    return next(groups, None)

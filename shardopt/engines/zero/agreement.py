@@ -21,15 +21,9 @@ class NonFiniteGradientError(ArithmeticError):
 
 
 class Agreement:
-    """One small all-reduce before each step.
+    """One small all-reduce before each step, over the ranks that gradients are cut over and their replicas.
 
-    Args:
-        flat, reducer: the parameters, and what has reduced their gradients.
-        shard, replicate: the ranks that the gradients are cut over, and those that hold the same parts.
-        from_host: gradients are whole in `.grad`, reduced by some host.
-
-    Attributes:
-        has_gradient: whether any rank has a gradient of a parameter, in registration order.
+    With `from_host` the gradients are whole in `.grad`, reduced by some host.
     """
 
     def __init__(
@@ -37,7 +31,7 @@ class Agreement:
     ) -> None:
         self.flat, self.reducer, self.shard, self.replicate = flat, reducer, shard, replicate
         self.from_host = from_host
-        self.has_gradient: list[bool] = []
+        self.has_gradient: list[bool] = []  # on any rank, in registration order
 
     def norm(self) -> float:
         """L2 norm of the whole gradient, the same double on every rank. A collective.
@@ -94,9 +88,8 @@ class Agreement:
 
     def explain(self) -> str:
         """Which parameters, and which ranks' gradients of them, are not finite. A collective."""
-        blame = dict(self.reducer.blame)
         found = [
-            (p.bucket.index, p.name, tuple(blame.get(p.bucket.index, ())))
+            (p.bucket.index, p.name, tuple(self.reducer.blame.get(p.bucket.index, ())))
             for p, has_gradient in zip(self.flat.parameters, self.has_gradient, strict=True)
             if has_gradient and not p.gradient.isfinite().all()
         ]

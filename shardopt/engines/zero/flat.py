@@ -18,26 +18,15 @@ from shardopt.slices import Layout, Slice
 
 @dataclass(frozen=True, eq=False)
 class FlatParameter:
-    """A parameter of the model, and what this rank owns of it.
+    """A parameter of the model, and what this rank owns of it."""
 
-    Attributes:
-        name: canonical name.
-        param: the model's own, a view of the bucket.
-        member, bucket: its place.
-        weight: the view of the bucket, of the parameter's shape.
-        layout: the elements that this rank owns.
-        shard: those of the weight or of its fp32 master, 1-D: the inner optimizer's parameter.
-        gradient: those of the reduced gradient, 1-D, fp32 or wider.
-    """
-
-    name: str
-    param: nn.Parameter
-    member: Member
+    name: str  # canonical
+    param: nn.Parameter  # the model's own, a view of the bucket
     bucket: Bucket
-    weight: Tensor
-    layout: Layout
-    shard: nn.Parameter
-    gradient: Tensor
+    weight: Tensor  # the view that `param` was made
+    layout: Layout  # the elements that this rank owns
+    shard: nn.Parameter  # those of the weight or of its fp32 master, 1-D: the inner optimizer's parameter
+    gradient: Tensor  # those of the reduced gradient, 1-D, fp32 or wider
 
 
 class FlatParameters:
@@ -47,13 +36,7 @@ class FlatParameters:
         named: canonical names and parameters in registration order.
         buckets: their layout.
         rank: of the ranks that the buckets are cut over.
-        with_masters: keep fp32 masters of parameters narrower than that.
-
-    Attributes:
-        flats: the weights of every bucket.
-        gradients: this rank's part of every reduced bucket.
-        masters: of this rank's part of a bucket, by bucket.
-        parameters: one record per parameter, in registration order.
+        with_masters: keep fp32 masters of narrower parameters.
     """
 
     def __init__(
@@ -61,12 +44,13 @@ class FlatParameters:
     ) -> None:
         device = named[0][1].device
         self.buckets, self.rank = buckets, rank
-        self.flats = [torch.zeros(b.numel, dtype=b.dtype, device=device) for b in buckets]
+        self.flats = [torch.zeros(b.numel, dtype=b.dtype, device=device) for b in buckets]  # the weights
+        # This rank's parts, of the reduced gradients and (by bucket) of the masters.
         self.gradients = [torch.zeros(b.part, dtype=b.wide, device=device) for b in buckets]
         narrow = [b for b in buckets if with_masters and b.dtype != b.wide]
         self.masters = {b.index: torch.zeros(b.part, dtype=b.wide, device=device) for b in narrow}
         records = {m.index: self._attach(*named[m.index], b, m) for b in self.buckets for m in b.members}
-        self.parameters = [records[index] for index in range(len(named))]
+        self.parameters = [records[index] for index in range(len(named))]  # in registration order
 
     @torch.no_grad()
     def _attach(self, name: str, param: nn.Parameter, bucket: Bucket, member: Member) -> FlatParameter:
@@ -79,7 +63,7 @@ class FlatParameters:
         shard = nn.Parameter(self.masters.get(bucket.index, self.own(bucket.index))[owned])
         if shard.dtype != gradient.dtype:
             shard.grad_dtype = gradient.dtype
-        return FlatParameter(name, param, member, bucket, weight, layout, shard, gradient)
+        return FlatParameter(name, param, bucket, weight, layout, shard, gradient)
 
     @torch.no_grad()
     def start_alike(self, model: nn.Module | None, comms: Sequence[Communicator]) -> None:
@@ -130,7 +114,7 @@ class FlatParameters:
                 p.param.data = p.weight
 
     def drop_gradients(self) -> None:
-        """Clear `.grad` of the model's parameters."""
+        """Set `.grad` of the model's parameters to None."""
         for p in self.parameters:
             p.param.grad = None
 
@@ -160,23 +144,13 @@ class FlatParameters:
 
 
 class WeightGather:
-    """Updated weights in flight from their owners into the buckets.
-
-    Args:
-        flat: the parameters.
-        comm: the ranks that own the parts.
-        round_: GATHERING ends with the last arrival.
-
-    Attributes:
-        order: of the buckets; that in which the forward needs them.
-        in_flight: by bucket, what waits for it.
-    """
+    """Updated weights in flight from their owners into the buckets; GATHERING ends with the last arrival."""
 
     def __init__(self, flat: FlatParameters, comm: Communicator, round_: Round) -> None:
         self.flat, self.comm, self.round = flat, comm, round_
         # The embedding, first in forward, is registered first and lies in the last bucket.
         self.order = list(range(len(flat.buckets)))[::-1]
-        self.in_flight: dict[int, Callable[[], None]] = {}
+        self.in_flight: dict[int, Callable[[], None]] = {}  # by bucket, what waits for it
 
     def start(self) -> None:
         """All-gather every bucket. A collective."""

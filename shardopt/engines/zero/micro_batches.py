@@ -24,10 +24,8 @@ class MicroBatches:
     """Hands the reducer what autograd has finished, and ends the micro-batch with its backward or its block.
 
     Args:
-        flat: the parameters.
-        reducer: where gradients go.
+        flat, reducer, round_: of the optimizer.
         gather: weights in flight, which no backward may have used.
-        round_: the round's state.
         whole: keep whole gradients until the step's last micro-batch (stage 1).
         from_host: some host reduces gradients; only take note of them.
     """

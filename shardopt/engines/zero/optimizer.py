@@ -376,14 +376,8 @@ class ZeroOptimizer(Optimizer):
         return {"reduce": self._shard.reduce_bytes, "gather": self._shard.gather_bytes}
 
     @property
-    def shard_group(self) -> dist.ProcessGroup | None:
-        """The ranks over which state and gradients are cut; None for one process alone."""
-        return self._shard.group
-
-    @property
     def transport(self) -> str:
-        """How gradients and weights travel: "native" collectives of the backend, or, where that is gloo, "memory"
-        between the ranks of one host that may read each other's, else "sockets"."""
+        """How gradients and weights travel: "native", or on gloo "memory" (within a machine) or "sockets"."""
         return self._shard.name
 
     def add_hook(self, hook: GradientHook) -> None:

@@ -32,12 +32,6 @@ class Reducer:
         comm: the ranks that the buckets are cut over.
         reduce_dtype: bf16 makes wider gradients narrower on the wire; fp32 leaves all as they are.
         scale: what sums over ranks are multiplied by.
-
-    Attributes:
-        present: whether any micro-batch since `clear` brought a gradient on this rank, by registration order.
-        rounds: reductions of all buckets since `clear`.
-        norms: L2 norm of this rank's part of each bucket as reduced last.
-        blame: (bucket, ranks) whose gradients were not finite, where the ranks are known.
     """
 
     def __init__(self, flat: FlatParameters, comm: Communicator, reduce_dtype: torch.dtype, scale: float) -> None:
@@ -45,7 +39,7 @@ class Reducer:
         self.params = [p.param for p in flat.parameters]
         self.reduce_dtype, self.scale = reduce_dtype, scale
         self.hooks: list[GradientHook] = []
-        self.norms: list[Tensor] = [g.new_zeros(()) for g in flat.gradients]
+        self.norms: list[Tensor] = [g.new_zeros(()) for g in flat.gradients]  # L2, of what was reduced last
         buckets = self.buckets
         self._wire = [b.dtype if b.dtype.itemsize <= 2 or reduce_dtype.itemsize > 2 else reduce_dtype for b in buckets]
         self._order = [m.index for b in buckets for m in b.members]
@@ -56,9 +50,9 @@ class Reducer:
 
     def clear(self) -> None:
         """Forget all gradients: what the next round brings replaces them."""
-        self.rounds = 0
-        self.present = [False] * len(self.params)
-        self.blame: list[tuple[int, list[int]]] = []
+        self.rounds = 0  # reductions of all buckets
+        self.present = [False] * len(self.params)  # whether this rank brought a gradient, in registration order
+        self.blame: dict[int, list[int]] = {}  # by bucket, the ranks whose gradients were not finite, where known
 
     def skip(self) -> None:
         """Forget all gradients, whose step is not taken."""
@@ -177,7 +171,7 @@ class Reducer:
                 norm = self.norms[bucket.index] = reduction.finish(out, self.rounds > 0, self.scale)
                 # On a GPU looking would stall the stream; the agreement before the step finds it there.
                 if out.device.type == "cpu" and not math.isfinite(norm.item()) and (ranks := reduction.not_finite()):
-                    self.blame.append((bucket.index, ranks))
+                    self.blame[bucket.index] = ranks
                 reduction.release()
             except PeerError as error:
                 raise PeerError(f"{bucket}: {error}") from error

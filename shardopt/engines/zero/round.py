@@ -41,24 +41,15 @@ _WAY_OUT = {
 
 @dataclass
 class Round:
-    """The state of a round, and what is known of its gradients.
-
-    Attributes:
-        last: accumulate()'s argument inside its block; None outside.
-        unsent: whole gradients of earlier micro-batches are held and not reduced (stage 1).
-        norm: L2 norm of the whole gradient after clipping, in REDUCED.
-        clip: what the gradients are still to be multiplied by, in REDUCED.
-        orphaned: a reentrant checkpoint's own backward has ended, and the one around it has not gone on yet.
-        failure: what led to FAILED.
-    """
+    """The state of a round, and what is known of its gradients."""
 
     state: RoundState = RoundState.IDLE
-    last: bool | None = None
-    unsent: bool = False
-    norm: float = 0.0
-    clip: float = 1.0
-    orphaned: bool = False
-    failure: BaseException | None = None
+    last: bool | None = None  # accumulate()'s argument inside its block; None outside
+    unsent: bool = False  # whole gradients of earlier micro-batches are held and not reduced (stage 1)
+    norm: float = 0.0  # L2 norm of the whole gradient after clipping, in REDUCED
+    clip: float = 1.0  # what the gradients are still to be multiplied by, in REDUCED
+    orphaned: bool = False  # a reentrant checkpoint's own backward has ended, the one around it has not gone on yet
+    failure: BaseException | None = None  # what led to FAILED
 
     def require(self, call: str, *allowed: RoundState) -> None:
         """Refuse `call` in any state but `allowed`.

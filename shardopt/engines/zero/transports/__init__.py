@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 
 from shardopt.engines.zero.transports import shared_memory
+from shardopt.engines.zero.transports.backends import NativeCommunicator, SocketsCommunicator
 from shardopt.engines.zero.transports.base import Communicator, Part, PeerError, Reduction
-from shardopt.engines.zero.transports.native import NativeCommunicator
-from shardopt.engines.zero.transports.sockets import SocketsCommunicator
 
 __all__ = ["Communicator", "Part", "PeerError", "Reduction", "communicator"]
 

@@ -1,9 +1,9 @@
 """What ZeRO asks of a transport: reduce-scatter a bucket onto the ranks that own its parts, all-gather the parts.
 
-gloo gets pairwise exchanges (sockets.py): every rank sends each other rank that rank's part and adds what it receives,
+gloo gets pairwise exchanges (backends.py): every rank sends each other rank that rank's part and adds what it receives,
 in rank order and in fp32 whatever is on the wire. That is several times faster than gloo's reduce-scatter, sends
 gradients from where autograd left them, and makes the sum independent of how buckets are cut. Ranks of one machine need
-not even send (shared_memory.py). NCCL and other backends use their own collectives (native.py).
+not even send (shared_memory.py). NCCL and other backends use their own collectives.
 """
 
 from __future__ import annotations
