@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,16 +131,15 @@ class FlatParameters:
         Args:
             state: the inner optimizer's, whose own masters ("master") are looked after too.
         """
-        for weight, master in self._mastered(state):
+        pairs = [(self.own(bucket), master) for bucket, master in self.masters.items()]
+        narrow = [
+            p.shard for p in self.parameters if p.shard.dtype.itemsize <= 2 and "master" in state.get(p.shard, {})
+        ]
+        pairs += [(shard.detach(), state[shard]["master"]) for shard in narrow]
+        for weight, master in pairs:
             rounded = master.to(weight.dtype)
             if not torch.equal(rounded, weight):
                 master.copy_(torch.where(rounded == weight, master, weight.to(master.dtype)))
-
-    def _mastered(self, state: dict[Tensor, dict[str, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from ((self.own(bucket), master) for bucket, master in self.masters.items())
-        for p in self.parameters:
-            if p.shard.dtype.itemsize <= 2 and "master" in state.get(p.shard, {}):
-                yield p.shard.detach(), state[p.shard]["master"]
 
 
 class WeightGather:

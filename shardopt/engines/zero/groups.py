@@ -67,7 +67,7 @@ def checked(
         for number, (entries, pairs) in enumerate(groups):
             settings |= {f"{key} of group {number}": value for key, value in entries.items()}
             settings[f"members of group {number}"] = [name for name, _ in pairs]
-    except Exception as refusal:
+    except Exception as refusal:  # the other ranks wait for this one
         error = refusal
     _agree_on_settings(process_groups, settings, error)
     return groups, named
@@ -80,9 +80,8 @@ def _named_groups(params: Any) -> list[tuple[dict[str, Any], Pairs]]:
     else:
         entries = list(params)
         if entries and isinstance(entries[0], dict):
-            groups = [
-                ({k: v for k, v in e.items() if k not in ("params", "param_names")}, _members_of(e)) for e in entries
-            ]
+            options_of = [{k: v for k, v in e.items() if k not in ("params", "param_names")} for e in entries]
+            groups = list(zip(options_of, map(_members_of, entries), strict=True))
         else:
             groups = [({}, entries)]
     position, seen = 0, set()
@@ -152,16 +151,7 @@ def process_groups(
 def _agree_on_settings(
     groups: Sequence[dist.ProcessGroup | None], settings: Mapping[str, Any], error: Exception | None
 ) -> None:
-    """Compare what the ranks were given. A collective, which a rank that was given nonsense must reach too.
-
-    Args:
-        groups: the ranks.
-        settings: by the name that a difference is reported under; ignored where there is an error.
-        error: for which this rank cannot go on.
-
-    Raises:
-        InputError: on every rank; `error` itself on the rank that has it.
-    """
+    """Raise on every rank where the ranks were given different settings, or one of them has an error. A collective."""
     mine = {} if error is not None else {name: _describe(value) for name, value in settings.items()}
     reports = all_gather_objects((dist.get_rank() if groups[0] is not None else 0, str(error), mine), *groups)
     if error is not None:

@@ -51,22 +51,14 @@ class _ZeroGrad:
         for optimizer in list(self.optimizers):
             optimizer.zero_grad()
 
+    def remove(self, optimizer: ZeroOptimizer) -> None:
+        self.optimizers.discard(optimizer)
+        model = self.model()
+        if model is not None and not self.optimizers and model.__dict__.get("zero_grad") is self:
+            del model.zero_grad
+
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.model(), "zero_grad")  # a copy has its class's, until its own attributes are set
-
-
-class _ZeroGradHandle:
-    def __init__(self, model: nn.Module, optimizer: ZeroOptimizer) -> None:
-        held = model.__dict__.get("zero_grad")
-        self.patch = held if isinstance(held, _ZeroGrad) else _ZeroGrad(model)
-        self.patch.optimizers.add(optimizer)
-        self.optimizer = weakref.ref(optimizer)
-
-    def remove(self) -> None:
-        self.patch.optimizers.discard(self.optimizer())  # type: ignore[arg-type]
-        model = self.patch.model()
-        if model is not None and not self.patch.optimizers and model.__dict__.get("zero_grad") is self.patch:
-            del model.zero_grad
 
 
 # By the identity of the parameter: the ZeroOptimizer that has made it a view of its buckets.
@@ -94,8 +86,11 @@ class Guards:
         for index, p in enumerate(self.parameters):
             _owners[p.param] = self.optimizer
             self.handles.append(p.param.register_post_accumulate_grad_hook(Hook(micro_batches.on_gradient, index)))
-        if optimizer.model is not None:
-            self.handles.append(_ZeroGradHandle(optimizer.model, optimizer))
+        self.zero_grad: _ZeroGrad | None = None
+        if (model := optimizer.model) is not None:
+            held = model.__dict__.get("zero_grad")
+            self.zero_grad = held if isinstance(held, _ZeroGrad) else _ZeroGrad(model)
+            self.zero_grad.optimizers.add(optimizer)
 
     def wait_for_weights(self, gather: WeightGather, model: nn.Module, overlapped: Sequence[nn.Module]) -> None:
         """Make what reads or replaces weights by way of a module wait for those that are in flight.
@@ -128,6 +123,8 @@ class Guards:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        if self.zero_grad is not None and (optimizer := self.optimizer()) is not None:
+            self.zero_grad.remove(optimizer)
         for p in self.parameters:
             if _owners.get(p.param) is self.optimizer:
                 del _owners[p.param]

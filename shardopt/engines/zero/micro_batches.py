@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,8 +48,12 @@ class MicroBatches:
         if not self._callback_queued:
             self._begin_backward()
         try:
-            if self.gather.in_flight:
-                self._refuse_stale_weight(index)
+            parameter = self.flat.parameters[index]
+            if parameter.bucket.index in self.gather.in_flight:
+                raise InputError(
+                    f"{parameter.name} was used in a forward before its updated weights had arrived: call modules and "
+                    f"not their .forward, or optimizer.wait() before it, or leave out overlap_gather"
+                )
             if current.last is None and self.reducer.is_sent(index):
                 self.reducer.finish_round()  # reentrant checkpoints of one block, each with a backward of its own
             if not self.whole or current.last is not False:
@@ -57,14 +61,6 @@ class MicroBatches:
         except BaseException as error:
             current.fail(error)
             raise
-
-    def _refuse_stale_weight(self, index: int) -> None:
-        parameter = self.flat.parameters[index]
-        if parameter.bucket.index in self.gather.in_flight:
-            raise InputError(
-                f"{parameter.name} was used in a forward before its updated weights had arrived: call modules and "
-                f"not their .forward, or optimizer.wait() before it, or leave out overlap_gather"
-            )
 
     def _begin_backward(self) -> None:
         current = self.round
@@ -151,17 +147,14 @@ class _EndOfBackward:
     """Autograd's callback at the end of a backward. Let go without having been called, the backward has raised."""
 
     def __init__(self, owner: MicroBatches) -> None:
-        self.owner: weakref.ref[MicroBatches] | None = weakref.ref(owner)
+        self.owner: Callable[[], MicroBatches | None] = weakref.ref(owner)
         torch.autograd.Variable._execution_engine.queue_callback(self)
 
-    def _take(self) -> MicroBatches | None:
-        taken, self.owner = self.owner, None
-        return None if taken is None else taken()
-
     def __call__(self) -> None:
-        if (owner := self._take()) is not None:
+        owner, self.owner = self.owner(), lambda: None
+        if owner is not None:
             owner.end_of_backward()
 
     def __del__(self) -> None:
-        if (owner := self._take()) is not None:
+        if (owner := self.owner()) is not None:
             owner.backward_raised()
