@@ -36,14 +36,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Message:
-    """A run of elements of one part, `start` and `length` in elements of the bucket, that travels as one.
-
-    `pieces` are what it holds of parameters: elements [first, last) of a member lie from `at` in the message.
-    """
+    """A run of elements of the bucket that travels as one."""
 
     start: int
     length: int
-    pieces: tuple[tuple[Member, int, int, int], ...] = ()
+    pieces: list[tuple[Member, int, int, int]]  # elements [first, last) of a parameter, that lie from `at` in this
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Bucket:
 
     def whole(self) -> Message:
         """All of the bucket."""
-        return Message(0, self.numel, tuple((m, 0, m.numel, m.offset) for m in self.members))
+        return Message(0, self.numel, [(m, 0, m.numel, m.offset) for m in self.members])
 
     @property
     def part(self) -> int:
@@ -96,7 +93,7 @@ class Bucket:
         begin, end = rank * self.part, (rank + 1) * self.part
         floor = _MESSAGE_BYTES // self.dtype.itemsize
         at = begin  # all before it is in a message
-        pieces: list[tuple[Member, int, int, int]] = []  # from there on
+        pieces = []  # from there on
         for member in self.members:
             start, stop = max(member.offset, begin), min(member.offset + member.numel, end)
             if stop <= start:
@@ -106,11 +103,11 @@ class Bucket:
                 pieces.append((member, first, last, start - at))
                 continue
             if start > at:
-                yield Message(at, start - at, tuple(pieces))
-            yield Message(start, stop - start, ((member, first, last, 0),))  # its gradient can be sent as it is
+                yield Message(at, start - at, pieces)
+            yield Message(start, stop - start, [(member, first, last, 0)])  # its gradient can be sent as it is
             at, pieces = stop, []
         if at < end:
-            yield Message(at, end - at, tuple(pieces))
+            yield Message(at, end - at, pieces)
 
     def __str__(self) -> str:
         first, last = self.members[0].name, self.members[-1].name

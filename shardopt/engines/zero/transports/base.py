@@ -153,12 +153,9 @@ class ExchangedReduction(Reduction):
 
     @abc.abstractmethod
     def read(self, peer: int, message: int, first: int, start: int, own: Tensor) -> Tensor:
-        """What `peer` sent for the elements of `own`, good until the next one of that peer is read.
+        """What `peer` sent for the elements of `own`, which begin at `first` in the message, at `start` in the part.
 
-        Args:
-            message: number of the message.
-            first, start: where the elements begin in the message, and in the part.
-            own: this rank's own values of them.
+        Good until the next one of that peer is read.
         """
 
     def _chunks(self) -> Iterator[tuple[list[Tensor], int, int]]:

@@ -91,13 +91,7 @@ class _Process:
 def join(
     group: dist.ProcessGroup, timeout: timedelta | None, channel: int, in_flight: int
 ) -> SharedMemoryCommunicator | None:
-    """A communicator for the CPU ranks of `group` if each can read every other one's memory, else None. A collective.
-
-    Args:
-        timeout: of every wait; None is the process group's own.
-        channel: see Communicator.
-        in_flight: reduce-scatters, and all-gathers, that are in flight at most at a time.
-    """
+    """A communicator for CPU ranks, if each can read every other one's memory, else None. A collective."""
     comm = SharedMemoryCommunicator(group, timeout, channel, in_flight)
     able = _process_vm_readv() is not None
     mine = (_BOOT_ID.read_text() if able else "", os.getpid(), [(m.address, m.secret) for m in comm.mailboxes])
