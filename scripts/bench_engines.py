@@ -323,7 +323,8 @@ def layouts() -> None:
             begin = time.perf_counter()
             buckets = lay_out(named, ranks, 25 * 2**20)
             seconds = time.perf_counter() - begin
-            padding = 100 * sum(b.padding for b in buckets) / sum(b.numel for b in buckets)
+            held = sum(m.numel for b in buckets for m in b.members)
+            padding = 100 * (1 - held / sum(b.numel for b in buckets))
             print(f"| {name} | {ranks} | {len(buckets)} | {padding:.4f} | {seconds:.2f} |")
 
 

@@ -71,11 +71,6 @@ class Ranks:
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
-    def barrier(self) -> None:
-        """Wait for all ranks. A collective."""
-        if self.distributed:
-            dist.barrier()
-
     def sum(self, values: list[float]) -> list[float]:
         """The sum over ranks of each value, in float64. A collective."""
         if not self.distributed:

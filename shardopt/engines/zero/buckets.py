@@ -76,11 +76,6 @@ class Bucket:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
-    @property
-    def padding(self) -> int:
-        """Elements that belong to no parameter."""
-        return self.numel - sum(m.numel for m in self.members)
-
     def owned(self, member: Member, rank: int) -> tuple[Layout, int]:
         """What `rank` owns of `member`, and where that starts in the rank's part (elements)."""
         start = max(member.offset, rank * self.part)
