@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from shardopt.distributed import all_gather_objects
 from shardopt.engines.zero.transports import shared_memory
 from shardopt.engines.zero.transports.backends import NativeCommunicator, SocketsCommunicator
 from shardopt.engines.zero.transports.base import Communicator, Part, PeerError, Reduction
@@ -35,7 +36,9 @@ def communicator(
     backends = dict(pair.split(":") for pair in str(dist.get_backend_config(group)).split(","))
     if device.type == "meta":  # simulated ranks cannot agree on anything
         return NativeCommunicator(group, timeout)
-    channel = _agree_on_channel(group, device)
+    # A rank may have counted alone, where its construction of something failed.
+    channel = max(all_gather_objects(_next_channel.get(group.group_name, 0), group))
+    _next_channel[group.group_name] = channel + 1
     if backends.get(device.type) == "gloo":
         joined = shared_memory.join(group, timeout, channel, in_flight) if device.type == "cpu" else None
         return joined or SocketsCommunicator(group, timeout, channel)
@@ -45,12 +48,3 @@ def communicator(
         patience = group._get_backend(device).options._timeout
         group = dist.new_group(timeout=patience, backend=backends[device.type])
     return NativeCommunicator(group, timeout, channel)
-
-
-def _agree_on_channel(group: dist.ProcessGroup, device: torch.device) -> int:
-    """A number that no communicator on `group` had before, on any rank: a rank's construction may have failed alone."""
-    agreed = torch.tensor([_next_channel.get(group.group_name, 0)], device=device)
-    dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
-    channel = int(agreed.item())
-    _next_channel[group.group_name] = channel + 1
-    return channel

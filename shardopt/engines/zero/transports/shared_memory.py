@@ -106,9 +106,7 @@ def join(
                     process.words(process.address, 1)
     except PeerError:  # no such process in this container, or not allowed: all ranks agree on that
         able = False
-    agreed = torch.tensor([int(able)])
-    dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
-    return comm if agreed.item() else None
+    return comm if all(all_gather_objects(able, group)) else None
 
 
 class SharedMemoryCommunicator(Communicator):
