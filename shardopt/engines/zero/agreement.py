@@ -34,11 +34,7 @@ class Agreement:
         self.has_gradient: list[bool] = []  # on any rank, in registration order
 
     def norm(self) -> float:
-        """L2 norm of the whole gradient, the same double on every rank. A collective.
-
-        Raises:
-            PeerError: another rank failed; names it.
-        """
+        """L2 norm of the whole gradient, the same double on every rank; PeerError if one failed. A collective."""
         flat, replicas = self.flat, self.replicate.size
         refusal = _attempt(self._take_from_host if self.from_host else self._refuse_second_reduction)
         if replicas > 1:

@@ -90,11 +90,7 @@ class FlatParameters:
         return whole + [Slice(p.name, "master", p.layout, (p.shard.detach(),)) for p in mastered]
 
     def verify(self) -> None:
-        """Refuse parameters that are no longer the views of the buckets that they were made.
-
-        Raises:
-            InputError: names the first one.
-        """
+        """Raise InputError naming the first parameter that is no longer the view of its bucket that it was made."""
         for p in self.parameters:
             now, made = p.param, p.weight
             alike = now.dtype == made.dtype and now.shape == made.shape and now.is_contiguous()
@@ -128,8 +124,7 @@ class FlatParameters:
     def refresh_masters(self, state: dict[Tensor, dict[str, Tensor]]) -> None:
         """Take over weights that somebody else has set: masters that no longer round to their weight follow it.
 
-        Args:
-            state: the inner optimizer's, whose own masters ("master") are looked after too.
+        So do the masters in `state`, the inner optimizer's.
         """
         pairs = [(self.own(bucket), master) for bucket, master in self.masters.items()]
         narrow = [
@@ -157,11 +152,7 @@ class WeightGather:
             self.in_flight[index] = self.comm.all_gather(self.flat.flats[index])
 
     def wait(self, buckets: Iterable[int] | None = None) -> None:
-        """Wait for all buckets, or for some.
-
-        Raises:
-            PeerError: another rank failed.
-        """
+        """Wait for all buckets, or for some. Raises PeerError if another rank failed."""
         if self.in_flight:
             for index in list(self.in_flight) if buckets is None else buckets:
                 if (finish := self.in_flight.pop(index, None)) is not None:

@@ -110,11 +110,7 @@ def _members_of(group: dict[str, Any]) -> list[Any]:
 
 
 def _in_order(groups: list[tuple[dict[str, Any], Pairs]], model: nn.Module | None) -> Pairs:
-    """All pairs in registration order where the model is known, else as given.
-
-    Raises:
-        InputError: a parameter that cannot lie in a flat bucket.
-    """
+    """All pairs in registration order where the model is known, else as given. InputError if one cannot lie flat."""
     from torch.distributed.tensor import DTensor
 
     pairs = [pair for _, members in groups for pair in members]
@@ -190,11 +186,7 @@ def _describe(value: Any) -> str:
 
 @torch.no_grad()
 def refuse_unless_elementwise(cls: type[Optimizer], kwargs: dict[str, Any]) -> None:
-    """Try `cls` on a small matrix, whole and in flat pieces: an elementwise optimizer moves both alike.
-
-    Raises:
-        InputError: it does not, or takes no flat slice at all.
-    """
+    """Raise InputError if `cls` does not move a small matrix and flat pieces of it alike, as elementwise ones do."""
     if hasattr(cls, "set_layout"):
         return  # made for slices, and its random bits depend on where they lie
     generator = torch.Generator().manual_seed(0)

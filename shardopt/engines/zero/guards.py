@@ -66,11 +66,7 @@ _owners = torch.utils.weak.WeakIdKeyDictionary()
 
 
 def refuse_owned(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse parameters of another ZeroOptimizer, which would go on taking their gradients.
-
-    Raises:
-        InputError: names the first one.
-    """
+    """Raise InputError naming the first parameter of another ZeroOptimizer, which would go on taking its gradients."""
     for name, param in named:
         owner = _owners.get(param)
         if owner is not None and owner() is not None:

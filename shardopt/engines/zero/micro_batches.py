@@ -23,11 +23,8 @@ _in_backward: list[MicroBatches] = []  # those that the running backward has bro
 class MicroBatches:
     """Hands the reducer what autograd has finished, and ends the micro-batch with its backward or its block.
 
-    Args:
-        flat, reducer, round_: of the optimizer.
-        gather: weights in flight, which no backward may have used.
-        whole: keep whole gradients until the step's last micro-batch (stage 1).
-        from_host: some host reduces gradients; only take note of them.
+    With `whole` gradients are kept until the step's last micro-batch (stage 1); with `from_host` some host reduces
+    them, and they are only taken note of.
     """
 
     def __init__(

@@ -324,10 +324,7 @@ class ZeroOptimizer(Optimizer):
         return self.flat.slices() + states.state_slices(self.inner, self.layouts)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state_dict over this rank's shards, and which shards they are.
-
-        Every rank has its own; to change the world size, save `slices()` instead.
-        """
+        """The inner optimizer's state_dict over this rank's shards alone; `slices()` suits any world size."""
         self._ready("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
