@@ -241,6 +241,18 @@ def test_a_setting_that_an_older_state_dict_lacks_stays(cls, key, value):
     train(net, other, 1)
 
 
+def test_loaded_state_shares_no_memory_with_the_state_dict():
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    source, target = (shardopt.AdEMAMix([("w", param)]) for param in (first, second))
+    first.grad = second.grad = torch.ones(3)
+    source.step()
+    before = source.state[first]["m1"].clone()
+    target.load_state_dict(source.state_dict())
+    target.step()
+    assert torch.equal(source.state[first]["m1"], before)
+    assert not torch.equal(target.state[second]["m1"], before)
+
+
 @pytest.mark.parametrize("cls", [Yogi, SimplifiedAdEMAMix])
 def test_baselines_refuse_state_that_does_not_fit(cls):
     net, optimizer = trained(cls)
