@@ -143,6 +143,14 @@ def test_any_cut_of_a_parameter_gives_the_bits_of_the_whole(kernel, state):
     assert torch.equal(flat.detach()[4001:], torch.ones(7).bfloat16())  # padding is left alone
 
 
+@pytest.mark.parametrize("state", ["block16", "block8"])
+def test_c_equals_torch_where_a_tensor_holds_several_ranges_in_blocks(state):
+    """Each range's blocks and scales begin where those of the range before end."""
+    layout = Layout("p0", (9001,), (Range(0, 0, 1000), Range(5000, 1000, 300)))
+    both = [run(kernel, sizes=(1300,), layouts=[layout], state_dtype=state) for kernel in ("c", "torch")]
+    assert_same(*both)
+
+
 def test_indices_beyond_32_bits_have_bits_of_their_own():
     # A shard in the middle of a parameter of 3 * 2^32 elements, across a multiple of 2^32.
     start, length = (1 << 33) - 3000, 6000
