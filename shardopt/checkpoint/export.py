@@ -74,7 +74,7 @@ def export_safetensors(
                 complete(files.folder)
             for path in files.folder.rglob("*"):
                 if path.is_file():
-                    folders.sync_file(path)
+                    folders.sync(path)
             folders.publish(files.folder, folder, _is_export)
         except OSError as error:
             raise InputError(f"cannot write {folder}: {error}") from error

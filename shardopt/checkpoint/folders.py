@@ -125,7 +125,7 @@ def publish(partial: Path, folder: Path, replaceable: Callable[[Path], bool]) ->
     Raises:
         InputError: `folder` holds something that is not `replaceable`.
     """
-    sync_folder(partial)
+    sync(partial)
     previous = _aside(folder, "previous")
     if folder.exists():
         if any(folder.iterdir()):
@@ -137,7 +137,7 @@ def publish(partial: Path, folder: Path, replaceable: Callable[[Path], bool]) ->
         else:
             folder.rmdir()
     partial.rename(folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     if previous.exists():
         shutil.rmtree(previous)
 
@@ -178,14 +178,9 @@ def write_json(path: Path, content: Any) -> None:
         os.fsync(file.fileno())
 
 
-def sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable, as fsync does for the contents of a file."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the contents of a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -265,11 +265,10 @@ class _SavePlanner(DefaultSavePlanner):
                 chunk = item.tensor_data.chunk  # type: ignore[union-attr]
                 chunks.setdefault(item.index.fqn, set()).add((chunk.offsets[0], chunk.sizes[0]))
         manifest.check_coverage(self.parameters, chunks)
-        prefix = manifest.extra_key("")
-        self.extras = sorted(
-            {i.index.fqn.removeprefix(prefix) for p in all_plans for i in p.items if i.index.fqn.startswith(prefix)}
-        )
-        return super().create_global_plan([replace(plan, planner_data=None) for plan in all_plans])
+        plans, metadata = super().create_global_plan([replace(plan, planner_data=None) for plan in all_plans])
+        keys, prefix = metadata.state_dict_metadata, manifest.extra_key("")
+        self.extras = sorted(key.removeprefix(prefix) for key in keys if key.startswith(prefix))
+        return plans, metadata
 
 
 class _PublishingWriter(dcp.FileSystemWriter):

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
-from shardopt.engines.ddp import DdpConfig
+from shardopt.engines.base import Engine, EngineInputs
+from shardopt.engines.ddp import DdpConfig, DdpEngine
 from shardopt.engines.deepspeed.config import DeepspeedConfig
-from shardopt.engines.fsdp import FsdpConfig
-from shardopt.engines.single import SingleConfig
-from shardopt.engines.zero.engine import ZeroConfig
+from shardopt.engines.deepspeed.engine import DeepspeedEngine
+from shardopt.engines.fsdp import FsdpConfig, FsdpEngine
+from shardopt.engines.single import SingleConfig, SingleEngine
+from shardopt.engines.zero.engine import ZeroConfig, ZeroEngine
 from shardopt.errors import InputError
-
-if TYPE_CHECKING:
-    from shardopt.engines.base import Engine, EngineInputs
-    from shardopt.optim.registry import OptimizerSpec
+from shardopt.optim.registry import OptimizerSpec
 
 EngineConfig = SingleConfig | DdpConfig | ZeroConfig | FsdpConfig | DeepspeedConfig
 
-# The class that each configuration builds, imported when it is chosen.
-_ENGINES = {
-    SingleConfig: "shardopt.engines.single:SingleEngine",
-    DdpConfig: "shardopt.engines.ddp:DdpEngine",
-    ZeroConfig: "shardopt.engines.zero:ZeroEngine",
-    FsdpConfig: "shardopt.engines.fsdp:FsdpEngine",
-    DeepspeedConfig: "shardopt.engines.deepspeed.engine:DeepspeedEngine",
+_ENGINES: dict[type, Callable[[Any, EngineInputs], Engine]] = {
+    SingleConfig: SingleEngine,
+    DdpConfig: DdpEngine,
+    ZeroConfig: ZeroEngine,
+    FsdpConfig: FsdpEngine,
+    DeepspeedConfig: DeepspeedEngine,
 }
 
 
@@ -56,5 +54,4 @@ def check(config: EngineConfig, optimizer: OptimizerSpec, world_size: int, distr
 def build(config: EngineConfig, inputs: EngineInputs) -> Engine:
     """The engine that `config` describes, with its model sharded, initialised and its optimizer made."""
     check(config, inputs.optimizer, inputs.ranks.world_size, inputs.ranks.distributed)
-    module, name = _ENGINES[type(config)].split(":")
-    return getattr(importlib.import_module(module), name)(config, inputs)
+    return _ENGINES[type(config)](config, inputs)

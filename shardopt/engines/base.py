@@ -6,7 +6,7 @@ import abc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,22 @@ from shardopt.errors import InputError
 from shardopt.optim.registry import OptimizerSpec
 
 DtypeName = Literal["auto", "fp32", "bf16"]
+
+
+class Config:
+    """The checks of every engine's section of a run's config, however it is made; each names `engine.KEY`."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  pydantic's own protocol
+
+    def __post_init__(self) -> None:
+        for key, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, key), get_args(hint)
+            if get_origin(hint) is Literal and value not in choices:
+                raise InputError(f"engine.{key}: {value!r} is not one of {', '.join(map(str, choices))}")
+            if key == "bucket_mb" and value <= 0:
+                raise InputError(f"engine.bucket_mb: {value} must be greater than 0")
+            if key == "replicate" and value < 1:
+                raise InputError(f"engine.replicate: {value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -119,10 +135,3 @@ def replicated_mesh(ranks: Ranks, replicate: int) -> DeviceMesh:
     shape = (replicate, ranks.world_size // replicate)
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
     return mesh if replicate > 1 else mesh["shard"]
-
-
-def check_choice(config: object, **allowed: tuple[object, ...]) -> None:
-    """Raise InputError naming `engine.KEY` where a field of an engine's config is not among its choices."""
-    for key, choices in allowed.items():
-        if (value := getattr(config, key)) not in choices:
-            raise InputError(f"engine.{key}: {value!r} is not one of {', '.join(map(str, choices))}")

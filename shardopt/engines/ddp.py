@@ -9,12 +9,11 @@ from typing import Any, Literal
 
 from torch.nn.parallel import DistributedDataParallel
 
-from shardopt.engines.base import DtypeName, EngineInputs, ModuleEngine, check_choice, compute_dtype
-from shardopt.errors import InputError
+from shardopt.engines.base import Config, DtypeName, EngineInputs, ModuleEngine, compute_dtype
 
 
 @dataclass(frozen=True)
-class DdpConfig:
+class DdpConfig(Config):
     """torch's DistributedDataParallel."""
 
     name: Literal["ddp"] = "ddp"
@@ -22,13 +21,6 @@ class DdpConfig:
     """Size of a gradient bucket."""
     compute_dtype: DtypeName = "auto"
     """Forward and backward; "auto" is bf16 (autocast) on a GPU, fp32 on the CPU."""
-
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
-
-    def __post_init__(self) -> None:
-        check_choice(self, compute_dtype=("auto", "fp32", "bf16"))
-        if self.bucket_mb <= 0:
-            raise InputError(f"engine.bucket_mb: {self.bucket_mb} must be greater than 0")
 
 
 class DdpEngine(ModuleEngine):

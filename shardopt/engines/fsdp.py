@@ -10,12 +10,11 @@ from typing import Literal
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from shardopt.engines.base import DtypeName, EngineInputs, ModuleEngine, check_choice, compute_dtype, replicated_mesh
-from shardopt.errors import InputError
+from shardopt.engines.base import Config, DtypeName, EngineInputs, ModuleEngine, compute_dtype, replicated_mesh
 
 
 @dataclass(frozen=True)
-class FsdpConfig:
+class FsdpConfig(Config):
     """torch's FSDP2: weights, gradients and optimizer state are all sharded."""
 
     name: Literal["fsdp"] = "fsdp"
@@ -27,13 +26,6 @@ class FsdpConfig:
     """Forward and backward; "auto" is bf16 on a GPU, fp32 on the CPU. The sharded weights stay fp32."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Gradients on the wire."""
-
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
-
-    def __post_init__(self) -> None:
-        check_choice(self, compute_dtype=("auto", "fp32", "bf16"), reduce_dtype=("fp32", "bf16"))
-        if self.replicate < 1:
-            raise InputError(f"engine.replicate: {self.replicate} must be at least 1")
 
 
 class FsdpEngine(ModuleEngine):

@@ -6,21 +6,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-from shardopt.engines.base import DtypeName, EngineInputs, ModuleEngine, check_choice, compute_dtype
+from shardopt.engines.base import Config, DtypeName, EngineInputs, ModuleEngine, compute_dtype
 
 
 @dataclass(frozen=True)
-class SingleConfig:
+class SingleConfig(Config):
     """Plain torch on one process."""
 
     name: Literal["single"] = "single"
     compute_dtype: DtypeName = "auto"
     """Forward and backward; "auto" is bf16 (autocast) on a GPU, fp32 on the CPU."""
-
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  pydantic's own protocol
-
-    def __post_init__(self) -> None:
-        check_choice(self, compute_dtype=("auto", "fp32", "bf16"))
 
 
 class SingleEngine(ModuleEngine):

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from shardopt.engines.deepspeed.config import check_client_config, check_state_dtype
 from shardopt.engines.state import ShardedState
 from shardopt.errors import InputError
-from shardopt.integrations.hosted import DeepspeedAdEMAMix, FileAdEMAMix, Hosted, HostedAdEMAMix, ZeroAdEMAMix
+from shardopt.integrations.hosted import DeepspeedAdEMAMix, FileAdEMAMix, HostedAdEMAMix, ZeroAdEMAMix
 from shardopt.optim import registry
 from shardopt.slices import named_parameters
 
@@ -69,12 +69,7 @@ def sharded_ademamix(accelerator: Any, model: nn.Module, **kwargs: Any) -> Optim
 
 
 def build(
-    accelerator: Any,
-    model: nn.Module,
-    groups: list[dict[str, Any]],
-    kwargs: dict[str, Any],
-    *,
-    pointing: bool = False,
+    accelerator: Any, model: nn.Module, groups: list[dict[str, Any]], kwargs: dict[str, Any], *, pointing: bool = False
 ) -> Optimizer:
     """The optimizer for `accelerator`'s host over named groups.
 
@@ -112,7 +107,7 @@ def sharded_state(optimizer: Optimizer) -> ShardedState:
         InputError: `sharded_ademamix` did not make it, or `prepare` is still to come.
     """
     inner: Any = optimizer
-    while not isinstance(inner, Hosted):
+    while not hasattr(inner, "sharded_state"):
         inner = getattr(inner, "optimizer", None)
         if inner is None:
             raise InputError(f"{type(optimizer).__name__} does not hold an optimizer that sharded_ademamix made")

@@ -6,7 +6,6 @@ FSDP2's) put plain data into it, and the state itself is saved from every rank w
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,15 +21,7 @@ from shardopt.optim.ademamix import AdEMAMix
 _POINTER = "shardopt"
 
 
-class Hosted(abc.ABC):
-    """An optimizer that a host steps, and that knows its own sharded state."""
-
-    @abc.abstractmethod
-    def sharded_state(self) -> ShardedState:
-        """The trained weights and the optimizer state that this process holds, once the host has placed them."""
-
-
-class _Pointing(Hosted):
+class _Pointing:
     """An optimizer whose state_dict is plain data, since its state is saved from every rank elsewhere.
 
     After such a state_dict has been loaded the optimizer will not step until `checkpoint.load` has brought the state.
@@ -70,7 +61,7 @@ class _Pointing(Hosted):
             )
 
 
-class HostedAdEMAMix(Hosted, AdEMAMix):
+class HostedAdEMAMix(AdEMAMix):
     """AdEMAMix on the module's own parameters, in one process or under FSDP2, which saves every rank's shards itself.
 
     Args:
@@ -84,6 +75,7 @@ class HostedAdEMAMix(Hosted, AdEMAMix):
         self._model = model
 
     def sharded_state(self) -> ShardedState:
+        """The trained weights and the optimizer state that this process holds, once the host has placed them."""
         return ModuleState(self, self._model, trained_only=True)
 
 
@@ -142,7 +134,7 @@ class DeepspeedAdEMAMix(_Pointing, AdEMAMix):
         self._sharded: DeepspeedState | None = None
 
     def sharded_state(self) -> ShardedState:
-        """See Hosted.
+        """See HostedAdEMAMix.
 
         Raises:
             InputError: `prepare` has not been called, or the partitions cannot be found.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shardopt.engines.base import DtypeName, check_choice
+from shardopt.engines.base import Config, DtypeName
 from shardopt.errors import InputError, MissingExtraError
 from shardopt.optim.precision import BLOCK_FORMATS
 
@@ -66,7 +66,7 @@ _KNOWN = {
 
 
 @dataclass(frozen=True)
-class DeepspeedConfig:
+class DeepspeedConfig(Config):
     """DeepSpeed's ZeRO-1, 2 or 3, with the run's optimizer as its client optimizer."""
 
     name: Literal["deepspeed"] = "deepspeed"
@@ -85,12 +85,8 @@ class DeepspeedConfig:
     config: str | dict[str, Any] | None = None
     """A DeepSpeed configuration of your own, a path or the keys themselves, to which the above is added."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
-
     def __post_init__(self) -> None:
-        check_choice(self, stage=(1, 2, 3), compute_dtype=("auto", "fp32", "bf16"), reduce_dtype=("fp32", "bf16"))
-        if self.bucket_mb <= 0:
-            raise InputError(f"engine.bucket_mb: {self.bucket_mb} must be greater than 0")
+        super().__post_init__()
         _Given(self.config).check(self)
 
     def check_run(self, global_batch: int, micro_batch: int, world_size: int) -> None:
@@ -225,11 +221,7 @@ class _Given:
             raise InputError(f"{self.where(offload)} cannot be {device}: state is offloaded to the cpu only")
         for key, field, ours in (
             ("zero_optimization.stage", "stage", config.stage),
-            (
-                "bf16.enabled",
-                "compute_dtype",
-                None if config.compute_dtype == "auto" else config.compute_dtype == "bf16",
-            ),
+            ("bf16.enabled", "compute_dtype", {"auto": None, "fp32": False, "bf16": True}[config.compute_dtype]),
             (offload, "offload_optimizer", "cpu" if config.offload_optimizer else "none"),
             ("communication_data_type", "reduce_dtype", config.reduce_dtype),
         ):

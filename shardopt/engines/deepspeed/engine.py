@@ -179,15 +179,11 @@ def _import(device: torch.device) -> ModuleType:
         builder = accelerator.create_op_builder("ShareMemCommBuilder")
         if builder is not None:
             deepspeed.ops.__compatible_ops__[builder.NAME] = False
-    if not any(isinstance(f, _Intended) for f in logger.filters):
-        logger.addFilter(_Intended())
+    logger.addFilter(_is_news)
     for call in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", message=f".*{call}` is deprecated", category=FutureWarning)
     return deepspeed
 
 
-class _Intended(logging.Filter):
-    """Drops the warning that the optimizer is not one of DeepSpeed's."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "untested optimizer" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    return "untested optimizer" not in record.getMessage()  # what is intended here

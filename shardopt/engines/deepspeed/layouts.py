@@ -58,9 +58,9 @@ class Stage(abc.ABC):
     def clear(self) -> None:
         """Forget all gradients, those of earlier steps included."""
 
-    @abc.abstractmethod
     def refresh(self) -> None:
         """Write the masters to the working weights on all ranks. A collective."""
+        self.zero.update_lp_params()
 
     @abc.abstractmethod
     def gradient_bytes(self) -> int:
@@ -127,9 +127,6 @@ class _Stage12(Stage):
             for grad in z.accumulated_grads_in_cpu.values():
                 grad.zero_()
 
-    def refresh(self) -> None:
-        self.zero.update_lp_params()
-
     def gradient_bytes(self) -> int:
         z = self.zero
         shards = 1 if z.partition_gradients else dist.get_world_size(z.dp_process_group)
@@ -151,9 +148,6 @@ class _Bf16(Stage):
 
     def clear(self) -> None:
         self.zero.zero_grad(set_to_none=True)
-
-    def refresh(self) -> None:
-        self.zero.update_lp_params()
 
     def gradient_bytes(self) -> int:
         return sum(g.nbytes for g in self.zero.fp32_groups_gradients_flat) * 3 // 2  # and bf16 ones from autograd

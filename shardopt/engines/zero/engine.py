@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 from shardopt.distributed import Ranks
 from shardopt.engines.base import (
+    Config,
     DtypeName,
     Engine,
     EngineInputs,
     autocast_forward,
-    check_choice,
     compute_dtype,
     replicated_mesh,
 )
@@ -29,7 +29,7 @@ from shardopt.slices import Layout, Slice, named_parameters
 
 
 @dataclass(frozen=True)
-class ZeroConfig:
+class ZeroConfig(Config):
     """Our own ZeRO: optimizer state sharded, and gradients too in stage 2."""
 
     name: Literal["zero"] = "zero"
@@ -44,13 +44,9 @@ class ZeroConfig:
     compute_dtype: DtypeName = "auto"
     """Forward and backward; "auto" is bf16 (autocast) on a GPU, fp32 on the CPU."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
-
     def __post_init__(self) -> None:
         check_settings("engine.", stage=self.stage, bucket_mb=self.bucket_mb, reduce_dtype=self.reduce_dtype)
-        check_choice(self, compute_dtype=("auto", "fp32", "bf16"))
-        if self.replicate < 1:
-            raise InputError(f"engine.replicate: {self.replicate} must be at least 1")
+        super().__post_init__()
 
 
 class ZeroState(ShardedState):
