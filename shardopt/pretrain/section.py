@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -53,14 +54,10 @@ def _fit(annotation: Any, value: Any) -> Any:
         if annotation is Path:
             return Path(value).expanduser()
         if annotation is float:
-            try:
+            with suppress(ValueError):
                 return float(value)
-            except ValueError:
-                return value
-    if isinstance(value, (list, tuple)) and origin in (list, tuple) and args:
-        variadic = origin is list or args[-1] is Ellipsis
-        members = [args[0]] * len(value) if variadic else [*args, *[Any] * len(value)][: len(value)]
-        return origin(_fit(member, item) for member, item in zip(members, value, strict=True))
+    if isinstance(value, (list, tuple)) and origin is tuple:  # of members of one type
+        return tuple(_fit(args[0], item) for item in value)
     if isinstance(value, dict) and origin is dict and len(args) == 2:
         return {key: _fit(args[1], item) for key, item in value.items()}
     return value

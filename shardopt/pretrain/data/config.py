@@ -153,5 +153,4 @@ class DataConfig(Section):
     def cache_folder(self) -> Path:
         if self.cache is not None:
             return self.cache
-        root = os.environ.get("XDG_CACHE_HOME")
-        return (Path(root) if root else Path.home() / ".cache") / "shardopt" / "data"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardopt" / "data"
