@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from shardopt.errors import InputError
 from shardopt.optim import kernels, precision, reference, schema, states
-from shardopt.optim.checked import CheckedOptimizer, Stored, placed_like, shards_of
-from shardopt.optim.kernels.table import make_entry, placed_ranges
+from shardopt.optim.checked import CheckedOptimizer, Stored, check_state, shards_of
+from shardopt.optim.kernels.table import Entry, make_entry
 from shardopt.optim.plan import Plan
 from shardopt.optim.schedules import alpha_at, beta3_at
 from shardopt.optim.schema import STATE_TENSORS, HyperParameters
@@ -98,15 +98,9 @@ class AdEMAMix(CheckedOptimizer):
     @property
     def kernel(self) -> str:
         """The kernel in use: "c", "triton" or "torch"; several joined by "+" where parameters differ."""
-        found: dict[str, None] = {}
-        seen = set()
-        for group in self.param_groups:
-            for param in group["params"]:
-                kind = (param.device.type, param.dtype)
-                if kind not in seen:
-                    seen.add(kind)
-                    found[kernels.choose(self._kernel_choice, local_tensor(param.detach())).name] = None
-        return "+".join(found)
+        kinds = {(param.device, param.dtype): param for group in self.param_groups for param in group["params"]}
+        chosen = (kernels.choose(self._kernel_choice, local_tensor(param.detach())) for param in kinds.values())
+        return "+".join(dict.fromkeys(kernel.name for kernel in chosen))
 
     def set_layout(self, param: Tensor, layout: states.Layouts | None) -> None:
         """Say which elements of which parameter the local tensor `param` holds.
@@ -132,15 +126,6 @@ class AdEMAMix(CheckedOptimizer):
         }
 
     @torch.no_grad()
-    def init_state(self) -> None:
-        """Create the state of every parameter that requires grad. Counts no step, leaves existing state alone."""
-        self._check_changes()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.requires_grad and not self.state.get(param):
-                    self._create_state(group, param)
-
-    @torch.no_grad()
     def statistics(self) -> dict[str, Tensor]:
         """LOCAL sums of squares (0-d float64, on the CPU) of m1, m2 and the update u of the state as it stands.
 
@@ -148,25 +133,22 @@ class AdEMAMix(CheckedOptimizer):
         its place where that is still there.
         """
         sums = {key: torch.zeros((), dtype=torch.float64) for key in ("m1", "m2", "update")}
-        for entry, _, ranges in self._current_plan().held():
+        for entry in self._current_plan().entries:
             step = int(entry.state["step"])
             if not step:
                 continue
             s = reference.scalars_of(self.param_groups[entry.group], step, int(entry.state.get("schedule_step", step)))
             grad = None if entry.param.grad is None else local_tensor(entry.param.grad)
-            for local, scale, length in ranges:
-                for done in range(0, length, _TILE):
-                    count = min(_TILE, length - done)
-                    where = local + done, scale + done // precision.BLOCK, count
-                    m2, nu = (entry.decoded(key, *where) for key in ("m2", "nu"))
-                    fast = m1 = entry.decoded("m1", *where) if "m1" in entry.formats else None
-                    if m1 is None and grad is not None:
-                        fast = grad.reshape(-1).narrow(0, local + done, count).to(m2.dtype)
-                        fast = -fast if s.maximize else fast
-                    u = reference.direction(torch.zeros_like(m2) if fast is None else fast, m2, nu, s)
-                    for key, value in (("m1", m1), ("m2", m2), ("update", u)):
-                        if value is not None:
-                            sums[key] += value.double().square().sum().cpu()
+            for where in entry.tiles(_TILE):
+                m2, nu = (entry.decoded(key, where) for key in ("m2", "nu"))
+                fast = m1 = entry.decoded("m1", where) if "m1" in entry.formats else None
+                if m1 is None and grad is not None:
+                    fast = grad.reshape(-1).narrow(0, where.local, where.count).to(m2.dtype)
+                    fast = -fast if s.maximize else fast
+                u = reference.direction(torch.zeros_like(m2) if fast is None else fast, m2, nu, s)
+                for key, value in (("m1", m1), ("m2", m2), ("update", u)):
+                    if value is not None:
+                        sums[key] += value.double().square().sum().cpu()
         return sums
 
     @contextmanager
@@ -186,13 +168,14 @@ class AdEMAMix(CheckedOptimizer):
         self._averaged = True
         try:
             with torch.no_grad():
-                for entry, weight, ranges in self._current_plan().held():
+                for entry in self._current_plan().entries:
                     if "weight_ema" not in entry.tensors or not entry.state["step"]:
                         continue
+                    weight = local_tensor(entry.param)
                     kept.append((entry.param, weight.clone()))
                     flat = weight.reshape(-1)
-                    for local, scale, length in ranges:
-                        flat.narrow(0, local, length).copy_(entry.decoded("weight_ema", local, scale, length))
+                    for where in entry.tiles(_TILE):
+                        flat.narrow(0, where.local, where.count).copy_(entry.decoded("weight_ema", where))
                     if flat.data_ptr() != weight.data_ptr():  # a strided weight has no flat view
                         weight.copy_(flat.view(weight.shape))
             yield
@@ -232,11 +215,23 @@ class AdEMAMix(CheckedOptimizer):
 
     # -- state --------------------------------------------------------------------------------------------------
 
-    def _layouts(self, param: Tensor, name: str) -> tuple[Layout, ...]:
-        layout = self.layouts.get(param)
-        if layout is None:
-            return (layout_of(param, name),)
-        return (layout,) if isinstance(layout, Layout) else tuple(layout)
+    def _layouts(self, group: Mapping[str, Any], param: Tensor, name: str = "a parameter") -> tuple[Layout, ...]:
+        """What the local tensor of `param` holds."""
+        weight, found = local_tensor(param.detach()), self.layouts.get(param)
+        try:
+            found = layout_of(param, name) if found is None else found
+        except PlacementError as e:
+            formats = schema.formats_of(group["state_dtype"])
+            rounded = any(formats[tensor.key].name != "fp32" for tensor in STATE_TENSORS if tensor.kept(group))
+            if rounded or (weight.dtype == torch.bfloat16 and group["master_weights"] is None):
+                raise InputError(f"stochastic rounding cannot place {name}: {e}; use state_dtype='fp32'") from e
+            # nothing is rounded: where the elements belong does not matter
+            found = Layout.whole(name, (weight.numel(),))
+        layouts = (found,) if isinstance(found, Layout) else tuple(found)
+        end = max((r.local_start + r.length for layout in layouts for r in layout.ranges), default=0)
+        if end > weight.numel():
+            raise InputError(f"the layout of {name} ends at element {end}, the local tensor has {weight.numel()}")
+        return layouts
 
     def _counter(self, step: int, group: Mapping[str, Any], param: Tensor) -> int | Tensor:
         """A step count: a number, or an int64 scalar on the parameter's device for capturable groups."""
@@ -251,18 +246,15 @@ class AdEMAMix(CheckedOptimizer):
         for key in (tensor.key for tensor in STATE_TENSORS if tensor.kept(group)):
             stored[key] = Stored(formats[key].dtype(local.dtype), local.shape)
             if formats[key].in_blocks:
-                stored[f"{key}_scale"] = Stored(torch.float32, self._scale_shape(param))
+                stored[f"{key}_scale"] = Stored(torch.float32, self._scale_shape(group, param))
         master = schema.master_of(group, local.dtype)
         if master is not None:
             stored[master[0]] = Stored(master[1], local.shape)
         return stored
 
-    def _scale_shape(self, param: Tensor) -> torch.Size:
+    def _scale_shape(self, group: Mapping[str, Any], param: Tensor) -> torch.Size:
         """(blocks held here); of a DTensor (1, blocks of the largest shard), as every shard is a row of the whole."""
-        try:
-            layouts = self._layouts(param, "a parameter")
-        except PlacementError as e:
-            raise InputError(f"block formats cannot place {e}; use state_dtype='fp32'") from e
+        layouts = self._layouts(group, param)
         if not hasattr(param, "placements"):
             return torch.Size([sum(precision.blocks(r.length) for layout in layouts for r in layout.ranges)])
         shards = shards_of(param)
@@ -270,27 +262,30 @@ class AdEMAMix(CheckedOptimizer):
         return torch.Size([1, precision.blocks(largest)])
 
     def _create_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        local = local_tensor(param.detach())
-        state: dict[str, Any] = {"step": self._counter(0, group, param)}
-        for key, (dtype, shape) in self._stored(group, param).items():
-            zeros = torch.zeros(shape, dtype=dtype, device=local.device)
-            state[key] = placed_like(param, zeros, per_shard=key.endswith("_scale"))
-        for key in ("master", "weight_ema"):
-            if key in state:
-                self._store(group, param, state, key, local)
-        self.state[param] = state
-        self._plan = None
+        self._plan, state = None, super()._create_state(group, param)
+        for key in {"master", "weight_ema"} & state.keys():
+            self._store(group, param, key, local_tensor(param.detach()))
         return state
 
-    def _store(self, group: Mapping[str, Any], param: Tensor, state: dict[str, Any], key: str, values: Tensor) -> None:
+    def _store(self, group: Mapping[str, Any], param: Tensor, key: str, values: Tensor) -> None:
         """Encode the local `values` as the state tensor `key`, rounded to nearest."""
+        state = self.state[param]
         if f"{key}_scale" not in state:
             local_tensor(state[key]).copy_(values)
             return
-        entry, flat = make_entry(key, param, 0, group, state), values.reshape(-1).float()
-        for _, r, block in placed_ranges(self._layouts(param, key)):
-            where = r.local_start, block, r.length
-            entry.formats[key].encode(flat.narrow(0, r.local_start, r.length), None, *entry.stored(key, *where))
+        entry, flat = self._entry(key, group, param), values.reshape(-1).float()
+        for where in entry.tiles(_TILE):
+            part = flat.narrow(0, where.local, where.count)
+            entry.formats[key].encode(part, None, *entry.stored(key, where))
+
+    def _entry(self, name: str, group: Mapping[str, Any], param: Tensor) -> Entry:
+        """The local tensors of `param` and its state, all of which are what they should be."""
+        state, weight = self.state[param], local_tensor(param.detach())
+        layouts = self._layouts(group, param, name)
+        check_state(name, state, weight, self._stored(group, param))
+        index = next(i for i, other in enumerate(self.param_groups) if other is group)
+        formats = schema.formats_of(group["state_dtype"])
+        return make_entry(name, param, index, state, formats, layouts, kernels.choose(self._kernel_choice, weight))
 
     def _names(self) -> dict[Tensor, str]:
         """What the random bits of each parameter are keyed by; unnamed ones say which optimizer they belong to."""
@@ -320,7 +315,7 @@ class AdEMAMix(CheckedOptimizer):
                     name = names.get(key, key) if isinstance(key, Tensor) else key
                     raise InputError(f"optimizer.state[{name!r}] is {state!r}, no parameter's state: delete it")
             self._plan = plan = Plan(
-                self.param_groups, params, names, self.state, self._layouts, self._stored, self._kernel_choice
+                self.param_groups, params, self.state, lambda group, param: self._entry(names[param], group, param)
             )
         return plan
 
@@ -366,24 +361,12 @@ class AdEMAMix(CheckedOptimizer):
 
     # -- the step -----------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on every parameter that has a gradient; returns the closure's loss.
-
-        Raises:
-            InputError: a setting changed to one out of its range, a sparse gradient, or one placed otherwise than its
-                parameter. Nothing has moved then.
-        """
+        """One step (see CheckedOptimizer.step); refused inside `use_weight_ema`."""
         self.refuse_weight_ema("step()")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._check_changes()
-        if not self.state and self._only_creates_state():
-            self.init_state()
-            return loss
+        return super().step(closure)
+
+    def _update(self) -> None:
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
         plan = self._current_plan(params)
@@ -394,7 +377,6 @@ class AdEMAMix(CheckedOptimizer):
                 self._create_state(groups[i], params[i])
             plan = self._current_plan(params)
         plan.step(grads)
-        return loss
 
 
 AdEMAMix.__init__.__signature__ = schema.SIGNATURE  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -49,48 +49,14 @@ class _Elementwise(CheckedOptimizer):
     def _counter(self, step: int, group: Mapping[str, Any], param: Tensor) -> Tensor:
         return torch.tensor(float(step))  # on the CPU, as torch's own: read without a sync
 
-    @torch.no_grad()
-    def init_state(self) -> None:
-        """Create the state of every trainable parameter that has none, without counting a step."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.requires_grad:
-                    self._state_of(group, param)
-
-    def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[param]
-        if not state:
-            state["step"] = self._counter(0, group, param)
-            state["m1"] = torch.zeros_like(param)
-            state["nu"] = torch.full_like(param, group.get("initial_accumulator", 0.0))
-        return state
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient.
-
-        Args:
-            closure: evaluates the model again and returns the loss, with gradients on.
-
-        Raises:
-            InputError: a setting changed to one out of its range.
-            RuntimeError: a sparse gradient, as torch's own optimizers have it. Nothing has moved in either case.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._check_changes()
-        if self._only_creates_state():
-            self.init_state()
-            return loss
+    def _update(self) -> None:
         graded = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if any(param.grad.is_sparse for _, param in graded):
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients: use dense embeddings")
         for group, param in graded:
             lr = float(group["lr"])
             weight, grad = local_tensor(param), local_tensor(param.grad)
-            state = self._state_of(group, param)
+            state = self.state.get(param) or self._create_state(group, param)
             state["step"] += 1
             local = {key: local_tensor(value) for key, value in state.items()}
             if group["maximize"]:
@@ -98,7 +64,6 @@ class _Elementwise(CheckedOptimizer):
             u = self._direction(group, local, int(state["step"]), grad)
             if lr != 0:
                 weight.sub_(u.add_(weight, alpha=group["weight_decay"]), alpha=lr)
-        return loss
 
 
 class Yogi(_Elementwise):
@@ -131,21 +96,17 @@ class Yogi(_Elementwise):
         initial_accumulator: float = 1e-6,
         maximize: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "initial_accumulator": initial_accumulator,
-                "maximize": maximize,
-            },
-        )
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**settings, "initial_accumulator": initial_accumulator, "maximize": maximize})
 
     def _check_settings(self, group: dict[str, Any]) -> None:
         super()._check_settings(group)
         _require("initial_accumulator", group["initial_accumulator"], 0.0, math.inf)
+
+    def _create_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        state = super()._create_state(group, param)
+        local_tensor(state["nu"]).fill_(group["initial_accumulator"])
+        return state
 
     def _direction(self, group: dict[str, Any], state: dict[str, Any], t: int, grad: Tensor) -> Tensor:
         beta1, beta2 = group["betas"]
@@ -191,19 +152,9 @@ class SimplifiedAdEMAMix(_Elementwise):
         min_beta1: float = 0.9,
         maximize: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "alpha": alpha,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "beta1_warmup": beta1_warmup,
-                "min_beta1": min_beta1,
-                "maximize": maximize,
-            },
-        )
+        settings = {"lr": lr, "betas": betas, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
+        warmup = {"beta1_warmup": beta1_warmup, "min_beta1": min_beta1}
+        super().__init__(params, {**settings, **warmup, "maximize": maximize})
 
     def _check_settings(self, group: dict[str, Any]) -> None:
         super()._check_settings(group)

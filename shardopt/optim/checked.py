@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +14,8 @@ from torch.optim import Optimizer
 
 from shardopt.errors import InputError
 from shardopt.optim import states
+from shardopt.optim.schema import COUNTS, STATE_KEYS
 from shardopt.slices import canonical_name, layout_of, local_tensor
-
-_COUNTS = ("step", "schedule_step")
 
 
 class Stored(NamedTuple):
@@ -48,8 +47,49 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         """A new step count."""
 
     @abc.abstractmethod
+    def _update(self) -> None:
+        """One step of every parameter that has a gradient, all settings being right."""
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every parameter that has a gradient; returns the closure's loss.
+
+        Raises:
+            InputError: a setting changed to one out of its range, or a tensor that does not fit its state. Nothing has
+                moved then.
+            RuntimeError: a sparse gradient, as torch's own optimizers have it. Nothing has moved then either.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_changes()
+        if self._only_creates_state():
+            self.init_state()
+        else:
+            self._update()
+        return loss
+
+    @torch.no_grad()
     def init_state(self) -> None:
         """Create the state of every parameter that requires grad. Counts no step, leaves existing state alone."""
+        self._check_changes()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad and not self.state.get(param):
+                    self._create_state(group, param)
+
+    def _create_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        """State before the first step: all zeros."""
+        state: dict[str, Any] = {"step": self._counter(0, group, param)}
+        for key, (dtype, shape) in self._stored(group, param).items():
+            zeros = torch.zeros(shape, dtype=dtype, device=local_tensor(param.detach()).device)
+            state[key] = placed_like(param, zeros, per_shard=key.endswith("_scale"))
+        self.state[param] = state
+        return state
 
     # -- settings -------------------------------------------------------------------------------------------------
 
@@ -120,27 +160,19 @@ class CheckedOptimizer(Optimizer, abc.ABC):
                 target.copy_(source)
 
     def _adopt(
-        self,
-        group: dict[str, Any],
-        param: Tensor,
-        box: _Box,
-        held: dict[str, Any],
-        copies: list[tuple[Tensor, Tensor]],
+        self, group: dict[str, Any], param: Tensor, box: _Box, held: dict[str, Any], copies: list[tuple[Tensor, Tensor]]
     ) -> dict[str, Any]:
         """A parameter's saved state as this process's own, in the storage it has already where that fits."""
         saved, name, stored = box.state, box.name, self._stored(group, param)
-        unknown = sorted(set(saved) - {*stored, *_COUNTS}, key=str)
-        lacking = sorted({"step", *stored} - set(saved))
-        if unknown or lacking:
-            hint = "; AdEMAMix.from_adamw takes over an AdamW" if "exp_avg" in unknown else ""
+        if misfit := _misfit(saved, {"step", *stored}, saved.keys() - {"schedule_step"}):
+            hint = "; AdEMAMix.from_adamw takes over an AdamW" if "exp_avg" in saved else ""
             raise InputError(
-                f"the saved state of parameter {name} lacks {lacking or 'nothing'} and has {unknown or 'nothing'} "
-                f"besides: it is another optimizer's, or of other settings{hint}"
+                f"the saved state of parameter {name} {misfit}: it is another optimizer's, or of other settings{hint}"
             )
         state: dict[str, Any] = {}
         local = local_tensor(param.detach())
         for key, value in saved.items():
-            if key in _COUNTS:
+            if key in COUNTS:
                 count = float(value)
                 if count < 0 or count != int(count):
                     raise InputError(f"the saved {key} of parameter {name} must be a count, got {value!r}")
@@ -203,12 +235,8 @@ def _prepare(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
         if "param_names" in group and "param_names" in saved:
             ours = [canonical_name(name) for name in group["param_names"]]
             ids = dict(zip(map(canonical_name, saved["param_names"]), saved["params"], strict=True))
-            missing, extra = sorted(set(ours) - set(ids)), sorted(set(ids) - set(ours))
-            if missing or extra:
-                raise InputError(
-                    f"parameter group {number} of the saved optimizer state does not fit: "
-                    f"it lacks {missing[:5] or 'nothing'} and has {extra[:5] or 'nothing'} besides"
-                )
+            if misfit := _misfit(ids, ours, ids):
+                raise InputError(f"parameter group {number} of the saved optimizer state does not fit: it {misfit}")
             saved["params"], saved["param_names"] = [ids[name] for name in ours], list(group["param_names"])
         for key, value in group.items():
             saved.setdefault(key, value)
@@ -222,6 +250,32 @@ def _prepare(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
         raise InputError(f"the saved state has an entry {strangers[0]!r} that belongs to none of its parameters")
     boxes = {key: _Box(of_id[key], state) for key, state in state_dict["state"].items()}
     return {**state_dict, "param_groups": saved_groups, "state": boxes}
+
+
+def _misfit(found: Iterable[str], wanted: Iterable[str], known: Iterable[str]) -> str:
+    """What is lacking among the names `found`, and which of the `known` are there besides; "" where all is right."""
+    lacking, extra = sorted({*wanted} - {*found}), sorted(({*known} & {*found}) - {*wanted}, key=str)
+    return f"lacks {lacking[:5] or 'nothing'} and has {extra[:5] or 'nothing'} besides" if lacking or extra else ""
+
+
+def check_state(name: str, state: Mapping[str, Any], weight: Tensor, stored: Mapping[str, Stored]) -> None:
+    """Refuse state that lacks a tensor, or has one of another dtype, device or size than the kernels take it for."""
+    advice = "create the state with the optimizer's own hyper-parameters, or load it into the model it was saved from"
+    if misfit := _misfit(state, {"step", *stored}, STATE_KEYS - {"schedule_step"}):
+        raise InputError(f"the state of {name} {misfit}, for {weight.dtype} weights: {advice}")
+    for key in COUNTS:
+        count = state.get(key, 0)
+        if not (isinstance(count, int) or (isinstance(count, Tensor) and count.dtype == torch.int64)):
+            raise InputError(f"state {key!r} of {name} must be a whole number, or an int64 tensor, got {count!r}")
+    for key, want in stored.items():
+        tensor = local_tensor(state[key])
+        found, wanted = (tensor.dtype, tensor.shape, tensor.device), (*want, weight.device)
+        if found != wanted or not tensor.is_contiguous():
+            (a, b, c), (d, e, f) = found, wanted
+            raise InputError(
+                f"state {key!r} of {name} is {a} of shape {tuple(b)} on {c}, its {weight.dtype} weight needs {d} of "
+                f"shape {tuple(e)} on {f}, contiguous: {advice}"
+            )
 
 
 def shards_of(param: Tensor) -> int:

@@ -47,7 +47,7 @@ def take_over(cls: type[AdEMAMix], adamw: Optimizer, options: dict[str, Any]) ->
                 if key in state and source.dtype == state[key].dtype and source.is_contiguous():
                     state[key] = placed_like(param, source)
                 elif key in state:
-                    new._store(group, param, state, key, source)
+                    new._store(group, param, key, source)
             state["step"] = new._counter(int(held["step"]), group, param)
             state["schedule_step"] = new._counter(0, group, param)
     return new

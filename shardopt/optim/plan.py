@@ -9,7 +9,7 @@ handful of attribute reads: the rest is numpy on whole tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import attrgetter, is_, itemgetter
 from types import NoneType
@@ -22,12 +22,10 @@ from torch.autograd.graph import increment_version
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from shardopt.errors import InputError
-from shardopt.optim import kernels
-from shardopt.optim.kernels import Entry, Kernel, Table
-from shardopt.optim.kernels.table import check_state, check_storage, make_entry, placed_ranges
+from shardopt.optim.kernels import Entry, Table
 from shardopt.optim.reference import scalars_of
-from shardopt.optim.schema import COUNTS, MASTER_KINDS, TYPES, Scalars
-from shardopt.slices import Layout, PlacementError, Range, local_tensor
+from shardopt.optim.schema import COUNTS, TYPES, Scalars
+from shardopt.slices import Layout, Range, local_tensor
 
 _TILE = 1 << 20  # elements that a temporary may have where strided tensors are copied in parts
 _ORDINARY = {Tensor, torch.nn.Parameter, NoneType}
@@ -46,51 +44,31 @@ class Plan:
     Args:
         groups: the optimizer's parameter groups.
         params: their parameters, in order, those named twice included.
-        names: canonical name of each.
         state: the optimizer's state; parameters without any are not in the plan.
-        layouts: what a parameter's local tensor holds, given the parameter and its name.
-        stored: dtype and shape of each local state tensor of a parameter, given its group and the parameter.
-        kernel: what `kernels.choose` is to be asked for.
-
-    Raises:
-        InputError: state that lacks a tensor or has one of another dtype, device or size than its weight asks for, a
-            layout that does not fit, or none where rounding needs one.
+        entry_of: a parameter with its state, given its group.
     """
 
     def __init__(
         self,
         groups: list[dict[str, Any]],
         params: list[Tensor],
-        names: Mapping[Tensor, str],
         state: Mapping[Tensor, dict[str, Any]],
-        layouts: Callable[[Tensor, str], tuple[Layout, ...]],
-        stored: Callable[[Mapping[str, Any], Tensor], Mapping[str, tuple[torch.dtype, torch.Size]]],
-        kernel: str,
+        entry_of: Callable[[dict[str, Any], Tensor], Entry],
     ) -> None:
         self.groups = groups
         self.params = params
         self.entries: list[Entry] = []
-        self.layouts: list[tuple[Layout, ...]] = []
-        self.kernels: list[Kernel] = []
         self.positions: list[int] = []  # of the entries in `params`
-        weights: list[Tensor] = []
         seen: set[Tensor] = set()
-        owners = [index for index, group in enumerate(groups) for _ in group["params"]]
+        owners = [group for group in groups for _ in group["params"]]
         for position, (param, group) in enumerate(zip(params, owners, strict=True)):
             if param in seen or not state.get(param):  # a tied weight that is listed twice makes one step
                 continue
             seen.add(param)
-            weight = local_tensor(param.detach())
-            entry = make_entry(names[param], param, group, groups[group], state[param])
-            placed = _resolve(entry, weight, layouts)
-            check_state(entry, weight, stored(groups[group], param))
-            self.entries.append(entry)
+            self.entries.append(entry_of(group, param))
             self.positions.append(position)
-            self.layouts.append(placed)
-            self.kernels.append(kernels.choose(kernel, weight))
-            weights.append(weight)
-        planned = set(self.positions)
-        self.absent = [i for i, param in enumerate(params) if i not in planned and param not in seen]
+        weights = [local_tensor(entry.param.detach()) for entry in self.entries]
+        self.absent = [i for i, param in enumerate(params) if param not in seen]
         self._states = [entry.state for entry in self.entries]
         self._stepped, place = np.unique([entry.group for entry in self.entries], return_inverse=True)
         self._place = place.astype(np.int64)  # of each entry's group among those that have entries
@@ -106,7 +84,6 @@ class Plan:
         self._any_placed = any(hasattr(param, "placements") for param in self._params)
         self._types, self._numels = (list(map(of, weights)) for of in (_dtype, _numel))
         self._tables: list[Table] = []
-        self._table_kernels: list[Kernel] = []
         self._made_for: tuple[list[int], list[int]] | None = None  # strided entries and the groups' seeds
 
     @property
@@ -131,12 +108,6 @@ class Plan:
                 return False
         return list(map(_dtype, self._params)) == self._types
 
-    def held(self) -> Iterator[tuple[Entry, Tensor, list[tuple[int, int, int]]]]:
-        """Each entry with its local weight and its ranges as (first local element, first block, length)."""
-        for entry, layouts in zip(self.entries, self.layouts, strict=True):
-            ranges = [(r.local_start, block, r.length) for _, r, block in placed_ranges(layouts)]
-            yield entry, local_tensor(entry.param), ranges
-
     def step(self, gradients: list[Tensor | None]) -> None:
         """One step; `gradients` are those of `params`, None where there is none.
 
@@ -150,35 +121,34 @@ class Plan:
         )
         made_for = strided, [group["seed"] for group in self.groups]
         if made_for != self._made_for:
-            self._make_tables(frozenset(strided))
+            self._make_tables(set(strided))
             self._made_for = made_for
         try:
-            for kernel, table in zip(self._table_kernels, self._tables, strict=True):
+            for table in self._tables:
                 own = (weights, grads, types)
                 if len(table.indices) < len(grads):
                     own = tuple([values[i] for i in table.indices] for values in own)  # type: ignore[assignment]
                 table.point(*own)
                 if table.capturable:
                     table.describe_schedules(self.groups)
-                kernel.check(table)
-            for i in strided:
-                self._check_strided(i, weights[i], grads[i])
-            self._run(weights, grads, strided)  # nothing is refused from here on
+                table.kernel.check(table)
+            self._run(grads)  # nothing is refused from here on
         finally:
             for table in self._tables:
                 table.weights, table.grads = [], []  # or the gradients would outlive zero_grad
 
-    def _run(self, weights: list[Tensor], grads: list[Tensor | None], strided: list[int]) -> None:
+    def _run(self, grads: list[Tensor | None]) -> None:
         """Count the step and let the kernels take it."""
         places, scalars, steps = self._count(grads)
         if not scalars:
             return
-        for kernel, table in zip(self._table_kernels, self._tables, strict=True):
-            table.set_scalars(places if len(table.indices) == len(grads) else places[table.indices], scalars, steps)
-            kernel.run(table)
-        for i in strided:
-            if (at := places[i]) >= 0:
-                self._step_strided(i, weights[i], grads[i], scalars[at : at + 1], steps[at : at + 1])
+        for table in self._tables:
+            own = places if len(table.indices) == len(grads) else places[table.indices]
+            if table.strided:
+                self._step_strided(table, scalars[own[0]], steps[own])
+            else:
+                table.set_scalars(own, scalars, steps)
+                table.kernel.run(table)
         whole = not (places < 0).any()
         increment_version(self._params if whole else [p for p, at in zip(self._params, places, strict=True) if at >= 0])
 
@@ -307,48 +277,33 @@ class Plan:
 
     # -- tables -------------------------------------------------------------------------------------------------
 
-    def _make_tables(self, strided: frozenset[int]) -> None:
-        members: dict[tuple[str, torch.device, bool], list[int]] = {}
+    def _make_tables(self, strided: set[int]) -> None:
+        members: dict[tuple[str, torch.device, bool, int | None], list[int]] = {}
         for i, entry in enumerate(self.entries):
-            if i not in strided:
-                device = self._params[i].device
-                captured = is_captured(self.groups[entry.group], device)
-                if captured and self.kernels[i].name == "torch":
-                    raise InputError(
-                        f"capturable=True on {device} needs the triton kernel, and {self._params[i].dtype} parameters "
-                        f"have only the torch one here, which reads the step on the host: set capturable=False"
-                    )
-                members.setdefault((self.kernels[i].name, device, captured), []).append(i)
+            device = self._params[i].device
+            captured = is_captured(self.groups[entry.group], device)
+            if captured and entry.kernel.name == "torch":
+                raise InputError(
+                    f"capturable=True on {device} needs the triton kernel, and {self._params[i].dtype} parameters "
+                    f"have only the torch one here, which reads the step on the host: set capturable=False"
+                )
+            if captured and i in strided:
+                raise InputError(
+                    f"the weight or gradient of {entry.name} is not contiguous: capturable=True needs them to be, call "
+                    f".contiguous() on them, or set capturable=False"
+                )
+            members.setdefault((entry.kernel.name, device, captured, i if i in strided else None), []).append(i)
         self._tables = [
-            Table(
-                indices, [self.entries[i] for i in indices], [self.layouts[i] for i in indices], self.groups, captured
-            )
-            for (_, _, captured), indices in members.items()
+            Table(indices, [self.entries[i] for i in indices], self.groups, captured, alone is not None)
+            for (_, _, captured, alone), indices in members.items()
         ]
-        self._table_kernels = [self.kernels[indices[0]] for indices in members.values()]
 
     # -- weights or gradients that are not laid out in order --------------------------------------------------------
 
-    def _check_strided(self, index: int, weight: Tensor, grad: Tensor | None) -> None:
-        entry = self.entries[index]
-        if is_captured(self.groups[entry.group], weight.device):
-            raise InputError(
-                f"the weight or gradient of {entry.name} is not contiguous: capturable=True needs them to be, call "
-                f".contiguous() on them, or set capturable=False"
-            )
-        if grad is not None:
-            check_storage(grad, weight.device, f"the gradient of {entry.name}")
-        device = next(iter(entry.tensors.values())).device
-        check_storage(weight, device, f"the weight {entry.name}")
-        for key, tensor in entry.tensors.items():
-            check_storage(tensor, device, f"state {key!r} of {entry.name}")
-
-    def _step_strided(
-        self, index: int, weight: Tensor, grad: Tensor | None, scalars: list[Scalars], steps: np.ndarray
-    ) -> None:
+    def _step_strided(self, table: Table, scalars: Scalars, step: np.ndarray) -> None:
         """Step with contiguous copies of some rows at a time."""
+        (entry,), (weight,), (grad,) = table.entries, table.weights, table.grads
         assert grad is not None
-        entry, layouts = self.entries[index], self.layouts[index]
         # blocks do not end where rows do, so block formats take the whole at once
         rows = weight.shape[0]
         in_blocks = any(fmt.in_blocks for fmt in entry.formats.values())
@@ -362,32 +317,16 @@ class Plan:
                 key: tensor if key.endswith("_scale") else tensor.view(-1).narrow(0, start, copy.numel())
                 for key, tensor in entry.tensors.items()
             }
-            clipped = tuple(_clipped(layout, start, copy.numel()) for layout in layouts)
-            table = Table([index], [replace(entry, tensors=tensors)], [clipped], self.groups, capturable=False)
-            table.point([copy], [grad[first : first + some].contiguous()], [grad.dtype])
-            table.set_scalars(np.zeros(1, dtype=np.int64), scalars, steps)
-            self.kernels[index].run(table)
-            if scalars[0].lr != 0.0 and copy.data_ptr() != part.data_ptr():  # with lr = 0 no bit is to move
+            clipped = tuple(_clipped(layout, start, copy.numel()) for layout in entry.layouts)
+            part_table = Table([0], [replace(entry, tensors=tensors, layouts=clipped)], self.groups, capturable=False)
+            part_table.point([copy], [grad[first : first + some].contiguous()], [grad.dtype])
+            part_table.set_scalars(np.zeros(1, dtype=np.int64), [scalars], step)
+            entry.kernel.run(part_table)
+            if scalars.lr != 0.0 and copy.data_ptr() != part.data_ptr():  # with lr = 0 no bit is to move
                 part.copy_(copy)
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------
-
-
-def _resolve(entry: Entry, weight: Tensor, layouts: Callable[[Tensor, str], tuple[Layout, ...]]) -> tuple[Layout, ...]:
-    name = entry.name
-    try:
-        found = layouts(entry.param, name)
-    except PlacementError as e:
-        rounded = any(fmt.name != "fp32" for fmt in entry.formats.values())
-        if rounded or (weight.dtype == torch.bfloat16 and not MASTER_KINDS.keys() & entry.tensors.keys()):
-            raise InputError(f"stochastic rounding cannot place {name}: {e}; use state_dtype='fp32'") from e
-        # nothing is rounded: where the elements belong does not matter
-        return (Layout.contiguous(name, (weight.numel(),), 0, weight.numel()),)
-    end = max((r.local_start + r.length for layout in found for r in layout.ranges), default=0)
-    if end > weight.numel():
-        raise InputError(f"the layout of {name} ends at element {end}, the local tensor has {weight.numel()}")
-    return found
 
 
 def _clipped(layout: Layout, start: int, length: int) -> Layout:

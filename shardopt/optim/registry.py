@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from shardopt import slices
 from shardopt.errors import InputError
+from shardopt.optim.ademamix import AdEMAMix
+from shardopt.optim.baselines import SimplifiedAdEMAMix, Yogi
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,13 @@ class OptimizerSpec:
 
         default = inspect.signature(self.cls).parameters.get("weight_decay")
         weight_decay = self.kwargs.get("weight_decay", default.default if default else 0.0)
-        decays = bool(weight_decay)
         members: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
         for name, param in named:
             if param.requires_grad:
-                key = (decays and param.ndim < 2, isinstance(param, DTensor))
+                key = (bool(weight_decay) and param.ndim < 2, isinstance(param, DTensor))
                 members.setdefault(key, []).append((name, param))
         return [
-            {"params": pairs, **({"weight_decay": 0.0 if exempt else weight_decay} if decays else {})}
+            {"params": pairs, **({"weight_decay": 0.0 if exempt else weight_decay} if weight_decay else {})}
             for (exempt, _), pairs in sorted(members.items(), key=lambda item: item[0])
         ]
 
@@ -154,27 +155,9 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
-def _ademamix() -> type[Optimizer]:
-    from shardopt.optim.ademamix import AdEMAMix
-
-    return AdEMAMix
-
-
-def _yogi() -> type[Optimizer]:
-    from shardopt.optim.baselines import Yogi
-
-    return Yogi
-
-
-def _simplified_ademamix() -> type[Optimizer]:
-    from shardopt.optim.baselines import SimplifiedAdEMAMix
-
-    return SimplifiedAdEMAMix
-
-
-register("ademamix", _ademamix)
-register("yogi", _yogi)
-register("simplified_ademamix", _simplified_ademamix)
+register("ademamix", AdEMAMix)
+register("yogi", Yogi)
+register("simplified_ademamix", SimplifiedAdEMAMix)
 # One pass over memory where torch has one that takes DTensors too (its fused SGD does not). On a CPU its last bit
 # depends on where a tensor ends, so shards agree with the whole bit for bit only with fused=False.
 register("adamw", torch.optim.AdamW, preset={"fused": True})
@@ -183,10 +166,5 @@ register("amsgrad", torch.optim.Adam, preset={"fused": True, "amsgrad": True})
 register("sgd", torch.optim.SGD)
 register("rmsprop", torch.optim.RMSprop)
 register("adadelta", torch.optim.Adadelta)
-register(
-    "adafactor",
-    torch.optim.Adafactor,
-    elementwise=False,
-    reason="it averages squared gradients over whole rows and columns",
-)
+register("adafactor", torch.optim.Adafactor, False, reason="it averages squared gradients over whole rows and columns")
 register("muon", torch.optim.Muon, elementwise=False, reason="it orthogonalises the momentum of a whole matrix")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardopt.optim import precision, reference
-from shardopt.optim.kernels import Entry, Table
+from shardopt.optim.kernels.table import Entry, Table, Tile, tiles
 from shardopt.optim.schema import DOUBLES, FLAG_BITS, HALVES, SKIP, Scalars
 
 # Temporaries are tiles, never as large as a large parameter; a CPU's fit its cache. Multiples of precision.BLOCK.
@@ -25,17 +25,15 @@ class EagerKernel:
         pass
 
     def run(self, table: Table) -> None:
-        tile = _TILE.get(table.device.type, _TILE_ELSEWHERE)
+        size = _TILE.get(table.device.type, _TILE_ELSEWHERE)
         for row, owner, local, block in zip(table.rows, table.row_entry, table.row_local, table.row_block, strict=True):
             if int(row["flags"]) & SKIP:
                 continue
             entry, weight, grad = table.entries[owner], table.weights[owner], table.grads[owner]
             assert grad is not None
             scalars = _scalars(row)
-            for done in range(0, int(row["length"]), tile):
-                count = min(tile, int(row["length"]) - done)
-                where = int(local) + done, int(block) + done // precision.BLOCK, count
-                _tile(entry, weight, grad, row, scalars, int(row["start"]) + done, *where)
+            for where in tiles(Tile(int(row["start"]), int(local), int(block), int(row["length"])), size):
+                _step(entry, weight, grad, row, scalars, where)
 
 
 def _scalars(row: np.void) -> Scalars:
@@ -44,22 +42,13 @@ def _scalars(row: np.void) -> Scalars:
     return Scalars._make(values)
 
 
-def _tile(
-    entry: Entry,
-    whole_weight: Tensor,
-    grad: Tensor,
-    row: np.void,
-    s: Scalars,
-    start: int,
-    local: int,
-    block: int,
-    count: int,
-) -> None:
+def _step(entry: Entry, whole_weight: Tensor, grad: Tensor, row: np.void, s: Scalars, where: Tile) -> None:
     def part(tensor: Tensor) -> Tensor:
-        return tensor.view(-1).narrow(0, local, count)
+        return tensor.view(-1).narrow(0, where.local, where.count)
 
     def bits(key: str) -> Tensor:
-        return precision.random_bits(HALVES[key], int(row["key"]), int(row["step"]), start, count, weight.device)
+        key_and_step = int(row["key"]), int(row["step"])
+        return precision.random_bits(HALVES[key], *key_and_step, where.start, where.count, weight.device)
 
     weight = part(whole_weight)
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -67,10 +56,10 @@ def _tile(
     exact = weight.to(compute) if master is None else master
     if low is not None:
         exact = precision.join_fp32(weight, low)
-    state = {key: entry.decoded(key, local, block, count).to(compute) for key in entry.formats}
+    state = {key: entry.decoded(key, where).to(compute) for key in entry.formats}
     moved, state = reference.update(exact, part(grad).to(compute), state, s)
     for key, fmt in entry.formats.items():
-        fmt.encode(state[key], None if fmt.name == "fp32" else bits(key), *entry.stored(key, local, block, count))
+        fmt.encode(state[key], None if fmt.name == "fp32" else bits(key), *entry.stored(key, where))
     if s.lr == 0.0:
         return
     if low is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +27,13 @@ from shardopt.optim.schema import (
     SCALES,
     SEGMENT,
     SKIP,
-    STATE_KEYS,
     TYPES,
     Scalars,
-    formats_of,
 )
-from shardopt.slices import Layout, Range, local_tensor, name_key
+from shardopt.slices import Layout, local_tensor, name_key
+
+if TYPE_CHECKING:
+    from shardopt.optim.kernels import Kernel
 
 _NAMES = SEGMENT.names or ()
 # Rows as words: the columns before the small ones at the end are of 8 bytes.
@@ -46,13 +47,31 @@ _BITS = tuple(FLAG_BITS.values())
 _data_ptr = torch.Tensor.data_ptr
 
 
+class Tile(NamedTuple):
+    """Consecutive elements of one parameter that lie together, from the start of a block on.
+
+    Args:
+        start: index of the first in the whole parameter.
+        local: in the local tensor.
+        block: number of its block among those that are here.
+        count: elements.
+    """
+
+    start: int
+    local: int
+    block: int
+    count: int
+
+
 @dataclass(slots=True)
 class Entry:
     """One parameter and its local state tensors, by state key ("m1", "m1_scale", "master", ...).
 
     Args:
         name: the parameter's, for messages.
+        group: number of its group.
         formats: how the tensors that are rounded are stored.
+        layouts: what the local tensor holds.
     """
 
     name: str
@@ -61,61 +80,52 @@ class Entry:
     state: dict[str, Any]
     tensors: dict[str, Tensor]
     formats: dict[str, Format]
+    layouts: tuple[Layout, ...]
+    kernel: Kernel
 
-    def stored(self, key: str, local: int, block: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """Codes and scales (views, flat) of `count` elements from `local` on, whose first is that of a block."""
+    def ranges(self) -> Iterator[tuple[str, Tile]]:
+        """Each contiguous range, with the name of the parameter that it is of."""
+        block = 0
+        for layout in self.layouts:
+            for r in layout.ranges:
+                yield layout.name, Tile(r.global_start, r.local_start, block, r.length)
+                block += blocks(r.length)
+
+    def tiles(self, size: int) -> Iterator[Tile]:
+        """The ranges in parts of at most `size` elements, a multiple of precision.BLOCK."""
+        return (tile for _, whole in self.ranges() for tile in tiles(whole, size))
+
+    def stored(self, key: str, where: Tile) -> tuple[Tensor, Tensor | None]:
+        """Codes and scales (views, flat) of these elements."""
         scales = self.tensors.get(f"{key}_scale")
-        codes = self.tensors[key].view(-1).narrow(0, local, count)
-        return codes, None if scales is None else scales.narrow(0, block, blocks(count))
+        codes = self.tensors[key].view(-1).narrow(0, where.local, where.count)
+        return codes, None if scales is None else scales.narrow(0, where.block, blocks(where.count))
 
-    def decoded(self, key: str, local: int, block: int, count: int) -> Tensor:
-        """The values of those elements, flat, in fp32 (or fp64)."""
-        return self.formats[key].decode(*self.stored(key, local, block, count))
+    def decoded(self, key: str, where: Tile) -> Tensor:
+        """The values of these elements, flat, in fp32 (or fp64)."""
+        return self.formats[key].decode(*self.stored(key, where))
 
 
-def make_entry(name: str, param: Tensor, index: int, group: Mapping[str, Any], state: dict[str, Any]) -> Entry:
-    """A parameter of the group number `index` with its state."""
+def tiles(whole: Tile, size: int) -> Iterator[Tile]:
+    """`whole` in parts of at most `size` elements, a multiple of precision.BLOCK."""
+    start, local, block, length = whole
+    for done in range(0, length, size):
+        yield Tile(start + done, local + done, block + done // precision.BLOCK, min(size, length - done))
+
+
+def make_entry(
+    name: str,
+    param: Tensor,
+    group: int,
+    state: dict[str, Any],
+    formats: Mapping[str, Format],
+    layouts: tuple[Layout, ...],
+    kernel: Kernel,
+) -> Entry:
     tensors = {k: local_tensor(v) for k, v in state.items() if isinstance(v, Tensor) and k not in COUNTS}
     tensors |= {k: v.view(-1) for k, v in tensors.items() if k.endswith("_scale")}  # a row of a DTensor
-    formats = {key: fmt for key, fmt in formats_of(group["state_dtype"]).items() if key in tensors}
-    return Entry(name, param, index, state, tensors, formats)
-
-
-def check_state(entry: Entry, weight: Tensor, stored: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
-    """Refuse state that lacks a tensor, or has one of another dtype, device or size than the kernels take it for."""
-    advice = "create the state with the optimizer's own hyper-parameters, or load it into the model it was saved from"
-    lacking = [key for key in ("step", *stored) if key not in entry.state]
-    unused = [key for key in entry.tensors if key in STATE_KEYS and key not in stored]
-    if lacking or unused:
-        raise InputError(
-            f"the state of {entry.name} lacks {lacking or 'nothing'} and has {unused or 'nothing'} besides, for "
-            f"{weight.dtype} weights: {advice}"
-        )
-    for key in COUNTS:
-        count = entry.state.get(key, 0)
-        if not (isinstance(count, int) or (isinstance(count, Tensor) and count.dtype == torch.int64)):
-            raise InputError(f"state {key!r} of {entry.name} must be a whole number, or an int64 tensor, got {count!r}")
-    for key, (dtype, shape) in stored.items():
-        tensor = local_tensor(entry.state[key])
-        found, wanted = (tensor.dtype, tensor.shape, tensor.device), (dtype, shape, weight.device)
-        if found != wanted or not tensor.is_contiguous():
-            raise InputError(
-                f"state {key!r} of {entry.name} is {_described(*found)}, its {weight.dtype} weight needs "
-                f"{_described(*wanted)}, contiguous: {advice}"
-            )
-
-
-def _described(dtype: torch.dtype, shape: torch.Size, device: torch.device) -> str:
-    return f"{dtype} of shape {tuple(shape)} on {device}"
-
-
-def placed_ranges(layouts: Sequence[Layout]) -> Iterator[tuple[Layout, Range, int]]:
-    """Each range with its layout and the number of its first block."""
-    block = 0
-    for layout in layouts:
-        for r in layout.ranges:
-            yield layout, r, block
-            block += blocks(r.length)
+    kept = {key: fmt for key, fmt in formats.items() if key in tensors}
+    return Entry(name, param, group, state, tensors, kept, layouts, kernel)
 
 
 class Table:
@@ -123,41 +133,40 @@ class Table:
     Args:
         indices: of the entries in the plan.
         entries: parameters of one device and kernel.
-        layouts: what each entry's local tensor holds.
         groups: the optimizer's parameter groups.
         capturable: the kernel computes the scalars on the device, from the counts and schedules there.
+        strided: its one weight or gradient is not contiguous: checked as others, and stepped in contiguous copies.
     """
 
     def __init__(
         self,
         indices: list[int],
         entries: list[Entry],
-        layouts: list[tuple[Layout, ...]],
         groups: Sequence[Mapping[str, Any]],
         capturable: bool,
+        strided: bool = False,
     ) -> None:
-        segments = [(i, layout, r, block) for i, w in enumerate(layouts) for layout, r, block in placed_ranges(w)]
+        ranges = [(i, name, tile) for i, entry in enumerate(entries) for name, tile in entry.ranges()]
         self.device = entries[0].param.device
         self._ordinal = -1 if self.device.index is None else self.device.index
-        self.indices, self.entries, self.capturable = indices, entries, capturable
+        self.indices, self.entries, self.capturable, self.strided = indices, entries, capturable, strided
+        self.kernel = entries[0].kernel
         self.learning_rates: list[float | Tensor] = []  # of a capturable table's entries
         self.captured = False  # whether a CUDA graph holds a step of this table
-        self.rows = rows = np.zeros(len(segments), dtype=SEGMENT)
+        self.rows = rows = np.zeros(len(ranges), dtype=SEGMENT)
         # Views are made once: of a record numpy takes microseconds to make one.
         self._words = rows.view(np.int64).reshape(-1)
         self._doubles = rows.view(np.float64).reshape(-1, _WORDS)[:, _DOUBLES]  # they lie side by side
         self._flags, self._steps = rows["flags"], rows["step"]
-        self.row_entry = owner = np.array([i for i, *_ in segments], dtype=np.int64)
-        self.row_local = np.array([r.local_start for _, _, r, _ in segments], dtype=np.int64)
-        self.row_block = np.array([block for *_, block in segments], dtype=np.int64)
+        self.row_entry = owner = np.array([i for i, _, _ in ranges], dtype=np.int64)
+        columns = np.array([tile for _, _, tile in ranges], dtype=np.int64).reshape(-1, 4).T
+        rows["start"], self.row_local, self.row_block, rows["length"] = columns
         self.weights: list[Tensor] = []
         self.grads: list[Tensor | None] = []
         self.cache: dict[str, Any] = {}
-        rows["length"] = [r.length for _, _, r, _ in segments]
-        rows["start"] = [r.global_start for _, _, r, _ in segments]
         seeds = [groups[entry.group]["seed"] for entry in entries]
-        keys = {(i, layout.name): precision.base_key(seeds[i], name_key(layout.name)) for i, layout, *_ in segments}
-        rows["key"] = np.array([keys[i, layout.name] for i, layout, *_ in segments], dtype=np.uint64)
+        keys = {(i, name): precision.base_key(seeds[i], name_key(name)) for i, name, _ in ranges}
+        rows["key"] = np.array([keys[i, name] for i, name, _ in ranges], dtype=np.uint64)
         rows["weight_type"] = np.array([TYPES[entry.param.dtype] for entry in entries])[owner]
         for key in ROUNDED:
             codes = [entry.formats[key].code if key in entry.formats else NONE for entry in entries]
