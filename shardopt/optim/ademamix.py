@@ -143,7 +143,7 @@ class AdEMAMix(CheckedOptimizer):
                 m2, nu = (entry.decoded(key, where) for key in ("m2", "nu"))
                 fast = m1 = entry.decoded("m1", where) if "m1" in entry.formats else None
                 if m1 is None and grad is not None:
-                    fast = grad.reshape(-1).narrow(0, where.local, where.count).to(m2.dtype)
+                    fast = grad.reshape(-1).narrow(0, where.local, where.numel).to(m2.dtype)
                     fast = -fast if s.maximize else fast
                 u = reference.direction(torch.zeros_like(m2) if fast is None else fast, m2, nu, s)
                 for key, value in (("m1", m1), ("m2", m2), ("update", u)):
@@ -175,7 +175,7 @@ class AdEMAMix(CheckedOptimizer):
                     kept.append((entry.param, weight.clone()))
                     flat = weight.reshape(-1)
                     for where in entry.tiles(_TILE):
-                        flat.narrow(0, where.local, where.count).copy_(entry.decoded("weight_ema", where))
+                        flat.narrow(0, where.local, where.numel).copy_(entry.decoded("weight_ema", where))
                     if flat.data_ptr() != weight.data_ptr():  # a strided weight has no flat view
                         weight.copy_(flat.view(weight.shape))
             yield
@@ -275,7 +275,7 @@ class AdEMAMix(CheckedOptimizer):
             return
         entry, flat = self._entry(key, group, param), values.reshape(-1).float()
         for where in entry.tiles(_TILE):
-            part = flat.narrow(0, where.local, where.count)
+            part = flat.narrow(0, where.local, where.numel)
             entry.formats[key].encode(part, None, *entry.stored(key, where))
 
     def _entry(self, name: str, group: Mapping[str, Any], param: Tensor) -> Entry:

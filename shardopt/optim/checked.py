@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardopt.errors import InputError
 from shardopt.optim import states
@@ -28,6 +29,7 @@ class Stored(NamedTuple):
 class CheckedOptimizer(Optimizer, abc.ABC):
     """A torch optimizer that refuses wrong settings and foreign state by name; subclasses add the update."""
 
+    given_names: WeakTensorKeyDictionary  # what each parameter was called when it was added
     _checked: Sequence[tuple[Any, ...]] = ()  # each group's settings as they were when last checked
 
     @abc.abstractmethod
@@ -102,6 +104,8 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         """
         super().add_param_group(param_group)
         added = self.param_groups[-1]
+        self.__dict__.setdefault("given_names", WeakTensorKeyDictionary())
+        self.given_names.update(zip(added["params"], added.get("param_names", ()), strict=False))
         try:
             self._check_settings(added)
             for i, param in enumerate(added["params"]):

@@ -20,7 +20,7 @@ hash-prospector); with two rounds (lowbias32) the two halves of a word were meas
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ class Half(NamedTuple):
     shift: int
 
 
-def mix64(z: int) -> int:
+def mix64(z: Any) -> Any:
+    """Of an unsigned 64-bit int, or of each of a numpy array of uint64."""
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK64
     return z ^ (z >> 31)

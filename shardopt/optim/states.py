@@ -42,14 +42,18 @@ def parameter_names(optimizer: Optimizer) -> dict[Tensor, str]:
     names: dict[Tensor, str] = {}
     owners: dict[str, Tensor] = {}
     position = 0
+    known: Mapping[Tensor, str] = getattr(optimizer, "given_names", {})  # ours remember what each parameter is called
+    moved = "parameters were moved between parameter groups: move their entries of 'param_names' along"
     sizes = [(len(group["params"]), len(group.get("param_names", group["params"]))) for group in optimizer.param_groups]
     if any(a != b for a, b in sizes) and sum(a for a, _ in sizes) == sum(b for _, b in sizes):
-        raise InputError("parameters were moved between parameter groups: move their entries of 'param_names' along")
+        raise InputError(moved)
     for group in optimizer.param_groups:
         given = group.get("param_names")
         if given is not None and len(given) != len(group["params"]):
             given = None
         for i, param in enumerate(group["params"]):
+            if given is not None and known.get(param, given[i]) != given[i]:
+                raise InputError(moved)
             name = names.setdefault(param, str(position) if given is None else canonical_name(given[i]))
             if owners.setdefault(name, param) is not param:
                 raise InputError(

@@ -140,6 +140,22 @@ def test_parameter_moved_to_another_group_follows_its_settings():
         optimizer.step()
 
 
+def test_parameters_exchanged_between_groups_do_not_swap_their_names():
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = shardopt.AdEMAMix([{"params": [("a", params[0])]}, {"params": [("b", params[1])], "lr": 0.0}])
+    first, second = optimizer.param_groups
+    first["params"], second["params"] = second["params"], first["params"]
+    for param in params:
+        param.grad = torch.ones(2)
+    for refused in (optimizer.step, lambda: states.step_counts(optimizer)):
+        with pytest.raises(InputError, match="moved between parameter groups: move their entries of 'param_names'"):
+            refused()
+    first["param_names"], second["param_names"] = second["param_names"], first["param_names"]
+    optimizer.step()
+    assert torch.equal(params[0], torch.ones(2))
+    assert not torch.equal(params[1], torch.ones(2))
+
+
 @pytest.mark.parametrize(("key", "value"), [("x", 1), (None, 1)])
 def test_state_entries_that_belong_to_no_parameter_are_refused(key, value):
     net, optimizer = trained()

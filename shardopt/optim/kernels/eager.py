@@ -44,11 +44,11 @@ def _scalars(row: np.void) -> Scalars:
 
 def _step(entry: Entry, whole_weight: Tensor, grad: Tensor, row: np.void, s: Scalars, where: Tile) -> None:
     def part(tensor: Tensor) -> Tensor:
-        return tensor.view(-1).narrow(0, where.local, where.count)
+        return tensor.view(-1).narrow(0, where.local, where.numel)
 
     def bits(key: str) -> Tensor:
         key_and_step = int(row["key"]), int(row["step"])
-        return precision.random_bits(HALVES[key], *key_and_step, where.start, where.count, weight.device)
+        return precision.random_bits(HALVES[key], *key_and_step, where.start, where.numel, weight.device)
 
     weight = part(whole_weight)
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -15,35 +15,23 @@ import torch
 from torch import Tensor
 
 from shardopt.errors import InputError
-from shardopt.optim import precision
+from shardopt.optim import precision, schema
 from shardopt.optim.precision import Format, blocks
-from shardopt.optim.schema import (
-    COUNTS,
-    DOUBLES,
-    FLAG_BITS,
-    MASTER_KINDS,
-    NONE,
-    ROUNDED,
-    SCALES,
-    SEGMENT,
-    SKIP,
-    TYPES,
-    Scalars,
-)
+from shardopt.optim.schema import Scalars
 from shardopt.slices import Layout, local_tensor, name_key
 
 if TYPE_CHECKING:
     from shardopt.optim.kernels import Kernel
 
-_NAMES = SEGMENT.names or ()
+_NAMES = schema.SEGMENT.names or ()
 # Rows as words: the columns before the small ones at the end are of 8 bytes.
 _WORD = 8
-_WORDS = SEGMENT.itemsize // _WORD
-_DOUBLES = slice(_NAMES.index("lr"), _NAMES.index("lr") + len(DOUBLES))
-assert _NAMES[_DOUBLES] == DOUBLES
-_COLUMN_OF = {key: _NAMES.index(key) for key in (*ROUNDED, *SCALES)}
-_COLUMN_OF |= dict.fromkeys(MASTER_KINDS, _NAMES.index("master"))
-_BITS = tuple(FLAG_BITS.values())
+_WORDS = schema.SEGMENT.itemsize // _WORD
+_DOUBLES = slice(_NAMES.index("lr"), _NAMES.index("lr") + len(schema.DOUBLES))
+assert _NAMES[_DOUBLES] == schema.DOUBLES
+_COLUMN_OF = {key: _NAMES.index(key) for key in (*schema.ROUNDED, *schema.SCALES)}
+_COLUMN_OF |= dict.fromkeys(schema.MASTER_KINDS, _NAMES.index("master"))
+_BITS = tuple(schema.FLAG_BITS.values())
 _data_ptr = torch.Tensor.data_ptr
 
 
@@ -54,13 +42,13 @@ class Tile(NamedTuple):
         start: index of the first in the whole parameter.
         local: in the local tensor.
         block: number of its block among those that are here.
-        count: elements.
+        numel: number of elements.
     """
 
     start: int
     local: int
     block: int
-    count: int
+    numel: int
 
 
 @dataclass(slots=True)
@@ -98,8 +86,8 @@ class Entry:
     def stored(self, key: str, where: Tile) -> tuple[Tensor, Tensor | None]:
         """Codes and scales (views, flat) of these elements."""
         scales = self.tensors.get(f"{key}_scale")
-        codes = self.tensors[key].view(-1).narrow(0, where.local, where.count)
-        return codes, None if scales is None else scales.narrow(0, where.block, blocks(where.count))
+        codes = self.tensors[key].view(-1).narrow(0, where.local, where.numel)
+        return codes, None if scales is None else scales.narrow(0, where.block, blocks(where.numel))
 
     def decoded(self, key: str, where: Tile) -> Tensor:
         """The values of these elements, flat, in fp32 (or fp64)."""
@@ -122,7 +110,7 @@ def make_entry(
     layouts: tuple[Layout, ...],
     kernel: Kernel,
 ) -> Entry:
-    tensors = {k: local_tensor(v) for k, v in state.items() if isinstance(v, Tensor) and k not in COUNTS}
+    tensors = {k: local_tensor(v) for k, v in state.items() if isinstance(v, Tensor) and k not in schema.COUNTS}
     tensors |= {k: v.view(-1) for k, v in tensors.items() if k.endswith("_scale")}  # a row of a DTensor
     kept = {key: fmt for key, fmt in formats.items() if key in tensors}
     return Entry(name, param, group, state, tensors, kept, layouts, kernel)
@@ -153,7 +141,7 @@ class Table:
         self.kernel = entries[0].kernel
         self.learning_rates: list[float | Tensor] = []  # of a capturable table's entries
         self.captured = False  # whether a CUDA graph holds a step of this table
-        self.rows = rows = np.zeros(len(ranges), dtype=SEGMENT)
+        self.rows = rows = np.zeros(len(ranges), dtype=schema.SEGMENT)
         # Views are made once: of a record numpy takes microseconds to make one.
         self._words = rows.view(np.int64).reshape(-1)
         self._doubles = rows.view(np.float64).reshape(-1, _WORDS)[:, _DOUBLES]  # they lie side by side
@@ -167,11 +155,11 @@ class Table:
         seeds = [groups[entry.group]["seed"] for entry in entries]
         keys = {(i, name): precision.base_key(seeds[i], name_key(name)) for i, name, _ in ranges}
         rows["key"] = np.array([keys[i, name] for i, name, _ in ranges], dtype=np.uint64)
-        rows["weight_type"] = np.array([TYPES[entry.param.dtype] for entry in entries])[owner]
-        for key in ROUNDED:
-            codes = [entry.formats[key].code if key in entry.formats else NONE for entry in entries]
+        rows["weight_type"] = np.array([schema.TYPES[entry.param.dtype] for entry in entries])[owner]
+        for key in schema.ROUNDED:
+            codes = [entry.formats[key].code if key in entry.formats else schema.NONE for entry in entries]
             rows[f"{key}_format"] = np.array(codes)[owner]
-        for key, kind in MASTER_KINDS.items():
+        for key, kind in schema.MASTER_KINDS.items():
             rows["master_kind"][np.array([key in entry.tensors for entry in entries])[owner]] = kind
         self._place_pointers()
 
@@ -191,7 +179,7 @@ class Table:
         for key, column in _COLUMN_OF.items():
             owner = np.array([number.get((i, key), -1) for i in range(count)], dtype=np.int64)[self.row_entry]
             rows = np.nonzero(owner >= 0)[0]
-            first = (self.row_block if key in SCALES else self.row_local)[rows]
+            first = (self.row_block if key in schema.SCALES else self.row_local)[rows]
             parts.append((rows * _WORDS + column, owner[rows], first * sizes[owner[rows]] if len(rows) else first))
         whole = np.arange(len(self.rows)) * _WORDS
         weights, grads = len(self._stored) + self.row_entry, len(self._stored) + count + self.row_entry
@@ -219,7 +207,9 @@ class Table:
         other_types = types is not self._types and types != self._types
         if other_types:
             self._types, owner = types, self.row_entry
-            self.rows["grad_type"] = np.array([NONE if t is None else TYPES[t] for t in types], dtype=np.uint8)[owner]
+            self.rows["grad_type"] = np.array(
+                [schema.NONE if t is None else schema.TYPES[t] for t in types], dtype=np.uint8
+            )[owner]
             sizes = np.array([0 if t is None else t.itemsize for t in types], dtype=np.int64)
             self._offsets[-len(owner) :] = sizes[owner] * self.row_local
         addresses = [*map(_data_ptr, self._stored), *map(_data_ptr, weights)]
@@ -263,10 +253,10 @@ class Table:
             places: of each entry in `scalars` and `steps`; -1 for an entry that is to be left alone.
         """
         of_row = places[self.row_entry]
-        flags = [sum(bit for bit, on in zip(_BITS, s[len(DOUBLES) :], strict=True) if on) for s in scalars]
-        self._flags[:] = np.where(of_row < 0, SKIP, np.array(flags, dtype=np.uint8)[of_row])
+        flags = [sum(bit for bit, on in zip(_BITS, s[len(schema.DOUBLES) :], strict=True) if on) for s in scalars]
+        self._flags[:] = np.where(of_row < 0, schema.SKIP, np.array(flags, dtype=np.uint8)[of_row])
         self._steps[:] = steps[of_row]
-        self._doubles[:] = np.array([s[: len(DOUBLES)] for s in scalars])[of_row]
+        self._doubles[:] = np.array([s[: len(schema.DOUBLES)] for s in scalars])[of_row]
 
     def describe_schedules(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Fill in what a captured kernel computes its scalars from (kernels/__init__.py).

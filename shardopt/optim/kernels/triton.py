@@ -36,50 +36,38 @@ import triton.language as tl
 from torch import Tensor
 
 from shardopt.errors import InputError
+from shardopt.optim import schema
 from shardopt.optim.kernels.table import Table
-from shardopt.optim.precision import BLOCK, FORMATS
-from shardopt.optim.schema import (
-    DOUBLES,
-    FLAG_BITS,
-    HALVES,
-    KINDS,
-    MASTERS,
-    POINTERS,
-    SCALES,
-    SEGMENT,
-    SKIP,
-    STATE_TENSORS,
-    TYPES,
-)
+from shardopt.optim.precision import BLOCK, FORMATS, mix64
 
 _BLOCK = 1024  # elements of a program; a multiple of precision.BLOCK
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 # Triton reads only constants that are marked as such.
 _FP32, _BF16, _BLOCK16, _BLOCK8 = (tl.constexpr(FORMATS[name].code) for name in ("fp32", "bf16", "block16", "block8"))
-_FP16 = tl.constexpr(TYPES[torch.float16])
-_FP32_MASTER, _SPLIT_MASTER = (tl.constexpr([*MASTERS].index(name) + 1) for name in ("fp32", "split"))
-_SKIP, _YOGI = tl.constexpr(SKIP), tl.constexpr(FLAG_BITS["yogi"])
+_FP16 = tl.constexpr(schema.TYPES[torch.float16])
+_FP32_MASTER, _SPLIT_MASTER = (tl.constexpr([*schema.MASTERS].index(name) + 1) for name in ("fp32", "split"))
+_SKIP, _YOGI = tl.constexpr(schema.SKIP), tl.constexpr(schema.FLAG_BITS["yogi"])
 _SCALE_BLOCK = tl.constexpr(BLOCK)
 _ONE_WORD = 8  # bytes
 
 
-# The fields of SEGMENT, in 64-bit words: what a captured step reads.
-_FIELDS: Mapping[str, Any] = SEGMENT.fields or {}
+# The fields of schema.SEGMENT, in 64-bit words: what a captured step reads.
+_FIELDS: Mapping[str, Any] = schema.SEGMENT.fields or {}
 _PLACE = {name: field[1] // _ONE_WORD for name, field in _FIELDS.items()}
-_WORDS = tl.constexpr(SEGMENT.itemsize // _ONE_WORD)
+_WORDS = tl.constexpr(schema.SEGMENT.itemsize // _ONE_WORD)
 
-# A row on the device, in 64-bit words: the first fields of SEGMENT as they are, then what is worked out from the rest,
+# A row on the device, in 64-bit words: the first fields of a row as they are, then what is worked out from the rest,
 # then, two by two, the doubles as floats, the rates 1 - beta, and the gradient's sign.
-_COPIED = (*POINTERS, *SCALES, "length", "start")
-assert SEGMENT.names is not None
-assert SEGMENT.names[: len(_COPIED)] == _COPIED
-_PAIRS = tl.constexpr(1 + max(half.pair for half in HALVES.values()))
+_COPIED = (*schema.POINTERS, *schema.SCALES, "length", "start")
+assert schema.SEGMENT.names is not None
+assert schema.SEGMENT.names[: len(_COPIED)] == _COPIED
+_PAIRS = tl.constexpr(1 + max(half.pair for half in schema.HALVES.values()))
 _ROW = (*_COPIED, *(f"stream{pair}" for pair in range(_PAIRS.value)), "first", "flags")
-_NUMBERS = (*DOUBLES, "rate1", "rate2", "rate3", "sign")
+_NUMBERS = (*schema.DOUBLES, "rate1", "rate2", "rate3", "sign")
 _ROW_PLACE = {name: i for i, name in enumerate(_ROW)}
 _NUMBER_PLACE = {name: i for i, name in enumerate(_NUMBERS)}
-_UNSIGNED = {tensor.key for tensor in STATE_TENSORS if not tensor.signed}
+_UNSIGNED = {tensor.key for tensor in schema.STATE_TENSORS if not tensor.signed}
 _FLOATS, _COLUMNS = tl.constexpr(len(_ROW)), tl.constexpr(len(_ROW) + (len(_NUMBERS) + 1) // 2)
 
 
@@ -106,8 +94,8 @@ def _unsigned(name):
     return name in _UNSIGNED
 
 
-# What a kernel is compiled for: the bytes KINDS of a row in one number, with the bits to shift each down by.
-_KIND_BITS = {name: 8 * i for i, name in enumerate(KINDS)}
+# What a kernel is compiled for: the bytes schema.KINDS of a row in one number, with the bits to shift each down by.
+_KIND_BITS = {name: 8 * i for i, name in enumerate(schema.KINDS)}
 _ALIGNED = tl.constexpr(1 << 6)  # in the place of a flag: the row begins on 16 bytes everywhere
 
 
@@ -433,12 +421,6 @@ def _double(row, FIELD: tl.constexpr, live):
 
 
 @triton.jit
-def _fp32_at(address, live):
-    """The fp32 number at each address, as a double."""
-    return tl.load(address.to(tl.pointer_type(tl.float32)), mask=live, other=1.0).to(tl.float64)
-
-
-@triton.jit
 def _count(address, live):
     """The int64 number at each address."""
     return tl.load(address.to(tl.pointer_type(tl.int64)), mask=live, other=1)
@@ -455,7 +437,7 @@ def _unbias(beta, step):
 
 @triton.jit
 def _scalars_kernel(table, count, BLOCK: tl.constexpr):
-    """Rows of SEGMENT follow the table in the same buffer."""
+    """Rows of schema.SEGMENT follow the table in the same buffer."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = index < count
     row = table + index * _COLUMNS
@@ -468,7 +450,8 @@ def _scalars_kernel(table, count, BLOCK: tl.constexpr):
     count_of_steps = _count(step_at, live)
     step = count_of_steps.to(tl.float64)
     scheduled = _count(tl.where(schedule_at == 0, step_at, schedule_at), live).to(tl.float64)
-    lr = tl.where(lr_at == 0, _double(given, _field("lr"), live), _fp32_at(lr_at, live & (lr_at != 0)))
+    lr = tl.load(lr_at.to(tl.pointer_type(tl.float32)), mask=live & (lr_at != 0), other=1.0).to(tl.float64)
+    lr = tl.where(lr_at == 0, _double(given, _field("lr"), live), lr)
 
     beta1 = _double(given, _field("beta1"), live)
     warmup = _double(given, _field("alpha_warmup"), live)
@@ -518,7 +501,7 @@ class TritonKernel:
         if weight.device.type != wanted:
             with_interpreter = " under TRITON_INTERPRET=1" if _INTERPRETED else ""
             return f"the Triton kernel is for {wanted} tensors{with_interpreter}, the parameter is on {weight.device}"
-        if TYPES.get(weight.dtype) not in (1, 2, 5):
+        if schema.TYPES.get(weight.dtype) not in (1, 2, 5):
             return f"the Triton kernel takes fp32, bf16 and fp16 weights, not {weight.dtype}"
         return None
 
@@ -553,11 +536,9 @@ class TritonKernel:
             if table.capturable:
                 if not capturing and table.device.type == "cuda" and "triton_spare" not in table.cache:
                     table.cache["triton_spare"] = _pinned(words, table.device)  # pinning may not be captured
-                grid = (triton.cdiv(count, 64),)
-                _scalars_kernel[grid](device, count, BLOCK=64, **_OPTIONS)
+                _scalars_kernel[(triton.cdiv(count, 64),)](device, count, BLOCK=64, **_OPTIONS)
             for launch in launches:
-                grid = (launch.programs,)
-                _step_kernel[grid](device, launch.owners, KIND=launch.kind, BLOCK=_BLOCK, **_OPTIONS)
+                _step_kernel[(launch.programs,)](device, launch.owners, KIND=launch.kind, BLOCK=_BLOCK, **_OPTIONS)
 
 
 def _capturing(table: Table) -> bool:
@@ -577,36 +558,29 @@ def _fill(out: np.ndarray, raw: np.ndarray, table: Table) -> None:
     step = raw[:, _PLACE["step"], None].view(np.uint64)
     stream = (4 * step + np.arange(_PAIRS.value, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
     stream += raw[:, _PLACE["key"], None].view(np.uint64)
-    rows[:, _ROW_PLACE["stream0"] :][:, : _PAIRS.value] = _mixed(stream).view(np.int64)
+    rows[:, _ROW_PLACE["stream0"] :][:, : _PAIRS.value] = mix64(stream).view(np.int64)
     rows[:, _ROW_PLACE["first"]] = table.cache["triton_first"]
     rows[:, _ROW_PLACE["flags"]] = table.rows["flags"]
-    doubles = raw[:, _PLACE["lr"] : _PLACE["lr"] + len(DOUBLES)].view(np.float64)
+    doubles = raw[:, _PLACE["lr"] : _PLACE["lr"] + len(schema.DOUBLES)].view(np.float64)
     floats = rows[:, _FLOATS.value :].view(np.float32)
-    floats[:, : len(DOUBLES)] = doubles
+    floats[:, : len(schema.DOUBLES)] = doubles
     for rate, beta in (("rate1", "beta1"), ("rate2", "beta2"), ("rate3", "beta3")):
-        floats[:, _NUMBER_PLACE[rate]] = 1.0 - doubles[:, DOUBLES.index(beta)]
-    floats[:, _NUMBER_PLACE["sign"]] = np.where(table.rows["flags"] & FLAG_BITS["maximize"], -1.0, 1.0)
+        floats[:, _NUMBER_PLACE[rate]] = 1.0 - doubles[:, schema.DOUBLES.index(beta)]
+    floats[:, _NUMBER_PLACE["sign"]] = np.where(table.rows["flags"] & schema.FLAG_BITS["maximize"], -1.0, 1.0)
     if table.capturable:
         out[count * _COLUMNS.value :] = raw.ravel()
-
-
-def _mixed(z: np.ndarray) -> np.ndarray:
-    """precision.mix64 of an array."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _launches(table: Table, raw: np.ndarray, capturing: bool) -> list[_Launch]:
     """A launch for each kind of row, kept from step to step while the kinds are the same."""
     bytes_of_rows = table.rows.view(np.uint8).reshape(len(raw), -1)
-    kinds = bytes_of_rows[:, _FIELDS[KINDS[0]][1] :][:, : len(KINDS)].copy()
-    addresses = np.bitwise_or.reduce(raw[:, : len(POINTERS)], axis=1)
+    kinds = bytes_of_rows[:, _FIELDS[schema.KINDS[0]][1] :][:, : len(schema.KINDS)].copy()
+    addresses = np.bitwise_or.reduce(raw[:, : len(schema.POINTERS)], axis=1)
     kinds[:, -1] = kinds[:, -1] & _YOGI.value | np.where(addresses & 15, 0, _ALIGNED.value)
     cache = table.cache
     known = cache.get("triton_kinds")
     if known is not None:  # a row that is skipped this time keeps its kind, so that nothing is built anew
-        kinds = np.where((table.rows["flags"] & SKIP)[:, None], known, kinds)
+        kinds = np.where((table.rows["flags"] & schema.SKIP)[:, None], known, kinds)
         if np.array_equal(kinds, known):
             return cache["triton_launches"]
     programs = -(-table.rows["length"] // _BLOCK)
@@ -618,7 +592,7 @@ def _launches(table: Table, raw: np.ndarray, capturing: bool) -> list[_Launch]:
         first[members] = np.cumsum(programs[members]) - programs[members]
         words = _pinned((total + 1) // 2, table.device)
         words.view(torch.int32).numpy()[:total] = np.repeat(members, programs[members])
-        codes = dict(zip(KINDS, map(int, kind), strict=True))
+        codes = dict(zip(schema.KINDS, map(int, kind), strict=True))
         codes["grad_type"] = codes["grad_type"] or codes["weight_type"]  # rows that have had no gradient yet
         device = words.to(table.device, non_blocking=True)
         if capturing:
