@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from shardopt.errors import InputError
 from shardopt.optim import kernels, precision, reference, schema, states
 from shardopt.optim.checked import CheckedOptimizer, Stored, check_state, shards_of
-from shardopt.optim.kernels.table import Entry, make_entry
+from shardopt.optim.kernels.table import Entry
 from shardopt.optim.plan import Plan
 from shardopt.optim.schedules import alpha_at, beta3_at
 from shardopt.optim.schema import STATE_TENSORS, HyperParameters
@@ -284,8 +284,11 @@ class AdEMAMix(CheckedOptimizer):
         layouts = self._layouts(group, param, name)
         check_state(name, state, weight, self._stored(group, param))
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
-        formats = schema.formats_of(group["state_dtype"])
-        return make_entry(name, param, index, state, formats, layouts, kernels.choose(self._kernel_choice, weight))
+        tensors = {k: local_tensor(v) for k, v in state.items() if isinstance(v, Tensor) and k not in schema.COUNTS}
+        tensors |= {k: v.view(-1) for k, v in tensors.items() if k.endswith("_scale")}  # a row of a DTensor
+        formats = {key: fmt for key, fmt in schema.formats_of(group["state_dtype"]).items() if key in tensors}
+        kernel = kernels.choose(self._kernel_choice, weight)
+        return Entry(name, param, index, state, tensors, formats, layouts, kernel)
 
     def _names(self) -> dict[Tensor, str]:
         """What the random bits of each parameter are keyed by; unnamed ones say which optimizer they belong to."""

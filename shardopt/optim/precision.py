@@ -27,7 +27,7 @@ from torch import Tensor
 
 BLOCK = 128  # elements that share a scale
 
-FLOAT_MAX, FLOAT_TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+FLOAT_TINY = torch.finfo(torch.float32).tiny
 _MASK64 = (1 << 64) - 1
 _MASK32 = (1 << 32) - 1
 

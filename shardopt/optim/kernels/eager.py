@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardopt.optim import precision, reference
-from shardopt.optim.kernels.table import Entry, Table, Tile, tiles
+from shardopt.optim.kernels.table import Entry, Table, Tile
 from shardopt.optim.schema import DOUBLES, FLAG_BITS, HALVES, SKIP, Scalars
 
 # Temporaries are tiles, never as large as a large parameter; a CPU's fit its cache. Multiples of precision.BLOCK.
@@ -32,7 +32,7 @@ class EagerKernel:
             entry, weight, grad = table.entries[owner], table.weights[owner], table.grads[owner]
             assert grad is not None
             scalars = _scalars(row)
-            for where in tiles(Tile(int(row["start"]), int(local), int(block), int(row["length"])), size):
+            for where in Tile(int(row["start"]), int(local), int(block), int(row["length"])).tiles(size):
                 _step(entry, weight, grad, row, scalars, where)
 
 

@@ -18,7 +18,7 @@ from shardopt.errors import InputError
 from shardopt.optim import precision, schema
 from shardopt.optim.precision import Format, blocks
 from shardopt.optim.schema import Scalars
-from shardopt.slices import Layout, local_tensor, name_key
+from shardopt.slices import Layout, name_key
 
 if TYPE_CHECKING:
     from shardopt.optim.kernels import Kernel
@@ -49,6 +49,12 @@ class Tile(NamedTuple):
     local: int
     block: int
     numel: int
+
+    def tiles(self, size: int) -> Iterator[Tile]:
+        """These elements in parts of at most `size`, a multiple of precision.BLOCK."""
+        start, local, block, length = self
+        for done in range(0, length, size):
+            yield Tile(start + done, local + done, block + done // precision.BLOCK, min(size, length - done))
 
 
 @dataclass(slots=True)
@@ -81,7 +87,7 @@ class Entry:
 
     def tiles(self, size: int) -> Iterator[Tile]:
         """The ranges in parts of at most `size` elements, a multiple of precision.BLOCK."""
-        return (tile for _, whole in self.ranges() for tile in tiles(whole, size))
+        return (tile for _, whole in self.ranges() for tile in whole.tiles(size))
 
     def stored(self, key: str, where: Tile) -> tuple[Tensor, Tensor | None]:
         """Codes and scales (views, flat) of these elements."""
@@ -92,28 +98,6 @@ class Entry:
     def decoded(self, key: str, where: Tile) -> Tensor:
         """The values of these elements, flat, in fp32 (or fp64)."""
         return self.formats[key].decode(*self.stored(key, where))
-
-
-def tiles(whole: Tile, size: int) -> Iterator[Tile]:
-    """`whole` in parts of at most `size` elements, a multiple of precision.BLOCK."""
-    start, local, block, length = whole
-    for done in range(0, length, size):
-        yield Tile(start + done, local + done, block + done // precision.BLOCK, min(size, length - done))
-
-
-def make_entry(
-    name: str,
-    param: Tensor,
-    group: int,
-    state: dict[str, Any],
-    formats: Mapping[str, Format],
-    layouts: tuple[Layout, ...],
-    kernel: Kernel,
-) -> Entry:
-    tensors = {k: local_tensor(v) for k, v in state.items() if isinstance(v, Tensor) and k not in schema.COUNTS}
-    tensors |= {k: v.view(-1) for k, v in tensors.items() if k.endswith("_scale")}  # a row of a DTensor
-    kept = {key: fmt for key, fmt in formats.items() if key in tensors}
-    return Entry(name, param, group, state, tensors, kept, layouts, kernel)
 
 
 class Table:
