@@ -61,18 +61,9 @@ class FlatShard(Tensor):
         return self.chunks[index.offset[0]]
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """The local part of `tensor` as a vector that shares its memory.
-
-    Raises:
-        RuntimeError: the local part is not contiguous, so that there is no such view.
-    """
-    return local_tensor(tensor).detach().view(-1)
-
-
 def chunks_of(layout: Layout, tensor: Tensor) -> dict[int, Tensor]:
-    """Views of `tensor`'s elements, by their offset in the whole parameter."""
-    vector = flat(tensor)
+    """Views of `tensor`'s elements, by their offset in the whole parameter; RuntimeError where it is not contiguous."""
+    vector = local_tensor(tensor).detach().view(-1)
     return {r.global_start: vector.narrow(0, r.local_start, r.length) for r in layout.ranges}
 
 

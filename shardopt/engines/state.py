@@ -9,6 +9,7 @@ import abc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -226,11 +227,11 @@ def sum_of_squares(tensors: Sequence[Tensor], norms: Sequence[Tensor] | None = N
     return square
 
 
+@dataclass
 class _Refusal:
     """A step pre-hook that raises."""
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    reason: str
 
     def __call__(self, *_: Any) -> None:
         raise InputError(self.reason)

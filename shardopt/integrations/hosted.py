@@ -64,10 +64,7 @@ class _Pointing:
 class HostedAdEMAMix(AdEMAMix):
     """AdEMAMix on the module's own parameters, in one process or under FSDP2, which saves every rank's shards itself.
 
-    Args:
-        groups: parameter groups with (name, parameter) pairs.
-        model: the module before it is wrapped.
-        **kwargs: of AdEMAMix.
+    As in all classes here, `groups` have (name, parameter) pairs, and `model` is the module before it is wrapped.
     """
 
     def __init__(self, groups: list[dict[str, Any]], model: nn.Module, **kwargs: Any) -> None:
@@ -80,16 +77,13 @@ class HostedAdEMAMix(AdEMAMix):
 
 
 class FileAdEMAMix(_Pointing, HostedAdEMAMix):
-    """AdEMAMix for one process, whose checkpoints more processes can read. Args: see HostedAdEMAMix."""
+    """AdEMAMix for one process, whose checkpoints more processes can read."""
 
 
 class ZeroAdEMAMix(_Pointing, ZeroOptimizer):
     """AdEMAMix with its state cut over the ranks of DistributedDataParallel, which has reduced the gradients.
 
-    Args:
-        groups: parameter groups with (name, parameter) pairs.
-        model: the module before it is wrapped, on its device.
-        **kwargs: of AdEMAMix.
+    The model is on its device already.
     """
 
     def __init__(self, groups: list[dict[str, Any]], model: nn.Module, **kwargs: Any) -> None:
@@ -121,11 +115,7 @@ class ZeroAdEMAMix(_Pointing, ZeroOptimizer):
 class DeepspeedAdEMAMix(_Pointing, AdEMAMix):
     """AdEMAMix as DeepSpeed's client optimizer, which learns at its first step what the flat partitions hold.
 
-    Args:
-        groups: parameter groups with (name, parameter) pairs.
-        model: the module before it is wrapped.
-        accelerator: whose `prepare` will make the DeepSpeed engine.
-        **kwargs: of AdEMAMix.
+    The `prepare` of `accelerator` will make the DeepSpeed engine.
     """
 
     def __init__(self, groups: list[dict[str, Any]], model: nn.Module, accelerator: Any, **kwargs: Any) -> None:

@@ -116,8 +116,7 @@ class DeepspeedConfig(Config):
 
     def merged(self, bf16: bool, pin_memory: bool) -> dict[str, Any]:
         """The configuration for deepspeed.initialize: the user's own, and what this engine needs."""
-        given = _Given(self.config)
-        tree = given.without_auto()
+        tree = _without_auto(_Given(self.config).tree)
         for key in _BATCHES:
             tree.pop(key, None)
         # The loop drives the boundary and normalises by tokens: DeepSpeed is to count and divide by nothing.
@@ -238,15 +237,12 @@ class _Given:
             if value is not None and (allowed is None or value != allowed):
                 raise InputError(f"{self.where(key)} cannot be {_short(value)}: {instead}; remove it")
 
-    def without_auto(self) -> dict[str, Any]:
-        """A deep copy without the keys that are "auto"."""
 
-        def copy(node: Any) -> Any:
-            if isinstance(node, dict):
-                return {key: copy(value) for key, value in node.items() if value != "auto"}
-            return node
-
-        return copy(self.tree)
+def _without_auto(node: Any) -> Any:
+    """A deep copy of dicts without the keys that are "auto"."""
+    if not isinstance(node, dict):
+        return node
+    return {key: _without_auto(value) for key, value in node.items() if value != "auto"}
 
 
 def _short(value: Any) -> str:

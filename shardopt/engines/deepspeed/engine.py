@@ -53,7 +53,11 @@ class DeepspeedEngine(Engine):
         self.model = self._deepspeed
         self.state = DeepspeedState(self.model, optimizer, model, ranks)
         self.state.fill_groups()
-        self._restore(exact)
+        with torch.no_grad():
+            for flat in self.state.flats:
+                for layout in flat.layouts:
+                    if layout.name in exact:
+                        layout.copy_from_whole(flat.tensor, exact[layout.name])
         trained = {name: param for name, param in named if param.requires_grad}
         self._trained = list(trained)
         self._used: set[str] = set()
@@ -64,13 +68,6 @@ class DeepspeedEngine(Engine):
         ]
         self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
-
-    @torch.no_grad()
-    def _restore(self, exact: dict[str, Tensor]) -> None:
-        for flat in self.state.flats:
-            for layout in flat.layouts:
-                if layout.name in exact:
-                    layout.copy_from_whole(flat.tensor.detach(), exact[layout.name])
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
