@@ -151,14 +151,11 @@ class _Fp32(Format):
         codes.copy_(values)
 
 
-class _Bf16(Format):
+class _Bf16(_Fp32):
     """bf16, rounded stochastically."""
 
     def dtype(self, weight: torch.dtype) -> torch.dtype:
         return torch.bfloat16
-
-    def decode(self, codes: Tensor, scale: Tensor | None) -> Tensor:
-        return codes.float()
 
     def encode(self, values: Tensor, bits: Tensor | None, codes: Tensor, scale: Tensor | None) -> None:
         codes.copy_(values if bits is None else round_bf16(values, bits))

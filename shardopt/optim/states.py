@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from shardopt.errors import InputError
 from shardopt.optim.precision import FORMATS, Format, blocks
-from shardopt.slices import Layout, Range, Slice, canonical_name, layout_of, local_tensor
+from shardopt.slices import Layout, Slice, canonical_name, layout_of, local_tensor
 
 Layouts = Layout | Sequence[Layout]
 # torch keeps these as 0-dim tensors; a 0-dim parameter has 0-dim state tensors too, hence the names.
@@ -76,26 +76,14 @@ def layouts_of(
     return {p: (where,) if isinstance(where, Layout) else tuple(where) for p, where in layouts.items()}
 
 
-def _rebased(layout: Layout) -> tuple[int, int, Layout]:
-    """First local element, one past the last, and the layout counted from that first element."""
-    if not layout.ranges:
-        return 0, 0, layout
-    first = layout.ranges[0].local_start
-    last = layout.ranges[-1].local_start + layout.ranges[-1].length
-    if first == 0:
-        return first, last, layout
-    ranges = tuple(Range(r.global_start, r.local_start - first, r.length) for r in layout.ranges)
-    return first, last, Layout(layout.name, layout.shape, ranges)
-
-
 def _pieces(tensor: Tensor, layouts: Sequence[Layout]) -> Iterator[tuple[Layout, Tensor]]:
-    """Each layout with its own elements of the local `tensor` (a view)."""
+    """Each layout with its own elements of the local `tensor` (a view), from whose first its local starts count."""
     for layout in layouts:
-        first, last, rebased = _rebased(layout)
-        if (first, last) == (0, tensor.numel()) or not tensor.numel():
-            yield rebased, tensor
-        else:
-            yield rebased, tensor.view(-1).narrow(0, first, last - first)
+        first = layout.ranges[0].local_start if layout.ranges else 0
+        last = layout.ranges[-1].local_start + layout.ranges[-1].length if layout.ranges else 0
+        rebased = replace(layout, ranges=tuple(r._replace(local_start=r.local_start - first) for r in layout.ranges))
+        whole = (first, last) == (0, tensor.numel()) or not tensor.numel()
+        yield rebased, tensor if whole else tensor.view(-1).narrow(0, first, last - first)
 
 
 def is_scalar(key: str, value: object, param: Tensor) -> bool:
@@ -282,14 +270,9 @@ def write_slice(piece: Slice, values: Tensor) -> None:
 
 def _format_of(piece: Slice) -> Format:
     """By dtype and scale: a slice may be any optimizer's state, or of a checkpoint."""
-    dtype, in_blocks = piece.tensors[0].dtype, len(piece.tensors) > 1
-    name = (
-        ("block16" if dtype == torch.int16 else "block8")
-        if in_blocks
-        else "bf16"
-        if dtype == torch.bfloat16
-        else "fp32"
-    )
+    if len(piece.tensors) == 1:
+        return FORMATS["fp32"]  # of which bf16 rounded to nearest is no other
+    name = "block16" if piece.tensors[0].dtype == torch.int16 else "block8"
     return replace(FORMATS[name], signed=piece.kind != "nu")
 
 

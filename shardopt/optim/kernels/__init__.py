@@ -53,9 +53,11 @@ __all__ = ["KERNELS", "Entry", "Kernel", "Table", "choose"]
 class Kernel(Protocol):
     name: str
 
-    def refusal(self, weight: Tensor) -> str | None: ...
+    def refusal(self, weight: Tensor) -> str | None:
+        return None
 
-    def check(self, table: Table) -> None: ...
+    def check(self, table: Table) -> None:
+        return None
 
     def run(self, table: Table) -> None: ...
 

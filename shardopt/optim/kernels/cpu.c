@@ -184,14 +184,10 @@ INLINE void fused(const Segment *s, int64_t from, int64_t n, int weight_type, in
 /* -- every other combination: tiles in fp32 --------------------------------------------------------------- */
 
 static void load_values(float *restrict out, const void *from, int64_t at, int n, int type) {
+    const uint16_t *restrict p = (const uint16_t *)from + at;
     if (type == FP32) memcpy(out, (const float *)from + at, (size_t)n * 4);
-    else if (type == BF16) {
-        const uint16_t *restrict p = (const uint16_t *)from + at;
-        for (int i = 0; i < n; i++) out[i] = from_bf16(p[i]);
-    } else {
-        const uint16_t *restrict p = (const uint16_t *)from + at;
-        for (int i = 0; i < n; i++) out[i] = from_fp16(p[i]);
-    }
+    else if (type == BF16) for (int i = 0; i < n; i++) out[i] = from_bf16(p[i]);
+    else for (int i = 0; i < n; i++) out[i] = from_fp16(p[i]);
 }
 
 static void load_state(float *restrict out, uint64_t codes, uint64_t scales, int64_t at, int n, int format, int is_nu) {
@@ -292,15 +288,14 @@ static void store_state(const float *restrict x, uint64_t codes, uint64_t scales
             const int count = from + BLOCK < n ? BLOCK : n - from;
             uint16_t *p16 = (uint16_t *)(uintptr_t)codes + at + from;
             uint8_t *p8 = (uint8_t *)(uintptr_t)codes + at + from;
-            const float *y = x + from;
-            const uint32_t *r = words + from;
-            if (format == BLOCK16) {
-                if (is_nu) block16(p16, scale, y, r, count, 1, 0);
-                else if (shift) block16(p16, scale, y, r, count, 0, 16);
-                else block16(p16, scale, y, r, count, 0, 0);
-            } else if (is_nu) block8(p8, scale, y, r, count, 1, 0);
-            else if (shift) block8(p8, scale, y, r, count, 0, 16);
-            else block8(p8, scale, y, r, count, 0, 0);
+            /* with constants for what varies, so that each loop is compiled by itself */
+#define ENCODE(block, p)                                                                       \
+    if (is_nu) block(p, scale, x + from, words + from, count, 1, 0);                           \
+    else if (shift) block(p, scale, x + from, words + from, count, 0, 16);                     \
+    else block(p, scale, x + from, words + from, count, 0, 0);
+            if (format == BLOCK16) { ENCODE(block16, p16) }
+            else { ENCODE(block8, p8) }
+#undef ENCODE
         }
     }
 }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shardopt.errors import InputError
-from shardopt.optim.kernels import Table
+from shardopt.optim.kernels import Kernel, Table
 from shardopt.optim.schema import TYPES, c_header
 
 _SOURCE = Path(__file__).with_name("cpu.c")
@@ -32,7 +32,7 @@ _DIGEST = 16  # bytes behind the library, by which a damaged one is known: loadi
 _CHUNK = 1 << 15  # elements a thread takes at a time; a multiple of precision.BLOCK
 
 
-class CpuKernel:
+class CpuKernel(Kernel):
     """Raises InputError where there is no C compiler; the message says so."""
 
     name = "c"
@@ -48,9 +48,6 @@ class CpuKernel:
         if TYPES.get(weight.dtype) not in (1, 2, 5):
             return f"the C kernel takes fp32, bf16 and fp16 weights, not {weight.dtype}"
         return None
-
-    def check(self, table: Table) -> None:
-        pass
 
     def run(self, table: Table) -> None:
         call = table.cache.get("c_call")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shardopt.optim import precision, reference
+from shardopt.optim.kernels import Kernel
 from shardopt.optim.kernels.table import Entry, Table, Tile
 from shardopt.optim.schema import DOUBLES, FLAG_BITS, HALVES, SKIP, Scalars
 
@@ -15,14 +16,8 @@ _TILE = {"cpu": 1 << 17}
 _TILE_ELSEWHERE = 1 << 22
 
 
-class EagerKernel:
+class EagerKernel(Kernel):
     name = "torch"
-
-    def refusal(self, weight: Tensor) -> str | None:
-        return None
-
-    def check(self, table: Table) -> None:
-        pass
 
     def run(self, table: Table) -> None:
         size = _TILE.get(table.device.type, _TILE_ELSEWHERE)
