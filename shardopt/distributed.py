@@ -80,7 +80,7 @@ class Ranks:
         return total.tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank. A collective."""
+        """Reduce `flag` over all ranks: true where any rank has it true. A collective."""
         return self.sum([float(flag)])[0] > 0
 
     def gather(self, value: T) -> list[T]:

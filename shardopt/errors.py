@@ -1,4 +1,4 @@
-"""What a person gave that cannot work, told apart from a defect of ours."""
+"""Errors caused by user input, told apart from defects of shardopt."""
 
 import difflib
 from collections.abc import Iterable

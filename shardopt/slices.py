@@ -1,4 +1,4 @@
-"""Which elements of a parameter does this process hold: plain arithmetic, no ranks, no communication.
+"""Layouts and slices: the elements of a parameter that one process holds. Arithmetic only, no ranks.
 
 A share of a parameter is a few contiguous ranges of the flattened (row-major) parameter, nearly always one.
 Rounding, checkpoints and memory reports are all written against these two types, so that they are the same
@@ -34,7 +34,7 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What one process holds of one parameter.
+    """The elements of one parameter that one process holds.
 
     Args:
         name: canonical fully qualified name (see `canonical_name`).
@@ -102,7 +102,7 @@ class Slice:
         name: the parameter's canonical name.
         kind: "weight", or the optimizer's state key: "m1", "m2", "nu", ...
         layout: which elements.
-        tensors: the storage. `(values,)` holds one element an element, flattened as the layout says (its own
+        tensors: the storage. `(values,)` holds one value per element, flattened as the layout says (its own
             shape may be the local tensor's); a block format is `(codes, scales)`, which only the same layout
             can restore exactly.
     """

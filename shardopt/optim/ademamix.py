@@ -291,7 +291,7 @@ class AdEMAMix(CheckedOptimizer):
         return Entry(name, param, index, state, tensors, formats, layouts, kernel)
 
     def _names(self) -> dict[Tensor, str]:
-        """What the random bits of each parameter are keyed by; unnamed ones say which optimizer they belong to."""
+        """Names that key the random bits of each parameter; unnamed ones say which optimizer they belong to."""
         names = states.parameter_names(self)
         for group in self.param_groups:
             if group.get("stream") and "param_names" not in group:

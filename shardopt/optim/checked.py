@@ -209,7 +209,7 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         return state
 
     def _only_creates_state(self) -> bool:
-        """Whether this first step is the one by which torch.distributed.checkpoint creates state: it must not count.
+        """True for the first step by which torch.distributed.checkpoint creates state: it must not count.
 
         Its gradients are zeros and lr is 0. But so may be those of a true first step where this rank's shards are
         empty or have met no token yet, and then the other ranks count it: only the caller tells the two apart.

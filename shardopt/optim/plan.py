@@ -1,4 +1,4 @@
-"""Which segments a step touches: from parameters, gradients and state to the tables that kernels take.
+"""The plan of a step: from parameters, gradients and state to the tables that kernels take.
 
 A plan holds for as long as the same tensor objects are parameters and state; it is made lazily, because hosts swap
 parameters between construction and the first step. Storage may move under a tensor at any time (`.data`,
@@ -35,7 +35,7 @@ _dtype, _layout = attrgetter("dtype"), attrgetter("layout")
 
 
 def is_captured(group: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether steps of the group's parameters on this device are counted, and their scalars computed, there."""
+    """True where steps of the group's parameters are counted, and their scalars computed, on the device."""
     return bool(group["capturable"]) and device.type != "cpu"
 
 
@@ -88,11 +88,11 @@ class Plan:
 
     @property
     def captured(self) -> bool:
-        """Whether a CUDA graph holds a step of this plan."""
+        """True once a CUDA graph holds a step of this plan."""
         return any(table.captured for table in self._tables)
 
     def holds(self, params: list[Tensor], state: Mapping[Tensor, Any]) -> bool:
-        """Whether the parameters and the tensors of their state are still the very same objects."""
+        """True while the parameters and the tensors of their state are the very same objects."""
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
         now = state.values()

@@ -115,7 +115,7 @@ class Format:
 
     @property
     def bytes_per_element(self) -> float:
-        """Bytes that an element takes, its share of the scale included."""
+        """Bytes per element, its share of the scale included."""
         return self.element_bytes + (4 / BLOCK if self.in_blocks else 0)
 
     def dtype(self, weight: torch.dtype) -> torch.dtype:
@@ -295,7 +295,7 @@ def join_fp32(high: Tensor, low: Tensor) -> Tensor:
 
 
 def round_to_weight(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the model sees of an fp32 master: nearest, in bf16 with ties away from zero as the split has it."""
+    """Round an fp32 master to its weight: nearest, in bf16 with ties away from zero as the split has it."""
     return split_fp32(values)[0] if dtype == torch.bfloat16 else values.to(dtype)
 
 

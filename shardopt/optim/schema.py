@@ -171,7 +171,7 @@ class HyperParameter(NamedTuple):
 
 
 class HyperParameters(TypedDict, total=False):
-    """What AdEMAMix takes besides parameters and kernel, and what a group of it may set (its docstring says more)."""
+    """Hyper-parameters of AdEMAMix, which a group may set too (its docstring explains them)."""
 
     lr: Annotated[float | Tensor, HyperParameter(1e-3, learning_rate)]
     betas: Annotated[tuple[float, float, float], HyperParameter((0.9, 0.999, 0.9999), decays)]
@@ -226,7 +226,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 class Scalars(NamedTuple):
-    """What one step needs to know about one parameter besides its tensors: doubles of a row first, then its flags."""
+    """Scalars of one step of one parameter: the doubles of a row first, then its flags."""
 
     lr: float
     beta1: float

@@ -87,7 +87,7 @@ def _pieces(tensor: Tensor, layouts: Sequence[Layout]) -> Iterator[tuple[Layout,
 
 
 def is_scalar(key: str, value: object, param: Tensor) -> bool:
-    """Whether a state entry is a count or a number rather than one value per element."""
+    """True for a count or another number; false for a tensor of one value per element."""
     if isinstance(value, Tensor):
         return value.dim() == 0 and (key in _SCALARS or param.dim() > 0)
     return isinstance(value, (int, float))

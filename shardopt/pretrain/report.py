@@ -63,7 +63,7 @@ class Holdings:
 def holdings(state: ShardedState) -> Holdings:
     """Bytes that every rank holds, from the slices themselves, once the state exists. A collective.
 
-    The unsharded size of a tensor is its number of elements times the bytes an element takes where its first
+    The unsharded size of a tensor is its number of elements times the bytes per element where its first
     element is held. A gradient counts as large as its weight.
     """
     held = Counter(gradient=state.gradient_bytes())

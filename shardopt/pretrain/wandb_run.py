@@ -33,7 +33,7 @@ _DEFAULT_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 
 
 class WandbConfig(Section):
-    """How the run appears in W&B."""
+    """The W&B run: mode, project and labels."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: as WANDB_MODE says; without it online where there is an API key, else offline. Never asks."""
@@ -174,7 +174,7 @@ def cause(error: BaseException) -> str:
 
 
 def _end_of_step(log: Path, step: int) -> int | None:
-    """Where in wandb's offline file the first row beyond `step` begins; None where there is none.
+    """Offset in wandb's offline file of the first row beyond `step`; None where there is none.
 
     The file is a LevelDB log: a header of 7 bytes, then 32 KiB blocks of records (crc32, 16-bit length, kind;
     whole or in first, middle and last parts), each a protobuf message; a killed run's file ends anywhere.

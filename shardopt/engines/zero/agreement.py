@@ -1,4 +1,4 @@
-"""What all ranks agree on before a step: the norm, which parameters have a gradient, and that no rank has failed."""
+"""Agreement of all ranks before a step: the norm, the parameters that have a gradient, and that no rank has failed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Agreement:
                 hook.after_reduce(bucket, gradient)
 
     def explain(self) -> str:
-        """Which parameters, and which ranks' gradients of them, are not finite. A collective."""
+        """Name the parameters, and the ranks, whose gradients are not finite. A collective."""
         found = [
             (p.bucket.index, p.name, tuple(self.reducer.blame.get(p.bucket.index, ())))
             for p, has_gradient in zip(self.flat.parameters, self.has_gradient, strict=True)
@@ -100,7 +100,7 @@ class Agreement:
 
 
 def _attempt(action: Callable[[], None]) -> Exception | None:
-    """What `action` raises, which the other ranks are to be told: they wait for this one."""
+    """Return the exception of `action`, for the other ranks, which wait for this one."""
     try:
         action()
     except Exception as error:

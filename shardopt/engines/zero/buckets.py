@@ -1,4 +1,4 @@
-"""Where every element lies and which rank owns it: flat buckets cut into equal parts. Arithmetic only.
+"""Flat buckets cut into equal parts: the place of every element and the rank that owns it. Arithmetic only.
 
 A bucket holds whole parameters of one dtype and is padded so that it divides by the world size; rank r owns part
 r of every bucket. Parameters are laid out in reverse registration order, about the order in which backward
@@ -77,7 +77,7 @@ class Bucket:
         return self.numel * self.dtype.itemsize
 
     def owned(self, member: Member, rank: int) -> tuple[Layout, int]:
-        """What `rank` owns of `member`, and where that starts in the rank's part (elements)."""
+        """The layout of the part of `member` that `rank` owns, and its start in the rank's part (elements)."""
         start = max(member.offset, rank * self.part)
         end = min(member.offset + member.numel, (rank + 1) * self.part)
         length = max(0, end - start)

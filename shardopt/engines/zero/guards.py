@@ -1,4 +1,4 @@
-"""What a ZeroOptimizer puts on the model, so that nobody reads, replaces or forgets anything behind its back."""
+"""Hooks of a ZeroOptimizer on its model, so that nothing is read, replaced or forgotten behind its back."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ class ZeroOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What GradScaler.step asks first."""
+        """Refuse GradScaler.step, which asks this first."""
         raise InputError(
             "GradScaler does not work with ZeroOptimizer, which holds the gradients that it would unscale: use bf16 "
             "(torch.autocast(dtype=torch.bfloat16)) without a GradScaler"
@@ -374,7 +374,7 @@ class ZeroOptimizer(Optimizer):
 
     @property
     def transport(self) -> str:
-        """How gradients and weights travel: "native", or on gloo "memory" (within a machine) or "sockets"."""
+        """Transport of gradients and weights: "native", or on gloo "memory" (within a machine) or "sockets"."""
         return self._shard.name
 
     def add_hook(self, hook: GradientHook) -> None:

@@ -70,11 +70,11 @@ class Reducer:
 
     @property
     def idle(self) -> bool:
-        """Whether no gradient has come since the last reduction of all buckets."""
+        """True while no gradient has come since the last reduction of all buckets."""
         return not self._seen and self._next == 0
 
     def is_sent(self, index: int) -> bool:
-        """Whether the bucket of parameter `index` has been sent in this micro-batch."""
+        """True once the bucket of parameter `index` has been sent in this micro-batch."""
         return self.flat.parameters[index].bucket.index < self._next
 
     def ready(self, index: int) -> None:

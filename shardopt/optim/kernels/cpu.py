@@ -176,7 +176,7 @@ def build(compiler: _Compiler | None = None) -> Path:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by machines of different kinds."""
+    """The facts that -march=native depends on: a home folder may be shared by machines of different kinds."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return f"{platform.machine()} {platform.processor()}"

@@ -148,7 +148,7 @@ class Table:
         self._place_pointers()
 
     def _place_pointers(self) -> None:
-        """Which words of the rows are addresses: in which tensor, and how many bytes behind its start."""
+        """List the words of the rows that are addresses: their tensor, and the bytes behind its start."""
         self._stored: list[Tensor] = []  # those of an entry together, as they lie in memory
         self._keys: list[tuple[str, int]] = []  # of each address, state key, "weight" or "grad", and entry
         number: dict[tuple[int, str], int] = {}

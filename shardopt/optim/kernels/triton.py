@@ -7,7 +7,7 @@ copy from pinned memory. Rows that differ in formats get a launch for each kind,
 time, and so do rows that do not begin on 16 bytes: theirs are narrow loads. A row's last, partial piece also loads
 narrowly, through a mask; all others are loaded and stored 16 bytes at a time.
 
-The step is bound by memory (fp32 moves 36 bytes an element, bf16 state and fp32 weights 24), so 8 elements a thread
+The step is bound by memory (fp32 moves 36 bytes per element, bf16 state and fp32 weights 24), so 8 elements a thread
 are enough to keep more loads in flight than the memory's latency asks for, and the arithmetic (about 60 instructions,
 twice that with random bits) hides behind them. Nothing is used twice, so there is nothing to tile.
 

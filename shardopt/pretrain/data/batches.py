@@ -38,7 +38,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, *key: object) -> np.ndarray:
-    """Where a permutation of range(n), chosen by `key`, takes each of `index`; no memory, no order of asking.
+    """Map each of `index` by a permutation of range(n) that `key` chooses; no memory, no order of asking.
 
     A balanced Feistel network over the next power of four, walked until it falls below n (Black and Rogaway,
     Ciphers with Arbitrary Finite Domains, 2002), which takes fewer than four walks on average.
@@ -92,7 +92,7 @@ class Mixture:
         return source, period * self._counts[source] + self._before[place]
 
     def count(self, source: int, samples: int) -> int:
-        """How many of the first `samples` samples come from `source`."""
+        """Number of the first `samples` samples that come from `source`."""
         period, place = divmod(samples, len(self._order))
         return period * int(self._counts[source]) + int(np.count_nonzero(self._order[:place] == source))
 

@@ -105,7 +105,7 @@ class PathTokenizer(Section):
 
 
 def holds_tokenizer(folder: Path) -> bool:
-    """Whether a transformers tokenizer was saved in `folder`."""
+    """True where a transformers tokenizer was saved in `folder`."""
     return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"))
 
 

@@ -27,7 +27,7 @@ Tick = Callable[[int], None]
 
 
 def is_held_out(text: str, holdout: float) -> bool:
-    """Whether a document is kept out of training: by its text alone, whatever the corpus, seed or order.
+    """True for a document that is kept out of training: decided by its text alone, whatever the corpus, seed or order.
 
     So exact copies always fall on the same side, in one source or in several.
     """

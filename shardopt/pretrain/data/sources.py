@@ -261,7 +261,7 @@ def _files_key(files: list[Path], names: list[str], total_bytes: int) -> list[An
 
 
 def _is_text(path: Path) -> bool:
-    """Whether it is UTF-8 without NUL, which no text has and most other files do."""
+    """True for UTF-8 without NUL, which no text has and most other files do."""
     import fsspec
 
     with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8") as file:

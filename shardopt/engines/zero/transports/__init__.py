@@ -1,4 +1,4 @@
-"""How ZeRO's gradients and weights travel between ranks: three transports behind one interface."""
+"""Transports of ZeRO's gradients and weights: three behind one interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ZeRO asks of a transport: reduce-scatter a bucket onto the ranks that own its parts, all-gather the parts.
+"""The interface of a transport: reduce-scatter a bucket onto the ranks that own its parts, all-gather the parts.
 
 gloo gets pairwise exchanges (backends.py): every rank sends each other rank that rank's part and adds what it receives,
 in rank order and in fp32 whatever is on the wire. That is several times faster than gloo's reduce-scatter, sends

@@ -140,7 +140,7 @@ class SharedMemoryCommunicator(Communicator):
 
 
 class _Mailbox:
-    """Where this rank posts the addresses of what it sends; every rank posts as often, and reads all the others'.
+    """Addresses of what this rank sends, posted for its peers; every rank posts as often, and reads all the others'.
 
     In words of 64 bits: a secret, then for each of `in_flight` posts three words: its number, counted from 1; where
     its table lies; and the number again once this rank has read the same post of all its peers. A table holds for each
