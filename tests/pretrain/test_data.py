@@ -591,6 +591,8 @@ def test_a_stream_mixes_with_packed_text(tmp_path: Path) -> None:
     resumed.load_state_dict(state)
     for step in range(18, 40):
         assert torch.equal(resumed.batch(step, 0, 4), whole[step])
+    reweighted = [mixed[0] | {"weight": 0.5}, mixed[1]]
+    assert load(tmp_path, reweighted, tokenizer={"bpe": 300})[0].fingerprint != train.fingerprint
 
 
 def test_vocabulary_reaches_to_the_largest_id_where_ids_have_gaps():
