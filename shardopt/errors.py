@@ -19,7 +19,7 @@ class MissingExtraError(ImportError):
         super().__init__(f"{package} is not installed. Install it with: pip install 'shardopt[{extra}]'")
 
 
-def did_you_mean(word: object, known: Iterable[str], prefix: str = "") -> str:
+def did_you_mean(word: object, known: Iterable[str], prefix: str = "", cutoff: float = 0.6) -> str:
     """ "; did you mean ...?", or nothing where none of `known` is like `word`."""
-    near = difflib.get_close_matches(str(word), list(known), 1)
+    near = difflib.get_close_matches(str(word), list(known), 1, cutoff)
     return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from shardopt.errors import InputError
+from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import kernels, precision, reference, schema, states
 from shardopt.optim.checked import CheckedOptimizer, Stored, check_state, shards_of
 from shardopt.optim.kernels.table import Entry
@@ -34,8 +34,8 @@ class AdEMAMix(CheckedOptimizer):
     Args:
         params: tensors, (name, tensor) pairs or parameter groups of them; every argument up to `weight_ema`,
             `capturable` and `seed` may be given for a group. Without names, a parameter's position stands for it, and
-            the optimizer's number among the process's own without names keeps its random bits apart from theirs: make
-            such optimizers in the same order on every rank and in every run. The number is in the state_dict.
+            a count of the optimizers that this process has made without names keeps their random bits apart: make them
+            in the same order on every rank and in every run. The count is in the state_dict.
         lr: learning rate, a number or a 0-d tensor. With 0 the averages move and no weight does.
         betas: decays of the fast average m1, the second moment nu and the slow average m2. beta1 = 0 keeps no m1.
         alpha: weight of the slow average in the update.
@@ -81,7 +81,12 @@ class AdEMAMix(CheckedOptimizer):
     def __init__(
         self, params: Any, *positional: Any, kernel: str = "auto", **hyper_parameters: Unpack[HyperParameters]
     ) -> None:
-        bound = schema.SIGNATURE.bind(self, params, *positional, kernel=kernel, **hyper_parameters)
+        try:
+            bound = schema.SIGNATURE.bind(self, params, *positional, kernel=kernel, **hyper_parameters)
+        except TypeError as error:
+            strange = [schema.PAPER_NAMES.get(key, key) for key in hyper_parameters if key not in schema.DEFAULTS]
+            hint = did_you_mean(strange[0], schema.DEFAULTS) if strange else ""
+            raise TypeError(f"{type(self).__name__}: {error}{hint}") from None
         bound.apply_defaults()
         defaults = {name: bound.arguments[name] for name in schema.DEFAULTS}
         schema.check_group(defaults)
@@ -159,31 +164,40 @@ class AdEMAMix(CheckedOptimizer):
         our checkpoints are refused: they would take the averaged weights for the trained ones.
 
         Raises:
-            InputError: no group has a `weight_ema`, or this is already inside another such block.
+            InputError: no group has a `weight_ema`, or this is already inside another such block. On leaving: a
+                weight was changed inside; the trained one is back then.
         """
         if all(group["weight_ema"] is None for group in self.param_groups):
             raise InputError("use_weight_ema() needs an optimizer built with weight_ema, such as 0.999")
         self.refuse_weight_ema("use_weight_ema()")
-        kept: list[tuple[Tensor, Tensor]] = []
+        kept: list[tuple[Entry, Tensor]] = []
         self._averaged = True
         try:
             with torch.no_grad():
                 for entry in self._current_plan().entries:
                     if "weight_ema" not in entry.tensors or not entry.state["step"]:
                         continue
-                    weight = local_tensor(entry.param)
-                    kept.append((entry.param, weight.clone()))
-                    flat = weight.reshape(-1)
-                    for where in entry.tiles(_TILE):
-                        flat.narrow(0, where.local, where.numel).copy_(entry.decoded("weight_ema", where))
-                    if flat.data_ptr() != weight.data_ptr():  # a strided weight has no flat view
-                        weight.copy_(flat.view(weight.shape))
+                    kept.append((entry, local_tensor(entry.param).clone()))
+                    local_tensor(entry.param).copy_(self._averaged_weight(*kept[-1]))
             yield
+            for entry, value in kept:
+                now = local_tensor(entry.param.detach()).to(value)
+                if not torch.allclose(now, self._averaged_weight(entry, value), 0.0, 0.0, equal_nan=True):
+                    raise InputError(
+                        f"the weight {entry.name} was changed inside use_weight_ema(), and is the trained one again: "
+                        f"set or load weights outside"
+                    )
         finally:
             with torch.no_grad():
-                for param, value in kept:
-                    local_tensor(param).copy_(value)
+                for entry, value in kept:
+                    local_tensor(entry.param).copy_(value)
             self._averaged = False
+
+    def _averaged_weight(self, entry: Entry, weight: Tensor) -> Tensor:
+        flat = weight.clone().reshape(-1)
+        for where in entry.tiles(_TILE):
+            flat.narrow(0, where.local, where.numel).copy_(entry.decoded("weight_ema", where))
+        return flat.view(weight.shape)
 
     def refuse_weight_ema(self, what: str) -> None:
         """Raise an InputError inside `use_weight_ema()`; `what` is what cannot be done there."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from shardopt.errors import InputError
+from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import states
 from shardopt.optim.schema import COUNTS, STATE_KEYS
 from shardopt.slices import canonical_name, layout_of, local_tensor
@@ -99,14 +99,17 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         """Add a group (see the class for what it may set).
 
         Raises:
-            InputError: a hyper-parameter out of its range, or a parameter that cannot be updated. The group is then
-                not added.
+            InputError: a hyper-parameter out of its range or misspelt, or a parameter that cannot be updated. The
+                group is then not added.
         """
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         self.__dict__.setdefault("given_names", WeakTensorKeyDictionary())
         self.given_names.update(zip(added["params"], added.get("param_names", ()), strict=False))
         try:
+            for key in sorted(added.keys() - self.defaults.keys()):  # schedulers and hosts have keys of their own
+                if hint := did_you_mean(key.lower(), self.defaults, cutoff=0.85):
+                    raise InputError(f"a parameter group has no setting {key!r}{hint}")
             self._check_settings(added)
             for i, param in enumerate(added["params"]):
                 self._check_parameter(added, param, added.get("param_names", {i: f"number {i} of its group"})[i])
@@ -132,7 +135,8 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         """Load what `state_dict` returned; every state tensor keeps the dtype it was saved in.
 
         Named parameters are matched by name. The saved hyper-parameters, seed included, replace the present ones;
-        those that an older state dict lacks stay. A refusal leaves everything as it was.
+        those that an older state dict lacks stay. A parameter without saved state, as one that never had a gradient,
+        starts at its first gradient here. A refusal leaves everything as it was.
 
         Raises:
             InputError: names, settings, state keys, dtypes or shapes that do not fit, saying which.

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from shardopt.errors import InputError
 from shardopt.optim.kernels import Entry, Table
+from shardopt.optim.precision import follow_weight
 from shardopt.optim.reference import scalars_of
 from shardopt.optim.schema import COUNTS, TYPES, Scalars
 from shardopt.slices import Layout, Range, local_tensor
@@ -81,6 +81,8 @@ class Plan:
             holders = [held for held in self._states if key in held]
             self._columns.append((itemgetter(key), holders, [held[key] for held in holders]))
         self._params = [entry.param for entry in self.entries]
+        self._mastered = [i for i, entry in enumerate(self.entries) if "master" in entry.tensors]
+        self._left: dict[int, tuple[int, ...]] = {}  # those weights as our own step has left them
         self._any_placed = any(hasattr(param, "placements") for param in self._params)
         self._types, self._numels = (list(map(of, weights)) for of in (_dtype, _numel))
         self._tables: list[Table] = []
@@ -132,16 +134,20 @@ class Plan:
                 if table.capturable:
                     table.describe_schedules(self.groups)
                 table.kernel.check(table)
-            self._run(grads)  # nothing is refused from here on
+            self._run(weights, grads)  # nothing is refused from here on
         finally:
             for table in self._tables:
                 table.weights, table.grads = [], []  # or the gradients would outlive zero_grad
 
-    def _run(self, grads: list[Tensor | None]) -> None:
+    def _run(self, weights: list[Tensor], grads: list[Tensor | None]) -> None:
         """Count the step and let the kernels take it."""
         places, scalars, steps = self._count(grads)
         if not scalars:
             return
+        mastered = [i for i in self._mastered if grads[i] is not None]
+        for i in mastered:
+            if self._left.get(i) != self._version(i, weights[i]):
+                follow_weight(self.entries[i].tensors["master"], weights[i])
         for table in self._tables:
             own = places if len(table.indices) == len(grads) else places[table.indices]
             if table.strided:
@@ -151,6 +157,11 @@ class Plan:
                 table.kernel.run(table)
         whole = not (places < 0).any()
         increment_version(self._params if whole else [p for p, at in zip(self._params, places, strict=True) if at >= 0])
+        self._left.update((i, self._version(i, weights[i])) for i in mastered)
+
+    def _version(self, index: int, weight: Tensor) -> tuple[int, ...]:
+        """Other numbers wherever somebody has written to the weight, unless through its `.data`."""
+        return weight.data_ptr(), weight._version, self._params[index]._version
 
     # -- each step, for each parameter ----------------------------------------------------------------------------
 
@@ -215,7 +226,7 @@ class Plan:
                 f"parameter as {placements}: redistribute it first"
             )
         local = local_tensor(grad)
-        return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+        return local.wait() if hasattr(local, "wait") else local  # an AsyncCollectiveTensor
 
     def _count(self, grads: list[Tensor | None]) -> tuple[np.ndarray, list[Scalars], np.ndarray]:
         """Count the step; each entry's place in the list of scalars (-1: no gradient), the list, its steps.

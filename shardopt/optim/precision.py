@@ -158,7 +158,7 @@ class _Bf16(_Fp32):
         return torch.bfloat16
 
     def encode(self, values: Tensor, bits: Tensor | None, codes: Tensor, scale: Tensor | None) -> None:
-        codes.copy_(values if bits is None else round_bf16(values, bits))
+        codes.copy_(values if bits is None else round_bf16(values.float(), bits))
 
 
 class _Block16(Format):
@@ -180,7 +180,7 @@ class _Block16(Format):
 
     def encode(self, values: Tensor, bits: Tensor | None, codes: Tensor, scale: Tensor | None) -> None:
         assert scale is not None
-        bits = _half_bits(values) if bits is None else bits
+        values, bits = values.float(), _half_bits(values) if bits is None else bits
         largest = _largest(values, scale)
         top = 15 if self.signed else 31
         # power of two at or below the largest element, times what maps its exponent field to `top`
@@ -297,6 +297,12 @@ def join_fp32(high: Tensor, low: Tensor) -> Tensor:
 def round_to_weight(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Round an fp32 master to its weight: nearest, in bf16 with ties away from zero as the split has it."""
     return split_fp32(values)[0] if dtype == torch.bfloat16 else values.to(dtype)
+
+
+def follow_weight(master: Tensor, weight: Tensor) -> None:
+    """Take a weight that somebody else has set into its fp32 master: the elements that no longer round to it."""
+    ours, torchs = round_to_weight(master, weight.dtype), master.to(weight.dtype)  # they differ at ties
+    torch.where((ours == weight) | (torchs == weight), master, weight, out=master)
 
 
 def square_root(x: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def parameter_names(optimizer: Optimizer) -> dict[Tensor, str]:
             name = names.setdefault(param, str(position) if given is None else canonical_name(given[i]))
             if owners.setdefault(name, param) is not param:
                 raise InputError(
-                    f"two parameters are named {name!r} (without the prefixes of wrappers): give each a name of its own"
+                    f"two parameters are named {name!r} (without the prefixes of wrappers): give each its own "
+                    f"(of submodules, named_parameters(prefix=...) does)"
                 )
             position += 1
     return names

@@ -424,3 +424,61 @@ def test_examples_of_the_docstring_run():
     results = doctest.testmod(ademamix)
     assert results.attempted >= 7
     assert not results.failed
+
+
+@pytest.mark.parametrize("load", ["weights", "data"])
+def test_weights_loaded_inside_use_weight_ema_are_refused_on_leaving(load):
+    net, optimizer = trained(weight_ema=0.5)
+    before = net[0].weight.detach().clone()
+
+    def block():
+        with optimizer.use_weight_ema():
+            if load == "weights":
+                net.load_state_dict({key: torch.ones_like(value) for key, value in net.state_dict().items()})
+            else:
+                net[0].weight.data = torch.ones_like(net[0].weight)
+
+    with pytest.raises(InputError, match=r"0\.weight was changed inside use_weight_ema\(\)"):
+        block()
+    assert torch.equal(net[0].weight, before)
+    optimizer.state_dict()  # the block has been left
+
+
+# -- misspelt names -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["weigth_decay", "LR", "beta", "alpha_warm_up"])
+def test_misspelt_key_of_a_parameter_group_is_refused_with_the_nearest(key):
+    near = {"weigth_decay": "weight_decay", "LR": "lr", "beta": "betas", "alpha_warm_up": "alpha_warmup"}[key]
+    optimizer = shardopt.AdEMAMix([("v", nn.Parameter(torch.ones(2)))])
+    for build in (shardopt.AdEMAMix, lambda groups: optimizer.add_param_group(groups[0])):
+        with pytest.raises(InputError, match=rf"no setting '{key}'; did you mean {near}\?"):
+            build([{"params": [("w", nn.Parameter(torch.ones(2)))], key: 0.0}])
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("cls", [shardopt.AdEMAMix, Yogi, SimplifiedAdEMAMix])
+def test_keys_that_schedulers_and_hosts_give_a_group_are_taken(cls):
+    keys = "initial_lr max_lr min_lr base_lr max_momentum base_momentum swa_lr foreach fused differentiable momentum "
+    keys += (
+        "lr_scale lr_mult wd_mult lr_multiplier weight_decay_mult name tag is_expert decoupled_weight_decay amsgrad "
+    )
+    keys += "bias_correction step group_name use_muon layer_decay moe base_weight_decay cur_lr"
+    optimizer = cls([{"params": [("w", nn.Parameter(torch.ones(2)))], **dict.fromkeys(keys.split(), 0.5)}])
+    assert optimizer.param_groups[0]["lr_scale"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("compile", ""), ("beta3", "betas"), ("T_alpha", "alpha_warmup"), ("T_beta3", "beta3_warmup"), ("sede", "seed")],
+)
+def test_unknown_argument_is_refused_with_the_class_and_the_nearest(key, hint):
+    message = f"AdEMAMix: got an unexpected keyword argument '{key}'" + (rf"; did you mean {hint}\?" if hint else "$")
+    with pytest.raises(TypeError, match=message):
+        shardopt.AdEMAMix([nn.Parameter(torch.ones(2))], **{key: 1})
+
+
+def test_groups_of_two_submodules_are_told_how_to_get_names_of_their_own():
+    nets = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(InputError, match=r"two parameters are named 'weight'.* named_parameters\(prefix=\.\.\.\)"):
+        shardopt.AdEMAMix([{"params": net.named_parameters()} for net in nets])

@@ -9,7 +9,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 import shardopt
 from shardopt.errors import InputError
-from shardopt.optim import plan
+from shardopt.optim import plan, precision
 from shardopt.slices import Layout
 from tests.optim.test_kernels import same_bits
 
@@ -251,3 +251,78 @@ def test_loading_keeps_what_a_captured_step_reads():
     with pytest.raises(InputError, match=r"a CUDA graph holds .* seed"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["seed"] == 0
+
+
+# -- masters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("set_weight", ["copy_", "data", "first step", "without a gradient"])
+def test_fp32_master_follows_elements_that_somebody_else_has_set(kernel, set_weight):
+    options = {"dtype": torch.bfloat16, "master_weights": "fp32", "kernel": kernel}
+    (param, _, optimizer), (twin, _, expected) = stepped((300,), **options), stepped((300,), **options)
+    given = param.detach().clone()
+    given[:100] = 3.0
+    if set_weight == "data":
+        param.data = given
+    else:
+        with torch.no_grad():
+            param.copy_(given)
+    if set_weight == "first step":  # of a plan: nothing is known of the weight yet
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    if set_weight == "without a gradient":
+        grad, param.grad = param.grad, None
+        optimizer.step()
+        assert torch.equal(param, given)
+        param.grad = grad
+    with torch.no_grad():
+        twin[:100] = 3.0
+    expected.state[twin]["master"][:100] = 3.0
+    optimizer.step()
+    expected.step()
+    assert (param[:100] > 2.5).all()
+    assert torch.equal(param, twin)
+    assert torch.equal(optimizer.state[param]["master"], expected.state[twin]["master"])
+
+
+def test_master_between_two_bf16_numbers_is_kept_where_its_weight_is_written_anew():
+    """The kernels round ties away from zero, torch to even: neither is a weight that somebody else has set."""
+    tie = (torch.tensor([0x3F808000, 0x3F818000, -0x407F8000]).int()).view(torch.float32)
+    for weight in (precision.round_to_weight(tie, torch.bfloat16), tie.bfloat16()):
+        master = tie.clone()
+        precision.follow_weight(master, weight)
+        assert torch.equal(master, tie)
+
+
+def test_weights_without_masters_are_not_compared(monkeypatch):
+    _, _, optimizer = stepped()
+    monkeypatch.delattr(plan, "follow_weight")
+    optimizer.step()
+
+
+def test_masters_of_untouched_weights_are_not_compared(monkeypatch):
+    param, _, optimizer = stepped(dtype=torch.bfloat16, master_weights="fp32")
+    monkeypatch.delattr(plan, "follow_weight")
+    optimizer.step()
+    with torch.no_grad():
+        param.zero_()
+    with pytest.raises(NameError, match="follow_weight"):
+        optimizer.step()
+
+
+def test_step_refuses_expanded_weight_in_words_that_fit():
+    param = nn.Parameter(torch.zeros(1, 4).expand(3, 4))
+    optimizer = shardopt.AdEMAMix([("w", param)])
+    param.grad = torch.ones(3, 4)
+    with pytest.raises(InputError, match=r"the weight w has no storage .* for every element.* expanded view"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("state_dtype", ["bf16", "block16", "block8"])
+def test_float64_weights_take_rounded_state(state_dtype):
+    param, _, optimizer = stepped((300,), dtype=torch.float64, state_dtype=state_dtype, weight_ema=0.9)
+    twin, _, plain = stepped((300,), dtype=torch.float64)
+    optimizer.step()
+    plain.step()
+    torch.testing.assert_close(param, twin, rtol=0.0, atol=5e-3)
+    assert optimizer.state[param]["step"] == 2

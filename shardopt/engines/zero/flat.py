@@ -13,6 +13,7 @@ from shardopt.engines.zero.buckets import Bucket, Member
 from shardopt.engines.zero.round import Round, RoundState
 from shardopt.engines.zero.transports import Communicator, PeerError
 from shardopt.errors import InputError
+from shardopt.optim.precision import follow_weight
 from shardopt.slices import Layout, Slice
 
 
@@ -132,9 +133,8 @@ class FlatParameters:
         ]
         pairs += [(shard.detach(), state[shard]["master"]) for shard in narrow]
         for weight, master in pairs:
-            rounded = master.to(weight.dtype)
-            if not torch.equal(rounded, weight):
-                master.copy_(torch.where(rounded == weight, master, weight.to(master.dtype)))
+            if not torch.equal(master.to(weight.dtype), weight):
+                follow_weight(master, weight)
 
 
 class WeightGather:

@@ -290,4 +290,7 @@ def check_storage(tensor: Tensor, device: torch.device, what: str) -> None:
         )
     needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     if tensor.numel() and (not tensor.data_ptr() or tensor.untyped_storage().nbytes() < needed):
-        raise InputError(f"{what} has no storage behind it: it was freed, or is on the meta device")
+        raise InputError(
+            f"{what} has no storage behind it, or not for every element: it was freed, is on the meta device, or is an "
+            f"expanded view (clone it)"
+        )
