@@ -193,7 +193,7 @@ class HyperParameters(TypedDict, total=False):
 HYPER_PARAMETERS: dict[str, HyperParameter] = {
     name: hint.__metadata__[0] for name, hint in get_type_hints(HyperParameters, include_extras=True).items()
 }
-PAPER_NAMES = {"beta3": "betas", "T_alpha": "alpha_warmup", "T_beta3": "beta3_warmup"}
+PAPER_NAMES = {"beta3": "betas", "T_alpha": "alpha_warmup", "T_beta3": "beta3_warmup"}  # in the paper and its code
 DEFAULTS = {name: entry.default for name, entry in HYPER_PARAMETERS.items()}
 
 
