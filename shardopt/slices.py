@@ -100,7 +100,7 @@ class Slice:
 
     Args:
         name: the parameter's canonical name.
-        kind: "weight", or the optimizer's state key: "m1", "m2", "nu", ...
+        kind: "weight", "buffer", or the optimizer's state key: "m1", "m2", "nu", ...
         layout: which elements.
         tensors: the storage. `(values,)` holds one value per element, flattened as the layout says (its own
             shape may be the local tensor's); a block format is `(codes, scales)`, which only the same layout
@@ -175,3 +175,11 @@ def layout_of(param: Tensor, name: str) -> Layout:
 def named_parameters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     """Canonical names and parameters in registration order; tied weights once, under their first name."""
     return [(canonical_name(name), param) for name, param in module.named_parameters()]
+
+
+def persistent_buffers(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """Canonical names and tensors of the buffers that are part of `module`'s state_dict; a shared one once."""
+    kept = module._named_members(
+        lambda m: ((name, b) for name, b in m._buffers.items() if name not in m._non_persistent_buffers_set)
+    )
+    return [(canonical_name(name), buffer) for name, buffer in kept]

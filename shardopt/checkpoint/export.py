@@ -18,7 +18,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def export_safetensors(
-    folder: Path,
+    folder: str | Path,
     parameters: Iterator[tuple[str, Tensor | None]],
     ranks: Ranks,
     *,
@@ -43,7 +43,7 @@ def export_safetensors(
         InputError: the folder cannot be written or holds something else; on every rank.
         MissingExtraError: safetensors is not installed.
     """
-    folder = folder.absolute()  # a bare "export" has no parent to write beside
+    folder = Path(folder).absolute()  # a bare "export" has no parent to write beside
     files = _Files(folders.partial_of(folder), max_file_bytes)
 
     def begin() -> None:

@@ -83,13 +83,13 @@ def complete_steps(root: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True)]
 
 
-def latest(root: Path) -> Path | None:
+def latest(root: str | Path) -> Path | None:
     """The complete checkpoint under `root` with the highest step; None where there is none.
 
     Half-written folders are ignored. Reads the disk and nothing else: ask on rank 0 and broadcast the answer
     (`ranks.from_main(latest(root))`), since a network file system may show ranks different moments.
     """
-    complete = complete_steps(root)
+    complete = complete_steps(Path(root))
     return complete[0] if complete else None
 
 

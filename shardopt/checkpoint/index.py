@@ -29,6 +29,7 @@ DTYPES = {
     for name in (
         "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
         "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64", "bool",
+        "complex64", "complex128",
     )
 }  # fmt: skip
 _DATA_FILE = re.compile(r"__\d+_\d+\.distcp")

@@ -17,7 +17,7 @@ from shardopt.checkpoint import manifest
 from shardopt.checkpoint.flat import FlatShard, chunks_of, few
 from shardopt.checkpoint.folders import read_document
 from shardopt.checkpoint.index import DTYPES, dtype_name, read_index
-from shardopt.engines.state import ShardedState
+from shardopt.engines.state import ShardedState, require_state
 from shardopt.errors import InputError
 from shardopt.optim import states
 from shardopt.slices import Layout, Range, Slice, local_tensor
@@ -44,10 +44,10 @@ def load(folder: str | Path, state: ShardedState, *, strict: bool = True, conver
         folder: a complete checkpoint, of any engine and world size.
         state: what this rank holds, created where it is not there yet; elements that no rank holds are not read.
         strict: refuse a checkpoint that has more or less than the ranks together hold. Otherwise parameters that
-            are not in it keep their values, and document["checkpoint"]["not_loaded"] lists their slices; a
-            parameter of which only a part is in it (weights without masters, say) is refused all the same.
+            are not in it (but not all of them) keep their values, and document["checkpoint"]["not_loaded"] lists their
+            slices; a parameter of which only a part is in it (weights without masters, say) is refused all the same.
         convert: let a vector change its dtype or format, rounded once, to nearest. (A block format that keeps its
-            format and changes its layout goes through fp32 without being asked for it.)
+            format and changes its layout goes through fp32, and a buffer takes the dtype here, without being asked.)
 
     Returns:
         The checkpoint's document: what `save` was given, and "checkpoint" (see `read_document`).
@@ -56,6 +56,7 @@ def load(folder: str | Path, state: ShardedState, *, strict: bool = True, conver
         InputError: the checkpoint does not fit; on every rank, with a handful of the names. The message says
             what to change.
     """
+    require_state(state)
     folder, ranks = Path(folder), state.ranks
     document, metadata = ranks.together(lambda: (read_document(folder), read_index(folder)))
     stored: manifest.Parameters = document["checkpoint"]["parameters"]
@@ -94,7 +95,7 @@ def load(folder: str | Path, state: ShardedState, *, strict: bool = True, conver
     return document
 
 
-def load_extras(folder: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+def load_extras(folder: str | Path, keys: Iterable[str]) -> dict[str, Tensor]:
     """The whole tensors kept under `keys`, on the CPU. Not a collective: each rank may ask for its own.
 
     Keys that the checkpoint does not have (the generator of a rank that did not exist) are left out, for the
@@ -103,6 +104,7 @@ def load_extras(folder: Path, keys: Iterable[str]) -> dict[str, Tensor]:
     Raises:
         InputError: not a checkpoint that can be read.
     """
+    folder = Path(folder)
     read_document(folder)
     metadata = read_index(folder)
     found: dict[str, Tensor] = {}
@@ -157,8 +159,12 @@ def _check_match(
         problems.append(f"the checkpoint has no {few(missing)}")
     if strict and (extra := stored.keys() - live.keys()):
         problems.append(f"the model has no {few(extra)}")
+    if live and not shared and not strict:
+        problems.append(f"none of the names here ({few(live)}) is among its names ({few(stored)})")
     if problems:
-        problems.append("it was written by another model")
+        unnamed = any(name.isdigit() for name in live.keys() ^ stored.keys())
+        hint = "a number is a parameter without a name: build the optimizer over model.named_parameters()"
+        problems.append(hint if unnamed else "it was written by another model")
     differ = {n for n in shared if stored[n]["shape"] != live[n]["shape"]}
     if differ:
         shapes = few(f"{n} ({tuple(stored[n]['shape'])} there, {tuple(live[n]['shape'])} here)" for n in differ)
@@ -172,7 +178,7 @@ def _check_match(
         taken = f"nothing here takes its {few(extra_kinds)}"
         problems.append(f"{taken}; set optimizer as it was, or load with strict=False")
     if not convert:
-        for kind in sorted({kind for _, kind in wanted & there}):
+        for kind in sorted({kind for _, kind in wanted & there} - {"buffer"}):
             pairs = {
                 n: (stored[n]["kinds"][kind]["dtypes"], live[n]["kinds"][kind]["dtypes"])
                 for n, k in wanted & there

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from shardopt.checkpoint.flat import coverage_error, few
+from shardopt.checkpoint.flat import chunks_of, coverage_error, few
 from shardopt.checkpoint.index import dtype_name
+from shardopt.errors import InputError
 from shardopt.slices import Layout, Range, Slice
 
 PARTS = ("codes", "scales")  # of a block format, in the order of Slice.tensors
@@ -78,16 +79,25 @@ def merge(ranks: list[Descriptions]) -> Parameters:
     return parameters
 
 
-def merge_step_counts(ranks: list[StepCounts]) -> StepCounts:
-    """The step counts of all ranks, each of which may know its own parameters only.
+def first_weights(slices: list[Slice]) -> dict[str, dict[str, Any]]:
+    """The first element of each range of the weights held here, as text (NaN too), by its name and place."""
+    chunks = ((s.name, chunks_of(s.layout, s.tensors[0])) for s in slices if s.kind == "weight")
+    return {f"{n}[{at}]": {"weight": repr(c[0].item())} for n, parts in chunks for at, c in parts.items()}
+
+
+def merge_equal(ranks: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The step counts, or first weights, of all ranks, each of which may know its own parameters only.
 
     Raises:
-        ValueError: ranks disagree about a parameter that several hold.
+        InputError: ranks disagree about a parameter that several hold.
     """
-    together: StepCounts = {}
-    for name, counts in (pair for rank in ranks for pair in rank.items()):
-        if together.setdefault(name, counts) != counts:
-            raise ValueError(f"{name}: ranks disagree, {together[name]} on one and {counts} on another")
+    together: dict[str, dict[str, Any]] = {}
+    for name, values in (pair for rank in ranks for pair in rank.items()):
+        if together.setdefault(name, values) != values:
+            raise InputError(
+                f"{name}: ranks disagree, {together[name]} on one and {values} on another: replicas must be equal "
+                f"(is DistributedDataParallel missing?)"
+            )
     return together
 
 

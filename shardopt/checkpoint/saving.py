@@ -26,7 +26,7 @@ from shardopt.checkpoint import folders, manifest
 from shardopt.checkpoint.flat import FlatShard, chunks_of
 from shardopt.checkpoint.index import write_index
 from shardopt.distributed import Ranks
-from shardopt.engines.state import ShardedState, refused_steps
+from shardopt.engines.state import ShardedState, refused_steps, require_state
 from shardopt.errors import InputError
 from shardopt.slices import Slice, local_tensor
 
@@ -71,7 +71,8 @@ def save(
 
     Raises:
         InputError: the folder cannot be written, on every rank; the disk is full; the state was loaded by half.
-        ValueError: an element that no rank holds, ranks that disagree, a document that is not JSON.
+        InputError: replicas (DDP) whose weights or step counts differ; a document that is not JSON.
+        ValueError: an element that no rank holds, ranks that disagree about shapes or dtypes.
             (On the other ranks a RuntimeError that quotes it, where one rank alone found it.)
     """
     _prepare(Path(folder), state, document or {}, extras or {})()
@@ -92,8 +93,8 @@ class Saver:
         InputError: `root` cannot be written, or `keep` is less than 1.
     """
 
-    def __init__(self, root: Path, keep: int, ranks: Ranks, asynchronous: bool) -> None:
-        self.root, self.keep, self.ranks, self.asynchronous = root, keep, ranks, asynchronous
+    def __init__(self, root: str | Path, keep: int, ranks: Ranks, asynchronous: bool) -> None:
+        self.root, self.keep, self.ranks, self.asynchronous = Path(root), keep, ranks, asynchronous
         self._cleaned = False
         self._pending: Future[None] | None = None
 
@@ -101,7 +102,7 @@ class Saver:
             if keep < 1:
                 raise InputError(f"checkpoint.keep must be at least 1, got {keep}")
             if ranks.is_main:
-                folders.begin(root / "probe").rmdir()
+                folders.begin(self.root / "probe").rmdir()
 
         ranks.together(check)
         # The background thread's collectives must not mix with the training's.
@@ -173,17 +174,23 @@ def _prepare(
         group: the ranks, for the collectives of the write; None is all of them.
         after: called on rank 0 when the checkpoint is complete.
     """
+    require_state(state)
     ranks, partial = state.ranks, folders.partial_of(folder)
 
     def prepare() -> tuple[dict[str, Tensor], _SavePlanner]:
         if (reason := refused_steps(state.optimizer)) is not None:
             raise InputError(f"there is nothing to save: {reason}")
         state.init()
-        slices = state.slices()
-        planner = _SavePlanner(manifest.describe(slices), state.step_counts())
+        # Buffers need not agree (BatchNorm's under DDP), so rank 0's are written whole.
+        slices = [s for s in state.slices() if s.kind != "buffer" or ranks.is_main]
+        planner = _SavePlanner(manifest.describe(slices), state.step_counts(), manifest.first_weights(slices))
         if "checkpoint" in document:
             raise ValueError('the document has a key "checkpoint", which is ours')
-        json.dumps(document, allow_nan=False)  # better now, on this line, than in the background
+        for key, value in document.items():  # better now, on this line, than in the background
+            try:
+                json.dumps({key: value}, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"document[{key!r}]: {error}") from error
         if ranks.is_main:
             folders.begin(folder)
         return _tensors(slices, extras, copy=copy), planner
@@ -246,18 +253,19 @@ def _tensors(slices: list[Slice], extras: Mapping[str, Tensor], copy: bool) -> d
 class _SavePlanner(DefaultSavePlanner):
     """Also sends every rank's descriptions to rank 0, which puts them together and refuses a gap."""
 
-    def __init__(self, described: manifest.Descriptions, step_counts: manifest.StepCounts) -> None:
+    def __init__(self, described: manifest.Descriptions, *by_name: dict[str, dict[str, Any]]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.described, self.step_counts = described, step_counts
+        self.described, self.by_name = described, by_name
+        self.step_counts: manifest.StepCounts = {}
         self.parameters: manifest.Parameters = {}
         self.extras: list[str] = []
 
     def create_local_plan(self) -> SavePlan:
-        return replace(super().create_local_plan(), planner_data=(self.described, self.step_counts))
+        return replace(super().create_local_plan(), planner_data=(self.described, *self.by_name))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         self.parameters = manifest.merge([plan.planner_data[0] for plan in all_plans])
-        self.step_counts = manifest.merge_step_counts([plan.planner_data[1] for plan in all_plans])
+        self.step_counts, _ = (manifest.merge_equal([p.planner_data[i] for p in all_plans]) for i in (1, 2))
         # DCP looks for gaps itself, but not when a rank writes alone, and it names bounds without ranges.
         chunks: dict[str, set[tuple[int, int]]] = {}
         for item in (item for plan in all_plans for item in plan.items):

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 from shardopt.optim import states
-from shardopt.slices import Layout, Slice, layout_of, local_tensor, named_parameters
+from shardopt.slices import Layout, Slice, layout_of, local_tensor, named_parameters, persistent_buffers
 
 
 class ShardedState(abc.ABC):
@@ -28,16 +28,25 @@ class ShardedState(abc.ABC):
     Args:
         optimizer: what the training loop steps; its param_groups carry the lr.
         ranks: the processes; None takes those of the default process group.
+        model: the module, whose persistent buffers every rank has whole.
+        trained_only: leave frozen weights and buffers out of the slices.
     """
 
-    def __init__(self, optimizer: Optimizer, ranks: Ranks | None = None) -> None:
-        self.optimizer, self.ranks = optimizer, ranks or Ranks.current()
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        ranks: Ranks | None = None,
+        model: nn.Module | None = None,
+        trained_only: bool = False,
+    ) -> None:
+        self.optimizer, self.ranks, self.model = optimizer, ranks or Ranks.current(), model
+        self.trained_only = trained_only
 
     # Different in each framework
 
     @abc.abstractmethod
     def slices(self) -> list[Slice]:
-        """The weights and the optimizer state held here, as the live tensors themselves.
+        """The weights, the buffers and the optimizer state held here, as the live tensors themselves.
 
         The state is there after `init`. Replicas (DDP, HSDP) each return theirs.
         """
@@ -61,7 +70,10 @@ class ShardedState(abc.ABC):
 
     @abc.abstractmethod
     def full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Each parameter's name and, on rank 0 alone, its whole value on the CPU; one at a time. A collective."""
+        """Each parameter's name and, on rank 0 alone, its whole value on the CPU; one at a time. A collective.
+
+        The persistent buffers come after the parameters.
+        """
 
     def layouts(self) -> dict[Tensor, tuple[Layout, ...]]:
         """The elements that each parameter of the inner optimizer stands for."""
@@ -71,6 +83,15 @@ class ShardedState(abc.ABC):
         """Renew what derives from the weights, after they have been overwritten. A collective."""
 
     # The same for all
+
+    def buffer_slices(self) -> list[Slice]:
+        """The persistent buffers, whole; of those that differ between ranks a checkpoint keeps rank 0's."""
+        buffers = [] if self.model is None else persistent_buffers(self.model)
+        return [Slice(name, "buffer", Layout.whole(name, b.shape), (b.detach(),)) for name, b in buffers]
+
+    def full_buffers(self) -> Iterator[tuple[str, Tensor | None]]:
+        """As `full_parameters`, of the persistent buffers."""
+        return ((s.name, s.tensors[0].cpu() if self.ranks.is_main else None) for s in self.buffer_slices())
 
     @property
     def inner(self) -> Any:
@@ -156,23 +177,41 @@ class ModuleState(ShardedState):
         optimizer: any elementwise torch optimizer over the model's parameters, best given with their names.
         model: the module, wrapped or not.
         ranks: the processes; None takes those of the default process group.
-        trained_only: leave frozen weights out of the slices.
+        trained_only: leave frozen weights and buffers out of the slices.
+
+    Raises:
+        InputError: another kind of optimizer, or one over another model's parameters.
     """
+
+    model: nn.Module
 
     def __init__(
         self, optimizer: Optimizer, model: nn.Module, ranks: Ranks | None = None, *, trained_only: bool = False
     ) -> None:
-        super().__init__(optimizer, ranks)
-        self.model = model
+        from shardopt.engines.zero import ZeroOptimizer
+
+        if isinstance(optimizer, ZeroOptimizer):
+            raise InputError("a ZeroOptimizer's sharded state is ZeroState(optimizer), not a ModuleState")
+        if not isinstance(optimizer, Optimizer) or not isinstance(model, nn.Module):
+            given = f"{type(optimizer).__name__} and {type(model).__name__}"
+            raise InputError(f"ModuleState takes an optimizer and its model, in this order: got {given}")
+        super().__init__(optimizer, ranks, model, trained_only)
+        self.refresh()
         # Now: while FSDP2 has a module gathered, its parameters are others than those that hold the shards.
         trained = set(self._trained())
+        if trained.isdisjoint(model.parameters()):
+            raise InputError(
+                "the optimizer holds no parameter of this model: build it over the model's named_parameters(), after "
+                "fully_shard has replaced them"
+            )
         self.frozen = [] if trained_only else [(n, p) for n, p in named_parameters(model) if p not in trained]
 
     def _weights(self) -> dict[Tensor, tuple[Layout, ...]]:
         return self.layouts() | {param: (layout_of(param, name),) for name, param in self.frozen}
 
     def slices(self) -> list[Slice]:
-        return states.weight_slices(self._weights()) + states.state_slices(self.optimizer, self.layouts())
+        buffers = [] if self.trained_only else self.buffer_slices()
+        return states.weight_slices(self._weights()) + buffers + states.state_slices(self.optimizer, self.layouts())
 
     def _trained(self) -> Iterator[Tensor]:
         return (param for group in self.optimizer.param_groups for param in group["params"])
@@ -201,6 +240,7 @@ class ModuleState(ShardedState):
         for param, (layout,) in self._weights().items():
             whole = param.full_tensor() if isinstance(param, DTensor) else param.detach()
             yield layout.name, whole.cpu() if self.ranks.is_main else None
+        yield from self.full_buffers()
 
     def refresh(self) -> None:
         from torch.distributed.fsdp import FSDPModule
@@ -209,6 +249,15 @@ class ModuleState(ShardedState):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def require_state(state: object) -> None:
+    """Raise InputError where `state` is no ShardedState."""
+    if not isinstance(state, ShardedState):
+        raise InputError(
+            f"state is {type(state).__name__}: give a ShardedState, such as ModuleState(optimizer, model), "
+            f"ZeroState(zero_optimizer) or engine.state"
+        )
 
 
 @torch.no_grad()

@@ -327,7 +327,9 @@ class Run:
         with engine.state.use_weight_ema():  # the weights that the held-out loss is of
             if finished and config.checkpoint.export:
                 export = config.folder / "export"
-                parameters = ((n, p if p is None else p.to(dtype)) for n, p in engine.state.full_parameters())
+                buffers = {s.name for s in engine.state.buffer_slices()}  # these keep their dtype
+                whole = engine.state.full_parameters()
+                parameters = ((n, p if p is None or n in buffers else p.to(dtype)) for n, p in whole)
                 checkpoint.export_safetensors(export, parameters, self.ranks, complete=complete)
             if finished and config.eval.sample_tokens:
                 sample = generate(engine, self.tokenizer, config.eval.sample_tokens, config.data.block_size)

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from shardopt.errors import InputError, did_you_mean
 from shardopt.pretrain.section import Section
-from shardopt.slices import canonical_name, layout_of, local_tensor, name_key, named_parameters
+from shardopt.slices import canonical_name, layout_of, local_tensor, name_key, named_parameters, persistent_buffers
 
 # A parameter with a value of its own from the constructor is a scalar or a vector.
 _MOST_CONSTRUCTED = 2**20
@@ -243,8 +243,8 @@ def initialise(model: nn.Module, device: torch.device, seed: int, weights: str |
         weights: a folder whose safetensors files are loaded instead (each rank keeps only its own elements).
 
     Raises:
-        InputError: the folder lacks a parameter of the model, or holds one of another shape; or the model type
-            does not say how one of its parameters is initialised.
+        InputError: the folder lacks a parameter or persistent buffer of the model, or holds one of another shape; or
+            the model type does not say how one of its parameters is initialised.
     """
     give_storage(model, device)
     if files := weight_files(weights):
@@ -270,7 +270,7 @@ def initialise(model: nn.Module, device: torch.device, seed: int, weights: str |
 
 
 def _load_safetensors(model: nn.Module, files: list[Path]) -> None:
-    wanted = {canonical_name(name): param for name, param in model.named_parameters()}
+    wanted: dict[str, Tensor] = dict([*named_parameters(model), *persistent_buffers(model)])
     for file in files:
         with safe_open(file, framework="pt") as f:
             for name in f.keys() & wanted.keys():

@@ -28,6 +28,7 @@ from shardopt.engines.state import ShardedState
 # Shown first and in this order; a kind that is not listed comes after them under its own name.
 _LABELS = {
     "weight": "weights",
+    "buffer": "buffers",
     "gradient": "gradients",
     "master": "master weights",
     "master_low": "master, low bits",

@@ -152,6 +152,12 @@ def test_latest_of_nothing(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "missing") is None
 
 
+def test_root_may_be_text(tmp_path: Path) -> None:
+    Saver(str(tmp_path), 1, made.ranks_here(), asynchronous=False).save(3, made.State(_slice(3)[0], made.ranks_here()))
+    assert checkpoint.latest(str(tmp_path)) == tmp_path / "step-00000003"
+    assert checkpoint.load_extras(str(tmp_path / "step-00000003"), ["none"]) == {}
+
+
 def _fail(rank: int, world_size: int, root: Path, asynchronous: bool) -> str:
     """Rank 1's disk takes no more than a few bytes in a file, for one checkpoint."""
     saver = Saver(root, 1, made.ranks_here(rank, world_size), asynchronous)

@@ -162,6 +162,7 @@ def test_replicas_with_other_bounds_are_not_saved(tmp_path: Path) -> None:
     [
         ({"loss": float("nan")}, "JSON"),
         ({"config": Path("x")}, "not JSON serializable"),
+        ({"loss": torch.ones(())}, r"document\['loss'\]: .* Tensor is not JSON serializable"),
         ({"checkpoint": 1}, "which is ours"),
     ],
 )

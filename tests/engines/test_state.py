@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from shardopt import AdEMAMix, ZeroOptimizer, checkpoint
@@ -126,6 +127,86 @@ def test_parameter_that_is_not_in_the_checkpoint_keeps_its_count(tmp_path):
     document = checkpoint.load(tmp_path / "a", state, strict=False)
     assert document["checkpoint"]["not_loaded"][0] == "3.bias/m1"
     assert (state.step_counts()["3.bias"], state.step_counts()["2.bias"]) == ({"step": 1}, {"step": 3})
+
+
+def normed(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    model.register_buffer("scratch", torch.tensor([float(seed)]), persistent=False)
+    return model
+
+
+def test_persistent_buffers_are_saved_loaded_and_exported(tmp_path):
+    model = normed()
+    state = ModuleState(AdEMAMix(model.named_parameters()), model)
+    model(torch.randn(9, 6) * 3 + 5)
+    checkpoint.save(tmp_path / "a", state)
+    other = normed(1)
+    checkpoint.load(tmp_path / "a", ModuleState(AdEMAMix(other.named_parameters()), other))
+    assert {n: v.tolist() for n, v in other.state_dict().items()} == {
+        n: v.tolist() for n, v in model.state_dict().items()
+    }
+    assert other.scratch == 1.0  # not persistent
+    checkpoint.export_safetensors(str(tmp_path / "b"), state.full_parameters(), state.ranks)
+    exported = load_file(tmp_path / "b" / "model.safetensors")
+    assert exported.keys() == model.state_dict().keys()
+    assert all(torch.equal(exported[n], v) for n, v in model.state_dict().items())
+    other[1].register_buffer("unknown", torch.ones(2))
+    with pytest.raises(InputError, match=r"has no 1\.unknown; it was written by another model"):
+        checkpoint.load(tmp_path / "a", ModuleState(AdEMAMix(other.named_parameters()), other))
+    checkpoint.load(tmp_path / "a", ModuleState(AdEMAMix(other.named_parameters()), other), strict=False)
+
+
+def _replicas(rank, world_size, folder):
+    def made(seed=0):
+        model = normed(seed)
+        return model, ModuleState(AdEMAMix(model.named_parameters()), model)
+
+    model, state = made()
+    model(torch.randn(9, 6) + 5 * rank)
+    checkpoint.save(folder / "a", state)
+    loaded = {}
+    for optimizer_class in (None, ZeroOptimizer):
+        other, into = made(seed=1)
+        if optimizer_class is not None:
+            into = ZeroState(ZeroOptimizer(other, torch.optim.SGD, lr=1.0))
+        checkpoint.load(folder / "a", into, strict=False)
+        loaded[optimizer_class] = other[1].running_mean.tolist()
+    with pytest.raises(InputError, match=r"0\.weight\[0\]: ranks disagree.*is DistributedDataParallel missing"):
+        checkpoint.save(folder / "b", made(seed=rank)[1])
+    return model[1].running_mean.tolist(), *loaded.values()
+
+
+def test_of_replicas_rank_0_keeps_its_buffers_and_different_weights_are_refused(tmp_path):
+    (first, *loaded), (second, *elsewhere) = on_ranks(2, _replicas, tmp_path)
+    assert first != second
+    assert loaded == elsewhere == [first, first]
+
+
+def test_load_of_no_matching_name_is_refused(tmp_path):
+    _, state = trained(1)
+    checkpoint.save(tmp_path / "a", state)
+    inside = nn.Sequential(net())
+    with pytest.raises(InputError, match=r"none of the names here \(0\.0\.bias, .*\) is among its names \(0\.bias,"):
+        checkpoint.load(tmp_path / "a", ModuleState(AdEMAMix(inside.named_parameters()), inside), strict=False)
+    model = net()
+    with pytest.raises(InputError, match=r"no 0, 1, 2, 3; .*build the optimizer over model\.named_parameters\(\)"):
+        checkpoint.load(tmp_path / "a", ModuleState(AdEMAMix(model.parameters()), model))
+
+
+def test_another_kind_of_state_is_refused_by_name(tmp_path):
+    model, state = trained(1)
+    zero = ZeroOptimizer(net(), AdEMAMix)
+    for call, message in (
+        (lambda: ModuleState(zero, model), r"is ZeroState\(optimizer\)"),
+        (lambda: ZeroState(state.optimizer), r"of AdEMAMix is ModuleState\(optimizer, model\)"),
+        (lambda: ModuleState(model, state.optimizer), "in this order: got Sequential and AdEMAMix"),
+        (lambda: ModuleState(state.optimizer, net()), "no parameter of this model.*after fully_shard"),
+        (lambda: checkpoint.save(tmp_path / "a", state.optimizer), r"state is AdEMAMix: give a ShardedState"),
+        (lambda: checkpoint.load(tmp_path / "a", model), r"state is Sequential: give a ShardedState"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
 
 
 def _zero_masters(rank, world_size, folder):

@@ -1,5 +1,8 @@
+import pytest
 import torch
+from safetensors.torch import save_file
 
+from shardopt.errors import InputError
 from shardopt.pretrain.model import ModelConfig, initialise, meta_model, transformers_config
 
 
@@ -18,3 +21,26 @@ def test_no_two_random_weights_are_equal_and_the_seed_decides_them():
         assert not torch.equal(weight, other[name])
         twins = [n for n, w in first.items() if n != name and w.flatten()[:512].equal(weight.flatten()[:512])]
         assert not twins, (name, twins)
+
+
+def test_persistent_buffers_are_loaded_with_the_weights_or_missed_by_name(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    shape |= {"moe_intermediate_size": 16, "first_k_dense_replace": 0, "q_lora_rank": 8, "kv_lora_rank": 8}
+    shape |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    config = transformers_config(ModelConfig(model_type="deepseek_v3", **shape), 61, 0, 16)
+    name = "model.layers.0.mlp.gate.e_score_correction_bias"
+
+    def made(weights=None):
+        model = meta_model(config)
+        initialise(model, torch.device("cpu"), 0, weights)
+        return model
+
+    values = made().state_dict()
+    values[name] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    save_file(values, tmp_path / "model.safetensors")
+    assert made(str(tmp_path)).state_dict()[name].tolist() == [1.0, 2.0, 3.0, 4.0]
+    del values[name]
+    save_file(values, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=f"no weights for {name}"):
+        made(str(tmp_path))

@@ -32,7 +32,7 @@ class DeepspeedState(ShardedState):
         optimizer: the client optimizer inside it.
         model: the module that was given to DeepSpeed, for its parameters' names.
         ranks: the processes; None takes those of the default process group.
-        trained_only: leave frozen weights out of the slices.
+        trained_only: leave frozen weights and buffers out of the slices.
 
     Raises:
         UnknownPartitions: it is not a ZeRO optimizer whose partitions are understood.
@@ -47,8 +47,8 @@ class DeepspeedState(ShardedState):
         *,
         trained_only: bool = False,
     ) -> None:
-        super().__init__(optimizer, ranks)
-        self.named, self.trained_only = named_parameters(model), trained_only
+        super().__init__(optimizer, ranks, model, trained_only)
+        self.named = named_parameters(model)
         self.stage = stage_of(host, {param: name for name, param in self.named})
         self.flats = self.stage.flats()
         # A partition has one count for all its parameters, that of the one with the most steps.
@@ -96,7 +96,8 @@ class DeepspeedState(ShardedState):
         return slices
 
     def slices(self) -> list[Slice]:
-        return self.weight_slices() + states.state_slices(self.optimizer, self.layouts())
+        buffers = [] if self.trained_only else self.buffer_slices()
+        return self.weight_slices() + buffers + states.state_slices(self.optimizer, self.layouts())
 
     def init(self) -> None:
         with self.in_groups():
@@ -157,6 +158,7 @@ class DeepspeedState(ShardedState):
             bits = whole.view(torch.int32) if dtype == torch.float32 else whole
             dist.all_reduce(bits)
             yield name, whole.cpu() if self.ranks.is_main else None
+        yield from self.full_buffers()
 
     def refresh(self) -> None:
         self.stage.refresh()

@@ -53,16 +53,23 @@ class ZeroState(ShardedState):
     """The slices of a ZeroOptimizer and the whole weights beside them.
 
     Args:
-        optimizer: best made with its model, whose frozen weights are held too.
+        optimizer: best made with its model, whose frozen weights and buffers are held too.
         ranks: the processes; None takes those of the default process group.
-        trained_only: leave frozen weights out of the slices.
+        trained_only: leave frozen weights and buffers out of the slices.
+
+    Raises:
+        InputError: another kind of optimizer.
     """
 
     optimizer: ZeroOptimizer
 
     def __init__(self, optimizer: ZeroOptimizer, ranks: Ranks | None = None, *, trained_only: bool = False) -> None:
-        super().__init__(optimizer, ranks)
-        self.trained_only = trained_only
+        if not isinstance(optimizer, ZeroOptimizer):
+            raise InputError(
+                f"ZeroState takes a ZeroOptimizer: the sharded state of {type(optimizer).__name__} is "
+                f"ModuleState(optimizer, model)"
+            )
+        super().__init__(optimizer, ranks, optimizer.model, trained_only)
 
     @property
     def inner(self) -> Optimizer:
@@ -73,11 +80,12 @@ class ZeroState(ShardedState):
 
     def slices(self) -> list[Slice]:
         held = self.optimizer.slices()
-        if self.trained_only or self.optimizer.model is None:
+        if self.trained_only or self.model is None:
             return held
         trained = {s.name for s in held if s.kind == "weight"}
-        frozen = [(n, p) for n, p in named_parameters(self.optimizer.model) if n not in trained]
-        return [Slice(n, "weight", Layout.whole(n, p.shape), (p.detach(),)) for n, p in frozen] + held
+        frozen = [(n, p) for n, p in named_parameters(self.model) if n not in trained]
+        weights = [Slice(n, "weight", Layout.whole(n, p.shape), (p.detach(),)) for n, p in frozen]
+        return weights + self.buffer_slices() + held
 
     def clip_grad_norm(self, max_norm: float | None) -> float:
         return self.optimizer.clip_grad_norm_(max_norm)
@@ -92,10 +100,10 @@ class ZeroState(ShardedState):
     @torch.no_grad()
     def full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
         self.optimizer.wait()
-        model = self.optimizer.model
         trained = [(p.layout.name, p.param) for p in self.optimizer.flat.parameters]
-        for name, param in trained if model is None else named_parameters(model):
+        for name, param in trained if self.model is None else named_parameters(self.model):
             yield name, param.detach().cpu() if self.ranks.is_main else None
+        yield from self.full_buffers()
 
 
 class ZeroEngine(Engine):
