@@ -57,8 +57,10 @@ class OptimizerConfig(Section):
         """
         given = dict(self.model_extra or {})
         for key, value in given.items():
-            if value == "total" and key.endswith("_warmup"):
-                given[key] = steps
+            if key.endswith("_warmup") and isinstance(value, str | float):
+                if value != "total" and (isinstance(value, str) or not value.is_integer()):
+                    raise InputError(f"optimizer.{key}: must be a whole number of steps or total, got {value!r}")
+                given[key] = steps if value == "total" else int(value)
         if self.name == "ademamix":
             given.setdefault("seed", seed)
         try:
@@ -170,7 +172,8 @@ class Config(Section):
                 f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch = {train.micro_batch}"
             )
         if schedule.warmup > train.steps:
-            raise InputError(f"schedule.warmup: {schedule.warmup} is longer than train.steps = {train.steps}")
+            default = "" if "warmup" in schedule.model_fields_set else " (the default)"
+            raise InputError(f"schedule.warmup: {schedule.warmup}{default} is longer than train.steps = {train.steps}")
         if schedule.cooldown is not None and schedule.name != "wsd":
             raise InputError(f"schedule.cooldown: belongs to schedule.name=wsd, not to {schedule.name}")
         if schedule.warmup + (schedule.cooldown or 0) > train.steps:

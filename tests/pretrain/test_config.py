@@ -82,6 +82,11 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
         ("data.sources=[{weight: 2}]", r"^data\.sources\.0: 'source' is required$"),
         ("data.sources=5", r"^data\.sources: must be a list of sources, such as \[\{source: stdlib\}\], got 5$"),
         ("data.tokenizer=5", r"^data\.tokenizer: must be byte, bpe, "),
+        (
+            "optimizer.alpha_warmup=totl",
+            r"optimizer\.alpha_warmup: must be a whole number of steps or total, got 'totl'",
+        ),
+        ("optimizer.beta3_warmup=1.5", r"optimizer\.beta3_warmup: must be a whole number of steps or total, got 1\.5"),
         ("schedule.warmup=1000", r"schedule\.warmup: 1000 is longer than train\.steps"),
         ("run.resume=true", r"^run\.resume: .*, got true$"),
         ("eval.every=~", r"^eval\.every: .*, got null$"),
@@ -139,6 +144,19 @@ def test_words_and_dates_are_text_and_total_stands_for_the_steps_of_a_warmup():
     given = config.optimizer.spec(300, 0).kwargs
     assert (given["alpha_warmup"], given["beta3_warmup"], given["lr"]) == (300, 300, 6e-3)
     assert given["betas"] == (0.9, 0.99, 0.999)
+
+
+def test_warmup_of_the_optimizer_may_be_written_as_the_steps_are():
+    config = load("configs/quickstart.yaml", ["optimizer.beta3_warmup=1e4", "train.steps=1e3"])
+    assert config.optimizer.spec(1000, 0).kwargs["beta3_warmup"] == 10_000
+
+
+def test_default_warmup_that_is_too_long_is_said_to_be_the_default():
+    config = load("configs/quickstart.yaml").as_dict()
+    del config["schedule"]
+    config["train"]["steps"] = 6
+    with pytest.raises(InputError, match=r"schedule\.warmup: 100 \(the default\) is longer than train\.steps = 6"):
+        parse(config)
 
 
 def test_all_mistakes_of_a_file_are_listed_at_once(tmp_path):
