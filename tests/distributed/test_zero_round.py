@@ -213,6 +213,27 @@ def _refused(rank, world_size):
     messages["nothing moved"] = equal(weights(module), before)
     messages["DDP given"] = told(lambda: ZeroOptimizer(DistributedDataParallel(nn.Linear(2, 2)), AdEMAMix))
 
+    def step_of(mistake):
+        module = model()
+        host = {"stage": 1, "gradients": "host"} if mistake in ("no DDP", "no_sync forgotten") else {}
+        optimizer = ZeroOptimizer(module, torch.optim.SGD, bucket_mb=SMALL_BUCKETS, lr=0.1, **host)
+        if mistake == "no_sync forgotten":
+            ddp = DistributedDataParallel(module, find_unused_parameters=True)
+            with ddp.no_sync():
+                loss_of(ddp, 0, 0, rank).backward()
+        else:
+            loss_of(module, 0, 0, rank).backward()
+        if mistake == "lr" and rank == 1:
+            optimizer.param_groups[0]["lr"] = 0.2
+        if mistake == "added on one rank" and rank == 1:
+            module.another = nn.Linear(2, 2)
+        before = weights(module)
+        message = told(optimizer.step)
+        return message if equal(weights(module), before) else "weights moved"
+
+    for mistake in ("no DDP", "no_sync forgotten", "lr", "added on one rank"):
+        messages[mistake] = step_of(mistake)
+
     def differ(cls=AdEMAMix, **kwargs):
         return told(lambda: ZeroOptimizer(nn.Linear(4, 4), cls, **kwargs))
 
@@ -240,6 +261,13 @@ def test_what_cannot_work_is_refused_on_every_rank():
         assert "stopped at an earlier failure" in messages["and again"]
         assert messages["nothing moved"]
         assert "the module inside DistributedDataParallel" in messages["DDP given"]
+        for mistake in ("no DDP", "no_sync forgotten"):
+            assert messages[mistake].startswith("InputError: "), messages[mistake]
+            assert "different gradients" in messages[mistake]
+            assert "DistributedDataParallel" in messages[mistake]
+            assert "no_sync" in messages[mistake]
+        assert messages["lr"].startswith("InputError: the ranks have different lr")
+        assert "another.weight was frozen or not there" in messages["added on one rank"]
         for name, words in {
             "a dict": "state_dtype is {'m1': 'bf16', 'm2': 'fp32'} on rank 0",
             "a list": "betas is [0.9, 0.999, 0.99] on rank 0 and [0.9, 0.999, 0.9] on rank 1",
@@ -287,7 +315,7 @@ def _one_fails(rank, world_size):
                 module.blocks[1].register_full_backward_hook(lambda *_: (_ for _ in ()).throw(FloatingPointError("b")))
                 loss = loss_of(module, 1, 0, rank)
             if rank == 1 and where == "inner step":
-                optimizer.param_groups[0]["lr"] = "much"
+                optimizer.param_groups[0]["weight_decay"] = "much"
             loss.backward()
             if rank == 1 and where == "norm":
                 module.scale.grad = torch.ones(1)

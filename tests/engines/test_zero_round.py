@@ -56,7 +56,7 @@ def test_backward_after_clipping_is_refused_every_time_and_the_step_is_right():
     loss_of(model, 0).backward()
     optimizer.clip_grad_norm_(None)
     for _ in range(2):
-        assert "a backward while the optimizer is reduced: " in refusal(loss_of(model, 7).backward)
+        assert "backward is not allowed in state REDUCED: " in refusal(loss_of(model, 7).backward)
         assert "optimizer.step() or optimizer.zero_grad()" in refusal(optimizer.accumulate().__enter__)
     optimizer.step()
     train(model, optimizer, range(1, 3))
@@ -119,7 +119,7 @@ def test_calls_from_a_gradient_hook_are_refused():
     attach(Steps(), optimizer)
     train(model, optimizer, range(2))
     assert len(told) == 4
-    assert all("while the optimizer is reducing: a gradient hook called it" in message for message in told)
+    assert all("is not allowed in state REDUCING: a gradient hook called it" in message for message in told)
     assert same_weights(model, expected_after(range(2)))
 
 
@@ -355,6 +355,79 @@ def test_grad_scaler_is_refused_by_name_before_anything_moves():
     idle.scale(loss_of(model, 0)).backward()
     idle.step(optimizer)
     assert not torch.equal(before[0], model[0].weight)
+
+
+@pytest.mark.parametrize("mistake", ["unfrozen", "added", "replaced"])
+def test_step_refuses_parameter_that_trains_since_construction(mistake):
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = ZeroOptimizer(model, AdEMAMix, lr=0.1)
+    train(model, optimizer, range(1))
+    before = [p.detach().clone() for p in model.parameters()]
+    if mistake == "unfrozen":
+        name, layer = "0.weight", model[0].requires_grad_(True)
+    elif mistake == "added":
+        name, layer = "3.weight", model.append(nn.Linear(5, 5))[3]
+    else:
+        layer = nn.Linear(5, 5)
+        model[1], name = layer, "1.weight"
+    loss_of(model, 1).backward()
+    assert f"{name} was frozen or not there when ZeroOptimizer was built" in refusal(optimizer.step)
+    if mistake == "unfrozen":
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    optimizer.close()
+    model.zero_grad()
+    start = layer.weight.detach().clone()
+    train(model, ZeroOptimizer(model, AdEMAMix, lr=0.1), range(1, 2))
+    assert not torch.equal(layer.weight, start)
+
+
+def test_parts_of_a_model_may_train_elsewhere():
+    model = mlp()
+    model[1].requires_grad_(False)
+    optimizer = ZeroOptimizer(list(model[0].named_parameters()), AdEMAMix, model=model, lr=0.1)
+    plain = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    train(model, optimizer, range(1))
+    model[1].requires_grad_(True)
+    later = ZeroOptimizer(list(model[1].named_parameters()), AdEMAMix, model=model, lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model, 1).backward()
+    for each in (optimizer, later, plain):
+        each.step()
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_step_refuses_gradients_of_a_host_that_were_clipped_after_they_were_measured():
+    model = mlp()
+    optimizer = ZeroOptimizer(model, torch.optim.SGD, stage=1, gradients="host", lr=1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model, 0).backward()
+    for _ in range(2):
+        assert optimizer.clip_grad_norm_(None) == pytest.approx(float(nn.utils.get_total_norm(grads_of(model))))
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    for call in (optimizer.step, lambda: optimizer.clip_grad_norm_(None)):
+        assert "gradients have changed since clip_grad_norm_() took them" in refusal(call)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    optimizer.zero_grad()
+    loss_of(model, 0).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    assert optimizer.clip_grad_norm_(None) == pytest.approx(1e-3, rel=1e-3)
+    optimizer.step()
+
+
+def grads_of(model: nn.Module) -> list[torch.Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("given", ["AdEMAMix", torch.optim.SGD(mlp().parameters()), len])
+def test_what_is_no_optimizer_class_is_refused(given):
+    assert "optimizer_class must be a class" in refusal(lambda: ZeroOptimizer(mlp(), given))
+    assert "optimizer_class must be a class" in refusal(lambda: ZeroOptimizer(AdEMAMix, mlp()))
+
+
+@pytest.mark.parametrize("given", [True, [True], ["blocks"]])
+def test_overlap_gather_that_is_no_modules_is_refused(given):
+    assert "overlap_gather" in refusal(lambda: ZeroOptimizer(mlp(), AdEMAMix, overlap_gather=given))
 
 
 @pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -32,11 +33,20 @@ class Agreement:
         self.flat, self.reducer, self.shard, self.replicate = flat, reducer, shard, replicate
         self.from_host = from_host
         self.has_gradient: list[bool] = []  # on any rank, in registration order
+        self.sample = 0.0  # of gradients from a host: the norm of some elements
+        self.versions: list[Any] = []  # of `.grad`, as it was taken
 
-    def norm(self) -> float:
-        """L2 norm of the whole gradient, the same double on every rank; PeerError if one failed. A collective."""
+    def norm(self, refuse: Callable[[], None], groups: Sequence[Mapping[str, Any]]) -> float:
+        """L2 norm of the whole gradient, the same double on every rank. A collective.
+
+        Raises PeerError if another rank failed or `refuse` raised there, and InputError on every rank if the lr of
+        `groups`, or gradients that a host should have reduced, differ between ranks.
+        """
         flat, replicas = self.flat, self.replicate.size
-        refusal = _attempt(self._take_from_host if self.from_host else self._refuse_second_reduction)
+        refusal = _attempt(refuse) or _attempt(
+            self._take_from_host if self.from_host else self._refuse_second_reduction
+        )
+        self.versions = self._versions()
         if replicas > 1:
             for gradient in flat.gradients:
                 self.replicate.sum(gradient)
@@ -44,12 +54,16 @@ class Agreement:
         as_reduced = not self.from_host and replicas == 1 and not self.reducer.hooks
         square = sum_of_squares(flat.gradients, self.reducer.norms if as_reduced else None)
         # Replicas hold the same shards: each contributes an equal share of the norm.
-        mine = [square / replicas, error is not None, *self.reducer.present]
+        rates = [group.get("lr") for group in groups]
+        alike = [self.sample, *(float(lr) if isinstance(lr, SupportsFloat) else 0.0 for lr in rates)]
+        mine = [square / replicas, error is not None, *self.reducer.present, *alike, *(a * a for a in alike)]
         agreed = torch.tensor(mine, dtype=torch.float64, device=flat.gradients[0].device)
-        total, failed, *present = self.replicate.sum(self.shard.sum(agreed)).tolist()
+        total, failed, *sums = self.replicate.sum(self.shard.sum(agreed)).tolist()
         if failed:
             self._raise_on_all(error)
-        self.has_gradient = [count > 0 for count in present]
+        self.has_gradient = [count > 0 for count in sums[: len(flat.parameters)]]
+        if math.isfinite(total):
+            self._refuse_different(sums[-2 * len(alike) : -len(alike)], sums[-len(alike) :])
         return math.sqrt(total) if total >= 0 else math.nan
 
     def _raise_on_all(self, error: Exception | None) -> None:
@@ -60,8 +74,34 @@ class Agreement:
         rank, text = next(report for report in reports if report[1])
         raise PeerError(f"rank {rank} failed before the step: {text}")
 
+    def _refuse_different(self, sums: list[float], squares: list[float]) -> None:
+        """Raise InputError where values, given by sums over ranks of them and of their squares, have a variance."""
+        ranks = self.shard.size * self.replicate.size
+        differ = [not math.isclose(s * s, ranks * q, rel_tol=1e-9) for s, q in zip(sums, squares, strict=True)]
+        if differ[0]:
+            raise InputError(
+                "gradients='host' takes gradients that are reduced, and the ranks have different gradients: train "
+                "through DistributedDataParallel, and a step's last micro-batch outside no_sync()"
+            )
+        if True in differ:
+            raise InputError(f"the ranks have different lr in parameter group {differ.index(True) - 1}")
+
+    def _versions(self) -> list[Any]:
+        return [p.param.grad is not None and (id(p.param.grad), p.param.grad._version) for p in self.flat.parameters]
+
+    def refuse_changed(self) -> None:
+        """Raise InputError if somebody has changed or replaced a `.grad` since it was taken."""
+        if self.versions != self._versions():
+            raise InputError(
+                "gradients have changed since clip_grad_norm_() took them: clip with the optimizer's clip_grad_norm_, "
+                "which also returns the norm before clipping, or call it after the change alone"
+            )
+
     def _take_from_host(self) -> None:
         self.reducer.clear()
+        # Enough to tell gradients that only this rank has.
+        gradients = [p.param.grad for p in self.flat.parameters if p.param.grad is not None]
+        self.sample = math.sqrt(sum_of_squares([g.reshape(-1)[:64] for g in gradients]))
         for index, p in enumerate(self.flat.parameters):
             if p.param.grad is None:
                 p.gradient.zero_()

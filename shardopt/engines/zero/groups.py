@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def checked(
     optimizer_class: type[Optimizer],
     options: dict[str, Any],
     optimizer_kwargs: dict[str, Any],
-    overlap_gather: bool,
+    overlap_gather: Sequence[nn.Module],
     process_groups: Sequence[dist.ProcessGroup | None],
 ) -> tuple[list[tuple[dict[str, Any], Pairs]], Pairs]:
     """ZeroOptimizer's arguments: groups of named parameters, and all of them in registration order. A collective.
@@ -57,6 +57,10 @@ def checked(
             raise InputError("gradients='host' needs stage=1: the host keeps whole gradients on every rank")
         if isinstance(model, DistributedDataParallel):
             raise InputError("give ZeroOptimizer the module inside DistributedDataParallel, and train without DDP")
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
+            raise InputError(f"optimizer_class must be a class such as AdEMAMix, got {optimizer_class!r:.80}")
+        if not (isinstance(overlap_gather, Sized) and all(isinstance(m, nn.Module) for m in overlap_gather)):
+            raise InputError(f"overlap_gather must be a sequence of modules, got {overlap_gather!r:.80}")
         if overlap_gather and model is None:
             raise InputError("overlap_gather needs the model: give model=")
         groups = _named_groups(params)

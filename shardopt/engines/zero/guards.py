@@ -65,11 +65,15 @@ class _ZeroGrad:
 _owners = torch.utils.weak.WeakIdKeyDictionary()
 
 
+def _is_owned(param: Tensor) -> bool:
+    owner = _owners.get(param)
+    return owner is not None and owner() is not None
+
+
 def refuse_owned(named: Iterable[tuple[str, Tensor]]) -> None:
     """Raise InputError naming the first parameter of another ZeroOptimizer, which would go on taking its gradients."""
     for name, param in named:
-        owner = _owners.get(param)
-        if owner is not None and owner() is not None:
+        if _is_owned(param):
             raise InputError(f"{name} belongs to another ZeroOptimizer: call close() on that one first")
 
 
@@ -83,10 +87,21 @@ class Guards:
             _owners[p.param] = self.optimizer
             self.handles.append(p.param.register_post_accumulate_grad_hook(Hook(micro_batches.on_gradient, index)))
         self.zero_grad: _ZeroGrad | None = None
-        if (model := optimizer.model) is not None:
+        self.model = model = optimizer.model
+        self.trainable = set() if model is None else {p for p in model.parameters() if p.requires_grad}
+        if model is not None:
             held = model.__dict__.get("zero_grad")
             self.zero_grad = held if isinstance(held, _ZeroGrad) else _ZeroGrad(model)
             self.zero_grad.optimizers.add(optimizer)
+
+    def refuse_untrained(self) -> None:
+        """Raise InputError naming a parameter that is trainable since construction only, and in no ZeroOptimizer."""
+        for name, param in self.model.named_parameters() if self.model is not None else ():
+            if param.requires_grad and param not in self.trainable and not _is_owned(param):
+                raise InputError(
+                    f"{name} was frozen or not there when ZeroOptimizer was built, so that nobody trains it: freeze "
+                    f"it, or close() this ZeroOptimizer and build another"
+                )
 
     def wait_for_weights(self, gather: WeightGather, model: nn.Module, overlapped: Sequence[nn.Module]) -> None:
         """Make what reads or replaces weights by way of a module wait for those that are in flight.

@@ -63,9 +63,9 @@ class MicroBatches:
         current = self.round
         try:
             if current.last is None:
-                current.require("a backward", RoundState.IDLE, RoundState.ACCUMULATED, RoundState.GATHERING)
+                current.require("backward", RoundState.IDLE, RoundState.ACCUMULATED, RoundState.GATHERING)
             else:
-                current.require("a backward", RoundState.ACCUMULATING)
+                current.require("backward", RoundState.ACCUMULATING)
         except InputError as error:
             if current.unsent:  # which have been added to
                 current.fail(error)

@@ -99,7 +99,7 @@ class ZeroOptimizer(Optimizer):
         process_groups = given.process_groups(process_group)
         options = {"stage": stage, "bucket_mb": bucket_mb, "reduce_dtype": reduce_dtype, "gradients": gradients}
         groups, named = given.checked(
-            params, self.model, optimizer_class, options, optimizer_kwargs, bool(overlap_gather), process_groups
+            params, self.model, optimizer_class, options, optimizer_kwargs, overlap_gather, process_groups
         )
         device = named[0][1].device
         shard_group, replica_group = process_groups
@@ -199,7 +199,10 @@ class ZeroOptimizer(Optimizer):
             if self.gradients == "own" and behind:
                 self._micro_batches.finish()
             with self.round.during(RoundState.REDUCING, then=RoundState.REDUCED):
-                self.round.norm, self.round.clip = self._agreement.norm(), 1.0
+                self.round.norm = self._agreement.norm(self._guards.refuse_untrained, self.param_groups)
+                self.round.clip = 1.0
+        else:
+            self._agreement.refuse_changed()
         return self.round.norm
 
     def clip_grad_norm_(self, max_norm: float | None) -> float:

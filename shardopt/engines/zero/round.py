@@ -66,7 +66,7 @@ class Round:
                 f"checkpoint ({type(self.failure).__name__}: {self.failure})"
             ) from self.failure
         if self.state not in allowed:
-            raise InputError(f"{call} while the optimizer is {self.state.value}: {_WAY_OUT[self.state]}")
+            raise InputError(f"{call} is not allowed in state {self.state.name}: {_WAY_OUT[self.state]}")
 
     def backward_raised(self) -> None:
         """Stop for good: other ranks have, or wait for, gradients of this backward that will not be sent."""
