@@ -19,6 +19,7 @@ hash-prospector); with two rounds (lowbias32) the two halves of a word were meas
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -96,7 +97,7 @@ def blocks(length: int) -> int:
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(abc.ABC):
     """A way to store a state tensor. Subclasses say how values become codes and back.
 
     Args:
@@ -118,14 +119,15 @@ class Format:
         """Bytes per element, its share of the scale included."""
         return self.element_bytes + (4 / BLOCK if self.in_blocks else 0)
 
+    @abc.abstractmethod
     def dtype(self, weight: torch.dtype) -> torch.dtype:
         """dtype of the codes, for weights of dtype `weight`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, codes: Tensor, scale: Tensor | None) -> Tensor:
-        """The values of consecutive elements from the start of a block, as a new flat fp32 (or fp64) tensor."""
-        raise NotImplementedError
+        """The values of consecutive elements from the start of a block, fp32 or fp64; not always a copy."""
 
+    @abc.abstractmethod
     def encode(self, values: Tensor, bits: Tensor | None, codes: Tensor, scale: Tensor | None) -> None:
         """Store flat `values` (fp32; consecutive elements from the start of a block) into `codes` and `scale`.
 
@@ -135,7 +137,6 @@ class Format:
         Args:
             bits: 16 random bits per element (int32), or None to round to nearest.
         """
-        raise NotImplementedError
 
 
 class _Fp32(Format):
