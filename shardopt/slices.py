@@ -105,12 +105,18 @@ class Slice:
         tensors: the storage. `(values,)` holds one value per element, flattened as the layout says (its own
             shape may be the local tensor's); a block format is `(codes, scales)`, which only the same layout
             can restore exactly.
+        format: name of the block format ("block16"); None where the tensor's elements are the values themselves.
     """
 
     name: str
     kind: str
     layout: Layout
     tensors: tuple[Tensor, ...]
+    format: str | None = None
+
+    def __post_init__(self) -> None:
+        if (len(self.tensors) > 1) != (self.format is not None):
+            raise ValueError(f"{self.name}/{self.kind}: codes with scales have a format, plain values have none")
 
     @property
     def nbytes(self) -> int:

@@ -99,7 +99,7 @@ def test_an_empty_layout_holds_nothing():
 
 
 def test_slice_bytes_count_every_storage_tensor():
-    s = Slice("w", "m1", Layout.whole("w", (4,)), (torch.zeros(4, dtype=torch.int8), torch.zeros(1)))
+    s = Slice("w", "m1", Layout.whole("w", (4,)), (torch.zeros(4, dtype=torch.int8), torch.zeros(1)), "block8")
     assert s.nbytes == 8
 
 

@@ -22,7 +22,7 @@ from shardopt.errors import InputError
 
 DOCUMENT = "checkpoint.json"
 INDEX = "index.json"
-FORMAT = 3
+FORMAT = 4
 
 _ASIDE = re.compile(r"\.(.+)\.(partial|previous|deleting)")
 _STEP = re.compile(r"(?:step-(\d+)|\.step-(\d+)\.previous)")
@@ -35,8 +35,8 @@ def step_folder(root: Path, step: int) -> Path:
 def read_document(folder: str | Path) -> dict[str, Any]:
     """A checkpoint's JSON: what the caller of `save` gave, and under "checkpoint" what was written.
 
-    `document["checkpoint"]` has `format`, `torch`, `world_size`, `parameters` ({name: {shape, kinds: {kind:
-    {dtypes, and layouts where it is a block format}}}}), `step_counts` ({name: {"step": 3, ...}}), `extras` (their
+    `document["checkpoint"]` has `format`, `torch`, `world_size`, `parameters` ({name: {shape, kinds: {kind: {dtypes,
+    and format and layouts where it is a block format}}}}), `step_counts` ({name: {"step": 3, ...}}), `extras` (their
     keys) and `files` ({name: bytes}).
 
     Raises:

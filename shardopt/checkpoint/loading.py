@@ -20,6 +20,8 @@ from shardopt.checkpoint.index import DTYPES, dtype_name, read_index
 from shardopt.engines.state import ShardedState, require_state
 from shardopt.errors import InputError
 from shardopt.optim import states
+from shardopt.optim.precision import FORMATS
+from shardopt.optim.schema import format_of
 from shardopt.slices import Layout, Range, Slice, local_tensor
 
 
@@ -126,8 +128,10 @@ def _check_stored(folder: Path, stored: manifest.Parameters, metadata: Metadata)
     for name, parameter in stored.items():
         numel = Layout.whole(name, parameter["shape"]).numel
         for kind, entry in parameter["kinds"].items():
-            if len(entry["dtypes"]) == 1:
+            if "format" not in entry:
                 keys = [manifest.vector_key(name, kind)] if numel else []
+            elif entry["dtypes"] != _dtypes_of(kind, entry["format"]):
+                raise InputError(f"{folder}: {name}/{kind} is not in a known format, but in {entry['format']!r}")
             else:
                 keys = [k for ranges in entry["layouts"] for k in manifest.block_keys(name, kind, _ranges(ranges))]
             for at, key in enumerate(keys):
@@ -135,7 +139,7 @@ def _check_stored(folder: Path, stored: manifest.Parameters, metadata: Metadata)
                 dtype = DTYPES.get(entry["dtypes"][at % len(entry["dtypes"])])
                 if not isinstance(tensor, TensorStorageMetadata) or tensor.properties.dtype != dtype:
                     raise InputError(f"{folder}: {key!r} is not there with the dtype that its document names")
-                if len(entry["dtypes"]) == 1:
+                if "format" not in entry:
                     if tuple(tensor.size) != (numel,):
                         raise InputError(f"{folder}: {key!r} has {tuple(tensor.size)} elements, not {numel}")
                     chunks[key] = {(c.offsets[0], c.sizes[0]) for c in tensor.chunks}
@@ -143,6 +147,11 @@ def _check_stored(folder: Path, stored: manifest.Parameters, metadata: Metadata)
         manifest.check_coverage(stored, chunks)
     except ValueError as error:
         raise InputError(f"{folder} is {error}") from error
+
+
+def _dtypes_of(kind: str, name: str) -> list[str]:
+    """Of the codes and scales of a block format; empty where there is none of this name."""
+    return [dtype_name(format_of(kind, name).dtype(torch.float32)), "float32"] if name in FORMATS else []
 
 
 def _check_match(
@@ -178,19 +187,16 @@ def _check_match(
         taken = f"nothing here takes its {few(extra_kinds)}"
         problems.append(f"{taken}; set optimizer as it was, or load with strict=False")
     if not convert:
-        for kind in sorted({kind for _, kind in wanted & there} - {"buffer"}):
-            pairs = {
-                n: (stored[n]["kinds"][kind]["dtypes"], live[n]["kinds"][kind]["dtypes"])
-                for n, k in wanted & there
-                if k == kind and stored[n]["kinds"][kind]["dtypes"] != live[n]["kinds"][kind]["dtypes"]
-            }
-            if pairs:
-                was, now = next(iter(pairs.values()))
-                key = "the weights' dtype" if kind == "weight" else f"optimizer.state_dtype (of {kind})"
-                problems.append(
-                    f"{kind} is {'+'.join(was)} there and {'+'.join(now)} here, in {few(pairs)}; "
-                    f"set {key} as it was, or load with convert=True"
-                )
+        was, now = ({(n, k): manifest.stored_as(of[n]["kinds"][k]) for n, k in wanted & there} for of in (stored, live))
+        changed = {key for key in was if was[key] != now[key]}
+        for kind in sorted({kind for _, kind in changed} - {"buffer"}):
+            names = {n for n, k in changed if k == kind}
+            key = min(names), kind
+            setting = "the weights' dtype" if kind == "weight" else f"optimizer.state_dtype (of {kind})"
+            problems.append(
+                f"{kind} is {was[key]} there and {now[key]} here, in {few(names)}; "
+                f"set {setting} as it was, or load with convert=True"
+            )
     if problems:
         raise InputError(f"checkpoint {folder} does not fit: " + "; ".join(problems))
 
@@ -202,7 +208,7 @@ def _check_slice(folder: Path, s: Slice, stored: manifest.Parameters) -> None:
     here = [dtype_name(t.dtype) for t in s.tensors]
     names = (*here, *entry["dtypes"])
     floating = all(DTYPES[n].is_floating_point for n in names)
-    if here != entry["dtypes"] and len(here) == len(entry["dtypes"]) == 1 and not floating:
+    if here != entry["dtypes"] and s.format is None and "format" not in entry and not floating:
         raise InputError(f"checkpoint {folder}: {s.name}/{s.kind} cannot become {here[0]} from {names[-1]}")
     for tensor in s.tensors:
         if not local_tensor(tensor).is_contiguous():
@@ -211,12 +217,8 @@ def _check_slice(folder: Path, s: Slice, stored: manifest.Parameters) -> None:
 
 def _direct(s: Slice, entry: dict[str, Any]) -> bool:
     """True where the stored elements can be read straight into the live tensors."""
-    if len(s.tensors) == 1 or len(entry["dtypes"]) == 1:
-        return len(s.tensors) == len(entry["dtypes"])
-    return (
-        entry["dtypes"] == [dtype_name(t.dtype) for t in s.tensors]
-        and [list(r) for r in s.layout.ranges] in entry["layouts"]
-    )
+    same = entry.get("format") == s.format
+    return same and (s.format is None or [list(r) for r in s.layout.ranges] in entry["layouts"])
 
 
 def _read(folder: Path, metadata: Metadata, stored: manifest.Parameters, slices: list[Slice]) -> None:
@@ -227,7 +229,7 @@ def _read(folder: Path, metadata: Metadata, stored: manifest.Parameters, slices:
             continue
         if not _direct(s, entry):
             _recode(folder, metadata, entry, s)
-        elif len(s.tensors) == 1:
+        elif s.format is None:
             key = manifest.vector_key(s.name, s.kind)
             state[key] = FlatShard(s.layout.numel, DTYPES[entry["dtypes"][0]], chunks_of(s.layout, s.tensors[0]))
         else:
@@ -240,7 +242,7 @@ def _recode(folder: Path, metadata: Metadata, entry: dict[str, Any], s: Slice) -
     """Fill `s` through fp32, from another layout or format."""
     mine = _packed(s.layout)
     values = torch.zeros(mine.local_numel)
-    if len(entry["dtypes"]) == 1:
+    if "format" not in entry:
         vector = FlatShard(s.layout.numel, torch.float32, chunks_of(mine, values))
         _fill(folder, metadata, {manifest.vector_key(s.name, s.kind): vector})
     for ranges in entry.get("layouts", []):
@@ -252,7 +254,7 @@ def _recode(folder: Path, metadata: Metadata, entry: dict[str, Any], s: Slice) -
             for key, dtype in zip(manifest.block_keys(s.name, s.kind, theirs.ranges), entry["dtypes"], strict=True)
         }
         _fill(folder, metadata, dict(tensors))
-        source = states.read_slice(Slice(s.name, s.kind, theirs, tuple(tensors.values())))
+        source = states.read_slice(Slice(s.name, s.kind, theirs, tuple(tensors.values()), entry["format"]))
         for a in _packed(theirs).ranges:
             for b in mine.ranges:
                 if common := _overlap(a, b):

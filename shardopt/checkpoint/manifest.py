@@ -20,12 +20,18 @@ class Described(NamedTuple):
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
-    ranges: tuple[Range, ...] | None  # of a block format, which belongs to one layout
+    format: str | None  # name of a block format
+    ranges: tuple[Range, ...]
 
 
 Descriptions = dict[tuple[str, str], Described]  # by parameter name and kind
 StepCounts = dict[str, dict[str, int | float]]  # by parameter name
 Parameters = dict[str, dict[str, Any]]  # as in the document, see folders.read_document
+
+
+def stored_as(entry: dict[str, Any]) -> str:
+    """The block format, or else the dtype, of a kind in the document."""
+    return entry.get("format") or entry["dtypes"][0]
 
 
 def vector_key(name: str, kind: str) -> str:
@@ -53,8 +59,7 @@ def describe(slices: list[Slice]) -> Descriptions:
         if (s.name, s.kind) in described:
             raise ValueError(f"{vector_key(s.name, s.kind)!r} is given twice")
         dtypes = tuple(dtype_name(t.dtype) for t in s.tensors)
-        ranges = s.layout.ranges if len(s.tensors) > 1 else None
-        described[s.name, s.kind] = Described(s.layout.shape, dtypes, ranges)
+        described[s.name, s.kind] = Described(s.layout.shape, dtypes, s.format, s.layout.ranges)
     return described
 
 
@@ -62,17 +67,19 @@ def merge(ranks: list[Descriptions]) -> Parameters:
     """The slices of all ranks, in the document's form.
 
     Raises:
-        ValueError: ranks disagree about a shape or a dtype.
+        ValueError: ranks disagree about a shape, a dtype or a format.
     """
     parameters: Parameters = {}
     for (name, kind), here in (pair for described in ranks for pair in described.items()):
         parameter = parameters.setdefault(name, {"shape": list(here.shape), "kinds": {}})
-        stored = parameter["kinds"].setdefault(kind, {"dtypes": list(here.dtypes)})
-        if parameter["shape"] != list(here.shape) or stored["dtypes"] != list(here.dtypes):
-            known, other = (parameter["shape"], stored["dtypes"]), (list(here.shape), list(here.dtypes))
+        in_blocks = {} if here.format is None else {"format": here.format, "layouts": []}
+        stored = parameter["kinds"].setdefault(kind, {"dtypes": list(here.dtypes), **in_blocks})
+        known = parameter["shape"], stored["dtypes"], stored.get("format")
+        other = list(here.shape), list(here.dtypes), here.format
+        if known != other:
             raise ValueError(f"{vector_key(name, kind)}: ranks disagree, {known} on one and {other} on another")
-        if here.ranges is not None:
-            layouts = stored.setdefault("layouts", [])
+        if here.format is not None:
+            layouts = stored["layouts"]
             as_lists = [list(r) for r in here.ranges]
             if as_lists and as_lists not in layouts:
                 layouts.append(as_lists)
@@ -116,7 +123,7 @@ def check_coverage(parameters: Parameters, chunks: dict[str, set[tuple[int, int]
         numel = Layout.whole(name, parameter["shape"]).numel
         for kind, stored in parameter["kinds"].items():
             key = vector_key(name, kind)
-            if len(stored["dtypes"]) == 1:
+            if "format" not in stored:
                 held = chunks.get(key, set())
             else:
                 held = {(r[0], r[2]) for ranges in stored["layouts"] for r in ranges}

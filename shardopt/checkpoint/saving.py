@@ -240,7 +240,7 @@ def _tensors(slices: list[Slice], extras: Mapping[str, Tensor], copy: bool) -> d
     tensors: dict[str, Tensor] = {}
     for s in slices:
         parts = tuple(local_tensor(t) for t in s.tensors)
-        if s.layout.ranges and len(parts) == 1:
+        if s.layout.ranges and s.format is None:
             chunks = {start: staged(c) for start, c in chunks_of(s.layout, parts[0]).items()}
             tensors[manifest.vector_key(s.name, s.kind)] = FlatShard(s.layout.numel, parts[0].dtype, chunks)
         elif s.layout.ranges:

@@ -53,6 +53,7 @@ STATE_TENSORS = (
 )
 HALVES = {tensor.key: tensor.half for tensor in STATE_TENSORS} | {"weight": Half(1, 16)}
 ROUNDED = tuple(tensor.key for tensor in STATE_TENSORS)
+UNSIGNED = {tensor.key for tensor in STATE_TENSORS if not tensor.signed}
 # `master_weights` -> state key and dtype of what a 16-bit weight lacks
 MASTERS = {"fp32": ("master", torch.float32), "split": ("master_low", torch.int16)}
 COUNTS = ("step", "schedule_step")
@@ -78,7 +79,12 @@ def _formats(items: tuple[tuple[str, str], ...]) -> dict[str, Format]:
     for value in given.values():
         if value not in FORMATS:
             raise InputError(f"state_dtype must be one of {', '.join(FORMATS)} (or a mapping to them), got {value!r}")
-    return {t.key: replace(FORMATS[given.get(t.key, "fp32")], signed=t.signed) for t in STATE_TENSORS}
+    return {t.key: format_of(t.key, given.get(t.key, "fp32")) for t in STATE_TENSORS}
+
+
+def format_of(key: str, name: str) -> Format:
+    """The format of this name, as the state tensor `key` has it."""
+    return replace(FORMATS[name], signed=key not in UNSIGNED)
 
 
 def master_of(group: Mapping[str, Any], weight: torch.dtype) -> tuple[str, torch.dtype] | None:

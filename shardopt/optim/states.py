@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shardopt.errors import InputError
-from shardopt.optim.precision import FORMATS, Format, blocks
+from shardopt.optim.precision import Format, blocks
+from shardopt.optim.schema import format_of, formats_of
 from shardopt.slices import Layout, Slice, canonical_name, layout_of, local_tensor
 
 Layouts = Layout | Sequence[Layout]
@@ -113,11 +114,15 @@ def state_slices(optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None 
     if refuse is not None:
         refuse("a checkpoint or a report of the state")
     slices = []
+    given = {p: g["state_dtype"] for g in optimizer.param_groups if "state_dtype" in g for p in g["params"]}
     for param, where in layouts_of(optimizer, layouts).items():
         state = optimizer.state.get(param, {})
         elements = local_tensor(param).numel()
+        formats = formats_of(given[param]) if param in given else {}
+        in_blocks = {key: fmt.name for key, fmt in formats.items() if fmt.in_blocks}
+        scales = {f"{key}_scale" for key in in_blocks}
         for key, value in state.items():
-            if key.endswith("_scale") or value is None or is_scalar(key, value, param):
+            if key in scales or value is None or is_scalar(key, value, param):
                 continue
             values = local_tensor(value) if isinstance(value, Tensor) else None
             if values is not None and values.numel() != elements and len(where) == 1 and where[0].is_whole:
@@ -130,15 +135,14 @@ def state_slices(optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None 
                     f"{type(optimizer).__name__} keeps state {key!r} of {where[0].name} that is not one value per "
                     f"element: only elementwise optimizers can be sharded and saved in slices"
                 )
-            scale = state.get(f"{key}_scale")
-            if scale is not None:
+            if key in in_blocks:
                 if len(where) > 1:
                     raise InputError(
                         f"{where[0].name}: block formats need one parameter a tensor, not a flat partition"
                     )
                 used = sum(blocks(r.length) for r in where[0].ranges)  # a smaller shard leaves some unused
-                scales = local_tensor(scale).view(-1).narrow(0, 0, used)
-                slices.append(Slice(where[0].name, key, where[0], (values, scales)))
+                scale = local_tensor(state[f"{key}_scale"]).view(-1).narrow(0, 0, used)
+                slices.append(Slice(where[0].name, key, where[0], (values, scale), in_blocks[key]))
                 continue
             slices += [Slice(w.name, key, w, (piece,)) for w, piece in _pieces(values, where)]
     return slices
@@ -270,11 +274,7 @@ def write_slice(piece: Slice, values: Tensor) -> None:
 
 
 def _format_of(piece: Slice) -> Format:
-    """By dtype and scale: a slice may be any optimizer's state, or of a checkpoint."""
-    if len(piece.tensors) == 1:
-        return FORMATS["fp32"]  # of which bf16 rounded to nearest is no other
-    name = "block16" if piece.tensors[0].dtype == torch.int16 else "block8"
-    return replace(FORMATS[name], signed=piece.kind != "nu")
+    return format_of(piece.kind, piece.format or "fp32")  # of which bf16 rounded to nearest is no other
 
 
 def _slice_ranges(piece: Slice) -> Iterator[tuple[Tensor, Tensor | None]]:

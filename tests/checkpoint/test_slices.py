@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardopt import checkpoint
+from shardopt import AdEMAMix, checkpoint
 from shardopt.checkpoint import folders, manifest
 from shardopt.checkpoint.index import read_index
+from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError
 from shardopt.optim import precision, states
 from shardopt.slices import Layout, Range, Slice, layout_of
@@ -53,7 +54,7 @@ def test_the_document_says_what_was_written(tmp_path: Path) -> None:
     document = checkpoint.read_document(tmp_path / "a")
     assert document["config"] == {"lr": 1e-3}
     written = document["checkpoint"]
-    assert (written["format"], written["torch"]) == (3, torch.__version__)
+    assert (written["format"], written["torch"]) == (4, torch.__version__)
     assert {name: tuple(p["shape"]) for name, p in written["parameters"].items()} == made.SHAPES
     kinds = written["parameters"]["norm.weight"]["kinds"]
     assert kinds == {
@@ -177,6 +178,40 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "a", made.State(made.slices(made.whole) * 2, made.ranks_here()))
 
 
+class _Negated(type(precision.FORMATS["block16"])):
+    """Has the dtypes of block16 and other codes."""
+
+    def decode(self, codes: Tensor, scale: Tensor | None) -> Tensor:
+        return -super().decode(codes, scale)
+
+    def encode(self, values: Tensor, *args: Any) -> None:
+        super().encode(-values, *args)
+
+
+def test_two_formats_of_the_same_dtypes_are_told_apart_by_name(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(precision.FORMATS, "negated", _Negated("negated", 9, 2, in_blocks=True))
+    model = torch.nn.Linear(40, 13, bias=False)
+    negated, plain = (
+        ModuleState(AdEMAMix(model.named_parameters(), state_dtype={"m2": fmt}), model)
+        for fmt in ("negated", "block16")
+    )
+    for state in (negated, plain):
+        state.init()
+    there, here = (next(s for s in state.slices() if s.kind == "m2") for state in (negated, plain))
+    assert (there.format, here.format) == ("negated", "block16")
+    states.write_slice(there, NUMBERS.view(-1))
+    checkpoint.save(tmp_path / "a", negated)
+    with pytest.raises(InputError, match=r"m2 is negated there and block16 here"):
+        checkpoint.load(tmp_path / "a", plain)
+    checkpoint.load(tmp_path / "a", plain, convert=True)
+    torch.testing.assert_close(states.read_slice(here), NUMBERS.view(-1), rtol=2**-10, atol=2**-18)
+    assert here.tensors[0].any()
+
+    monkeypatch.delitem(precision.FORMATS, "negated")
+    with pytest.raises(InputError, match=r"weight/m2 is not in a known format, but in 'negated'"):
+        checkpoint.load(tmp_path / "a", plain, convert=True)
+
+
 def _live(case: str) -> list[Slice]:
     given = made.slices(made.whole, filled=False)
     if case == "names":
@@ -276,7 +311,7 @@ def _blocks(fmt: str, layout: Layout, *, filled: bool) -> Slice:
     end = max((r.local_start + r.length for r in layout.ranges), default=0)
     codes = torch.zeros(end, dtype=precision.FORMATS[fmt].dtype(torch.float32))
     scales = torch.zeros(sum(precision.blocks(r.length) for r in layout.ranges))
-    live = Slice("w", "m2", layout, (codes, scales))
+    live = Slice("w", "m2", layout, (codes, scales), fmt)
     if filled:
         flat = NUMBERS.view(-1)
         parts = [flat[r.global_start : r.global_start + r.length] for r in layout.ranges]
@@ -331,7 +366,7 @@ def test_a_format_changes_only_on_demand(tmp_path: Path, fmt: str) -> None:
     layout = Layout.whole("w", tuple(NUMBERS.shape))
     plain = Slice("w", "m2", layout, (torch.zeros_like(NUMBERS),))
     here = made.ranks_here()
-    with pytest.raises(InputError, match=r"m2 is .*\+float32 there and float32 here.*optimizer.state_dtype"):
+    with pytest.raises(InputError, match=rf"m2 is {fmt} there and float32 here.*optimizer.state_dtype"):
         checkpoint.load(tmp_path / "blocks", made.State([plain], here))
     assert not plain.tensors[0].any()
     checkpoint.load(tmp_path / "blocks", made.State([plain], here), convert=True)

@@ -178,7 +178,7 @@ def test_a_truncated_data_file_is_refused(folder: Path) -> None:
     [
         ("{", "is not the document of a shardopt checkpoint"),
         ("[]", "is not the document of a shardopt checkpoint"),
-        ('{"checkpoint": {"format": 1}}', "has checkpoint format 1, this shardopt reads format 3"),
+        ('{"checkpoint": {"format": 1}}', "has checkpoint format 1, this shardopt reads format 4"),
     ],
 )
 def test_another_document_is_refused(folder: Path, content: str, reason: str) -> None:

@@ -23,7 +23,9 @@ def test_block16_rounds_up_to_its_largest_number_and_not_beyond(kind):
     """Rounding up the largest of a block would carry into the sign (or, for nu, out of the code)."""
     below_two = torch.nextafter(torch.tensor(2.0), torch.tensor(0.0))
     values = torch.full((128,), below_two.item())
-    piece = Slice("w", kind, Layout.whole("w", (128,)), (torch.zeros(128, dtype=torch.int16), torch.zeros(1)))
+    piece = Slice(
+        "w", kind, Layout.whole("w", (128,)), (torch.zeros(128, dtype=torch.int16), torch.zeros(1)), "block16"
+    )
     states.write_slice(piece, values)
     torch.testing.assert_close(states.read_slice(piece), values, rtol=2**-11, atol=0.0)
 

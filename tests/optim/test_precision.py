@@ -240,7 +240,7 @@ def test_slices_are_read_and_written_in_their_format():
         tensors = (codes,)
         if fmt in precision.BLOCK_FORMATS:
             tensors += (torch.zeros(precision.blocks(300) + precision.blocks(500)),)
-        piece = Slice("w", "m2", layout, tensors)
+        piece = Slice("w", "m2", layout, tensors, fmt if len(tensors) > 1 else None)
         states.write_slice(piece, values)
         tolerance = {"fp32": 0.0, "bf16": 2**-8, "block16": 2**-11, "block8": 4 / 127}[fmt]
         torch.testing.assert_close(states.read_slice(piece), values, rtol=tolerance, atol=tolerance)

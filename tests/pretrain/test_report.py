@@ -53,7 +53,7 @@ def fsdp_body(rank, world_size):
         slices.append(Slice(name, "weight", layout, (local,)))
         slices.append(Slice(name, "m1", layout, (local.to(torch.bfloat16),)))
         scale = torch.ones(min(1, local.numel()), dtype=torch.float32)
-        slices.append(Slice(name, "nu", layout, (local.to(torch.uint8), scale)))
+        slices.append(Slice(name, "nu", layout, (local.to(torch.uint8), scale), "block8"))
         slices.append(Slice(name, "weight_ema", Layout.whole(name, param.shape), (torch.zeros(param.shape),)))
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"), True)
     return holdings(made.State(slices, ranks, gradients=100 + rank))
