@@ -352,8 +352,12 @@ def _explain(error: Any) -> str:
         return f"{key}: {error['ctx']['discriminator']} is required"
     value = error["input"]
     if error["type"] in ("model_type", "model_attributes_type"):
-        such_as = f"{key}.{_keys_at(Config, location)[0]}={value if isinstance(value, str | int | float) else '...'}"
-        return f"{key}: is a section, not a value; write its keys, such as {such_as}"
+        first, annotation = next(iter(_keys_at(Config, location).items()))
+        words = [word for word in get_args(annotation) if isinstance(word, str)]
+        fits = value in words if words else isinstance(value, str | int | float)
+        hint = "" if fits else did_you_mean(value, words, f"{key}.{first}=")
+        such_as = f"{key}.{first}={value if fits else '...'}"
+        return f"{key}: is a section, not a value; write its keys, such as {such_as}{hint}"
     if error["type"] == "union_tag_invalid":
         return f"{key}: {error['ctx']['tag']!r} is not one of {error['ctx']['expected_tags']}"
     message = _WRITE.get(error["type"]) or str(cause or error["msg"])
@@ -361,19 +365,18 @@ def _explain(error: Any) -> str:
     return f"{key}: {message[0].lower()}{message[1:]}, got {shown}"
 
 
-def _keys_at(annotation: Any, location: Sequence[str]) -> list[str]:
-    """The keys that the config knows at `location` (a union member's tag in it is passed over), as defined."""
+def _keys_at(annotation: Any, location: Sequence[str]) -> dict[str, Any]:
+    """The keys that the config knows at `location` (a union member's tag in it is passed over) and their types."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType, list, tuple):
-        return list(dict.fromkeys(key for member in get_args(annotation) for key in _keys_at(member, location)))
+        members = [_keys_at(member, location) for member in get_args(annotation)]
+        return {key: kind for keys in members for key, kind in keys.items()}
     fields: dict[str, Any] = {}
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         fields = {f.alias or n: f.annotation for n, f in annotation.model_fields.items()}
     elif hasattr(annotation, "__dataclass_fields__"):
-        fields = dict.fromkeys(annotation.__dataclass_fields__, None)
+        fields = dict.fromkeys(annotation.__dataclass_fields__)
     if not location:
-        return list(fields)
-    if location[0] in fields:
-        return _keys_at(fields[location[0]], location[1:])
-    return _keys_at(annotation, location[1:])
+        return fields
+    return _keys_at(fields.get(location[0], annotation), location[1:])

@@ -68,7 +68,7 @@ class Tracker:
         self._wandb: WandbRun | None = None
         if is_main:
             self._file = MetricsFile(folder / "metrics.jsonl", resume_step)
-            self._wandb = WandbRun(folder, config.wandb, run_config, run_name, resume_step, run_id, warn)
+            self._wandb = WandbRun(folder, config.wandb, run_config, run_name, self._file.logged_step, run_id, warn)
 
     @property
     def run_id(self) -> str | None:
@@ -127,21 +127,23 @@ class MetricsFile:
     When the run resumes at step S the rows beyond S are cut (written aside, then renamed); when it starts
     afresh, all are. So no step stands twice.
 
+    Attributes:
+        logged_step: the last step that was in it before; 0 for none.
+
     Raises:
         InputError: the file cannot be written.
     """
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
-        self.path, self._torn = path, False
+        self.path, self._torn, self.logged_step = path, False, 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                kept = read_metrics(path) if resume_step is not None else []
+                rows = read_metrics(path)
+                self.logged_step = rows[-1]["step"] if rows else 0
+                kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= (resume_step or 0)]
                 aside = path.with_suffix(".jsonl.tmp")
-                aside.write_text(
-                    "".join(json.dumps(row) + "\n" for row in kept if row["step"] <= (resume_step or 0)),
-                    encoding="utf-8",
-                )
+                aside.write_text("".join(kept), encoding="utf-8")
                 aside.replace(path)
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         except OSError as error:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 import secrets
 import shlex
-import string
-import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from shardopt.errors import InputError, MissingExtraError
 from shardopt.pretrain.section import Section
@@ -26,10 +22,8 @@ _EXIT_CODES: dict[Status, int] = {"finished": 0, "interrupted": 255, "failed": 1
 _INIT_TIMEOUT_SECONDS = 30.0
 _FINISH_TIMEOUT_SECONDS = 300.0
 # WANDB_MODE's own words, old ones included.
-_ENVIRONMENT_MODES = {mode: mode for mode in ("online", "shared", "offline", "disabled")}
-_ENVIRONMENT_MODES |= {"run": "online", "dryrun": "offline"}
-# Where `wandb login` may have left a key for the default host, whichever of its names was current.
-_DEFAULT_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+_ENVIRONMENT_MODES = {"run": "online", "dryrun": "offline"}
+_ENVIRONMENT_MODES |= {mode: mode for mode in ("online", "shared", "offline", "disabled")}
 
 
 class WandbConfig(Section):
@@ -47,22 +41,20 @@ class WandbConfig(Section):
 class WandbRun:
     """A run of W&B under the id kept in FOLDER/wandb/run-id; where W&B cannot be had, every method does nothing.
 
-    Its step is the run's step, declared as the x axis too. What that gives on resuming:
+    Its step is the run's step, declared as the x axis too. No step stands twice when a run is resumed, since the
+    rows of steps that were logged before are dropped: a resumed run repeats the same numbers, and metrics.jsonl,
+    which is cut at the checkpoint, is the record where something was changed.
 
-    - offline, every start makes another folder with the same id, whose rows begin after the checkpoint. The
-      rows beyond it are cut from the folders before, unless they are uploaded already. `wandb sync` on all
-      of them (`where` gives the command) makes one run.
-    - online, the run is continued (`resume="allow"`). Its rows beyond the checkpoint stay: rewinding a run
-      (`resume_from`) is a preview that W&B enables account by account and self-managed servers lack. wandb
-      drops the repeated steps until the new rows pass them, so none stands twice, and as a resumed run
-      repeats the same numbers nothing is lost. Where the config was changed, metrics.jsonl is the record.
+    - offline, every start makes another folder with the same id, and `wandb sync` on all of them (`where` gives
+      the command) makes one run; the steps that an earlier folder has are dropped here.
+    - online, the run is continued (`resume="allow"`), and wandb itself drops steps that the server has.
 
     Args:
         folder: the run folder.
         config: the `tracking.wandb` section.
         run_config: the whole resolved config as plain data, shown by W&B.
         name: name of the run.
-        resume_step: the step of the checkpoint that the run continues from; None where it starts afresh.
+        logged_step: the last step that earlier starts logged, 0 for none.
         run_id: the id that the checkpoint kept, for a run folder that lost its own.
         warn: called with one line.
 
@@ -80,7 +72,7 @@ class WandbRun:
         config: WandbConfig,
         run_config: Mapping[str, Any],
         name: str,
-        resume_step: int | None,
+        logged_step: int,
         run_id: str | None,
         warn: Callable[[str], None],
     ) -> None:
@@ -88,20 +80,11 @@ class WandbRun:
         wandb, mode = _choose_mode(config, warn)
         if wandb is None:
             return
-        kept = folder / "wandb" / "run-id"
         try:
-            if kept.exists():
-                self.id = kept.read_text(encoding="utf-8").strip() or self.id
-            self.id = self.id or os.environ.get("WANDB_RUN_ID") or _new_id()
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(self.id + "\n", encoding="utf-8")
-        except OSError as error:
+            self._identify(logged_step)
+        except (OSError, ValueError) as error:
             warn(f"W&B is off: {cause(error)}")
             return
-        try:
-            self._cut_offline(resume_step, warn)
-        except Exception as error:
-            warn(f"the W&B rows beyond the checkpoint could not be cut: {cause(error)}")
         for attempt in dict.fromkeys((mode, "offline")):
             try:
                 self._run = self._init(wandb, attempt, config, run_config, name)
@@ -123,31 +106,28 @@ class WandbRun:
         return self._run.url
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        if self._run is not None:
+        if self._run is not None and step > self._offline_step:
             self._run.log(dict(row), step=step)
 
     def finish(self, status: Status) -> None:
         if self._run is not None:
             self._run.finish(exit_code=_EXIT_CODES[status])
 
-    def _cut_offline(self, resume_step: int | None, warn: Callable[[str], None]) -> None:
-        """Cut the rows beyond the checkpoint from this run's offline folders; all rows at a fresh start."""
-        last = -1 if resume_step is None else resume_step
-        for log in sorted(self._folder.glob(f"wandb/offline-run-*/run-{self.id}.wandb")):
-            end = _end_of_step(log, last)
-            if end is None:
-                continue
-            if log.with_suffix(".wandb.synced").exists():
-                warn(f"W&B has rows beyond step {last} from {log.parent}: these steps will stand twice")
-            else:
-                os.truncate(log, end)  # reads as a run that ended there
+    def _identify(self, logged_step: int) -> None:
+        """Find or make the run's id, and the last step that an offline folder of it may have."""
+        kept = self._folder / "wandb" / "run-id"
+        if kept.exists():
+            run_id, _, before = kept.read_text(encoding="utf-8").partition(" ")
+            self.id = run_id.strip() or self.id
+            # A run stopped again before it got so far has cut its metrics meanwhile.
+            logged_step = max(logged_step, int(before or 0))
+        self.id = self.id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(f"{self.id} {logged_step}\n", encoding="utf-8")
+        offline = any(kept.parent.glob(f"offline-run-*-{self.id}*"))
+        self._offline_step = logged_step if offline else 0
 
     def _init(self, wandb: ModuleType, mode: str, config: WandbConfig, run_config: Mapping[str, Any], name: str) -> Any:
-        options: dict[str, Any] = {"silent": True, "console": "off", "init_timeout": _INIT_TIMEOUT_SECONDS}
-        if "finish_timeout" in wandb.Settings.model_fields:  # newer than the oldest wandb that we support
-            options.update(finish_timeout=_FINISH_TIMEOUT_SECONDS, finish_timeout_raises=True)
-        if mode != "offline" and (key := _api_key(wandb)):
-            options["api_key"] = key  # given, so that wandb has nothing to ask the terminal for
         run = wandb.init(
             project=config.project,
             entity=config.entity,
@@ -161,7 +141,13 @@ class WandbRun:
             config=dict(run_config),
             # Somebody else's open run in this process stays theirs.
             reinit="create_new",
-            settings=wandb.Settings(**options),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=_INIT_TIMEOUT_SECONDS,
+                finish_timeout=_FINISH_TIMEOUT_SECONDS,
+                finish_timeout_raises=True,
+            ),
         )
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
@@ -173,55 +159,20 @@ def cause(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _end_of_step(log: Path, step: int) -> int | None:
-    """Offset in wandb's offline file of the first row beyond `step`; None where there is none.
-
-    The file is a LevelDB log: a header of 7 bytes, then 32 KiB blocks of records (crc32, 16-bit length, kind;
-    whole or in first, middle and last parts), each a protobuf message; a killed run's file ends anywhere.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    messages: Any = wandb_internal_pb2  # its classes are made when it is imported: no types
-    data = log.read_bytes()
-    if not data.startswith(b":W&B"):
-        raise ValueError(f"{log} is not in the format that is known here")
-    at, start, message = 7, 7, b""
-    while (left := 32768 - at % 32768) and at + 7 <= len(data):
-        if left < 7:  # too short for a record: padding
-            at += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        if kind in (1, 2):  # whole, first
-            start, message = at, b""
-        message += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4) and at <= len(data):  # whole, last
-            record = messages.Record.FromString(message)
-            if record.HasField("history") and record.history.step.num > step:
-                return start
-    return None
-
-
-def _new_id() -> str:
-    """Of wandb's own kind; not from the seeded generators, which every run of a config would share."""
-    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-
-
 def _choose_mode(config: WandbConfig, warn: Callable[[str], None]) -> tuple[ModuleType | None, str]:
     """The wandb module, None where it is not to be used, and the mode to start it in.
 
     A mode in the config holds. `auto` takes WANDB_MODE, then what `wandb offline` or `wandb disabled` left in
     wandb's settings, then online where there is a key, else offline.
     """
-    mode: str = config.mode
-    if mode == "disabled":
-        return None, mode
-    if mode == "auto" and (word := os.environ.get("WANDB_MODE")):
-        if word not in _ENVIRONMENT_MODES:
+    asked: str | None = config.mode
+    if config.mode == "auto":
+        word = os.environ.get("WANDB_MODE") or None
+        if word and word not in _ENVIRONMENT_MODES:
             raise InputError(f"WANDB_MODE is {word!r}: set it to one of {', '.join(_ENVIRONMENT_MODES)}")
-        mode = _ENVIRONMENT_MODES[word]
-        if mode == "disabled":
-            return None, mode
+        asked = word and _ENVIRONMENT_MODES[word]
+    if asked == "disabled":
+        return None, asked
     try:
         import wandb
 
@@ -232,37 +183,21 @@ def _choose_mode(config: WandbConfig, warn: Callable[[str], None]) -> tuple[Modu
         if config.mode != "auto":
             raise MissingExtraError("wandb", "wandb") from error
         warn(f"W&B is off: {error}. pip install 'shardopt[wandb]', or set tracking.wandb.mode=disabled")
-        return None, mode
+        return None, "disabled"
     try:
-        settings = wandb.setup(wandb.Settings(silent=True, console="off")).settings
-        key = _api_key(wandb) or settings.identity_token_file
+        given = {} if asked is None else {"mode": asked}
+        left = wandb.setup(wandb.Settings(silent=True, console="off", **given)).settings.mode
+        if asked is None and left in ("offline", "disabled"):
+            asked = left
+        # Finds the key now, so that wandb.init has nothing to ask the terminal for.
+        has_key = asked not in ("offline", "disabled") and wandb.login(prompt=False, verify=False)
     except Exception as error:
         warn(f"W&B is off, it could not be started: {cause(error)}")
-        return None, mode
-    if mode == "auto":
-        mode = settings.mode if settings.mode in ("offline", "disabled") else "online" if key else "offline"
-    elif mode in ("online", "shared") and key is None:
+        return None, "disabled"
+    if asked in ("online", "shared") and not has_key:
         raise InputError(
             "W&B is to be online and there is no API key: run `wandb login`, set WANDB_API_KEY, or set "
             "tracking.wandb.mode=offline"
         )
+    mode = asked or ("online" if has_key else "offline")
     return (None if mode == "disabled" else wandb), mode
-
-
-def _api_key(wandb: ModuleType) -> str | None:
-    """The key that wandb would find by itself, without asking the terminal as it does."""
-    if key := os.environ.get("WANDB_API_KEY"):
-        return key
-    settings = wandb.setup().settings
-    if settings.api_key:
-        return settings.api_key
-    host = urlsplit(settings.base_url).netloc
-    paths = (Path(name).expanduser() for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc") if name)
-    file = next((path for path in paths if path.exists()), None)
-    try:
-        entries = netrc.netrc(file) if file else None
-    except (netrc.NetrcParseError, OSError):  # wandb cannot read it either, and says so
-        return None
-    names = _DEFAULT_HOSTS if host in _DEFAULT_HOSTS else (host,)
-    logins = (entries.authenticators(name) for name in names) if entries else ()
-    return next((login[2] for login in logins if login and login[2]), None)

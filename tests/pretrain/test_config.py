@@ -70,6 +70,8 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
         ("engine.replicate=0", r"engine\.replicate: 0 must be at least 1"),
         ("engine.compute_dtype=fp8", r"engine\.compute_dtype"),
         ("engine=zero", r"engine: is a section, .* such as engine\.name=zero$"),
+        ("tracking.wandb=offlin", r"is a section, .*wandb\.mode=\.\.\.; did you mean tracking\.wandb\.mode=offline\?$"),
+        ("tracking.wandb=offline", r"is a section, .* such as tracking\.wandb\.mode=offline$"),
         ("train=5", r"train: is a section, .* such as train\.steps=5$"),
         ("train=", r"train: is a section, .* such as train\.steps=\.\.\.$"),
         ("train.steps=abc", r"train\.steps: .*integer, got 'abc'"),

@@ -211,15 +211,15 @@ def test_offline_runs_of_one_id_make_one_history(tmp_path, capfd):
     end(tracker, "failed")
     tracker = track(tmp_path, TrackingConfig(), resume_step=310, run_config=run_config)
     assert tracker.run_id == first
-    log(tracker, [320, 330])
+    log(tracker, [320, 330, 340])
     end(tracker)
 
     before, after = offline_records(tmp_path)
-    assert [row["step"] for row in history(before)] == list(range(10, 320, 10))
+    assert [row["step"] for row in history(before)] == list(range(10, 330, 10))
     assert [(row["step"], row["_step"], row["loss"]) for row in history(after)] == [
-        (320, 320, 1 / 320),
         (330, 330, 1 / 330),
-    ]
+        (340, 340, 1 / 340),
+    ]  # the first folder has step 320
     for records in (before, after):
         (run,) = [record.run for record in records if record.HasField("run")]
         logged = {item.key: json.loads(item.value_json) for item in run.config.update}
@@ -416,23 +416,31 @@ def test_offline_folders_sync_into_one_run(tmp_path, backend):
     log(tracker, range(10, 60, 10))
     end(tracker, "failed")
     tracker = track(tmp_path, TrackingConfig(), resume_step=30)
+    log(tracker, [40])  # stopped again before it got as far
+    end(tracker, "failed")
+    tracker = track(tmp_path, TrackingConfig(), resume_step=30)
     log(tracker, range(40, 80, 10))
     end(tracker)
     binaries = Path(sys.executable).parent
-    subprocess.run(
-        f"{tracker.where} --yes",
-        shell=True,  # the command is for a person's shell
-        env={**os.environ, "WANDB_API_KEY": KEY, "PATH": f"{binaries}:{os.environ['PATH']}"},
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
+
+    def sync():
+        subprocess.run(
+            f"{tracker.where} --yes",
+            shell=True,  # the command is for a person's shell
+            env={**os.environ, "WANDB_API_KEY": KEY, "PATH": f"{binaries}:{os.environ['PATH']}"},
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+
+    sync()
     assert steps_on(backend, tracker.run_id) == [(step, step) for step in range(10, 80, 10)]
-    # What is uploaded cannot be cut any more, and that is said.
-    warnings = []
-    track(tmp_path, TrackingConfig(), resume_step=60, warnings=warnings).close()
-    assert len(warnings) == 1
-    assert "beyond step 60" in warnings[0]
+    # Whether or not a folder is uploaded already, what it has is not logged again.
+    tracker = track(tmp_path, TrackingConfig(), resume_step=60)
+    log(tracker, [70, 80])
+    end(tracker)
+    sync()
+    assert steps_on(backend, tracker.run_id) == [(step, step) for step in range(10, 90, 10)]
 
 
 def test_server_that_does_not_answer_leaves_the_run_offline(tmp_path, monkeypatch):
