@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from shardopt import __version__
@@ -17,10 +20,14 @@ if TYPE_CHECKING:
 
 # How long a rank waits for rank 0 to print the error that both have.
 _SAYING = timedelta(seconds=30)
+# Longer than the ranks wait for each other, so that they can say whom they waited for.
+_KILL_AFTER = timedelta(seconds=30)
+# The environment variable with the file that rank 0 makes when it ends in order, for the process that started it.
+_DONE = "SHARDOPT_DONE"
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
-    """Run a command; the exit status: 0 done or stopped on request, 2 bad input, 1 anything else.
+    """Run a command; the exit status: 0 done, or stopped on request with a checkpoint; 2 bad input; else another.
 
     Args:
         argv: the command and its arguments; by default those of this process.
@@ -67,6 +74,8 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     except NonFiniteError as e:
         _say(str(e))
         return 1
+    if os.environ.get("RANK", "0") == "0" and _DONE in os.environ:
+        Path(os.environ[_DONE]).touch()
     return 0
 
 
@@ -99,6 +108,9 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    from shardopt.checkpoint import latest
+    from shardopt.pretrain.signals import SHUTDOWN_TIMEOUT
+
     wanted = arguments.nproc_per_node
     count = torch.cuda.device_count() if wanted == "gpu" else int(wanted) if wanted.isdecimal() else 0
     if count < 1:
@@ -108,14 +120,29 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
     config.check_ranks(count)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+    patience = timedelta(minutes=config.run.timeout_minutes) + _KILL_AFTER
+    os.environ.setdefault(SHUTDOWN_TIMEOUT, str(math.ceil(patience.total_seconds())))
     command = ["-m", "shardopt", "pretrain", arguments.config, *arguments.overrides]
-    try:
-        torchrun(["--standalone", "--nproc_per_node", str(count), *command])
-    except SignalException:
-        return 0  # torchrun has passed the signal on, and the ranks have saved and stopped
-    except ChildFailedError as e:
-        _, failure = e.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
+    with TemporaryDirectory(prefix="shardopt-") as scratch:
+        done = Path(scratch) / "done"
+        os.environ[_DONE] = str(done)
+        try:
+            torchrun(["--standalone", "--nproc_per_node", str(count), *command])
+        except SignalException as e:  # torchrun has passed it on to the ranks, and they have ended
+            if done.exists():
+                return 0
+            saved = latest(config.folder / "checkpoints")
+            _say(
+                f"{e.sigval.name} ended the run before its checkpoint was complete (torchrun kills the ranks after "
+                f"{os.environ[SHUTDOWN_TIMEOUT]} s: {SHUTDOWN_TIMEOUT}, or run.timeout_minutes); "
+                f"{f'the newest is {saved}' if saved else 'there is none'}"
+            )
+            return 128 + e.sigval
+        except ChildFailedError as e:
+            _, failure = e.get_first_failure()
+            return failure.exitcode if failure.exitcode > 0 else 1
+        finally:
+            del os.environ[_DONE]
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from shardopt import checkpoint, engines
+from shardopt.checkpoint.folders import step_folder
 from shardopt.distributed import Ranks
 from shardopt.engines.base import EngineInputs
 from shardopt.errors import InputError
@@ -22,7 +23,7 @@ from shardopt.pretrain.metrics import Tracker, peak_memory
 from shardopt.pretrain.report import Result
 from shardopt.pretrain.schedule import lr_factor
 from shardopt.pretrain.scoring import HeldOut, generate, held_out, token_loss_sum
-from shardopt.pretrain.signals import Stop, stop_signals
+from shardopt.pretrain.signals import Stop, patience_of_torchrun, stop_signals
 
 FORMAT = "shardopt.pretrain/1"
 # A token's loss varies by two to three nats: the mean of so many is known to about 0.04.
@@ -158,16 +159,24 @@ class Run:
         config, progress = self.config, self.progress
         self._step(stop)
         step, last = progress.step, progress.step == config.train.steps
+        hopeless = progress.skipped_in_row > config.train.max_nonfinite_steps
+        # Weights that are about to be given up are not saved over the last good ones.
+        save = not hopeless and (
+            last or self.stopped or (step % config.checkpoint.every == 0 and not progress.skipped_in_row)
+        )
+        if save and self.stopped:  # whoever asked the run to stop soon kills it: first of all
+            self.report.say(f"{stop.asked or 'another rank'}: saves step {step:,} and stops{patience_of_torchrun()}")
+            self._save()
+            self.saver.wait()
         self.holdout = self._evaluate() if last or step % config.eval.every == 0 else None
         if last or self.stopped or self.holdout is not None or step % config.tracking.log_every == 0:
             self.logged = self._log(self.holdout)
             bar.step(step, self.logged["loss"], self.logged["tokens_per_second"])
         else:
             bar.step(step)
-        if progress.skipped_in_row > config.train.max_nonfinite_steps:
+        if hopeless:
             self._give_up()
-        # Weights that are about to be given up are not saved over the last good ones.
-        if last or self.stopped or (step % config.checkpoint.every == 0 and not progress.skipped_in_row):
+        if save and not self.stopped:
             self._save()
 
     def _step(self, stop: Stop) -> None:
@@ -264,6 +273,18 @@ class Run:
         }
         self.saver.save(self.progress.step, self.engine.state, document, rng.capture(self.ranks.rank))
 
+    def _saved(self) -> Path:
+        """The checkpoint of the last step done. Raises InputError, on every rank, where it is not on the disk."""
+        root = self.config.folder / "checkpoints"
+        found = self.ranks.from_main(checkpoint.latest(root))
+        expected = step_folder(root, self.progress.step)
+        if found != expected:
+            raise InputError(
+                f"the run ended at step {self.progress.step:,}, but {expected} is not there or not complete: somebody "
+                f"has removed or changed it; {f'the newest is {found}' if found else 'there is no other'}"
+            )
+        return found
+
     def _resume(self, folder: Path) -> dict[str, Any]:
         """Fill the engine from a checkpoint and set everything else that it holds; its document."""
         ranks, engine = self.ranks, self.engine
@@ -349,7 +370,7 @@ class Run:
             holdout_loss=holdout.loss if holdout else None,
             holdout_bits_per_byte=holdout.bits_per_byte if holdout else None,
             skipped=self.progress.skipped,
-            checkpoint=self.ranks.from_main(checkpoint.latest(config.folder / "checkpoints")),
+            checkpoint=self._saved(),
             plot=self.tracker.plot_path,
             export=export,
             tracking=where,

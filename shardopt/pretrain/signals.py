@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+
+# The environment variable by which torchrun's agent is told how many seconds after a signal it kills the ranks.
+SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 @dataclass
@@ -37,3 +41,10 @@ def stop_signals() -> Iterator[Stop]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def patience_of_torchrun() -> str:
+    """How long torchrun, if it has started this process, waits after a signal before it kills; for a message."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    return f"; torchrun waits {os.environ.get(SHUTDOWN_TIMEOUT, '30')} s for it ({SHUTDOWN_TIMEOUT})"

@@ -219,6 +219,73 @@ def test_the_command_that_starts_ranks_ends_as_they_do_and_without_a_traceback(f
     assert "Traceback (most" not in output
 
 
+SLOW_DISK = """
+import os, time
+def fsync(descriptor, real=os.fsync):
+    if os.environ.get("RANK") == "0":
+        time.sleep(1.0)
+    real(descriptor)
+os.fsync = fsync
+"""
+
+
+def test_a_stop_has_time_for_its_checkpoint_or_ends_with_an_error(folder):
+    name = "slow"
+    config = folder / f"{name}.yaml"
+    changes = {"train__steps": 3000, "checkpoint__every": 3000, "eval__every": 1, "run__timeout_minutes": 1}
+    config.write_text(json.dumps(tiny.tree(folder, run__name=name, **changes)))
+    (folder / "slow-disk").mkdir()
+    (folder / "slow-disk" / "sitecustomize.py").write_text(SLOW_DISK)
+    path = os.pathsep.join([str(folder / "slow-disk"), os.environ.get("PYTHONPATH", ".")])
+
+    def stopped(step, **environment):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "shardopt", "pretrain", "--nproc-per-node", "2", str(config)],
+            env=os.environ | {"PYTHONPATH": path} | environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        wait_for_step(folder, name, step, process)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=90)
+        return process.returncode, output
+
+    status, output = stopped(2, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
+    assert status == 128 + signal.SIGTERM
+    assert "SIGTERM ended the run before its checkpoint was complete (torchrun kills the ranks after 1 s" in output
+    assert "there is none" in output
+    status, output = stopped(3)
+    assert status == 0, output
+    assert re.search(r"SIGTERM: saves step \d+ and stops; torchrun waits 90 s", output)
+    (saved,) = (folder / "runs" / name / "checkpoints").iterdir()
+    assert saved.name == f"step-{read_metrics(folder / 'runs' / name / 'metrics.jsonl')[-1]['step']:08d}"
+    assert f"checkpoint     {saved}" in output
+
+
+def _stop_at_an_evaluation(rank, world_size, folder):
+    """The newest checkpoint at each evaluation of a run that is told to stop during the first one."""
+    from shardopt import checkpoint
+    from shardopt.pretrain import loop
+
+    seen, real = [], loop.held_out
+
+    def held_out(*arguments):
+        seen.append(checkpoint.latest(folder / "runs" / "stop-first" / "checkpoints"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    loop.held_out = held_out
+    try:
+        tiny.run(rank, world_size, folder, run__name="stop-first", eval__every=1, checkpoint__every=50)
+    finally:
+        loop.held_out = real
+    return [path and path.name for path in seen]
+
+
+def test_a_stop_saves_before_it_evaluates(folder):
+    assert on_ranks(2, _stop_at_an_evaluation, folder) == [[None, "step-00000002"]] * 2
+    assert "eval_loss" in read_metrics(folder / "runs" / "stop-first" / "metrics.jsonl")[-1]
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
