@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from shardopt.errors import InputError, did_you_mean
+from shardopt.errors import InputError
 from shardopt.optim import kernels, precision, reference, schema, states
 from shardopt.optim.checked import CheckedOptimizer, Stored, check_state, shards_of
 from shardopt.optim.kernels.table import Entry
@@ -78,18 +78,11 @@ class AdEMAMix(CheckedOptimizer):
         >>> optimizer = shardopt.AdEMAMix.from_adamw(adamw, alpha=8.0, alpha_warmup=100)
     """
 
+    hyper_parameters = schema.HYPER_PARAMETERS
+
     def __init__(
         self, params: Any, *positional: Any, kernel: str = "auto", **hyper_parameters: Unpack[HyperParameters]
     ) -> None:
-        try:
-            bound = schema.SIGNATURE.bind(self, params, *positional, kernel=kernel, **hyper_parameters)
-        except TypeError as error:
-            strange = [schema.PAPER_NAMES.get(key, key) for key in hyper_parameters if key not in schema.DEFAULTS]
-            hint = did_you_mean(strange[0], schema.DEFAULTS) if strange else ""
-            raise TypeError(f"{type(self).__name__}: {error}{hint}") from None
-        bound.apply_defaults()
-        defaults = {name: bound.arguments[name] for name in schema.DEFAULTS}
-        schema.check_group(defaults)
         if kernel not in kernels.KERNELS:
             raise InputError(f"kernel must be one of {', '.join(kernels.KERNELS)}, got {kernel!r}")
         self.layouts: dict[Tensor, states.Layouts] = {}
@@ -97,7 +90,7 @@ class AdEMAMix(CheckedOptimizer):
         self._plan: Plan | None = None
         self._averaged = False
         self._decisive: list[Any] = []
-        super().__init__(params, defaults)
+        super().__init__(params, *positional, **hyper_parameters)
         states.parameter_names(self)  # refuses two parameters of one name
 
     @property
@@ -344,7 +337,9 @@ class AdEMAMix(CheckedOptimizer):
         self._plan = None
 
     def _check_settings(self, group: dict[str, Any]) -> None:
-        schema.check_group(group)
+        super()._check_settings(group)
+        if group["beta3_warmup"] is not None and group["betas"][2] == 0.0:
+            raise InputError("beta3 must be > 0 and < 1 when beta3_warmup is given, got 0.0")
 
     def _check_parameter(self, group: Mapping[str, Any], param: Tensor, name: str) -> None:
         if param.is_complex():
@@ -394,6 +389,3 @@ class AdEMAMix(CheckedOptimizer):
                 self._create_state(groups[i], params[i])
             plan = self._current_plan(params)
         plan.step(grads)
-
-
-AdEMAMix.__init__.__signature__ = schema.SIGNATURE  # type: ignore[attr-defined]

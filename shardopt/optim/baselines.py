@@ -7,17 +7,16 @@ part of a DTensor, empty ones included. Both decouple the weight decay: θ ← �
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from shardopt.errors import InputError
 from shardopt.optim.checked import CheckedOptimizer, Stored
 from shardopt.optim.schedules import beta3_at
+from shardopt.optim.schema import HyperParameter, decay, decays, learning_rate, number, switch, warmup
 from shardopt.slices import local_tensor
 
 
@@ -27,13 +26,6 @@ class _Elementwise(CheckedOptimizer):
     @abc.abstractmethod
     def _direction(self, group: dict[str, Any], state: dict[str, Any], t: int, grad: Tensor) -> Tensor:
         """Move the averages to step `t` (from 1) and return u, a tensor of the caller's to change."""
-
-    def _check_settings(self, group: dict[str, Any]) -> None:
-        for name in ("lr", "weight_decay", "eps"):
-            group[name] = _require(name, group[name], 0.0, math.inf)
-        if len(group["betas"]) != 2:
-            raise InputError(f"betas must be two numbers, got {group['betas']!r}")
-        group["betas"] = tuple(_require(f"betas[{i}]", beta, 0.0, 1.0) for i, beta in enumerate(group["betas"]))
 
     def _check_parameter(self, group: Mapping[str, Any], param: Tensor, name: str) -> None:
         if param.dtype not in (torch.float32, torch.float64):
@@ -85,23 +77,17 @@ class Yogi(_Elementwise):
         InputError: a hyper-parameter out of range, or a parameter that is neither fp32 nor fp64.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
-        *,
-        initial_accumulator: float = 1e-6,
-        maximize: bool = False,
-    ) -> None:
-        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**settings, "initial_accumulator": initial_accumulator, "maximize": maximize})
+    hyper_parameters: ClassVar = {
+        "lr": HyperParameter(1e-2, learning_rate),
+        "betas": HyperParameter((0.9, 0.999), decays(2)),
+        "eps": HyperParameter(1e-3, number),
+        "weight_decay": HyperParameter(0.0, number),
+        "initial_accumulator": HyperParameter(1e-6, number),
+        "maximize": HyperParameter(False, switch),
+    }
 
-    def _check_settings(self, group: dict[str, Any]) -> None:
-        super()._check_settings(group)
-        _require("initial_accumulator", group["initial_accumulator"], 0.0, math.inf)
+    def __init__(self, params: Any, *positional: Any, **hyper_parameters: Any) -> None:
+        super().__init__(params, *positional, **hyper_parameters)
 
     def _create_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         state = super()._create_state(group, param)
@@ -139,34 +125,25 @@ class SimplifiedAdEMAMix(_Elementwise):
         InputError: a hyper-parameter out of range, or a parameter that is neither fp32 nor fp64.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.99, 0.95),
-        alpha: float = 0.0,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        beta1_warmup: int | None = None,
-        min_beta1: float = 0.9,
-        maximize: bool = False,
-    ) -> None:
-        settings = {"lr": lr, "betas": betas, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
-        warmup = {"beta1_warmup": beta1_warmup, "min_beta1": min_beta1}
-        super().__init__(params, {**settings, **warmup, "maximize": maximize})
+    hyper_parameters: ClassVar = {
+        "lr": HyperParameter(1e-4, learning_rate),
+        "betas": HyperParameter((0.99, 0.95), decays(2)),
+        "alpha": HyperParameter(0.0, number),
+        "eps": HyperParameter(1e-8, number),
+        "weight_decay": HyperParameter(0.0, number),
+        "beta1_warmup": HyperParameter(None, warmup),
+        "min_beta1": HyperParameter(0.9, decay),
+        "maximize": HyperParameter(False, switch),
+    }
+
+    def __init__(self, params: Any, *positional: Any, **hyper_parameters: Any) -> None:
+        super().__init__(params, *positional, **hyper_parameters)
 
     def _check_settings(self, group: dict[str, Any]) -> None:
         super()._check_settings(group)
-        _require("alpha", group["alpha"], 0.0, math.inf)
-        if group["beta1_warmup"] is None:
-            return
-        _require("beta1_warmup", group["beta1_warmup"], 1, math.inf)
-        if not 0 <= group["min_beta1"] <= group["betas"][0]:
-            raise InputError(
-                f"min_beta1 must be in [0, betas[0]] = [0, {group['betas'][0]}] with beta1_warmup, "
-                f"got {group['min_beta1']}"
-            )
+        beta1, low = group["betas"][0], group["min_beta1"]
+        if group["beta1_warmup"] is not None and low > beta1:
+            raise InputError(f"min_beta1 must be in [0, betas[0]] = [0, {beta1}] with beta1_warmup, got {low}")
 
     def _direction(self, group: dict[str, Any], state: dict[str, Any], t: int, grad: Tensor) -> Tensor:
         beta1, beta2 = group["betas"]
@@ -176,10 +153,3 @@ class SimplifiedAdEMAMix(_Elementwise):
         nu.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (nu / (1 - beta2**t)).sqrt_().add_(group["eps"])
         return torch.add(m1, grad, alpha=group["alpha"]).div_(denominator)
-
-
-def _require(name: str, value: Any, low: float, high: float) -> Any:
-    """`value`, as a Python number where it is numpy's: torch.load makes a fuss of those."""
-    if isinstance(value, str) or not low <= value < high:
-        raise InputError(f"{name} must be in [{low:g}, {high:g}), got {value!r}")
-    return value.item() if isinstance(value, np.generic) else value

@@ -6,7 +6,7 @@ import abc
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import states
-from shardopt.optim.schema import COUNTS, STATE_KEYS
+from shardopt.optim.schema import COUNTS, PAPER_NAMES, STATE_KEYS, HyperParameter, signature
 from shardopt.slices import canonical_name, layout_of, local_tensor
 
 
@@ -27,14 +27,36 @@ class Stored(NamedTuple):
 
 
 class CheckedOptimizer(Optimizer, abc.ABC):
-    """A torch optimizer that refuses wrong settings and foreign state by name; subclasses add the update."""
+    """A torch optimizer that refuses wrong settings and foreign state by name; subclasses add the update.
 
+    A class with `hyper_parameters` has an `__init__(self, params, *positional, **hyper_parameters)`, whose signature
+    they become.
+    """
+
+    hyper_parameters: ClassVar[Mapping[str, HyperParameter]]
     given_names: WeakTensorKeyDictionary  # what each parameter was called when it was added
     _checked: Sequence[tuple[Any, ...]] = ()  # each group's settings as they were when last checked
 
-    @abc.abstractmethod
+    def __init_subclass__(cls) -> None:
+        if "hyper_parameters" in vars(cls):
+            cls.__init__.__signature__ = signature(cls.__init__, cls.hyper_parameters)  # type: ignore[attr-defined]
+
+    def __init__(self, params: Any, *positional: Any, **given: Any) -> None:
+        known = self.hyper_parameters
+        try:
+            bound = signature(CheckedOptimizer.__init__, known).bind(self, params, *positional, **given)
+        except TypeError as error:
+            strange = [PAPER_NAMES.get(key, key) for key in given if key not in known]
+            hint = did_you_mean(strange[0], known) if strange else ""
+            raise TypeError(f"{type(self).__name__}: {error}{hint}") from None
+        bound.apply_defaults()
+        defaults = {name: bound.arguments[name] for name in known}
+        self._check_settings(defaults)
+        super().__init__(params, defaults)
+
     def _check_settings(self, group: dict[str, Any]) -> None:
         """Refuse hyper-parameters out of range, with an InputError; bring them into the form that the group keeps."""
+        group.update({name: entry.check(name, group[name]) for name, entry in self.hyper_parameters.items()})
 
     @abc.abstractmethod
     def _check_parameter(self, group: Mapping[str, Any], param: Tensor, name: str) -> None:

@@ -9,6 +9,7 @@ from torch.optim import Adam, Optimizer
 
 from shardopt.errors import InputError
 from shardopt.optim.checked import placed_like
+from shardopt.optim.schema import HYPER_PARAMETERS
 from shardopt.slices import local_tensor
 
 if TYPE_CHECKING:
@@ -26,9 +27,8 @@ def take_over(cls: type[AdEMAMix], adamw: Optimizer, options: dict[str, Any]) ->
         raise InputError("from_adamw cannot take over Adam's L2 weight decay: AdEMAMix decays as AdamW does")
     if taken := sorted({"lr", "eps", "weight_decay", "maximize"} & set(options)):
         raise InputError(f"from_adamw takes {', '.join(taken)} from the AdamW: set them in its groups before")
-    betas = options.pop("betas", (0.9, 0.999, 0.9999))
-    if len(betas) != 3:
-        raise InputError(f"betas must be three numbers, got {betas!r}")
+    default, check = HYPER_PARAMETERS["betas"]
+    betas = check("betas", options.pop("betas", default))
     groups = []
     for old in adamw.param_groups:
         group: dict[str, Any] = {key: old[key] for key in ("lr", "eps", "weight_decay", "initial_lr") if key in old}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardopt import slices
-from shardopt.errors import InputError
+from shardopt.errors import InputError, did_you_mean
 from shardopt.optim.ademamix import AdEMAMix
 from shardopt.optim.baselines import SimplifiedAdEMAMix, Yogi
 
@@ -77,7 +76,7 @@ class UnknownKeyError(InputError):
 
 @dataclass(frozen=True)
 class _Entry:
-    load: Callable[[], type[Optimizer]]
+    cls: type[Optimizer] | Callable[[], type[Optimizer]]
     elementwise: bool
     reason: str
     preset: dict[str, Any]
@@ -109,11 +108,7 @@ def register(
         raise ValueError(f"an optimizer named {name!r} is already registered")
     if not elementwise and not reason:
         raise ValueError(f"{name}: say in `reason` why it cannot be sharded at any element boundary")
-
-    def load() -> type[Optimizer]:
-        return cls_or_loader if isinstance(cls_or_loader, type) else cls_or_loader()
-
-    _ENTRIES[name] = _Entry(load, elementwise, reason, preset or {})
+    _ENTRIES[name] = _Entry(cls_or_loader, elementwise, reason, preset or {})
 
 
 def names() -> tuple[str, ...]:
@@ -131,12 +126,13 @@ def spec(name: str, **kwargs: Any) -> OptimizerSpec:
         InputError: an unknown name, or a value that the class refuses (the message is the class's own).
     """
     if name not in _ENTRIES:
-        raise InputError(f"unknown optimizer {name!r}{_nearest(name, names())}; known: {', '.join(names())}")
+        raise InputError(f"unknown optimizer {name!r}; known: {', '.join(names())}{did_you_mean(name, names())}")
     entry = _ENTRIES[name]
-    cls = entry.load()
+    cls = entry.cls if isinstance(entry.cls, type) else entry.cls()
     allowed = {key: p.default for key, p in inspect.signature(cls).parameters.items() if key != "params"}
-    if unknown := [f"{key!r}{_nearest(key, allowed)}" for key in kwargs if key not in allowed]:
-        raise UnknownKeyError(f"optimizer {name} has no {', '.join(unknown)}; it has: {', '.join(allowed)}")
+    if unknown := [key for key in kwargs if key not in allowed]:
+        known = f"it has: {', '.join(allowed)}{did_you_mean(unknown[0], allowed)}"
+        raise UnknownKeyError(f"optimizer {name} has no {', '.join(map(repr, unknown))}; {known}")
     for key, value in kwargs.items():
         if isinstance(value, str) and isinstance(allowed[key], int | float):
             raise InputError(f"optimizer {name}: {key} must be a number, got the text {value!r}")
@@ -148,11 +144,6 @@ def spec(name: str, **kwargs: Any) -> OptimizerSpec:
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"optimizer {name}: {error}") from error
     return OptimizerSpec(cls, values, entry.elementwise, entry.reason)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 register("ademamix", AdEMAMix)

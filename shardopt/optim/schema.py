@@ -107,21 +107,39 @@ def master_of(group: Mapping[str, Any], weight: torch.dtype) -> tuple[str, torch
 # -- hyper-parameters: each with its default and its check, which returns the value as a group keeps it -----------
 
 
-def number(name: str, value: Any, low: float = 0.0, below: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= float(value) < below:
-        upper = "" if below == math.inf else f" and < {below:g}"
-        raise InputError(f"{name} must be a finite number >= {low:g}{upper}, got {value!r}")
-    return value if type(value) is int else float(value)  # of numpy's numbers torch.load makes a fuss
+def must_be(what: str, test: Callable[[Any], bool]) -> Callable[[str, Any], Any]:
+    """The check that a value passes `test`; `what` says in a message what it must be."""
+
+    def check(name: str, value: Any) -> Any:
+        if not test(value):
+            raise InputError(f"{name} must be {what}, got {value!r}")
+        # of numpy's numbers torch.load makes a fuss
+        return float(value) if isinstance(value, numbers.Real) and not isinstance(value, int) else value
+
+    return check
 
 
-def decay(name: str, value: Any) -> float:
-    return number(name, value, below=1.0)
+def _within(value: Any, low: float, below: float = math.inf) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) < below
 
 
-def decays(name: str, value: Any) -> tuple[float, ...]:
-    if not isinstance(value, Sequence) or len(value) != 3:
-        raise InputError(f"{name} must be three numbers (beta1, beta2, beta3), got {value!r}")
-    return tuple(decay(f"beta{i}", beta) for i, beta in enumerate(value, 1))
+number = must_be("a finite number >= 0", lambda v: _within(v, 0))
+decay = must_be("a finite number >= 0 and < 1", lambda v: _within(v, 0, 1))
+optional_decay = must_be("None, or a finite number >= 0 and < 1", lambda v: v is None or _within(v, 0, 1))
+warmup = must_be("None or a whole number of steps >= 1", lambda v: v is None or (type(v) is int and v >= 1))
+switch = must_be("True or False", lambda v: isinstance(v, bool))
+seed = must_be("a whole number >= 0 and < 2^64", lambda v: type(v) is int and 0 <= v < 1 << 64)
+second_moment = must_be("'adam' or 'yogi'", ("adam", "yogi").__contains__)
+master_weights = must_be("None, 'fp32' or 'split'", (None, *MASTERS).__contains__)
+
+
+def decays(count: int) -> Callable[[str, Any], tuple[float, ...]]:
+    def check(name: str, value: Any) -> tuple[float, ...]:
+        if not isinstance(value, Sequence) or len(value) != count:
+            raise InputError(f"{name} must be {count} numbers, got {value!r}")
+        return tuple(decay(f"beta{i}", beta) for i, beta in enumerate(value, 1))
+
+    return check
 
 
 def learning_rate(name: str, value: Any) -> float | Tensor:
@@ -134,41 +152,9 @@ def learning_rate(name: str, value: Any) -> float | Tensor:
     return value
 
 
-def warmup(name: str, value: Any) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InputError(f"{name} must be None or a whole number of steps >= 1, got {value!r}")
-    return value
-
-
-def switch(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise InputError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
-def one_of(*allowed: str | None) -> Callable[[str, Any], str | None]:
-    def check(name: str, value: Any) -> str | None:
-        if value not in allowed:
-            *first, last = [repr(a) if a else "None" for a in allowed]
-            raise InputError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
-        return value
-
-    return check
-
-
 def formats(name: str, value: Any) -> StateDtype:
     formats_of(value)
     return dict(value) if isinstance(value, Mapping) else value
-
-
-def optional_decay(name: str, value: Any) -> float | None:
-    return None if value is None else decay(name, value)
-
-
-def seed(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 64:
-        raise InputError(f"{name} must be a whole number >= 0 and < 2^64, got {value!r}")
-    return value
 
 
 class HyperParameter(NamedTuple):
@@ -180,17 +166,17 @@ class HyperParameters(TypedDict, total=False):
     """Hyper-parameters of AdEMAMix, which a group may set too (its docstring explains them)."""
 
     lr: Annotated[float | Tensor, HyperParameter(1e-3, learning_rate)]
-    betas: Annotated[tuple[float, float, float], HyperParameter((0.9, 0.999, 0.9999), decays)]
+    betas: Annotated[tuple[float, float, float], HyperParameter((0.9, 0.999, 0.9999), decays(3))]
     alpha: Annotated[float, HyperParameter(5.0, number)]
     eps: Annotated[float, HyperParameter(1e-8, number)]
     weight_decay: Annotated[float, HyperParameter(0.0, number)]  # the last that may be given by position
     alpha_warmup: Annotated[int | None, HyperParameter(None, warmup)]
     beta3_warmup: Annotated[int | None, HyperParameter(None, warmup)]
     eps_root: Annotated[float, HyperParameter(0.0, number)]
-    second_moment: Annotated[str, HyperParameter("adam", one_of("adam", "yogi"))]
+    second_moment: Annotated[str, HyperParameter("adam", second_moment)]
     maximize: Annotated[bool, HyperParameter(False, switch)]
     state_dtype: Annotated[StateDtype, HyperParameter("fp32", formats)]
-    master_weights: Annotated[str | None, HyperParameter(None, one_of(None, "fp32", "split"))]
+    master_weights: Annotated[str | None, HyperParameter(None, master_weights)]
     weight_ema: Annotated[float | None, HyperParameter(None, optional_decay)]
     capturable: Annotated[bool, HyperParameter(False, switch)]
     seed: Annotated[int, HyperParameter(0, seed)]
@@ -203,30 +189,15 @@ PAPER_NAMES = {"beta3": "betas", "T_alpha": "alpha_warmup", "T_beta3": "beta3_wa
 DEFAULTS = {name: entry.default for name, entry in HYPER_PARAMETERS.items()}
 
 
-def _signature() -> inspect.Signature:
-    names, kind = list(DEFAULTS), inspect.Parameter
-    positional = names[: names.index("weight_decay") + 1]
+def signature(init: Callable[..., None], table: Mapping[str, HyperParameter]) -> inspect.Signature:
+    """`init`'s with the hyper-parameters of `table` for its * and **; by position too up to weight_decay."""
+    own, kind, last = inspect.signature(init).parameters.values(), inspect.Parameter, [*table].index("weight_decay")
+    kinds = [kind.POSITIONAL_OR_KEYWORD if i <= last else kind.KEYWORD_ONLY for i in range(len(table))]
     return inspect.Signature(
-        [kind(name, kind.POSITIONAL_OR_KEYWORD) for name in ("self", "params")]
-        + [kind(name, kind.POSITIONAL_OR_KEYWORD, default=DEFAULTS[name]) for name in positional]
-        + [kind(name, kind.KEYWORD_ONLY, default=DEFAULTS[name]) for name in names if name not in positional]
-        + [kind("kernel", kind.KEYWORD_ONLY, default="auto")]
+        [p for p in own if p.kind is kind.POSITIONAL_OR_KEYWORD]
+        + [kind(name, of, default=table[name].default) for name, of in zip(table, kinds, strict=True)]
+        + [p for p in own if p.kind is kind.KEYWORD_ONLY]
     )
-
-
-SIGNATURE = _signature()  # of AdEMAMix.__init__
-
-
-def check_group(group: dict[str, Any]) -> None:
-    """Check the hyper-parameters of a group, all of which are there, and bring them into the form it keeps them in.
-
-    Raises:
-        InputError: the first value out of its range, with the range. `group` is as it was.
-    """
-    checked = {name: entry.check(name, group[name]) for name, entry in HYPER_PARAMETERS.items()}
-    if checked["beta3_warmup"] is not None and checked["betas"][2] == 0.0:
-        raise InputError("beta3 must be > 0 and < 1 when beta3_warmup is given, got 0.0")
-    group.update(checked)
 
 
 # -- the scalars of a step ------------------------------------------------------------------------------------

@@ -291,7 +291,7 @@ def test_refusals_move_nothing():
         ({"lr": math.nan}, "lr must be a finite number >= 0, got nan"),
         ({"lr": torch.ones(2)}, r"lr must be a number or a tensor of one element, got shape \(2,\)"),
         ({"lr": torch.tensor(-0.5)}, "lr must be a finite number >= 0, got -0.5"),
-        ({"betas": (0.9, 0.999)}, "betas must be three numbers"),
+        ({"betas": (0.9, 0.999)}, "betas must be 3 numbers"),
         ({"betas": (1.0, 0.9, 0.9)}, "beta1 must be a finite number >= 0 and < 1, got 1.0"),
         ({"betas": (0.9, -0.1, 0.9)}, "beta2 must be a finite number >= 0 and < 1, got -0.1"),
         ({"betas": (0.9, 0.9, 1.5)}, "beta3 must be a finite number >= 0 and < 1, got 1.5"),
@@ -311,7 +311,7 @@ def test_refusals_move_nothing():
             "state_dtype names 'exp_avg': the state tensors are m1, m2, nu, weight_ema",
         ),
         ({"master_weights": "bf16"}, "master_weights must be None, 'fp32' or 'split', got 'bf16'"),
-        ({"weight_ema": 1.0}, "weight_ema must be a finite number >= 0 and < 1, got 1.0"),
+        ({"weight_ema": 1.0}, "weight_ema must be None, or a finite number >= 0 and < 1, got 1.0"),
         ({"seed": -1}, r"seed must be a whole number >= 0 and < 2\^64, got -1"),
     ],
     ids=lambda v: str(v)[:40],
@@ -441,7 +441,7 @@ def test_from_adamw_refuses_what_it_cannot_continue():
     adamw = torch.optim.AdamW(net.parameters())
     with pytest.raises(InputError, match="takes lr from the AdamW"):
         shardopt.AdEMAMix.from_adamw(adamw, lr=5.0)
-    with pytest.raises(InputError, match=r"betas must be three numbers, got \(0.9, 0.99\)"):
+    with pytest.raises(InputError, match=r"betas must be 3 numbers, got \(0.9, 0.99\)"):
         shardopt.AdEMAMix.from_adamw(adamw, betas=(0.9, 0.99))
 
 

@@ -158,12 +158,12 @@ def test_fp32_follows_float64(cls: type) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": -1.0}, r"lr must be in \[0, inf\), got -1.0"),
+        ({"lr": -1.0}, "lr must be a finite number >= 0, got -1.0"),
         ({"lr": math.nan}, "lr must be"),
-        ({"lr": "1e-3"}, "lr must be in .* got '1e-3'"),
-        ({"betas": (1.0, 0.9)}, r"betas\[0\] must be in \[0, 1\), got 1.0"),
-        ({"betas": (0.9, -0.1)}, r"betas\[1\] must be in \[0, 1\), got -0.1"),
-        ({"betas": (0.9, 0.99, 0.999)}, "betas must be two numbers"),
+        ({"lr": "1e-3"}, "lr must be a finite number >= 0, got '1e-3'"),
+        ({"betas": (1.0, 0.9)}, "beta1 must be a finite number >= 0 and < 1, got 1.0"),
+        ({"betas": (0.9, -0.1)}, "beta2 must be a finite number >= 0 and < 1, got -0.1"),
+        ({"betas": (0.9, 0.99, 0.999)}, "betas must be 2 numbers"),
         ({"eps": -1e-8}, "eps must be"),
         ({"weight_decay": -0.1}, "weight_decay must be"),
     ],
@@ -178,7 +178,7 @@ def test_refuses_values_out_of_range(cls: type, settings: dict, message: str) ->
 @pytest.mark.parametrize(
     ("cls", "settings", "message"),
     [
-        (Yogi, {"initial_accumulator": -1.0}, r"initial_accumulator must be in \[0, inf\), got -1.0"),
+        (Yogi, {"initial_accumulator": -1.0}, "initial_accumulator must be a finite number >= 0, got -1.0"),
         (SimplifiedAdEMAMix, {"alpha": -1.0}, "alpha must be"),
         (SimplifiedAdEMAMix, {"beta1_warmup": 0}, "beta1_warmup must be"),
         (

@@ -59,8 +59,8 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
         ("model.model_type=lama", r"transformers knows no 'lama'; did you mean llama\?"),
         ("model.path=/nowhere", r"give either model_type .* or path.* write model='\{path: \.\.\.\}'"),
         ("model.num_attention_heads=7", "model: llama refuses this configuration"),
-        ("optimizer.lrr=3", r"no 'lrr' \(did you mean 'lr'\?\)"),
-        ("optimizer.name=ademamixx", "did you mean 'ademamix'"),
+        ("optimizer.lrr=3", r"no 'lrr'; it has: .*; did you mean lr\?"),
+        ("optimizer.name=ademamixx", r"; did you mean ademamix\?"),
         ("optimizer.alpha=-1", r"alpha.*-1"),
         ("engine.name=fsdq", r"engine\.name: 'fsdq' .*; did you mean fsdp\?"),
         (
