@@ -142,7 +142,8 @@ class Config(Section):
         folder = model.get("path")
         if not isinstance(folder, str) or not holds_tokenizer(Path(folder)):
             return tree
-        return tree | {"data": data | {"tokenizer": {"path": folder}}}
+        trusted = model.get("trust_remote_code", False)
+        return tree | {"data": data | {"tokenizer": {"path": folder, "trust_remote_code": trusted}}}
 
     @field_validator("engine", mode="before")
     @classmethod
@@ -215,6 +216,7 @@ class Config(Section):
 MAY_CHANGE = (
     "run.dir", "run.resume", "run.device", "run.timeout_minutes", "engine", "train.micro_batch",
     "train.activation_checkpointing", "train.max_nonfinite_steps", "eval", "checkpoint", "tracking", "data.cache",
+    "model.trust_remote_code", "data.tokenizer.trust_remote_code",
 )  # fmt: skip
 
 

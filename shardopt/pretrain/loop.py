@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -96,7 +97,7 @@ class Run:
                 config.model, self.train_data.vocab_size, self.tokenizer.eos_token_id, config.data.block_size
             )
         )
-        meta = model.meta_model(self.model_config)
+        meta = model.meta_model(self.model_config, config.model.trust_remote_code)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
         self._warn_of_limits()
         if config.train.activation_checkpointing:
@@ -344,6 +345,9 @@ class Run:
             self.model_config.dtype = dtype
             self.model_config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+            if config.model.path is not None and config.model.trust_remote_code:
+                for code in Path(config.model.path).glob("*.py"):  # which the exported config names
+                    shutil.copy(code, folder)
 
         with engine.state.use_weight_ema():  # the weights that the held-out loss is of
             if finished and config.checkpoint.export:

@@ -41,6 +41,8 @@ class ModelConfig(Section):
     """Any causal-LM type that transformers knows: llama, qwen3, gpt2, ..."""
     path: str | None = None
     """A local folder. Its safetensors weights are loaded if it has any, else only its config is used."""
+    trust_remote_code: bool = False
+    """Run the Python code in the folder `path`, where its config or its tokenizer names classes there."""
 
 
 def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int, block_size: int) -> PretrainedConfig:
@@ -70,9 +72,14 @@ def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int
         base = {"vocab_size": vocab_size, "pad_token_id": None}
         base |= {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
     try:
-        defaults = AutoConfig.for_model(model_type)
+        if section.trust_remote_code and section.path is not None:
+            defaults = type(AutoConfig.from_pretrained(section.path, trust_remote_code=True))()
+        else:
+            defaults = AutoConfig.for_model(model_type)
     except ValueError:
         hint = did_you_mean(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        if "auto_map" in base:
+            hint = "; to run the code in its folder, set model.trust_remote_code=true"
         raise InputError(f"model.model_type: transformers knows no {model_type!r}{hint}") from None
     known = set(defaults.to_dict()) | set(defaults.attribute_map)
     for key in given:
@@ -82,7 +89,7 @@ def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int
     if getattr(defaults, "is_decoder", True) is False:
         base["is_decoder"] = True  # else BERT and its kin attend to the tokens that they are to predict
     try:
-        config = AutoConfig.for_model(model_type, **(base | given))
+        config = type(defaults)(**(base | given))
     except Exception as e:  # whatever the type's own checks raise
         raise InputError(f"model: {model_type} refuses this configuration: {e}") from e
     if config.vocab_size < vocab_size:
@@ -96,12 +103,16 @@ def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int
                 f"data.block_size: {block_size} is over this model's limit, model.{key} = {limit}: "
                 f"lower data.block_size or raise model.{key}"
             )
+    config.name_or_path = section.path or ""  # where its code is
     config.use_cache = True  # for those who load the export; training asks for no cache at each call
     return config
 
 
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model with fp32 parameters on the meta device and real buffers on the CPU, weights tied.
+
+    Args:
+        trust_remote_code: run the code in the config's folder, if it names a class there.
 
     Raises:
         InputError: transformers has no causal language model of this type, or refuses to build this one; or it
@@ -109,7 +120,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     try:
         with _constructing() as constructed:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except Exception as e:
         raise InputError(f"model: transformers cannot build this {config.model_type}: {e}") from e
     config.architectures = [type(model).__name__]

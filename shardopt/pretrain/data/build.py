@@ -140,7 +140,12 @@ def _build_tokenizer(config: DataConfig, corpora: list[Corpus], progress: bool) 
                 "is_bytes": isinstance(shape, ByteTokenizer),
             }
             write_meta(building, meta)
-    return SavedTokenizer(folder=folder, **read_meta(folder))
+    return _saved_tokenizer(config, folder)
+
+
+def _saved_tokenizer(config: DataConfig, folder: Path) -> SavedTokenizer:
+    trusted = getattr(config.tokenizer, "trust_remote_code", False)  # the cache is not asked
+    return SavedTokenizer(folder=folder, trust_remote_code=trusted, **read_meta(folder))
 
 
 def _train(config: DataConfig, shape: BpeTokenizer, corpora: list[Corpus], progress: bool) -> Any:
@@ -193,7 +198,7 @@ def _progress(label: str, shown: bool) -> Iterator[Tick]:
 
 
 def _open(config: DataConfig, folders: list[Path], seed: int, global_batch: int) -> tuple[TrainData, HoldoutData]:
-    tokenizer = SavedTokenizer(folder=folders[0], **read_meta(folders[0]))
+    tokenizer = _saved_tokenizer(config, folders[0])
     packed = [Packed.open(folder) for folder in folders[1:]]
     sources: list[Shuffled | Stream] = []
     n_blocks = tokens = 0

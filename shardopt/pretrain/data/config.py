@@ -102,6 +102,8 @@ class PathTokenizer(Section):
     type: Literal["path"] = "path"
     path: str
     """A folder, or a name on the hub."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with it, if it needs any."""
 
 
 def holds_tokenizer(folder: Path) -> bool:
@@ -143,8 +145,8 @@ class DataConfig(Section):
             return {"type": value} if value in ("byte", "bpe") else {"type": "path", "path": value}
         if isinstance(value, dict) and value.keys() == {"bpe"}:
             return {"type": "bpe", "vocab_size": value["bpe"]}
-        if isinstance(value, dict) and value.keys() == {"path"}:
-            return {"type": "path", "path": value["path"]}
+        if isinstance(value, dict) and "path" in value:
+            return {"type": "path", **value}
         if isinstance(value, Section) or (isinstance(value, dict) and "type" in value):
             return value
         raise ValueError("must be byte, bpe, {bpe: VOCAB_SIZE}, or {path: FOLDER_OR_NAME}")

@@ -36,6 +36,7 @@ class SavedTokenizer:
         vocab_size: see `vocab_size`.
         eos: id of the token that ends a document.
         is_bytes: ids are UTF-8 bytes.
+        trust_remote_code: run the code that was saved with it.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class SavedTokenizer:
     vocab_size: int
     eos: int
     is_bytes: bool
+    trust_remote_code: bool = False
 
     @property
     def dtype(self) -> np.dtype:
@@ -51,7 +53,7 @@ class SavedTokenizer:
     def load(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of the text that each id stands for: int64, [vocab_size]; none for special tokens.
@@ -122,7 +124,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def load_path(config: PathTokenizer) -> PreTrainedTokenizerBase:
-    """The transformers tokenizer in a folder or on the hub; its code, if it has any, is not run.
+    """The transformers tokenizer in a folder or on the hub; its code, if it has any, is run only where that is asked.
 
     Raises:
         InputError: there is no such tokenizer, or it has no end-of-sequence token, or it needs code of its own.
@@ -130,11 +132,12 @@ def load_path(config: PathTokenizer) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
+        advice = f"; to run it, write data.tokenizer='{{path: {config.path}, trust_remote_code: true}}'"
         raise InputError(
             f"data.tokenizer: {config.path!r} is neither byte nor bpe, and transformers loads no tokenizer "
-            f"from it ({str(error).strip().splitlines()[0]})"
+            f"from it ({str(error).strip().splitlines()[0]}){advice if 'trust_remote_code' in str(error) else ''}"
         ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"data.tokenizer: {config.path!r} has no end-of-sequence token to put between documents")
@@ -143,7 +146,8 @@ def load_path(config: PathTokenizer) -> PreTrainedTokenizerBase:
 
 def check_same_ids(tokenizer: SavedTokenizer, folder: Path) -> None:
     """Raise InputError where the tokenizer in `folder`, a model's, gives other ids than `tokenizer`."""
-    if content_key(load_path(PathTokenizer(path=str(folder)))) != tokenizer.key:
+    theirs = PathTokenizer(path=str(folder), trust_remote_code=tokenizer.trust_remote_code)
+    if content_key(load_path(theirs)) != tokenizer.key:
         raise InputError(
             f"data.tokenizer: gives other ids than the tokenizer in model.path, which the weights there were trained "
             f"on; leave data.tokenizer out, or write data.tokenizer='{{path: {folder}}}'"
