@@ -1,4 +1,4 @@
-"""The command line: `shardopt pretrain CONFIG [key.sub=value ...]`."""
+"""The command line: `shardopt pretrain CONFIG [key.sub=value ...]`, and the commands of commands.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from shardopt import __version__
+from shardopt import __version__, commands
 from shardopt.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -33,19 +33,26 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         argv: the command and its arguments; by default those of this process.
         command: what a script of its own runs, so that `argv` does not name it.
     """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if command is None and given[:1] and given[0] in commands.NAMES:
+        return commands.main(given)
     parser = argparse.ArgumentParser(
         prog=None if command else "shardopt", description="Sharded AdEMAMix for language-model pretraining."
     )
     parser.add_argument("--version", action="version", version=f"shardopt {__version__}")
     if command is None:
-        parser.add_argument("command", choices=["pretrain"], help="pretrain a language model")
+        parser.add_argument(
+            "command",
+            choices=["pretrain", *commands.NAMES],
+            help="pretrain a language model; the others have a --help of their own",
+        )
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
     parser.add_argument(
         "--nproc-per-node", metavar="N", help="start N ranks here (a number, or gpu); not needed under torchrun"
     )
     parser.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(given)
     try:
         return _pretrain(arguments)
     except (InputError, MissingExtraError) as e:

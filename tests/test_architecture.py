@@ -15,7 +15,7 @@ FLOORS = [
     {"engines"},
     {"checkpoint"},
     {"pretrain"},
-    {"cli", "integrations", "__main__"},
+    {"cli", "commands", "integrations", "__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,11 +12,25 @@ import torch
 from torch import Tensor
 
 from shardopt.checkpoint import folders
+from shardopt.checkpoint.index import dtype_name
+from shardopt.checkpoint.stored import SLICES, Stored
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError, MissingExtraError
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+MODEL = "model"
+"""The folder of a run that keeps the model's config and tokenizer, for exports of its checkpoints."""
+_OF_A_MODEL = (
+    "config.",
+    "generation_config.",
+    "tokenizer",
+    "special_tokens",
+    "vocab",
+    "merges",
+    "added_tokens",
+    "chat_",
+)
 
 
 def export_safetensors(
@@ -126,6 +142,61 @@ class _Files:
 
     def _part(self, number: int) -> Path:
         return self.folder / f"{number}.part"
+
+
+def export_checkpoint(
+    folder: Path, out: Path, *, dtype: torch.dtype | None = None, averaged: bool = False
+) -> list[str]:
+    """Write a checkpoint's weights and buffers for `from_pretrained`, one at a time; no job, no training data.
+
+    Args:
+        folder: a complete checkpoint.
+        out: does not exist yet, or is an empty folder.
+        dtype: of the exported weights, rounded to nearest; by default as in the checkpoint. Buffers keep theirs.
+        averaged: the weight EMA in the place of the weights.
+
+    Returns:
+        The names of the files of the model's config and tokenizer that were copied beside the weights; none where
+        neither the run nor HF Trainer has kept them.
+
+    Raises:
+        InputError: `out` is there, the weights do not fit `dtype`, no weight EMA, no space.
+    """
+    stored, kept = Stored(folder), _model_files(folder)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already: name another folder, or move it away")
+
+    def parameters() -> Iterator[tuple[str, Tensor]]:
+        for name, value in stored.weights(averaged):
+            if dtype is None or "buffer" in stored.parameters[name]["kinds"]:
+                yield name, value
+                continue
+            cast = value.to(dtype)
+            if cast.isinf().sum() > value.isinf().sum():
+                raise InputError(f"{name} has values that {dtype_name(dtype)} cannot hold: export as bf16 or fp32")
+            yield name, cast
+
+    def complete(target: Path) -> None:
+        for path in kept:
+            shutil.copyfile(path, target / path.name)
+        config = target / "config.json"
+        if config.exists() and dtype is not None:
+            described = json.loads(config.read_text(encoding="utf-8"))
+            folders.write_json(config, described | {"dtype": dtype_name(dtype)})
+
+    try:
+        export_safetensors(out, parameters(), Ranks.current(), complete=complete)
+    finally:
+        folders.abandon(out.absolute())
+    return sorted(path.name for path in kept)
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Config and tokenizer: of the run that wrote the checkpoint, or those that HF Trainer put around it."""
+    if folder.name == SLICES:
+        return [path for path in sorted(folder.parent.iterdir()) if path.name.startswith(_OF_A_MODEL)]
+    kept = folder.parent.parent / MODEL
+    return sorted(path for path in kept.iterdir() if path.is_file()) if kept.is_dir() else []
 
 
 def _save_file() -> Callable[..., None]:

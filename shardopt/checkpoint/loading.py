@@ -71,15 +71,8 @@ def load(folder: str | Path, state: ShardedState, *, strict: bool = True, conver
     live = manifest.merge(ranks.gather(described))
 
     def check() -> manifest.StepCounts:
-        try:
-            _check_stored(folder, stored, metadata)
-            saved: manifest.StepCounts = document["checkpoint"]["step_counts"]
-            if not all(type(number) in (int, float) for entry in saved.values() for number in entry.values()):
-                raise TypeError("a step count is not a number")
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{folder} has a document that is not of this format ({error!r})") from error
+        check_document(folder, document, metadata)
+        saved: manifest.StepCounts = document["checkpoint"]["step_counts"]
         _check_match(folder, stored, live, strict=strict, convert=convert)
         for s in slices:
             _check_slice(folder, s, stored)
@@ -114,7 +107,7 @@ def load_extras(folder: str | Path, keys: Iterable[str]) -> dict[str, Tensor]:
         entry = metadata.state_dict_metadata.get(manifest.extra_key(key))
         if isinstance(entry, TensorStorageMetadata):
             found[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    _fill(folder, metadata, {manifest.extra_key(key): tensor for key, tensor in found.items()})
+    fill(folder, metadata, {manifest.extra_key(key): tensor for key, tensor in found.items()})
     return found
 
 
@@ -122,19 +115,31 @@ def _keys(parameters: manifest.Parameters) -> set[tuple[str, str]]:
     return {(name, kind) for name, parameter in parameters.items() for kind in parameter["kinds"]}
 
 
+def check_document(folder: Path, document: dict[str, Any], metadata: Metadata) -> None:
+    """Check the data against the document: its index is complete and of the same sizes and dtypes.
+
+    Raises:
+        InputError: they do not fit, or the document is not of this format.
+    """
+    try:
+        _check_stored(folder, document["checkpoint"]["parameters"], metadata)
+        counts = document["checkpoint"]["step_counts"]
+        if not all(type(number) in (int, float) for entry in counts.values() for number in entry.values()):
+            raise TypeError("a step count is not a number")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder} has a document that is not of this format ({error!r})") from error
+
+
 def _check_stored(folder: Path, stored: manifest.Parameters, metadata: Metadata) -> None:
-    """Check the data against the document: its index is complete and of the same sizes and dtypes."""
     chunks: dict[str, set[tuple[int, int]]] = {}
     for name, parameter in stored.items():
         numel = Layout.whole(name, parameter["shape"]).numel
         for kind, entry in parameter["kinds"].items():
-            if "format" not in entry:
-                keys = [manifest.vector_key(name, kind)] if numel else []
-            elif entry["dtypes"] != _dtypes_of(kind, entry["format"]):
+            if "format" in entry and entry["dtypes"] != _dtypes_of(kind, entry["format"]):
                 raise InputError(f"{folder}: {name}/{kind} is not in a known format, but in {entry['format']!r}")
-            else:
-                keys = [k for ranges in entry["layouts"] for k in manifest.block_keys(name, kind, _ranges(ranges))]
-            for at, key in enumerate(keys):
+            for at, key in enumerate(tensor_keys(name, kind, parameter)):
                 tensor = metadata.state_dict_metadata.get(key)
                 dtype = DTYPES.get(entry["dtypes"][at % len(entry["dtypes"])])
                 if not isinstance(tensor, TensorStorageMetadata) or tensor.properties.dtype != dtype:
@@ -152,6 +157,14 @@ def _check_stored(folder: Path, stored: manifest.Parameters, metadata: Metadata)
 def _dtypes_of(kind: str, name: str) -> list[str]:
     """Of the codes and scales of a block format; empty where there is none of this name."""
     return [dtype_name(format_of(kind, name).dtype(torch.float32)), "float32"] if name in FORMATS else []
+
+
+def tensor_keys(name: str, kind: str, parameter: dict[str, Any]) -> list[str]:
+    """The keys in the data of a parameter's kind: one, or codes and scales of each layout."""
+    entry = parameter["kinds"][kind]
+    if "format" not in entry:
+        return [manifest.vector_key(name, kind)] if Layout.whole(name, parameter["shape"]).numel else []
+    return [k for ranges in entry["layouts"] for k in manifest.block_keys(name, kind, _ranges(ranges))]
 
 
 def _check_match(
@@ -228,23 +241,23 @@ def _read(folder: Path, metadata: Metadata, stored: manifest.Parameters, slices:
         if entry is None or not s.layout.ranges:
             continue
         if not _direct(s, entry):
-            _recode(folder, metadata, entry, s)
+            recode(folder, metadata, entry, s)
         elif s.format is None:
             key = manifest.vector_key(s.name, s.kind)
             state[key] = FlatShard(s.layout.numel, DTYPES[entry["dtypes"][0]], chunks_of(s.layout, s.tensors[0]))
         else:
             for key, tensor in zip(manifest.block_keys(s.name, s.kind, s.layout.ranges), s.tensors, strict=True):
                 state[key] = local_tensor(tensor).detach().view(-1)
-    _fill(folder, metadata, state)
+    fill(folder, metadata, state)
 
 
-def _recode(folder: Path, metadata: Metadata, entry: dict[str, Any], s: Slice) -> None:
+def recode(folder: Path, metadata: Metadata, entry: dict[str, Any], s: Slice) -> None:
     """Fill `s` through fp32, from another layout or format."""
     mine = _packed(s.layout)
     values = torch.zeros(mine.local_numel)
     if "format" not in entry:
         vector = FlatShard(s.layout.numel, torch.float32, chunks_of(mine, values))
-        _fill(folder, metadata, {manifest.vector_key(s.name, s.kind): vector})
+        fill(folder, metadata, {manifest.vector_key(s.name, s.kind): vector})
     for ranges in entry.get("layouts", []):
         theirs = Layout(s.name, s.layout.shape, _ranges(ranges))
         if not any(_overlap(a, b) for a in theirs.ranges for b in mine.ranges):
@@ -253,7 +266,7 @@ def _recode(folder: Path, metadata: Metadata, entry: dict[str, Any], s: Slice) -
             key: torch.empty(metadata.state_dict_metadata[key].size, dtype=DTYPES[dtype])  # type: ignore[union-attr]
             for key, dtype in zip(manifest.block_keys(s.name, s.kind, theirs.ranges), entry["dtypes"], strict=True)
         }
-        _fill(folder, metadata, dict(tensors))
+        fill(folder, metadata, dict(tensors))
         source = states.read_slice(Slice(s.name, s.kind, theirs, tuple(tensors.values()), entry["format"]))
         for a in _packed(theirs).ranges:
             for b in mine.ranges:
@@ -295,7 +308,7 @@ class _Reader(dcp.FileSystemReader):
         return self._metadata
 
 
-def _fill(folder: Path, metadata: Metadata, state: dict[str, Tensor]) -> None:
+def fill(folder: Path, metadata: Metadata, state: dict[str, Tensor]) -> None:
     """Read `state`'s tensors in place, each rank by itself: DCP plans a load without the others anyway."""
     if not state:
         return

@@ -24,6 +24,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, get_last_checkpoint
 
 from shardopt import checkpoint
+from shardopt.checkpoint.stored import SLICES
 from shardopt.distributed import Ranks
 from shardopt.engines.deepspeed.config import check_client_config
 from shardopt.errors import InputError
@@ -32,9 +33,6 @@ from shardopt.integrations.arguments import AdEMAMixArguments, parse_optim_args,
 from shardopt.optim import registry
 from shardopt.optim.ademamix import AdEMAMix
 from shardopt.slices import canonical_name
-
-SLICES = "shardopt"
-"""The folder in checkpoint-N that holds every rank's slices."""
 
 _FROM_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 _WARMUPS = ("alpha_warmup", "beta3_warmup")

@@ -99,6 +99,7 @@ class Run:
         )
         meta = model.meta_model(self.model_config, config.model.trust_remote_code)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
+        ranks.together(lambda: self._write_model(config.folder / checkpoint.export.MODEL) if ranks.is_main else None)
         self._warn_of_limits()
         if config.train.activation_checkpointing:
             meta.gradient_checkpointing_enable({"use_reentrant": False})
@@ -136,6 +137,15 @@ class Run:
         )
         stack.push(self._close_tracker)
         self._report_start()
+
+    def _write_model(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """What transformers needs beside the weights: the model's config, for weights of `dtype`, and the tokenizer."""
+        self.model_config.dtype = dtype
+        self.model_config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if self.config.model.path is not None and self.config.model.trust_remote_code:
+            for code in Path(self.config.model.path).glob("*.py"):  # which the config names
+                shutil.copy(code, folder)
 
     def _open_folder(self) -> RunFolder:
         try:
@@ -342,12 +352,7 @@ class Run:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.checkpoint.export_dtype]
 
         def complete(folder: Path) -> None:
-            self.model_config.dtype = dtype
-            self.model_config.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            if config.model.path is not None and config.model.trust_remote_code:
-                for code in Path(config.model.path).glob("*.py"):  # which the exported config names
-                    shutil.copy(code, folder)
+            self._write_model(folder, dtype)
 
         with engine.state.use_weight_ema():  # the weights that the held-out loss is of
             if finished and config.checkpoint.export:

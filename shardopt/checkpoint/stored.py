@@ -1,0 +1,149 @@
+"""Read a checkpoint alone: whole tensors one at a time, without a model, an optimizer or a process group."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from shardopt.checkpoint import folders, manifest
+from shardopt.checkpoint.index import DTYPES, read_index
+from shardopt.checkpoint.loading import check_document, fill, recode, tensor_keys
+from shardopt.errors import InputError
+from shardopt.slices import Layout, Slice
+
+SLICES = "shardopt"
+"""The folder in an HF Trainer's checkpoint-N that holds every rank's slices."""
+
+_STEP = re.compile(r"(?:step|checkpoint)-(\d+)")
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in the name of a checkpoint's folder, ours or an HF Trainer's."""
+    match = _STEP.fullmatch(folder.parent.name if folder.name == SLICES else folder.name)
+    return int(match[1]) if match else None
+
+
+def root_of(path: Path) -> Path | None:
+    """The folder of a run's checkpoints: of a run, or of itself; None where `path` is no such folder."""
+    for root in (path / "checkpoints", path):
+        if root.is_dir() and any(_STEP.fullmatch(child.name) for child in root.iterdir()):
+            return root
+    return None
+
+
+def complete_in(root: Path) -> dict[int, Path]:
+    """The complete checkpoints under `root` by their step, oldest first; those of HF Trainer too."""
+    found = {step: folder for folder in folders.complete_steps(root) if (step := step_of(folder)) is not None}
+    for folder in root.glob(f"checkpoint-*/{SLICES}"):
+        if folders.is_complete(folder) and (step := step_of(folder)) is not None:
+            found[step] = folder
+    return dict(sorted(found.items()))
+
+
+def locate(path: str | Path, step: int | None = None) -> Path:
+    """The checkpoint that `path` stands for: itself, the one in HF Trainer's, or a run's newest (or that of `step`).
+
+    Raises:
+        InputError: there is none; the message lists the steps there are.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder: give a run's folder, such as runs/NAME, or a checkpoint's")
+    for folder in (path, path / SLICES):
+        if (folder / folders.DOCUMENT).exists():
+            if step is not None and step != step_of(folder):
+                raise InputError(f"--step {step}: {path} is one checkpoint already; give its run's folder, or no step")
+            return folder
+    root = root_of(path)
+    if root is None:
+        raise InputError(
+            f"{path} is neither a checkpoint of shardopt (it has no {folders.DOCUMENT}) nor a run with checkpoints"
+        )
+    found = complete_in(root)
+    if not found:
+        raise InputError(f"{root} holds no complete checkpoint: shardopt checkpoint list {path} says what is there")
+    if step is None:
+        return found[max(found)]
+    if step not in found:
+        raise InputError(f"--step {step}: {root} has steps {', '.join(map(str, found))}")
+    return found[step]
+
+
+class Stored:
+    """A complete checkpoint on the disk.
+
+    Args:
+        folder: the checkpoint itself (see `locate`).
+
+    Attributes:
+        document: see `read_document`.
+        parameters: {name: {"shape": ..., "kinds": {kind: {"dtypes": ...}}}} of weights, buffers and state.
+
+    Raises:
+        InputError: it is not a complete checkpoint.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.document = folders.read_document(folder)
+        self._metadata = read_index(self.folder)
+        self.parameters: manifest.Parameters = self.document["checkpoint"]["parameters"]
+        check_document(self.folder, self.document, self._metadata)
+
+    @property
+    def keys(self) -> list[tuple[str, str]]:
+        """Name and kind of each tensor, kind after kind of one parameter."""
+        return [(name, kind) for name, parameter in self.parameters.items() for kind in parameter["kinds"]]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's configuration; empty where no run of the launcher wrote it."""
+        return self.document.get("config") or {}
+
+    def dtype(self, name: str, kind: str) -> torch.dtype:
+        """Of what `read` gives: as it is stored, fp32 for a block format."""
+        entry = self.parameters[name]["kinds"][kind]
+        return torch.float32 if "format" in entry else DTYPES[entry["dtypes"][0]]
+
+    def bytes(self, name: str, kind: str) -> int:
+        """Bytes of a tensor's data as it is stored."""
+        keys = tensor_keys(name, kind, self.parameters[name])
+        entries = [cast(TensorStorageMetadata, self._metadata.state_dict_metadata[key]) for key in keys]
+        return sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
+
+    def read(self, name: str, kind: str, into: Tensor | None = None) -> Tensor:
+        """A whole tensor in its own shape, on the CPU; bits as they are stored, a block format as fp32.
+
+        Args:
+            into: where to put it, a contiguous tensor of that shape and dtype; by default a new one.
+        """
+        shape, entry = self.parameters[name]["shape"], self.parameters[name]["kinds"][kind]
+        into = torch.empty(shape, dtype=self.dtype(name, kind)) if into is None else into
+        flat = into.view(-1)
+        if "format" in entry:
+            recode(self.folder, self._metadata, entry, Slice(name, kind, Layout.whole(name, shape), (flat,)))
+        elif flat.numel():
+            fill(self.folder, self._metadata, {manifest.vector_key(name, kind): flat})
+        return into
+
+    def weights(self, averaged: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Weights and buffers, one after the other; `averaged` gives the weight EMA of the weights that have one.
+
+        Raises:
+            InputError: `averaged`, and there is no weight EMA.
+        """
+        if averaged and not any(kind == "weight_ema" for _, kind in self.keys):
+            raise InputError(f"{self.folder} keeps no weight EMA: set optimizer.weight_ema before the run")
+        for name, parameter in self.parameters.items():
+            kinds = parameter["kinds"]
+            if "weight" in kinds or "buffer" in kinds:
+                own = "weight" if "weight" in kinds else "buffer"
+                value = self.read(name, "weight_ema" if averaged and "weight_ema" in kinds else own)
+                yield name, value.to(self.dtype(name, own))

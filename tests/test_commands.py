@@ -1,0 +1,171 @@
+"""Commands for checkpoints, on those of a real run, in this process."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shardopt import checkpoint, cli
+from shardopt.checkpoint.stored import Stored
+from tests.checkpoint import made
+from tests.pretrain import tiny
+
+DOCS = Path("docs/checkpoints.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of 6 steps with checkpoints of 2, 4 and 6, a weight EMA, a BPE tokenizer and its own export."""
+    folder = tmp_path_factory.mktemp("commands")
+    tiny.corpus(folder / "text")
+    result = tiny.run(
+        0, 1, folder,
+        run__name="kept", engine="{name: single}", data__tokenizer="{bpe: 300}", optimizer__weight_ema=0.8,
+        optimizer__state_dtype="{m1: bf16, m2: block8}", checkpoint__every=2, checkpoint__export="true",
+    )  # fmt: skip
+    shutil.rmtree(folder / "text")  # no command needs the training data
+    shutil.rmtree(folder / "cache")
+    return result.folder
+
+
+def say(capsys, *arguments):
+    """Exit status, standard output and standard error of a command."""
+    capsys.readouterr()
+    status = cli.main([str(argument) for argument in arguments])
+    return status, *capsys.readouterr()
+
+
+def test_inspect_tells_steps_tokens_parameters_kinds_and_writer_in_80_columns(run, capsys):
+    status, text, _ = say(capsys, "checkpoint", "inspect", run / "checkpoints/step-00000004")
+    assert status == 0
+    folder, *lines = text.splitlines()
+    assert folder.endswith("kept/checkpoints/step-00000004")
+    assert max(map(len, lines)) <= 80
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(run / "export").parameters())
+    for line in (
+        "  step        4 of 6",
+        f"  tokens      {4 * 8 * 32:,}",
+        "  updates     4 of each parameter",
+        "  run         kept, llama, ademamix",
+        f"  written by  single on 1 rank, torch {torch.__version__}",
+        f"  parameters  {count:,}",
+    ):
+        assert line in lines
+    rows = {line.split()[0]: line.split() for line in lines if line}
+    assert rows["m1"][1:4] == ["bfloat16", rows["weight"][2], f"{count:,}"]
+    assert rows["m2"][1] == "block8"
+    assert rows["weight"][4:] == [f"{4 * count / 1e3:.1f}", "kB"]
+    assert {"index.json", "checkpoint.json", "__0_0.distcp"} <= rows.keys()
+
+
+def test_inspect_as_json_adds_up_to_the_files_on_the_disk(run, capsys):
+    _, text, _ = say(capsys, "checkpoint", "inspect", run, "--json")
+    what = json.loads(text)
+    assert (what["step"], what["steps"], what["ranks"], what["format"]) == (6, 6, 1, checkpoint.folders.FORMAT)
+    assert what["bytes"] == sum(p.stat().st_size for p in (run / "checkpoints/step-00000006").iterdir())
+    kinds = what["kinds"]
+    assert kinds["weight"]["bytes"] == 4 * what["parameters"] == 2 * kinds["m1"]["bytes"]
+    assert what["parameters"] < kinds["m2"]["bytes"] < 1.1 * what["parameters"]
+    assert sum(row["bytes"] for row in kinds.values()) < what["bytes"]
+
+
+def test_list_names_complete_checkpoints_by_step_and_what_else_lies_there(run, tmp_path, capsys):
+    copy = shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    (copy / ".step-00000008.partial").mkdir()
+    (copy / "step-00000004/__0_0.distcp").write_bytes(b"")
+    for folder in (tmp_path, copy):
+        status, text, _ = say(capsys, "checkpoint", "list", folder)
+        rows = [line.split() for line in text.splitlines()]
+        assert status == 0
+        assert [(row[0], row[-1]) for row in rows[1:]] == [
+            ("2", "complete"), ("6", "complete"), (".step-00000008.partial", "partial"), ("step-00000004", "damaged"),
+        ]  # fmt: skip
+        assert "single, 1 rank" in text
+    rows = json.loads(say(capsys, "checkpoint", "list", copy, "--json")[1])
+    assert [row.get("tokens") for row in rows] == [2 * 8 * 32, 6 * 8 * 32, None, None]
+
+
+def test_averaged_export_of_the_last_step_is_the_runs_own_export(run, tmp_path, capsys):
+    status, text, _ = say(capsys, "export", run, tmp_path / "out", "--averaged", "--dtype", "fp32")
+    assert (status, text) == (0, f"{run}/checkpoints/step-00000006 is exported to {tmp_path}/out\n")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in (run / "export").iterdir())
+    for path in (run / "export").iterdir():
+        ours = tmp_path / "out" / path.name
+        if path.suffix == ".json":
+            assert json.loads(ours.read_text()) == json.loads(path.read_text()), path.name
+        else:
+            assert ours.read_bytes() == path.read_bytes(), path.name
+
+
+def test_export_of_an_earlier_step_in_another_dtype_loads_in_transformers(run, capsys):
+    status, _, _ = say(capsys, "export", run, "--step", 4, "--dtype", "bf16")
+    assert status == 0
+    model = AutoModelForCausalLM.from_pretrained(run / "export-4")
+    assert model.dtype == torch.bfloat16
+    stored = Stored(run / "checkpoints/step-00000004")
+    for name, param in model.named_parameters():
+        assert torch.equal(param.detach(), stored.read(name, "weight").bfloat16()), name
+    assert len(AutoTokenizer.from_pretrained(run / "export-4")) == 300
+
+
+def test_a_checkpoint_of_a_program_is_exported_without_config_and_says_so(tmp_path, capsys):
+    made.save(0, 1, tmp_path / "a", made.flat)
+    status, text, _ = say(capsys, "export", tmp_path / "a", tmp_path / "out")
+    assert status == 0
+    assert "weights alone: its config and tokenizer are not known" in text
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    for name, value in load_file(tmp_path / "out/model.safetensors").items():
+        assert torch.equal(value.view(torch.int32), made.value(name, "weight").view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["checkpoint", "inspect", "{run}/nowhere"], "nowhere is not a folder: give a run's folder"),
+        (["checkpoint", "inspect", "{run}/export"], "is neither a checkpoint of shardopt (it has no checkpoint.json)"),
+        (["checkpoint", "inspect", "{run}", "--step", "5"], "--step 5: {run}/checkpoints has steps 2, 4, 6"),
+        (["checkpoint", "list", "{run}/export"], "has no checkpoints: give a run's folder"),
+        (["export", "{run}/checkpoints/step-00000002", "--step", "4"], "--step 4: {run}/checkpoints/step-00000002 is"),
+        (["export", "{run}", "{run}/export"], "{run}/export exists already: name another folder"),
+        (["export", "{made}", "{made}-out", "--averaged"], "keeps no weight EMA: set optimizer.weight_ema"),
+        (["export", "{made}", "/proc/out"], "cannot write"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_what_to_change(run, tmp_path, capsys, arguments, said):
+    made.save(0, 1, tmp_path / "made", made.whole)
+    places = {"run": run, "made": tmp_path / "made"}
+    status, out, error = say(capsys, *(argument.format(**places) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert said.format(**places) in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "made-out").exists()
+
+
+def test_export_refuses_a_dtype_that_cannot_hold_the_weights_and_leaves_nothing(tmp_path, capsys):
+    state = made.State(made.slices(made.whole), made.ranks_here())
+    state.held[0].tensors[0].view(-1)[5] = 7e4
+    checkpoint.save(tmp_path / "a", state)
+    status, _, error = say(capsys, "export", tmp_path / "a", tmp_path / "out", "--dtype", "fp16")
+    assert status == 2
+    assert "embed.weight has values that float16 cannot hold: export as bf16 or fp32" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_commands_of_the_documentation_run_as_they_stand(run, tmp_path, monkeypatch, capsys):
+    """On a copy of a run, whose step 4 stands for theirs."""
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(run, tmp_path / "runs/mine")
+    (tmp_path / "runs/mine/checkpoints/step-00000004").rename(tmp_path / "runs/mine/checkpoints/step-00000020")
+    monkeypatch.chdir(tmp_path)
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", DOCS, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) >= 3
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert (program, cli.main(arguments)) == ("shardopt", 0), capsys.readouterr().err
+    assert (tmp_path / "runs/mine/export-20/model.safetensors").exists()
