@@ -30,6 +30,7 @@ class Ranks:
     device: torch.device
     distributed: bool
     owns_group: bool = False  # whether `start` made the process group, so that `stop` ends it
+    timeout: timedelta = timedelta(minutes=10)  # of every wait for another rank
 
     @property
     def is_main(self) -> bool:
@@ -41,7 +42,7 @@ class Ranks:
 
         Args:
             device: "auto" takes CUDA where there is one (NCCL, with gloo beside it for CPU tensors), else "cpu".
-            timeout_minutes: how long a collective may wait before it fails.
+            timeout_minutes: how long a collective, or whatever else waits for another rank, may wait before it fails.
 
         Raises:
             InputError: there is no such device, or the processes cannot find each other.
@@ -50,9 +51,10 @@ class Ranks:
         where = _device(device, local_rank)
         distributed = "RANK" in os.environ
         owns_group = distributed and not dist.is_initialized()
+        timeout = timedelta(minutes=timeout_minutes)
         if owns_group:
-            _init_process_group(where, timedelta(minutes=timeout_minutes))
-        return cls(rank, world_size, local_rank, where, distributed, owns_group)
+            _init_process_group(where, timeout)
+        return cls(rank, world_size, local_rank, where, distributed, owns_group, timeout)
 
     @classmethod
     def current(cls) -> Ranks:

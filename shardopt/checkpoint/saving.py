@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
+import threading
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -35,9 +37,6 @@ from shardopt.slices import Slice, local_tensor
 warnings.filterwarnings(
     "ignore", message="torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to"
 )
-
-# How long a rank may wait in the background for the slowest other rank's disk.
-_WRITE_TIMEOUT = timedelta(hours=2)
 
 
 def save(
@@ -89,6 +88,9 @@ class Saver:
         asynchronous: `save` returns once the slices are copied to the CPU; an error of the background write
             is raised by the next `save`, `wait` or `close`.
 
+    As a context manager it is closed at the end of the block; after an exception without waiting for a save in the
+    background, which would wait for ranks that may be gone.
+
     Raises:
         InputError: `root` cannot be written, or `keep` is less than 1.
     """
@@ -106,7 +108,7 @@ class Saver:
 
         ranks.together(check)
         # The background thread's collectives must not mix with the training's.
-        self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT) if ranks.distributed else None
+        self._group = dist.new_group(backend="gloo", timeout=ranks.timeout) if ranks.distributed else None
 
     def save(
         self,
@@ -134,28 +136,54 @@ class Saver:
         if not self.asynchronous:
             write()
             return
-        thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pending = thread.submit(write)
-        thread.shutdown(wait=False)
+        pending: Future[None] = Future()
+        self._pending = pending
+
+        def run() -> None:
+            try:
+                pending.set_result(write())
+            except BaseException as error:
+                pending.set_exception(error)
+
+        # A daemon, so that a process that has failed can end; one that ends without `close` waits by atexit.
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
+        atexit.register(self.wait)
 
     def wait(self) -> None:
         """Return when what was saved is complete on the disk.
 
         Raises:
             InputError, RuntimeError: the background write failed, on every rank; said once.
+            RuntimeError: it takes longer than `ranks.timeout` from now.
         """
+        atexit.unregister(self.wait)
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if pending is None:
+            return
+        patience = self.ranks.timeout.total_seconds()
+        if not futures.wait([pending], patience).done:
+            raise RuntimeError(
+                f"a checkpoint was not written to {self.root} within {patience:g} s (run.timeout_minutes): this rank's "
+                f"disk, or another's, does not answer or is too slow"
+            )
+        pending.result()
 
-    def close(self) -> None:
-        """Wait, and leave the process group of the background writes. Call it once."""
+    def close(self, wait: bool = True) -> None:
+        """Wait, unless told not to, and leave the process group of the background writes. Call it once."""
         try:
-            self.wait()
+            if wait:
+                self.wait()
         finally:
+            atexit.unregister(self.wait)
             if self._group is not None:
                 dist.destroy_process_group(self._group)
                 self._group = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(wait=kind is None)
 
 
 def _prepare(

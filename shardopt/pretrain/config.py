@@ -38,7 +38,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs where torch sees any."""
     timeout_minutes: float = Field(10, gt=0)
-    """Timeout of a collective, after which the run fails."""
+    """Timeout of a collective and of a checkpoint's writing, after which the run fails."""
 
 
 class OptimizerConfig(Section):

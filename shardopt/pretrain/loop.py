@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -59,7 +60,13 @@ def pretrain(config: Config) -> Result:
         ranks = Ranks.start(config.run.device, config.run.timeout_minutes)
         stack.callback(ranks.stop)
         config.check_ranks(ranks.world_size, ranks.distributed)
-        return Run(config, ranks, stack).train()
+        try:
+            return Run(config, ranks, stack).train()
+        except (InputError, NonFiniteError):  # every rank has it, and the command says it once
+            raise
+        except Exception as error:  # before anything is closed, which may take long
+            print(f"shardopt: rank {ranks.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            raise
 
 
 class Run:
@@ -121,8 +128,8 @@ class Run:
         self.tokens_before = self.progress.step * self.tokens_a_step
 
         root = config.folder / "checkpoints"
-        self.saver = checkpoint.Saver(root, config.checkpoint.keep, ranks, config.checkpoint.asynchronous)
-        stack.callback(self.saver.close)
+        saver = checkpoint.Saver(root, config.checkpoint.keep, ranks, config.checkpoint.asynchronous)
+        self.saver = stack.enter_context(saver)
         self.tracker = ranks.together(
             lambda: Tracker(
                 config.folder,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +97,47 @@ def test_saving_returns_before_the_disk_has_it(tmp_path: Path, monkeypatch: pyte
     saver.close()
     assert _names(root) == ["step-00000001"]
     assert _number(root / "step-00000001") == 1
+
+
+def test_an_exception_does_not_wait_for_a_save_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "_PublishingWriter", _Held)
+    monkeypatch.setattr(_Held, "gate", tmp_path / "gate", raising=False)
+    root = tmp_path / "root"
+    ranks = dataclasses.replace(made.ranks_here(), timeout=timedelta(seconds=0.2))
+
+    def fails() -> None:
+        with Saver(root, 1, ranks, asynchronous=True) as saver:
+            saver.save(1, made.State(_slice(1)[0], ranks))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert _names(root) == [".step-00000001.partial"]
+    # Without an exception a save that the disk does not take is an error, in time.
+    saver = Saver(root, 1, ranks, asynchronous=True)
+    saver.save(2, made.State(_slice(2)[0], ranks))
+    with pytest.raises(RuntimeError, match=r"a checkpoint was not written to .* within 0.2 s \(run.timeout_minutes\)"):
+        saver.close()
+    (tmp_path / "gate").touch()
+
+
+_WITHOUT_CLOSE = """
+import sys, torch
+from shardopt import AdEMAMix, checkpoint
+from shardopt.distributed import Ranks
+from shardopt.engines.state import ModuleState
+model = torch.nn.Linear(3, 2)
+state = ModuleState(AdEMAMix(model.named_parameters(), lr=1e-3), model)
+checkpoint.Saver(sys.argv[1], 1, state.ranks, asynchronous=True).save(1, state)
+"""
+
+
+def test_a_program_that_ends_without_close_waits_for_its_save(tmp_path: Path) -> None:
+    slow = "import os, time; real = os.fsync; os.fsync = lambda d: (time.sleep(0.3), real(d))"
+    subprocess.run([sys.executable, "-c", slow + _WITHOUT_CLOSE, str(tmp_path)], check=True, timeout=60)
+    assert _names(tmp_path) == ["step-00000001"]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
