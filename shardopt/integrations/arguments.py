@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shardopt.errors import InputError
+
+_WORDS = {"none": None, "true": True, "false": False}
 
 
 @dataclass
@@ -28,47 +30,31 @@ class AdEMAMixArguments:
 def parse_optim_args(text: str | None) -> dict[str, Any]:
     """ "alpha=8,betas=(0.9,0.999,0.99),state_dtype=bf16,alpha_warmup=none" as values.
 
-    Commas inside brackets do not separate; a word that is not a Python literal stays text.
+    A word that is not a Python literal stays text.
 
     Raises:
-        InputError: something that is not key=value.
+        InputError: something that is not key=value, or a key that stands twice.
     """
-    values: dict[str, Any] = {}
-    for item in _split(text or ""):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not key.isidentifier() or not value:
-            raise InputError(f"optim_args: {item!r} is not key=value (as in 'alpha=8,betas=(0.9,0.999,0.99)')")
-        if key in values:
-            raise InputError(f"optim_args: {key} stands there twice")
-        values[key] = _value(value)
+    try:
+        call = ast.parse(f"dict({text or ''})", mode="eval").body
+    except SyntaxError:
+        call = None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise InputError(f"optim_args: {text!r} is not key=value (as in 'alpha=8,betas=(0.9,0.999,0.99)')")
+    values = {str(keyword.arg): _value(ast.unparse(keyword.value)) for keyword in call.keywords}
+    if len(values) < len(call.keywords):
+        raise InputError(f"optim_args: a key stands twice in {text!r}")
     return values
 
 
-def _split(text: str) -> list[str]:
-    items, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            items.append("")
-        else:
-            items[-1] += character
-    if depth:
-        raise InputError(f"optim_args: the brackets of {text!r} do not match")
-    return [item for item in items if item.strip()]
-
-
 def _value(text: str) -> Any:
-    if text.lower() in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[text.lower()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text
+        return _WORDS.get(text.lower(), text)
 
 
 def plain(settings: AdEMAMixArguments | None) -> dict[str, Any]:
     """The settings as AdEMAMix takes them."""
-    if settings is None:
-        return {}
-    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    return {key: _value(value) if isinstance(value, str) else value for key, value in values.items()}
+    given = asdict(settings) if settings is not None else {}
+    return {key: _value(value) if isinstance(value, str) else value for key, value in given.items()}

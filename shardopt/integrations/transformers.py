@@ -8,7 +8,6 @@ Both work under plain torchrun, accelerate's FSDP2 and DeepSpeed ZeRO-1/2/3. doc
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import sys
@@ -27,7 +26,7 @@ from shardopt import checkpoint
 from shardopt.checkpoint.stored import SLICES
 from shardopt.distributed import Ranks
 from shardopt.engines.deepspeed.config import check_client_config
-from shardopt.errors import InputError
+from shardopt.errors import InputError, did_you_mean
 from shardopt.integrations import accelerate as hosts
 from shardopt.integrations.arguments import AdEMAMixArguments, parse_optim_args, plain
 from shardopt.optim import registry
@@ -77,14 +76,13 @@ def shardopt_optimizer(
             f"leave `optim` out of TrainingArguments"
         )
     given = plain(settings) | overrides | parse_optim_args(args.optim_args)
-    allowed = {name for name in inspect.signature(AdEMAMix).parameters if name != "params"} | {"beta3"}
+    allowed = {*inspect.signature(AdEMAMix).parameters, "beta3"} - {"params"}
     for key in given:
         if key in _FROM_ARGUMENTS:
             raise InputError(f"{key} comes from TrainingArguments: set {_FROM_ARGUMENTS[key]} there")
         if key not in allowed:
-            near = difflib.get_close_matches(key, sorted(allowed), n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise InputError(f"AdEMAMix has no {key!r}{hint}; it has: {', '.join(sorted(allowed))}")
+            known = sorted(allowed)
+            raise InputError(f"AdEMAMix has no {key!r}{did_you_mean(key, known)}; it has: {', '.join(known)}")
     if "beta3" in given and "betas" in given:
         raise InputError("give beta3, or betas=(beta1, beta2, beta3), not both")
     for key in _WARMUPS:

@@ -44,6 +44,10 @@ class Tracker:
         is_main: whether this is rank 0. Construct it on all ranks under `Ranks.together`.
         warn: called with one line.
 
+    Attributes:
+        run_id: of W&B, for the checkpoints; None on other ranks and where there never was W&B.
+        where: see `WandbRun.where`; None on other ranks.
+
     Raises:
         InputError, MissingExtraError: metrics.jsonl cannot be written, or see `WandbRun`.
     """
@@ -65,20 +69,12 @@ class Tracker:
         self._last_step = resume_step
         self._failures: dict[str, int] = {}
         self._closed = not is_main
-        self._wandb: WandbRun | None = None
+        self.run_id: str | None = None
+        self.where: str | None = None
         if is_main:
             self._file = MetricsFile(folder / "metrics.jsonl", resume_step)
             self._wandb = WandbRun(folder, config.wandb, run_config, run_name, self._file.logged_step, run_id, warn)
-
-    @property
-    def run_id(self) -> str | None:
-        """The W&B run id, for the checkpoints; None on other ranks and where there never was W&B."""
-        return self._wandb.id if self._wandb is not None else None
-
-    @property
-    def where(self) -> str | None:
-        """See `WandbRun.where`."""
-        return self._wandb.where if self._wandb is not None else None
+            self.run_id, self.where = self._wandb.id, self._wandb.where
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Write the metrics of one step, held-out ones included; what is None was not measured: left out.
@@ -94,7 +90,6 @@ class Tracker:
             )
         self._last_step = step
         row = {"step": step, **{name: value for name, value in metrics.items() if value is not None}}
-        assert self._wandb is not None
         self._attempt("metrics.jsonl", self._file.write, row)
         self._attempt("W&B", self._wandb.log, step, row)
 
@@ -104,7 +99,6 @@ class Tracker:
             return
         self._closed = True
         self._file.close()
-        assert self._wandb is not None
         self._attempt("loss.png", lambda: draw_loss(read_metrics(self._file.path), self.plot_path, self._name))
         self._attempt("W&B", self._wandb.finish, status)
         for sink, count in self._failures.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +22,11 @@ def seed_all(seed: int, *salt: int) -> None:
 
 
 def capture(rank: int) -> dict[str, Tensor]:
-    """The state of each generator under a key that names the rank."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    assert version == 3
-    assert name == "MT19937"
+    """The state of each generator under a key that names the rank; Python's and numpy's as JSON text."""
     state = {
         "torch": torch.get_rng_state(),
-        # A pending gauss(), of which there need not be one.
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
-        "numpy": torch.tensor([*keys, position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "python": _as_bytes(random.getstate()),
+        "numpy": _as_bytes(np.random.get_state(legacy=False)),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -42,9 +37,13 @@ def restore(rank: int, saved: dict[str, Tensor]) -> None:
     """Set the generators to a state that `capture` returned."""
     state = {key.rsplit("/", 1)[1]: value for key, value in saved.items() if f"/rank-{rank:05d}/" in key}
     torch.set_rng_state(state["torch"])
-    has_gauss, gauss = state["python_gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
-    *keys, position, pending = state["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, pending, state["numpy_gauss"].item()))
+    version, words, pending_gauss = json.loads(bytes(state["python"].tolist()))
+    random.setstate((version, tuple(words), pending_gauss))
+    np.random.set_state(json.loads(bytes(state["numpy"].tolist())))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _as_bytes(state: Any) -> Tensor:
+    text = json.dumps(state, default=np.ndarray.tolist)  # its floats are exact
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)

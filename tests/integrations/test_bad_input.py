@@ -88,8 +88,8 @@ def test_a_script_with_hf_argument_parser(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"alhpa": 3}, "no 'alhpa' .did you mean 'alpha'"),
-        ({"beta_3": 0.99}, "no 'beta_3' .did you mean 'beta3'"),
+        ({"alhpa": 3}, "no 'alhpa'; did you mean alpha.;"),
+        ({"beta_3": 0.99}, "no 'beta_3'; did you mean beta3.;"),
         ({"lr": 1e-3}, "set learning_rate"),
         ({"weight_decay": 0.1}, "set weight_decay"),
         ({"alpha_warmup": "all"}, "alpha_warmup must be a number of steps, 'total' or none"),
