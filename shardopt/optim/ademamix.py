@@ -17,7 +17,6 @@ from shardopt.optim import kernels, precision, reference, schema, states
 from shardopt.optim.checked import CheckedOptimizer, Stored, check_state, shards_of
 from shardopt.optim.kernels.table import Entry
 from shardopt.optim.plan import Plan
-from shardopt.optim.schedules import alpha_at, beta3_at
 from shardopt.optim.schema import STATE_TENSORS, HyperParameters
 from shardopt.slices import Layout, PlacementError, layout_of, local_tensor
 
@@ -117,11 +116,8 @@ class AdEMAMix(CheckedOptimizer):
         """alpha and beta3 as the latest step used them (those of the first group that has state)."""
         found = ((group, self.state[p]) for group in self.param_groups for p in group["params"] if self.state.get(p))
         group, state = next(found, (self.param_groups[0], {"step": 1}))
-        step = max(1, int(state.get("schedule_step", state["step"])))
-        return {
-            "alpha": alpha_at(step, group["alpha"], group["alpha_warmup"]),
-            "beta3": beta3_at(step, group["betas"][2], group["betas"][0], group["beta3_warmup"]),
-        }
+        scalars = reference.scalars_of(group, 1, int(state.get("schedule_step", state["step"])))
+        return {"alpha": scalars.alpha, "beta3": scalars.beta3}
 
     @torch.no_grad()
     def statistics(self) -> dict[str, Tensor]:

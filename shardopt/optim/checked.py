@@ -108,12 +108,9 @@ class CheckedOptimizer(Optimizer, abc.ABC):
 
     def _create_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """State before the first step: all zeros."""
-        state: dict[str, Any] = {"step": self._counter(0, group, param)}
-        for key, (dtype, shape) in self._stored(group, param).items():
-            zeros = torch.zeros(shape, dtype=dtype, device=local_tensor(param.detach()).device)
-            state[key] = placed_like(param, zeros, per_shard=key.endswith("_scale"))
-        self.state[param] = state
-        return state
+        stored = self._stored(group, param).items()
+        self.state[param] = {"step": self._counter(0, group, param)} | {k: _zeros(param, k, want) for k, want in stored}
+        return self.state[param]
 
     # -- settings -------------------------------------------------------------------------------------------------
 
@@ -224,14 +221,10 @@ class CheckedOptimizer(Optimizer, abc.ABC):
                     f"the saved {key} of parameter {name} is {tensor.dtype} of shape {tuple(tensor.shape)}{placed}; "
                     f"here it is {want.dtype} of shape {tuple(want.shape)}"
                 )
-            old = held.get(key)
-            if old is not None and Stored(local_tensor(old).dtype, local_tensor(old).shape) == want:
-                if local_tensor(old).data_ptr() != tensor.data_ptr():
-                    copies.append((local_tensor(old), tensor))
-                state[key] = old
-            else:
-                copied = torch.empty(want.shape, dtype=want.dtype, device=local.device).copy_(tensor)
-                state[key] = placed_like(param, copied, per_shard=key.endswith("_scale"))
+            state[key] = held.get(key)
+            if state[key] is None or (local_tensor(state[key]).dtype, local_tensor(state[key]).shape) != want:
+                state[key] = _zeros(param, key, want)
+            copies.append((local_tensor(state[key]), tensor))
         return state
 
     def _only_creates_state(self) -> bool:
@@ -312,6 +305,11 @@ def shards_of(param: Tensor) -> int:
     """Into how many shards `param` is cut; 1 for an ordinary tensor."""
     placements = getattr(param, "placements", ())
     return math.prod(param.device_mesh.size(i) for i, p in enumerate(placements) if p.is_shard())  # type: ignore[attr-defined]
+
+
+def _zeros(param: Tensor, key: str, want: Stored) -> Tensor:
+    zeros = torch.zeros(want.shape, dtype=want.dtype, device=local_tensor(param.detach()).device)
+    return placed_like(param, zeros, per_shard=key.endswith("_scale"))
 
 
 def placed_like(param: Tensor, local: Tensor, *, per_shard: bool = False) -> Tensor:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,21 +103,14 @@ class Format(abc.ABC):
     Args:
         name: what `state_dtype` calls it.
         code: what the rows of a kernel's table call it.
-        element_bytes: of a code.
-        in_blocks: whether every `BLOCK` elements share an fp32 scale.
         signed: whether values may be negative; a block format without a sign (of nu) is a finer one.
     """
 
     name: str
     code: int
-    element_bytes: int
-    in_blocks: bool = False
     signed: bool = True
 
-    @property
-    def bytes_per_element(self) -> float:
-        """Bytes per element, its share of the scale included."""
-        return self.element_bytes + (4 / BLOCK if self.in_blocks else 0)
+    in_blocks: ClassVar[bool] = False  # every `BLOCK` elements share an fp32 scale
 
     @abc.abstractmethod
     def dtype(self, weight: torch.dtype) -> torch.dtype:
@@ -162,7 +155,28 @@ class _Bf16(_Fp32):
         codes.copy_(values if bits is None else round_bf16(values.float(), bits))
 
 
-class _Block16(Format):
+class _InBlocks(Format):
+    """Codes under an fp32 scale for every `BLOCK` elements. Subclasses make both from the largest of each block."""
+
+    in_blocks = True
+
+    @abc.abstractmethod
+    def _encode(self, values: Tensor, bits: Tensor, largest: Tensor, scale: Tensor) -> Tensor:
+        """Set `scale` and return the codes, in any dtype. `largest` is the largest magnitude of each block."""
+
+    def encode(self, values: Tensor, bits: Tensor | None, codes: Tensor, scale: Tensor | None) -> None:
+        assert scale is not None
+        values = values.float()
+        bits = torch.full_like(values, 0x8000, dtype=torch.int32) if bits is None else bits
+        padded = torch.nn.functional.pad(values.abs(), (0, scale.numel() * BLOCK - values.numel()))
+        largest = padded.view(-1, BLOCK).amax(1)
+        codes.copy_(self._encode(values, bits, largest, scale))
+        wrong = ~largest.isfinite()  # a block with such a value reads as NaN: codes 0 under a scale of NaN
+        scale.masked_fill_(wrong, torch.nan)
+        codes.masked_fill_(_per_element(wrong, codes), 0)
+
+
+class _Block16(_InBlocks):
     """A small float under a power-of-two scale: 11 mantissa bits, and 4 exponent bits (5 where there is no sign).
 
     The code is the fp32 bit pattern of the scaled value without its low 12 bits; the scale puts the largest
@@ -173,16 +187,12 @@ class _Block16(Format):
         return torch.int16
 
     def decode(self, codes: Tensor, scale: Tensor | None) -> Tensor:
-        assert scale is not None
         raw = codes.int()
         magnitude = ((raw & (0x7FFF if self.signed else 0xFFFF)) << 12).view(torch.float32)
         magnitude = magnitude * 2.0**112 * _per_element(scale, codes)
         return torch.where(raw < 0, -magnitude, magnitude) if self.signed else magnitude
 
-    def encode(self, values: Tensor, bits: Tensor | None, codes: Tensor, scale: Tensor | None) -> None:
-        assert scale is not None
-        values, bits = values.float(), _half_bits(values) if bits is None else bits
-        largest = _largest(values, scale)
+    def _encode(self, values: Tensor, bits: Tensor, largest: Tensor, scale: Tensor) -> Tensor:
         top = 15 if self.signed else 31
         # power of two at or below the largest element, times what maps its exponent field to `top`
         exponent = (largest.view(torch.int32) >> 23) & 0xFF
@@ -193,74 +203,47 @@ class _Block16(Format):
         code = ((raw & 0x7FFFFFFF) + (bits >> 4)) >> 12
         code = code.clamp(max=0x7FFF if self.signed else 0xFFFF)
         if self.signed:
-            code = torch.where(raw < 0, code | 0x8000, code)
-        else:
-            code = torch.where((code == 0) & (values > 0), 1, code)
-        codes.copy_(code.to(torch.int16))
-        _mark_nonfinite(largest, codes, scale)
+            return torch.where(raw < 0, code | 0x8000, code)
+        return torch.where((code == 0) & (values > 0), 1, code)
 
 
-class _Block8(Format):
+class _Block8(_InBlocks):
     """Eight bits: evenly spaced for the signed averages, squares of 0 .. 255 for nu (so evenly spaced in sqrt)."""
 
     def dtype(self, weight: torch.dtype) -> torch.dtype:
         return torch.int8 if self.signed else torch.uint8
 
     def decode(self, codes: Tensor, scale: Tensor | None) -> Tensor:
-        assert scale is not None
         values = codes.float()
         return (values if self.signed else values * values) * _per_element(scale, codes)
 
-    def encode(self, values: Tensor, bits: Tensor | None, codes: Tensor, scale: Tensor | None) -> None:
-        assert scale is not None
-        bits = _half_bits(values) if bits is None else bits
-        largest = _largest(values, scale)
+    def _encode(self, values: Tensor, bits: Tensor, largest: Tensor, scale: Tensor) -> Tensor:
         steps = 127.0 if self.signed else 255.0 * 255.0
         scale.copy_(largest * (1.0 / steps))
         inverse = torch.where(scale >= FLOAT_TINY, 1.0 / scale, 0.0)
         x = values * _per_element(inverse, values)
         uniform = bits.float() * 2.0**-16
         if self.signed:
-            code = torch.floor(x + uniform).clamp(-127.0, 127.0)
-        else:
-            below = torch.floor(square_root(x))
-            # between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself
-            above = (x - below * below) > uniform * (2.0 * below + 1.0)
-            code = (below + above.float()).clamp(0.0, 255.0)
-            code = torch.where((code == 0) & (values > 0), 1.0, code)
-        codes.copy_(code.to(codes.dtype))
-        _mark_nonfinite(largest, codes, scale)
+            return torch.floor(x + uniform).clamp(-127.0, 127.0)
+        below = torch.floor(square_root(x))
+        # between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself
+        above = (x - below * below) > uniform * (2.0 * below + 1.0)
+        code = (below + above.float()).clamp(0.0, 255.0)
+        return torch.where((code == 0) & (values > 0), 1.0, code)
 
 
-def _per_element(scale: Tensor, like: Tensor) -> Tensor:
-    return scale.repeat_interleave(BLOCK)[: like.numel()]
-
-
-def _half_bits(values: Tensor) -> Tensor:
-    """In the place of random bits: round to nearest."""
-    return torch.full(values.shape, 0x8000, dtype=torch.int32, device=values.device)
-
-
-def _largest(values: Tensor, scale: Tensor) -> Tensor:
-    """The largest magnitude of each block; NaN where there is one."""
-    padded = torch.nn.functional.pad(values.abs(), (0, scale.numel() * BLOCK - values.numel()))
-    return padded.view(-1, BLOCK).amax(1)
-
-
-def _mark_nonfinite(largest: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """A block with a value that is not finite reads as NaN: codes 0 under a scale of NaN."""
-    wrong = ~largest.isfinite()
-    scale.masked_fill_(wrong, torch.nan)
-    codes.masked_fill_(_per_element(wrong, codes), 0)
+def _per_element(of_block: Tensor | None, like: Tensor) -> Tensor:
+    assert of_block is not None
+    return of_block.repeat_interleave(BLOCK)[: like.numel()]
 
 
 FORMATS: dict[str, Format] = {
     fmt.name: fmt
     for fmt in (
-        _Fp32("fp32", 1, 4),
-        _Bf16("bf16", 2, 2),
-        _Block16("block16", 3, 2, in_blocks=True),
-        _Block8("block8", 4, 1, in_blocks=True),
+        _Fp32("fp32", 1),
+        _Bf16("bf16", 2),
+        _Block16("block16", 3),
+        _Block8("block8", 4),
     )
 }
 BLOCK_FORMATS = tuple(name for name, fmt in FORMATS.items() if fmt.in_blocks)

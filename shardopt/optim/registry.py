@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,46 +74,32 @@ class UnknownKeyError(InputError):
     """A hyper-parameter that the optimizer does not have."""
 
 
-@dataclass(frozen=True)
-class _Entry:
-    cls: type[Optimizer] | Callable[[], type[Optimizer]]
-    elementwise: bool
-    reason: str
-    preset: dict[str, Any]
-
-
-_ENTRIES: dict[str, _Entry] = {}
+_known: dict[str, OptimizerSpec] = {}  # with presets for kwargs
 
 
 def register(
-    name: str,
-    cls_or_loader: type[Optimizer] | Callable[[], type[Optimizer]],
-    elementwise: bool = True,
-    *,
-    reason: str = "",
-    preset: dict[str, Any] | None = None,
+    name: str, cls: type[Optimizer], elementwise: bool = True, *, reason: str = "", preset: dict[str, Any] | None = None
 ) -> None:
     """Make an optimizer known by `name`.
 
     Args:
         name: what a configuration says.
-        cls_or_loader: the class, or a function that imports it at first use.
-        elementwise, reason: see `OptimizerSpec`; a class that is not elementwise must say why.
+        cls, elementwise, reason: see `OptimizerSpec`; a class that is not elementwise must say why.
         preset: hyper-parameters that differ from the class's own defaults; the user's go before them.
 
     Raises:
         ValueError: the name is taken, or the reason is missing.
     """
-    if name in _ENTRIES:
+    if name in _known:
         raise ValueError(f"an optimizer named {name!r} is already registered")
     if not elementwise and not reason:
         raise ValueError(f"{name}: say in `reason` why it cannot be sharded at any element boundary")
-    _ENTRIES[name] = _Entry(cls_or_loader, elementwise, reason, preset or {})
+    _known[name] = OptimizerSpec(cls, preset or {}, elementwise, reason)
 
 
 def names() -> tuple[str, ...]:
     """All known names, in alphabetical order."""
-    return tuple(sorted(_ENTRIES))
+    return tuple(sorted(_known))
 
 
 def spec(name: str, **kwargs: Any) -> OptimizerSpec:
@@ -125,11 +111,10 @@ def spec(name: str, **kwargs: Any) -> OptimizerSpec:
         UnknownKeyError: hyper-parameters that the class does not have; the message names the nearest known ones.
         InputError: an unknown name, or a value that the class refuses (the message is the class's own).
     """
-    if name not in _ENTRIES:
+    if name not in _known:
         raise InputError(f"unknown optimizer {name!r}; known: {', '.join(names())}{did_you_mean(name, names())}")
-    entry = _ENTRIES[name]
-    cls = entry.cls if isinstance(entry.cls, type) else entry.cls()
-    allowed = {key: p.default for key, p in inspect.signature(cls).parameters.items() if key != "params"}
+    found = _known[name]
+    allowed = {key: p.default for key, p in inspect.signature(found.cls).parameters.items() if key != "params"}
     if unknown := [key for key in kwargs if key not in allowed]:
         known = f"it has: {', '.join(allowed)}{did_you_mean(unknown[0], allowed)}"
         raise UnknownKeyError(f"optimizer {name} has no {', '.join(map(repr, unknown))}; {known}")
@@ -138,12 +123,12 @@ def spec(name: str, **kwargs: Any) -> OptimizerSpec:
             raise InputError(f"optimizer {name}: {key} must be a number, got the text {value!r}")
         if isinstance(value, list | tuple) and isinstance(allowed[key], tuple) and len(value) != len(allowed[key]):
             raise InputError(f"optimizer {name}: {key} must be {len(allowed[key])} numbers, got {value}")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (entry.preset | kwargs).items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (found.kwargs | kwargs).items()}
     try:
-        cls([("trial", nn.Parameter(torch.zeros(1, 1)))], **values)
+        found.cls([("trial", nn.Parameter(torch.zeros(1, 1)))], **values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"optimizer {name}: {error}") from error
-    return OptimizerSpec(cls, values, entry.elementwise, entry.reason)
+    return replace(found, kwargs=values)
 
 
 register("ademamix", AdEMAMix)

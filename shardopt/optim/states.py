@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -125,44 +125,41 @@ def state_slices(optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None 
             if key in scales or value is None or is_scalar(key, value, param):
                 continue
             values = local_tensor(value) if isinstance(value, Tensor) else None
-            if values is not None and values.numel() != elements and len(where) == 1 and where[0].is_whole:
+            if values is not None and values.numel() == elements:
+                if key in in_blocks:
+                    slices.append(_block_slice(where, key, in_blocks[key], values, state[f"{key}_scale"]))
+                else:
+                    slices += [Slice(w.name, key, w, (piece,)) for w, piece in _pieces(values, where)]
+            elif values is not None and len(where) == 1 and where[0].is_whole:
                 # not elementwise (Adafactor's rows and columns): a tensor of its own, whole where the parameter is
                 own = Layout.whole(f"{where[0].name}.{key}", values.shape)
                 slices.append(Slice(own.name, key, own, (values,)))
-                continue
-            if values is None or values.numel() != elements:
+            else:
                 raise InputError(
                     f"{type(optimizer).__name__} keeps state {key!r} of {where[0].name} that is not one value per "
                     f"element: only elementwise optimizers can be sharded and saved in slices"
                 )
-            if key in in_blocks:
-                if len(where) > 1:
-                    raise InputError(
-                        f"{where[0].name}: block formats need one parameter a tensor, not a flat partition"
-                    )
-                used = sum(blocks(r.length) for r in where[0].ranges)  # a smaller shard leaves some unused
-                scale = local_tensor(state[f"{key}_scale"]).view(-1).narrow(0, 0, used)
-                slices.append(Slice(where[0].name, key, where[0], (values, scale), in_blocks[key]))
-                continue
-            slices += [Slice(w.name, key, w, (piece,)) for w, piece in _pieces(values, where)]
     return slices
+
+
+def _block_slice(where: Sequence[Layout], key: str, fmt: str, codes: Tensor, scale: Tensor) -> Slice:
+    if len(where) > 1:
+        raise InputError(f"{where[0].name}: block formats need one parameter a tensor, not a flat partition")
+    used = sum(blocks(r.length) for r in where[0].ranges)  # a smaller shard leaves some unused
+    return Slice(where[0].name, key, where[0], (codes, local_tensor(scale).view(-1).narrow(0, 0, used)), fmt)
 
 
 def step_counts(
     optimizer: Optimizer, layouts: Mapping[Tensor, Layouts] | None = None
 ) -> dict[str, dict[str, int | float]]:
     """Counts and other numbers in the state, by parameter name; plain JSON. Args: see `state_slices`."""
-    scalars: dict[str, dict[str, int | float]] = {}
+    counts: dict[str, dict[str, int | float]] = {}
     for param, where in layouts_of(optimizer, layouts).items():
-        entry: dict[str, int | float] = {}
-        for key, value in optimizer.state.get(param, {}).items():
-            if not is_scalar(key, value, param):
-                continue
-            number = value.item() if isinstance(value, Tensor) else value
-            entry[key] = int(number) if "step" in key else number
-        if entry:
-            scalars.update({layout.name: dict(entry) for layout in where})
-    return scalars
+        scalars = {k: v for k, v in optimizer.state.get(param, {}).items() if is_scalar(k, v, param)}
+        held = {k: v.item() if isinstance(v, Tensor) else v for k, v in scalars.items()}
+        if held := {k: int(number) if "step" in k else number for k, number in held.items()}:
+            counts |= {layout.name: dict(held) for layout in where}
+    return counts
 
 
 def load_step_counts(
@@ -179,12 +176,11 @@ def load_step_counts(
         state = optimizer.state.get(param)
         if not state:
             continue
-        saved = next((mapping[layout.name] for layout in where if layout.name in mapping), None)
-        if saved is None and not any(is_scalar(key, value, param) for key, value in state.items()):
-            continue  # SGD counts nothing
+        scalars = {key for key, value in state.items() if is_scalar(key, value, param)}  # none in SGD's
+        saved = next((mapping[layout.name] for layout in where if layout.name in mapping), None if scalars else {})
         if saved is None:
             raise InputError(f"the saved optimizer state has no step for parameter {where[0].name!r}")
-        for key in [k for k, v in state.items() if is_scalar(k, v, param) and k not in saved]:
+        for key in scalars - saved.keys():
             del state[key]
         for key, number in saved.items():
             held = state.get(key)
@@ -215,44 +211,28 @@ def init_state(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} with dampening begins its momentum with the first gradient undamped: no state "
             f"made before it gives the same run. Set dampening=0"
         )
-    groups = list(optimizer.param_groups)
-    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = type(hooks[0])(), type(hooks[1])()
-    try:
-        for group in groups:
-            for param in group["params"]:
-                if param.requires_grad and not optimizer.state.get(param):
-                    optimizer.state[param] = _state_of_stand_in(optimizer, group, param)
-    finally:
-        optimizer.param_groups = groups
-        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.requires_grad and not optimizer.state.get(param):
+                optimizer.state[param] = _state_of_stand_in(optimizer, group, param)
 
 
 def _state_of_stand_in(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
     """The state that `optimizer` makes for a parameter like `param`, as it is before the first step."""
     stand_in = torch.zeros_like(param).requires_grad_()
     stand_in.grad = torch.zeros_like(param)
-    optimizer.param_groups = [{**group, "params": [stand_in]}]
-    fresh: dict[str, Any] = {}
-    prepare = getattr(optimizer, "_init_group", None)  # where torch's optimizers make state, before they update it
-
-    def observed(*args: Any, **kwargs: Any) -> Any:
-        made = prepare(*args, **kwargs)  # type: ignore[misc]
-        fresh.update(copy.deepcopy(optimizer.state.get(stand_in, {})))
-        return made
-
-    if prepare is not None:
-        optimizer._init_group = observed  # type: ignore[attr-defined]
-    try:
-        type(optimizer).step(optimizer)
-    finally:
-        if prepare is not None:
-            del optimizer._init_group  # type: ignore[attr-defined]
-    # Made in the step itself where `_init_group` makes none (SGD's momentum): a step with a zero gradient leaves zeros.
-    state = optimizer.state.pop(stand_in, {})
-    if not fresh and "step" in state:
-        state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
-    return fresh or state
+    group = {**group, "params": [stand_in]}
+    if prepare := getattr(optimizer, "_init_group", None):  # where torch's optimizers make state, and fill lists
+        prepare(group, *([] for _ in list(inspect.signature(prepare).parameters)[1:]))
+    if not optimizer.state.get(stand_in):  # made in the step itself (SGD's momentum): a zero gradient leaves zeros
+        groups, optimizer.param_groups = optimizer.param_groups, [group]
+        try:
+            inspect.unwrap(type(optimizer).step)(optimizer)  # without its hooks
+        finally:
+            optimizer.param_groups = groups
+        if (step := optimizer.state.get(stand_in, {}).get("step")) is not None:
+            optimizer.state[stand_in]["step"] = step * 0
+    return optimizer.state.pop(stand_in, {})
 
 
 # -- slices: what checkpoints read and write ------------------------------------------------------------------

@@ -189,7 +189,7 @@ class _Negated(type(precision.FORMATS["block16"])):
 
 
 def test_two_formats_of_the_same_dtypes_are_told_apart_by_name(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setitem(precision.FORMATS, "negated", _Negated("negated", 9, 2, in_blocks=True))
+    monkeypatch.setitem(precision.FORMATS, "negated", _Negated("negated", 9))
     model = torch.nn.Linear(40, 13, bias=False)
     negated, plain = (
         ModuleState(AdEMAMix(model.named_parameters(), state_dtype={"m2": fmt}), model)
