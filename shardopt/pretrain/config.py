@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shardopt import engines
 from shardopt.engines import EngineConfig, FsdpConfig
@@ -121,6 +121,9 @@ Engine = Annotated[EngineConfig, Field(discriminator="name")]
 class Config(Section):
     """Everything a run is made from."""
 
+    # Engine configs are plain dataclasses, which strict mode would take only as instances.
+    model_config = ConfigDict(strict=False)
+
     run: RunConfig = RunConfig()
     model: ModelConfig
     data: DataConfig
@@ -147,23 +150,8 @@ class Config(Section):
 
     @field_validator("engine", mode="before")
     @classmethod
-    def _engine(cls, value: Any) -> Any:
-        # Engine configs are plain dataclasses, which strict mode would take only as instances.
-        if not isinstance(value, dict):
-            return value
-        names = {member().name: member for member in get_args(EngineConfig)}
-        chosen = names.get(value.get("name", "fsdp"))
-        if chosen is None:
-            hint = did_you_mean(value["name"], names)
-            raise InputError(f"engine.name: {value['name']!r} is not one of {', '.join(names)}{hint}")
-        known = chosen.__dataclass_fields__
-        for key in value.keys() - known.keys():
-            hint = did_you_mean(key, known, "engine.") or f"; known: {', '.join(known)}"
-            raise InputError(
-                f"engine.{key}: the engine {chosen().name} has no such key{hint} (to change the engine and its keys "
-                f"at once, write engine='{{name: ...}}')"
-            )
-        return TypeAdapter(chosen).validate_python(value)
+    def _default_engine(cls, value: Any) -> Any:
+        return {"name": FsdpConfig.name} | value if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _together(self) -> Config:
@@ -344,7 +332,14 @@ def _explain(error: Any) -> str:
     # Without the tags of union members, which nobody writes.
     location = [p for i, p in enumerate(parts) if p.isdecimal() or p in _keys_at(Config, parts[:i])] + [last]
     key = ".".join(location)
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if error["type"] == "unexpected_keyword_argument":
+        (known,) = (e.__dataclass_fields__ for e in get_args(EngineConfig) if e.name == parts[-1])
+        hint = did_you_mean(last, known, "engine.") or f"; known: {', '.join(known)}"
+        return (
+            f"{key}: the engine {parts[-1]} has no such key{hint} (to change the engine and its keys at once, write "
+            f"engine='{{name: ...}}')"
+        )
+    if error["type"] == "extra_forbidden":
         known = _keys_at(Config, location[:-1])
         hint = did_you_mean(last, known, ".".join([*location[:-1], ""])) or f"; known: {', '.join(sorted(known))}"
         return f"{key}: there is no such key{hint}"
@@ -361,7 +356,9 @@ def _explain(error: Any) -> str:
         such_as = f"{key}.{first}={value if fits else '...'}"
         return f"{key}: is a section, not a value; write its keys, such as {such_as}{hint}"
     if error["type"] == "union_tag_invalid":
-        return f"{key}: {error['ctx']['tag']!r} is not one of {error['ctx']['expected_tags']}"
+        tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "")
+        hint = did_you_mean(tag, tags.split(", "))
+        return f"{key}.{error['ctx']['discriminator'][1:-1]}: {tag!r} is not one of {tags}{hint}"
     message = _WRITE.get(error["type"]) or str(cause or error["msg"])
     shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # as YAML spells them
     return f"{key}: {message[0].lower()}{message[1:]}, got {shown}"

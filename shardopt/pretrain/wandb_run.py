@@ -129,10 +129,7 @@ class WandbRun:
 
     def _init(self, wandb: ModuleType, mode: str, config: WandbConfig, run_config: Mapping[str, Any], name: str) -> Any:
         run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            group=config.group,
-            tags=config.tags or None,
+            **config.model_dump(exclude={"mode"}),
             name=name,
             id=self.id,
             resume="allow",
