@@ -62,8 +62,8 @@ class FlatShard(Tensor):
 
 
 def chunks_of(layout: Layout, tensor: Tensor) -> dict[int, Tensor]:
-    """Views of `tensor`'s elements, by their offset in the whole parameter; RuntimeError where it is not contiguous."""
-    vector = local_tensor(tensor).detach().view(-1)
+    """`tensor`'s elements by their offset in the whole parameter: views of it, or of a copy if it is not contiguous."""
+    vector = local_tensor(tensor).detach().reshape(-1)
     return {r.global_start: vector.narrow(0, r.local_start, r.length) for r in layout.ranges}
 
 

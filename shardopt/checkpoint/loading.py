@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +224,6 @@ def _check_slice(folder: Path, s: Slice, stored: manifest.Parameters) -> None:
     floating = all(DTYPES[n].is_floating_point for n in names)
     if here != entry["dtypes"] and s.format is None and "format" not in entry and not floating:
         raise InputError(f"checkpoint {folder}: {s.name}/{s.kind} cannot become {here[0]} from {names[-1]}")
-    for tensor in s.tensors:
-        if not local_tensor(tensor).is_contiguous():
-            raise ValueError(f"{s.name}/{s.kind} is not contiguous here, and cannot be loaded in place")
 
 
 def _direct(s: Slice, entry: dict[str, Any]) -> bool:
@@ -236,7 +234,9 @@ def _direct(s: Slice, entry: dict[str, Any]) -> bool:
 
 def _read(folder: Path, metadata: Metadata, stored: manifest.Parameters, slices: list[Slice]) -> None:
     state: dict[str, Tensor] = {}
-    for s in slices:
+    # What is not contiguous (channels_last, a transposed weight) is read by way of a copy.
+    contiguous = [replace(s, tensors=tuple(local_tensor(t).detach().contiguous() for t in s.tensors)) for s in slices]
+    for s in contiguous:
         entry = stored.get(s.name, {"kinds": {}})["kinds"].get(s.kind)
         if entry is None or not s.layout.ranges:
             continue
@@ -249,6 +249,10 @@ def _read(folder: Path, metadata: Metadata, stored: manifest.Parameters, slices:
             for key, tensor in zip(manifest.block_keys(s.name, s.kind, s.layout.ranges), s.tensors, strict=True):
                 state[key] = local_tensor(tensor).detach().view(-1)
     fill(folder, metadata, state)
+    for s, read in zip(slices, contiguous, strict=True):
+        for tensor, values in zip(map(local_tensor, s.tensors), read.tensors, strict=True):
+            if not tensor.is_contiguous():
+                tensor.detach().copy_(values)
 
 
 def recode(folder: Path, metadata: Metadata, entry: dict[str, Any], s: Slice) -> None:

@@ -321,3 +321,34 @@ def test_norms_count_replicas_once():
         assert statistics["m1_norm"] == pytest.approx(norms["m1"])
         assert statistics["m2_norm"] == pytest.approx(norms["m2"])
         assert statistics["alpha"] == pytest.approx(5.0 * 3 / 10)
+
+
+def strided():
+    """A model whose weights and buffer are not contiguous: channels_last, and transposed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4, 3)).to(memory_format=torch.channels_last)
+    model[2].weight = nn.Parameter(torch.randn(4, 3).t())
+    model.register_buffer("table", torch.arange(6.0).view(2, 3).t())
+    return model
+
+
+@pytest.mark.parametrize("optimizer_class", [AdEMAMix, torch.optim.AdamW])
+def test_tensors_that_are_not_contiguous_are_saved_and_loaded(tmp_path, optimizer_class):
+    def step(model, optimizer, number):
+        model(torch.full((2, 2, 3, 3), 0.1 * number)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    models = strided(), strided()
+    optimizers = [optimizer_class(model.named_parameters(), lr=1e-2) for model in models]
+    for number in range(3):
+        step(models[0], optimizers[0], number)
+    models[1].table.zero_()
+    checkpoint.save(tmp_path / "a", ModuleState(optimizers[0], models[0]))
+    checkpoint.load(tmp_path / "a", ModuleState(optimizers[1], models[1]))
+    assert torch.equal(models[1].table, models[0].table)
+    for number in range(3, 6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            step(model, optimizer, number)
+    assert not models[1][0].weight.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
