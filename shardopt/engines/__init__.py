@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from shardopt.engines.base import Engine, EngineInputs
@@ -17,13 +16,7 @@ from shardopt.optim.registry import OptimizerSpec
 
 EngineConfig = SingleConfig | DdpConfig | ZeroConfig | FsdpConfig | DeepspeedConfig
 
-_ENGINES: dict[type, Callable[[Any, EngineInputs], Engine]] = {
-    SingleConfig: SingleEngine,
-    DdpConfig: DdpEngine,
-    ZeroConfig: ZeroEngine,
-    FsdpConfig: FsdpEngine,
-    DeepspeedConfig: DeepspeedEngine,
-}
+_ENGINES: list[Any] = [SingleEngine, DdpEngine, ZeroEngine, FsdpEngine, DeepspeedEngine]
 
 
 def check(config: EngineConfig, optimizer: OptimizerSpec, world_size: int, distributed: bool) -> None:
@@ -45,13 +38,11 @@ def check(config: EngineConfig, optimizer: OptimizerSpec, world_size: int, distr
     if world_size % replicate:
         raise InputError(f"engine.replicate: {replicate} does not divide the {world_size} ranks of this run")
     if isinstance(config, ZeroConfig | FsdpConfig | DeepspeedConfig) and not optimizer.elementwise:
-        raise InputError(
-            f"engine.name: {name} cannot shard {optimizer.cls.__name__}: {optimizer.reason}; choose ddp or another "
-            f"optimizer"
-        )
+        refused = f"{name} cannot shard {optimizer.cls.__name__}: {optimizer.reason}"
+        raise InputError(f"engine.name: {refused}; choose ddp or another optimizer")
 
 
 def build(config: EngineConfig, inputs: EngineInputs) -> Engine:
     """The engine that `config` describes, with its model sharded, initialised and its optimizer made."""
     check(config, inputs.optimizer, inputs.ranks.world_size, inputs.ranks.distributed)
-    return _ENGINES[type(config)](config, inputs)
+    return next(engine for engine in _ENGINES if engine.name == config.name)(config, inputs)

@@ -18,6 +18,7 @@ from shardopt.errors import InputError
 from shardopt.optim.registry import OptimizerSpec
 
 DtypeName = Literal["auto", "fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Config:
@@ -105,29 +106,29 @@ class ModuleEngine(Engine):
 
     Args:
         inputs: see EngineInputs; the optimizer is built on `inputs.model` as it is now.
-        compute_dtype: what autocast uses in forward; torch.float32 for none (FSDP2 casts by itself).
+        compute_dtype: what autocast uses in forward; "fp32" for none (FSDP2 casts by itself).
     """
 
-    def __init__(self, inputs: EngineInputs, compute_dtype: torch.dtype) -> None:
+    def __init__(self, inputs: EngineInputs, compute_dtype: DtypeName) -> None:
         self.state = ModuleState(inputs.optimizer.build(inputs.model), inputs.model, inputs.ranks)
-        if compute_dtype != torch.float32:
-            autocast_forward(inputs.model, inputs.ranks.device, compute_dtype)
+        autocast_forward(inputs.model, inputs.ranks.device, compute_dtype)
 
     def backward(self, loss: Tensor) -> None:
         # DDP and FSDP2 average over ranks; the engine's contract is a sum.
         (loss * self.ranks.world_size).backward()
 
 
-def autocast_forward(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Make `model`'s forward run under autocast; backward, which follows the forward's dtypes, stays outside."""
-    model.forward = torch.autocast(device.type, dtype)(model.forward)
+def autocast_forward(model: nn.Module, device: torch.device, name: DtypeName) -> None:
+    """Run `model`'s forward under autocast if not in fp32; backward follows the forward's dtypes and stays outside."""
+    if (dtype := compute_dtype(name, device)) != torch.float32:
+        model.forward = torch.autocast(device.type, dtype)(model.forward)
 
 
 def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     """The dtype of forward and backward; "auto" is bf16 on a GPU that has it and fp32 elsewhere."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return DTYPES[name]
 
 
 def replicated_mesh(ranks: Ranks, replicate: int) -> DeviceMesh:

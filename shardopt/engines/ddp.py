@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch.nn.parallel import DistributedDataParallel
 
-from shardopt.engines.base import Config, DtypeName, EngineInputs, ModuleEngine, compute_dtype
+from shardopt.engines.base import Config, DtypeName, EngineInputs, ModuleEngine
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,16 @@ class DdpEngine(ModuleEngine):
         device = inputs.ranks.device
         # Rotary tables and the like are the same everywhere already. The argument's name depends on torch's version.
         known = inspect.signature(DistributedDataParallel).parameters
-        no_buffers: dict[str, Any] = {
-            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
-        }
+        sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        keywords: dict[str, Any] = {sync_buffers: False}
         self.model = self._ddp = DistributedDataParallel(
             inputs.model,
             device_ids=[device] if device.type == "cuda" else None,
             bucket_cap_mb=config.bucket_mb,
             gradient_as_bucket_view=True,
-            **no_buffers,
+            **keywords,
         )
-        super().__init__(inputs, compute_dtype(config.compute_dtype, device))
+        super().__init__(inputs, config.compute_dtype)
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self._ddp.no_sync()

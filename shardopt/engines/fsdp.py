@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from shardopt.engines.base import Config, DtypeName, EngineInputs, ModuleEngine, compute_dtype, replicated_mesh
+from shardopt.engines.base import DTYPES, Config, DtypeName, EngineInputs, ModuleEngine, compute_dtype, replicated_mesh
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,15 @@ class FsdpEngine(ModuleEngine):
     def __init__(self, config: FsdpConfig, inputs: EngineInputs) -> None:
         ranks, model = inputs.ranks, inputs.model
         mesh = replicated_mesh(ranks, config.replicate)
-        reduce = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.reduce_dtype]
-        policy = MixedPrecisionPolicy(
-            param_dtype=compute_dtype(config.compute_dtype, ranks.device), reduce_dtype=reduce
-        )
+        compute = compute_dtype(config.compute_dtype, ranks.device)
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=DTYPES[config.reduce_dtype])
         for block in inputs.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=policy)
         # The root is needed again as soon as backward starts, so it stays gathered.
         fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         inputs.initialise(model)
         self.model = model
-        super().__init__(inputs, torch.float32)
+        super().__init__(inputs, "fp32")
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:

@@ -7,8 +7,8 @@ they were reduced. A bucket is one of ZeroOptimizer's or DDP's, or all that an F
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 from weakref import WeakSet
 
@@ -41,7 +41,6 @@ class GradientHook:
 
     wire_dtype: torch.dtype | None = None
     group: dist.ProcessGroup | None = None
-    attached = False
 
     def before_reduce(self, bucket: int, flat: Tensor) -> None:
         """Change this rank's gradients of one bucket before they are sent.
@@ -79,10 +78,8 @@ class ErrorFeedback(GradientHook):
     def before_reduce(self, bucket: int, flat: Tensor) -> None:
         lost = self._lost.setdefault(bucket, torch.zeros_like(flat))
         if lost.shape != flat.shape:
-            raise InputError(
-                f"the bucket had {lost.numel()} elements and now has {flat.numel()}: call ErrorFeedback.reset() where "
-                f"other parameters begin to have gradients"
-            )
+            change = f"the bucket had {lost.numel()} elements and now has {flat.numel()}"
+            raise InputError(f"{change}: call ErrorFeedback.reset() where other parameters begin to have gradients")
         flat.add_(lost)
         sent = flat.to(torch.bfloat16)
         torch.sub(flat, sent, out=lost)
@@ -181,29 +178,22 @@ def attach(hooks: GradientHook | Sequence[GradientHook], target: ZeroOptimizer |
     for i, hook in enumerate(hooks):
         if not isinstance(hook, GradientHook):
             raise InputError(f"{hook!r} is not a GradientHook object")
-        if hook.attached or any(hook is other for other in hooks[:i]):
-            raise InputError(
-                f"this {type(hook).__name__} is attached already, and keeps numbers of its gradients: make another one"
-            )
-    covered: set[Any] = {target}
-    if isinstance(target, nn.Module):
-        covered.update(m for m in target.modules() if isinstance(m, FSDPModule))
-    if not covered.isdisjoint(_targets):
+        if hook in _attached or hook in hooks[:i]:
+            raise InputError(f"this {type(hook).__name__} is attached already, and keeps numbers: make another one")
+    parts = target.modules() if isinstance(target, nn.Module) else ()
+    covered = {target, *(m for m in parts if isinstance(m, FSDPModule))}
+    if not covered.isdisjoint(_attached):
         raise InputError(f"this {type(target).__name__} has hooks already: attach all of them in one call")
-    if isinstance(target, ZeroOptimizer):
-        group = _attach_to_zero(hooks, target)
-    elif isinstance(target, DistributedDataParallel):
-        group = _attach_to_ddp(hooks, target)
-    elif isinstance(target, FSDPModule):
-        group = _attach_to_fsdp(hooks, target)
-    else:
+    attach_to = next((function for kind, function in _TARGETS.items() if isinstance(target, kind)), None)
+    if attach_to is None:
         raise InputError(f"hooks attach to a ZeroOptimizer, a DDP or an FSDP2 module, not to {type(target).__name__}")
-    _targets.update(covered)
+    group = attach_to(hooks, target)
+    _attached.update([*covered, *hooks])
     for hook in hooks:
-        hook.attached, hook.group = True, group
+        hook.group = group
 
 
-_targets: WeakSet[Any] = WeakSet()  # what has hooks
+_attached: WeakSet[Any] = WeakSet()  # hooks, and what has hooks
 _Gaps = list[tuple[int, int]]
 
 
@@ -277,9 +267,8 @@ def _attach_to_zero(hooks: list[GradientHook], target: ZeroOptimizer) -> dist.Pr
     sent = target.reducer.reduce_dtype
     for hook in hooks:
         if hook.wire_dtype is not None and hook.wire_dtype != sent:
-            raise InputError(
-                f"{type(hook).__name__} sends {hook.wire_dtype}: build ZeroOptimizer with reduce_dtype='bf16'"
-            )
+            name = type(hook).__name__
+            raise InputError(f"{name} sends {hook.wire_dtype}: build ZeroOptimizer with reduce_dtype='bf16'")
     if hooks:
         run = _Hooks(hooks, {b.index: _gaps(b) for b in target.buckets}, agree_after=len(target.buckets) - 1)
         run.comm = target.reducer.comm
@@ -334,8 +323,8 @@ def _attach_to_ddp(hooks: list[GradientHook], target: DistributedDataParallel) -
 class _FsdpReduction:
     """FSDP2's reduce-scatter for one of its modules."""
 
-    def __init__(self, hooks: _Hooks, index: int, comms: dict[dist.ProcessGroup, Communicator]) -> None:
-        self.hooks, self.index, self.comms = hooks, index, comms
+    def __init__(self, hooks: _Hooks, index: int, communicator_of: Callable[..., Communicator]) -> None:
+        self.hooks, self.index, self.communicator_of = hooks, index, communicator_of
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -343,26 +332,30 @@ class _FsdpReduction:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
-        if group not in self.comms:
-            self.comms[group] = communicator(group, input_tensor.device)
-        comm = self.hooks.comm = self.comms[group]
+        comm = self.hooks.comm = self.communicator_of(group, input_tensor.device)
         scale = {dist.ReduceOp.SUM: 1.0, dist.ReduceOp.AVG: 1.0 / comm.size}.get(getattr(op, "op", op))
         if scale is None:
             raise InputError(f"FSDP2 asks for the reduction {op}, which our hooks do not have: keep its divide factors")
         wide = torch.promote_types(input_tensor.dtype, torch.float32)
         flat = input_tensor.to(wide)
         self.hooks.before_reduce(self.index, flat)
-        sent = flat.to(self.hooks.wire_dtype_or(input_tensor.dtype))
         reduced = output_tensor if output_tensor.dtype == wide else torch.empty_like(output_tensor, dtype=wide)
-        _reduce(comm, sent, reduced, scale)
+        _reduce(comm, flat.to(self.hooks.wire_dtype_or(input_tensor.dtype)), reduced, scale)
         output_tensor.copy_(reduced)
 
 
 def _attach_to_fsdp(hooks: list[GradientHook], target: nn.Module) -> dist.ProcessGroup | None:
-    run, comms = _Hooks(hooks, {}), dict[dist.ProcessGroup, Communicator]()
+    run, communicator_of = _Hooks(hooks, {}), cache(communicator)
     for index, module in enumerate(m for m in target.modules() if isinstance(m, FSDPModule)):
-        module.set_custom_reduce_scatter(_FsdpReduction(run, index, comms))  # type: ignore[arg-type]
+        module.set_custom_reduce_scatter(_FsdpReduction(run, index, communicator_of))  # type: ignore[arg-type]
         if hooks:
             module.set_all_reduce_hook(partial(run.after_reduce, index))
     groups = (p.device_mesh.get_group(p.device_mesh.ndim - 1) for p in target.parameters() if hasattr(p, "device_mesh"))
     return next(groups, None)
+
+
+_TARGETS: dict[type, Callable[[list[GradientHook], Any], dist.ProcessGroup | None]] = {
+    ZeroOptimizer: _attach_to_zero,
+    DistributedDataParallel: _attach_to_ddp,
+    FSDPModule: _attach_to_fsdp,
+}

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-from shardopt.engines.base import Config, DtypeName, EngineInputs, ModuleEngine, compute_dtype
+from shardopt.engines.base import Config, DtypeName, EngineInputs, ModuleEngine
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class SingleEngine(ModuleEngine):
     def __init__(self, config: SingleConfig, inputs: EngineInputs) -> None:
         inputs.initialise(inputs.model)
         self.model = inputs.model
-        super().__init__(inputs, compute_dtype(config.compute_dtype, inputs.ranks.device))
+        super().__init__(inputs, config.compute_dtype)
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext()

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from shardopt.distributed import Ranks
@@ -45,11 +47,12 @@ class ShardedState(abc.ABC):
     # Different in each framework
 
     @abc.abstractmethod
-    def slices(self) -> list[Slice]:
-        """The weights, the buffers and the optimizer state held here, as the live tensors themselves.
+    def weight_slices(self) -> list[Slice]:
+        """The weights held here, those that are not trained included unless `trained_only`."""
 
-        The state is there after `init`. Replicas (DDP, HSDP) each return theirs.
-        """
+    @abc.abstractmethod
+    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Each parameter's name and, on rank 0 alone, its whole value on the CPU; one at a time. A collective."""
 
     @abc.abstractmethod
     def clip_grad_norm(self, max_norm: float | None) -> float:
@@ -68,13 +71,6 @@ class ShardedState(abc.ABC):
     def replicas(self) -> int:
         """Number of ranks that hold each element of the optimizer's state (1 where it is fully sharded)."""
 
-    @abc.abstractmethod
-    def full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Each parameter's name and, on rank 0 alone, its whole value on the CPU; one at a time. A collective.
-
-        The persistent buffers come after the parameters.
-        """
-
     def layouts(self) -> dict[Tensor, tuple[Layout, ...]]:
         """The elements that each parameter of the inner optimizer stands for."""
         return states.layouts_of(self.inner)
@@ -89,9 +85,24 @@ class ShardedState(abc.ABC):
         buffers = [] if self.model is None else persistent_buffers(self.model)
         return [Slice(name, "buffer", Layout.whole(name, b.shape), (b.detach(),)) for name, b in buffers]
 
-    def full_buffers(self) -> Iterator[tuple[str, Tensor | None]]:
-        """As `full_parameters`, of the persistent buffers."""
-        return ((s.name, s.tensors[0].cpu() if self.ranks.is_main else None) for s in self.buffer_slices())
+    def slices(self) -> list[Slice]:
+        """The weights, the buffers and the optimizer state held here, as the live tensors themselves.
+
+        The state is there after `init`. Replicas (DDP, HSDP) each return theirs.
+        """
+        buffers = [] if self.trained_only else self.buffer_slices()
+        return self.weight_slices() + buffers + states.state_slices(self.inner, self.layouts())
+
+    @torch.no_grad()
+    def full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
+        """As `full_weights`, and the persistent buffers after them."""
+        yield from self.full_weights()
+        for s in self.buffer_slices():
+            yield s.name, self.on_main(s.tensors[0])
+
+    def on_main(self, tensor: Tensor) -> Tensor | None:
+        """`tensor` on the CPU of rank 0, and None elsewhere."""
+        return tensor.cpu() if self.ranks.is_main else None
 
     @property
     def inner(self) -> Any:
@@ -162,7 +173,7 @@ class ShardedState(abc.ABC):
         """Around overwriting the slices: no step and no save until the block has ended without an error."""
         refuse_steps(
             self.optimizer,
-            f"loading {source} failed midway, so the weights and the optimizer's state are half of one and half of "
+            f"loading {source} failed midway, so that weights and state are half of one checkpoint and half of "
             f"another: load a complete checkpoint before the next step",
         )
         yield
@@ -201,17 +212,15 @@ class ModuleState(ShardedState):
         trained = set(self._trained())
         if trained.isdisjoint(model.parameters()):
             raise InputError(
-                "the optimizer holds no parameter of this model: build it over the model's named_parameters(), after "
-                "fully_shard has replaced them"
+                "the optimizer holds no parameter of this model: build it over named_parameters(), after fully_shard"
             )
         self.frozen = [] if trained_only else [(n, p) for n, p in named_parameters(model) if p not in trained]
 
     def _weights(self) -> dict[Tensor, tuple[Layout, ...]]:
         return self.layouts() | {param: (layout_of(param, name),) for name, param in self.frozen}
 
-    def slices(self) -> list[Slice]:
-        buffers = [] if self.trained_only else self.buffer_slices()
-        return states.weight_slices(self._weights()) + buffers + states.state_slices(self.optimizer, self.layouts())
+    def weight_slices(self) -> list[Slice]:
+        return states.weight_slices(self._weights())
 
     def _trained(self) -> Iterator[Tensor]:
         return (param for group in self.optimizer.param_groups for param in group["params"])
@@ -224,8 +233,6 @@ class ModuleState(ShardedState):
 
     @property
     def replicas(self) -> int:
-        from torch.distributed.tensor import DTensor, Replicate
-
         for param in self._trained():
             if isinstance(param, DTensor):
                 mesh = zip(param.device_mesh.shape, param.placements, strict=True)
@@ -233,18 +240,11 @@ class ModuleState(ShardedState):
                 return self.ranks.world_size // shards
         return self.ranks.world_size
 
-    @torch.no_grad()
-    def full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
-        from torch.distributed.tensor import DTensor
-
+    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
         for param, (layout,) in self._weights().items():
-            whole = param.full_tensor() if isinstance(param, DTensor) else param.detach()
-            yield layout.name, whole.cpu() if self.ranks.is_main else None
-        yield from self.full_buffers()
+            yield layout.name, self.on_main(param.full_tensor() if isinstance(param, DTensor) else param.detach())
 
     def refresh(self) -> None:
-        from torch.distributed.fsdp import FSDPModule
-
         # FSDP2 keeps the root gathered after a forward that no backward follows.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -254,10 +254,8 @@ class ModuleState(ShardedState):
 def require_state(state: object) -> None:
     """Raise InputError where `state` is no ShardedState."""
     if not isinstance(state, ShardedState):
-        raise InputError(
-            f"state is {type(state).__name__}: give a ShardedState, such as ModuleState(optimizer, model), "
-            f"ZeroState(zero_optimizer) or engine.state"
-        )
+        given = type(state).__name__
+        raise InputError(f"state is {given}: give a ShardedState, as engine.state or ModuleState(optimizer, model)")
 
 
 @torch.no_grad()

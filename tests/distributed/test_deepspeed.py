@@ -21,7 +21,6 @@ from shardopt import engines
 from shardopt.distributed import Ranks
 from shardopt.engines import DdpConfig, DeepspeedConfig, ZeroConfig
 from shardopt.engines.base import EngineInputs
-from shardopt.engines.deepspeed.layouts import UnknownPartitions
 from shardopt.engines.deepspeed.state import DeepspeedState
 from shardopt.errors import InputError
 from shardopt.optim import registry
@@ -451,7 +450,7 @@ def test_partitions_of_an_unknown_optimizer_are_refused():
 
     model = Model()
     for state_dtype in ("fp32", "bf16", {"m2": "bf16"}):
-        with pytest.raises(UnknownPartitions, match="object holds: it is not DeepSpeed's ZeRO-1, 2 or 3"):
+        with pytest.raises(InputError, match="object holds: it is not DeepSpeed's ZeRO-1, 2 or 3"):
             DeepspeedState(object(), AdEMAMix(model.parameters(), state_dtype=state_dtype), model)
 
 

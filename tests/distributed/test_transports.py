@@ -186,7 +186,7 @@ def _reused_pid(rank, world_size):
         dist.barrier()
         return None
     mailbox, payload = comm._reductions, torch.full((4,), 7.0)
-    table = (ctypes.c_int64 * 3)(2, 2, payload.data_ptr())
+    table = (ctypes.c_int64 * 1)(payload.data_ptr())
     impostor = (ctypes.c_int64 * 4)(mailbox.peers[1].secret ^ 1, 1, ctypes.addressof(table), 1)
     before = list(impostor)
     mailbox.peers[1].pid, mailbox.peers[1].address = os.getpid(), ctypes.addressof(impostor)

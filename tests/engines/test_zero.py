@@ -69,7 +69,7 @@ def _frozen_and_resumed(rank, world_size):
         k: sum(s.tensors[0].double().square().sum().item() for s in first.state.slices() if s.kind == k)
         for k in ("m1", "m2")
     }
-    facts = first.state.replicas, first.state.gradient_bytes(), first.optimizer.kernel, statistics["alpha"]
+    facts = first.state.replicas, first.state.gradient_bytes(), first.optimizer.inner.kernel, statistics["alpha"]
     return places, differ, fingerprint(first) == fingerprint(second), statistics, norms, facts
 
 

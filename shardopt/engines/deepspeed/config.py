@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shardopt.engines.base import Config, DtypeName
-from shardopt.errors import InputError, MissingExtraError
+from shardopt.errors import InputError, MissingExtraError, did_you_mean
 from shardopt.optim.precision import BLOCK_FORMATS
 
 # What a user's own configuration must not turn on, and what to do instead. A key that is absent, "auto" or off is
@@ -103,8 +102,7 @@ class DeepspeedConfig(Config):
             if given.get(key) not in (None, value):
                 raise InputError(
                     f"{given.where(key)} is {given.get(key)}, but train.global_batch = {global_batch} and "
-                    f"train.micro_batch = {micro_batch} on {world_size} ranks make it {value}: remove it, or write "
-                    f'"auto"'
+                    f"train.micro_batch = {micro_batch} on {world_size} ranks make it {value}: remove it"
                 )
 
     def dtype_name(self) -> DtypeName:
@@ -130,9 +128,8 @@ class DeepspeedConfig(Config):
         zero.setdefault("overlap_comm", self.overlap_comm)
         zero.setdefault("reduce_bucket_size", int(self.bucket_mb * 2**18))
         if self.offload_optimizer:
-            zero["offload_optimizer"] = (
-                {"pin_memory": pin_memory} | zero.get("offload_optimizer", {}) | {"device": "cpu"}
-            )
+            given = {"pin_memory": pin_memory} | zero.get("offload_optimizer", {})
+            zero["offload_optimizer"] = given | {"device": "cpu"}
         tree["zero_optimization"] = zero
         return tree
 
@@ -208,9 +205,8 @@ class _Given:
     def check(self, config: DeepspeedConfig) -> None:
         """Raise InputError for the first key that the engine cannot honour."""
         for key in self.tree.keys() - _KNOWN:
-            near = difflib.get_close_matches(key, _KNOWN, 1)
-            hint = f"did you mean {near[0]}?" if near else "remove it"
-            raise InputError(f"{self.where(key)}: DeepSpeed has no such key; {hint}")
+            hint = did_you_mean(key, _KNOWN) or "; remove it"
+            raise InputError(f"{self.where(key)}: DeepSpeed has no such key{hint}")
         for key in ("zero_optimization", "bf16", "data_types"):
             if not isinstance(self.get(key), dict | None):
                 raise InputError(f"{self.where(key)} must hold keys of its own, not {_short(self.get(key))}")

@@ -34,9 +34,7 @@ class DeepspeedEngine(Engine):
         check_state_dtype("optimizer.state_dtype", spec.kwargs.get("state_dtype", "fp32"))
         for name, param in named_parameters(model):
             if not param.dim():
-                raise InputError(
-                    f"parameter {name} has no dimension, which DeepSpeed cannot send: give it the shape (1,)"
-                )
+                raise InputError(f"parameter {name} has no dimension, as DeepSpeed needs: give it the shape (1,)")
         deepspeed = _import(ranks.device)
         dtype = compute_dtype(config.dtype_name(), ranks.device)
         inputs.initialise(model)
@@ -90,8 +88,7 @@ class DeepspeedEngine(Engine):
             self._deepspeed.step()
         if not self._deepspeed.was_step_applied():
             raise RuntimeError("DeepSpeed skipped a step whose gradient is finite")
-        for name in self._unused:
-            self.state.missed[name] = self.state.missed.get(name, 0) + 1
+        self.state.missed.update(self._unused)
 
     def zero_grad(self) -> None:
         self.state.stage.clear()
@@ -115,9 +112,8 @@ class DeepspeedEngine(Engine):
             start = piece.storage_offset() - whole.storage_offset()
             if name not in self._unused and whole.grad is not None:
                 piece.grad = whole.grad.narrow(0, start, piece.numel())
-            missed = self.state.missed.get(name, 0)
             self.optimizer.state[piece] = {
-                key: value - missed
+                key: value - self.state.missed[name]
                 if key in COUNTS
                 else value.narrow(0, start, piece.numel())
                 if isinstance(value, Tensor) and value.shape == whole.shape
@@ -167,10 +163,8 @@ def _import(device: torch.device) -> ModuleType:
 
     accelerator = get_accelerator()
     if accelerator.device_name() != device.type:
-        raise InputError(
-            f"run.device: this run is on {device.type}, but DeepSpeed has chosen {accelerator.device_name()}: set the "
-            f"environment variable DS_ACCELERATOR={device.type}"
-        )
+        found = accelerator.device_name()
+        raise InputError(f"run.device is {device.type}, DeepSpeed's is {found}: export DS_ACCELERATOR={device.type}")
     if device.type == "cpu":
         # Else the first collective compiles an extension, for a minute, that only inference uses.
         builder = accelerator.create_op_builder("ShareMemCommBuilder")

@@ -11,7 +11,6 @@ import abc
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,10 +26,6 @@ class Flat(NamedTuple):
     layouts: tuple[Layout, ...]
 
 
-class UnknownPartitions(InputError):
-    """A DeepSpeed optimizer whose flat partitions cannot be mapped to parameters."""
-
-
 class Stage(abc.ABC):
     """Places of weights, gradients and state in one class of DeepSpeed's ZeRO optimizers."""
 
@@ -38,13 +33,6 @@ class Stage(abc.ABC):
 
     def __init__(self, zero: Any, names: Mapping[Tensor, str]) -> None:
         self.zero, self.names = zero, names
-
-    @property
-    def device(self) -> torch.device:
-        """The device that collectives work on."""
-        from deepspeed.accelerator import get_accelerator
-
-        return torch.device(get_accelerator().current_device_name())
 
     @abc.abstractmethod
     def flats(self) -> list[Flat]:
@@ -72,7 +60,7 @@ class Stage(abc.ABC):
 
     def name(self, param: Tensor) -> str:
         if param not in self.names:
-            raise UnknownPartitions(f"a parameter of shape {tuple(param.shape)} in DeepSpeed is none of the model's")
+            raise InputError(f"a parameter of shape {tuple(param.shape)} in DeepSpeed is none of the model's")
         return self.names[param]
 
     def cut(self, params: Sequence[Tensor], flat: Tensor, group: Any) -> tuple[Layout, ...]:
@@ -87,7 +75,7 @@ class Stage(abc.ABC):
         for param in params:
             offset, rest = divmod(param.data_ptr() - flat.data_ptr(), flat.element_size())
             if rest or not 0 <= offset <= flat.numel() - param.numel():
-                raise UnknownPartitions(f"{self.name(param)} is not in DeepSpeed's flat buffer of its group")
+                raise InputError(f"{self.name(param)} is not in DeepSpeed's flat buffer of its group")
             start, stop = max(offset, first), min(offset + param.numel(), first + size)
             if start < stop:
                 r = Range(start - offset, start - first, stop - start)
@@ -98,12 +86,12 @@ class Stage(abc.ABC):
 class _Stage12(Stage):
     """DeepSpeedZeroOptimizer."""
 
+    # By group: the parameters, the buffer that they are views of, this rank's masters, and the ranks.
+    places = "bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "real_dp_process_group"
+
     def flats(self) -> list[Flat]:
-        z = self.zero
-        return [
-            Flat(i, flat, self.cut(z.bit16_groups[i], z.bit16_groups_flat[i], z.real_dp_process_group[i]))
-            for i, flat in enumerate(z.single_partition_of_fp32_groups)
-        ]
+        groups = zip(*(getattr(self.zero, place) for place in self.places), strict=True)
+        return [Flat(i, own, self.cut(params, flat, ranks)) for i, (params, flat, own, ranks) in enumerate(groups)]
 
     def gradients(self) -> list[Tensor]:
         z = self.zero
@@ -133,15 +121,10 @@ class _Stage12(Stage):
         return shards * sum(flat.nbytes for flat in z.single_partition_of_fp32_groups)
 
 
-class _Bf16(Stage):
+class _Bf16(_Stage12):
     """BF16_Optimizer: stage 1 with bf16 weights and fp32 accumulation, whole on every rank."""
 
-    def flats(self) -> list[Flat]:
-        z = self.zero
-        return [
-            Flat(i, flat, self.cut(z.bf16_groups[i], z.bf16_groups_flat[i], z.real_dp_process_group[i]))
-            for i, flat in enumerate(z.fp32_groups_flat_partition)
-        ]
+    places = "bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition", "real_dp_process_group"
 
     def gradients(self) -> list[Tensor]:
         return list(self.zero.fp32_groups_gradient_flat_partition)
@@ -174,7 +157,7 @@ class _Stage3(Stage):
                 layouts.append(self._layout(param, position))
                 position += param.ds_tensor.ds_numel
             if position != flat.numel():
-                raise UnknownPartitions(f"sub-group {i} of DeepSpeed holds {flat.numel()} elements, not {position}")
+                raise InputError(f"sub-group {i} of DeepSpeed holds {flat.numel()} elements, not {position}")
             flats.append(Flat(z.sub_group_to_group_id[i], flat, tuple(w for w in layouts if w.ranges)))
         return flats
 
@@ -234,7 +217,7 @@ def stage_of(host: Any, names: Mapping[Tensor, str]) -> Stage:
             return known[type(found)](found, names)
         inner = getattr(found, "optimizer", None)
         found = getattr(found, "engine", None) if inner is None else inner
-    raise UnknownPartitions(
-        f"cannot find out which elements {type(host).__name__} holds: it is not DeepSpeed's ZeRO-1, 2 or 3 (stage 0, "
-        f"ZenFlow and SuperOffload are not supported): choose one of these"
+    raise InputError(
+        f"cannot find out which elements {type(host).__name__} holds: it is not DeepSpeed's ZeRO-1, 2 or 3, without "
+        f"ZenFlow and SuperOffload: choose one of these"
     )

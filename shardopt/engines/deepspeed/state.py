@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +36,7 @@ class DeepspeedState(ShardedState):
         trained_only: leave frozen weights and buffers out of the slices.
 
     Raises:
-        UnknownPartitions: it is not a ZeRO optimizer whose partitions are understood.
+        InputError: it is not a ZeRO optimizer whose partitions are understood.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class DeepspeedState(ShardedState):
         self.stage = stage_of(host, {param: name for name, param in self.named})
         self.flats = self.stage.flats()
         # A partition has one count for all its parameters, that of the one with the most steps.
-        self.missed: dict[str, int] = {}
+        self.missed = Counter[str]()
         """Steps that a parameter has made fewer than its partition, for want of a gradient."""
         for flat in self.flats:
             self.tell(flat.tensor, flat.layouts)
@@ -87,17 +88,13 @@ class DeepspeedState(ShardedState):
         return {flat.tensor: flat.layouts for flat in self.flats}
 
     def weight_slices(self) -> list[Slice]:
-        """The fp32 masters held here, and the frozen parameters in the dtype that they have."""
+        # The fp32 masters held here, and the frozen parameters in the dtype that they have.
         slices = states.weight_slices(self.layouts())
         for name, param in self.named if not self.trained_only else ():
             if not param.requires_grad:
                 layout, tensor = self.stage.frozen(name, param)
                 slices.append(Slice(name, "weight", layout, (tensor,)))
         return slices
-
-    def slices(self) -> list[Slice]:
-        buffers = [] if self.trained_only else self.buffer_slices()
-        return self.weight_slices() + buffers + states.state_slices(self.optimizer, self.layouts())
 
     def init(self) -> None:
         with self.in_groups():
@@ -116,7 +113,7 @@ class DeepspeedState(ShardedState):
 
     def load_step_counts(self, counts: Mapping[str, Mapping[str, int | float]]) -> None:
         leading = dict(counts)
-        self.missed = {}
+        self.missed.clear()
         for flat in self.flats:
             found = {layout.name: counts[layout.name] for layout in flat.layouts if layout.name in counts}
             first = max(found.values(), key=lambda entry: entry.get("step", 0), default={})
@@ -139,26 +136,23 @@ class DeepspeedState(ShardedState):
     def replicas(self) -> int:
         return 1
 
-    @torch.no_grad()
-    def full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
+    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
         held: dict[str, list[Slice]] = {}
         for s in self.weight_slices():
             held.setdefault(s.name, []).append(s)
         for name, param in self.named:
             mine = held.get(name, [])
             if any(s.layout.is_whole for s in mine) and not param.requires_grad:
-                yield name, mine[0].tensors[0].cpu() if self.ranks.is_main else None
+                yield name, self.on_main(mine[0].tensors[0])
                 continue
             shape = tuple(getattr(param, "ds_shape", param.shape))
             # Integers: adding zero to the bits keeps -0.0 and NaN what they are.
             dtype = torch.float32 if param.requires_grad else param.dtype
-            whole = torch.zeros(shape, dtype=dtype, device=self.stage.device)
+            whole = torch.zeros(shape, dtype=dtype, device=self.ranks.device)
             for s in mine:
-                s.layout.copy_to_whole(s.tensors[0].to(self.stage.device), whole)
-            bits = whole.view(torch.int32) if dtype == torch.float32 else whole
-            dist.all_reduce(bits)
-            yield name, whole.cpu() if self.ranks.is_main else None
-        yield from self.full_buffers()
+                s.layout.copy_to_whole(s.tensors[0].to(whole.device), whole)
+            dist.all_reduce(whole.view(torch.int32) if dtype == torch.float32 else whole)
+            yield name, self.on_main(whole)
 
     def refresh(self) -> None:
         self.stage.refresh()

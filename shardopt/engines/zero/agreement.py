@@ -43,9 +43,8 @@ class Agreement:
         `groups`, or gradients that a host should have reduced, differ between ranks.
         """
         flat, replicas = self.flat, self.replicate.size
-        refusal = _attempt(refuse) or _attempt(
-            self._take_from_host if self.from_host else self._refuse_second_reduction
-        )
+        take = self._take_from_host if self.from_host else self._refuse_second_reduction
+        refusal = _attempt(refuse) or _attempt(take)
         self.versions = self._versions()
         if replicas > 1:
             for gradient in flat.gradients:
@@ -80,8 +79,8 @@ class Agreement:
         differ = [not math.isclose(s * s, ranks * q, rel_tol=1e-9) for s, q in zip(sums, squares, strict=True)]
         if differ[0]:
             raise InputError(
-                "gradients='host' takes gradients that are reduced, and the ranks have different gradients: train "
-                "through DistributedDataParallel, and a step's last micro-batch outside no_sync()"
+                "the ranks have different gradients, and gradients='host' takes reduced ones: train through "
+                "DistributedDataParallel, and a step's last micro-batch outside no_sync()"
             )
         if True in differ:
             raise InputError(f"the ranks have different lr in parameter group {differ.index(True) - 1}")
@@ -93,8 +92,7 @@ class Agreement:
         """Raise InputError if somebody has changed or replaced a `.grad` since it was taken."""
         if self.versions != self._versions():
             raise InputError(
-                "gradients have changed since clip_grad_norm_() took them: clip with the optimizer's clip_grad_norm_, "
-                "which also returns the norm before clipping, or call it after the change alone"
+                "gradients have changed since clip_grad_norm_() took them: clip with it, or call it after the change"
             )
 
     def _take_from_host(self) -> None:
@@ -110,12 +108,11 @@ class Agreement:
                 p.layout.copy_from_whole(p.gradient, p.param.grad)
 
     def _refuse_second_reduction(self) -> None:
-        for p in self.flat.parameters:
-            if p.param.grad is not None:
-                raise InputError(
-                    f"{p.name} has a .grad after ZeroOptimizer has taken and reduced it: somebody else reduces "
-                    f"gradients too; take DistributedDataParallel off the model, or give gradients='host' and stage=1"
-                )
+        if held := [p.name for p in self.flat.parameters if p.param.grad is not None]:
+            raise InputError(
+                f"{held[0]} has a .grad after ZeroOptimizer has taken it, so that somebody else reduces gradients too: "
+                f"take DistributedDataParallel off the model, or give gradients='host' and stage=1"
+            )
 
     def _run_hooks(self) -> None:
         for bucket, gradient in enumerate(self.flat.gradients):
@@ -124,19 +121,16 @@ class Agreement:
 
     def explain(self) -> str:
         """Name the parameters, and the ranks, whose gradients are not finite. A collective."""
-        found = [
-            (p.bucket.index, p.name, tuple(self.reducer.blame.get(p.bucket.index, ())))
-            for p, has_gradient in zip(self.flat.parameters, self.has_gradient, strict=True)
-            if has_gradient and not p.gradient.isfinite().all()
-        ]
-        reports = all_gather_objects(found, self.shard.group)
-        lines = sorted({line for report in reports for line in report})
-        shown = [
-            f"{name} (bucket {bucket}{', from rank ' + ' and '.join(map(str, ranks)) if ranks else ''})"
-            for bucket, name, ranks in lines[:3]
-        ]
+        found = []
+        for p, has_gradient in zip(self.flat.parameters, self.has_gradient, strict=True):
+            if has_gradient and not p.gradient.isfinite().all():
+                ranks = " and ".join(map(str, self.reducer.blame.get(p.bucket.index, ())))
+                place = f"bucket {p.bucket.index}{', from rank ' * bool(ranks)}{ranks}"
+                found.append((p.bucket.index, f"{p.name} ({place})"))
+        lines = sorted({line for report in all_gather_objects(found, self.shard.group) for line in report})
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-        return f"the gradient is not finite in {', '.join(shown)}{more}; no rank has taken the step"
+        shown = ", ".join(text for _, text in lines[:3])
+        return f"the gradient is not finite in {shown}{more}; no rank has taken the step"
 
 
 def _attempt(action: Callable[[], None]) -> Exception | None:

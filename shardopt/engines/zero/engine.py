@@ -7,24 +7,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from shardopt.distributed import Ranks
-from shardopt.engines.base import (
-    Config,
-    DtypeName,
-    Engine,
-    EngineInputs,
-    autocast_forward,
-    compute_dtype,
-    replicated_mesh,
-)
+from shardopt.engines.base import Config, DtypeName, Engine, EngineInputs, autocast_forward, replicated_mesh
 from shardopt.engines.state import ShardedState
 from shardopt.engines.zero.groups import check_settings
 from shardopt.engines.zero.optimizer import ZeroOptimizer
 from shardopt.errors import InputError
+from shardopt.optim import states
 from shardopt.slices import Layout, Slice, named_parameters
 
 
@@ -65,10 +57,8 @@ class ZeroState(ShardedState):
 
     def __init__(self, optimizer: ZeroOptimizer, ranks: Ranks | None = None, *, trained_only: bool = False) -> None:
         if not isinstance(optimizer, ZeroOptimizer):
-            raise InputError(
-                f"ZeroState takes a ZeroOptimizer: the sharded state of {type(optimizer).__name__} is "
-                f"ModuleState(optimizer, model)"
-            )
+            given = type(optimizer).__name__
+            raise InputError(f"ZeroState takes a ZeroOptimizer; that of {given} is ModuleState(optimizer, model)")
         super().__init__(optimizer, ranks, optimizer.model, trained_only)
 
     @property
@@ -78,14 +68,13 @@ class ZeroState(ShardedState):
     def layouts(self) -> dict[Tensor, tuple[Layout, ...]]:
         return {param: (layout,) for param, layout in self.optimizer.layouts.items()}
 
-    def slices(self) -> list[Slice]:
-        held = self.optimizer.slices()
+    def weight_slices(self) -> list[Slice]:
+        held = self.optimizer.weight_slices()
         if self.trained_only or self.model is None:
             return held
-        trained = {s.name for s in held if s.kind == "weight"}
+        trained = {s.name for s in held}
         frozen = [(n, p) for n, p in named_parameters(self.model) if n not in trained]
-        weights = [Slice(n, "weight", Layout.whole(n, p.shape), (p.detach(),)) for n, p in frozen]
-        return weights + self.buffer_slices() + held
+        return states.weight_slices({p: [Layout.whole(n, p.shape)] for n, p in frozen}) + held
 
     def clip_grad_norm(self, max_norm: float | None) -> float:
         return self.optimizer.clip_grad_norm_(max_norm)
@@ -97,13 +86,11 @@ class ZeroState(ShardedState):
     def replicas(self) -> int:
         return self.ranks.world_size // self.optimizer.reducer.comm.size
 
-    @torch.no_grad()
-    def full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
+    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
         self.optimizer.wait()
-        trained = [(p.layout.name, p.param) for p in self.optimizer.flat.parameters]
+        trained = [(p.name, p.param) for p in self.optimizer.flat.parameters]
         for name, param in trained if self.model is None else named_parameters(self.model):
-            yield name, param.detach().cpu() if self.ranks.is_main else None
-        yield from self.full_buffers()
+            yield name, self.on_main(param.detach())
 
 
 class ZeroEngine(Engine):
@@ -114,27 +101,20 @@ class ZeroEngine(Engine):
         ranks, spec = inputs.ranks, inputs.optimizer
         inputs.initialise(inputs.model)
         self.model = inputs.model
-        groups = spec.groups(named_parameters(self.model))
-        if not groups:
-            raise InputError("the model has no trainable parameter: set requires_grad on at least one")
-        try:
-            optimizer = ZeroOptimizer(
-                groups,
-                spec.cls,
-                stage=config.stage,
-                bucket_mb=config.bucket_mb,
-                reduce_dtype=config.reduce_dtype,
-                process_group=replicated_mesh(ranks, config.replicate) if config.replicate > 1 else None,
-                model=self.model,
-                overlap_gather=inputs.blocks,
-                **spec.kwargs,
-            )
-        except TypeError as error:
-            raise InputError(f"{spec.cls.__name__}: {error}") from error
+        optimizer = ZeroOptimizer(
+            spec.groups(named_parameters(self.model)),
+            spec.cls,
+            stage=config.stage,
+            bucket_mb=config.bucket_mb,
+            reduce_dtype=config.reduce_dtype,
+            process_group=replicated_mesh(ranks, config.replicate) if config.replicate > 1 else None,
+            model=self.model,
+            overlap_gather=inputs.blocks,
+            **spec.kwargs,
+        )
         optimizer.reducer.scale = 1.0  # the engine's gradients are sums
         self.state = ZeroState(optimizer, ranks)
-        if (dtype := compute_dtype(config.compute_dtype, ranks.device)) != torch.float32:
-            autocast_forward(self.model, ranks.device, dtype)
+        autocast_forward(self.model, ranks.device, config.compute_dtype)
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         return self.state.optimizer.accumulate(last)

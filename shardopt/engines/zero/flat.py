@@ -128,10 +128,8 @@ class FlatParameters:
         So do the masters in `state`, the inner optimizer's.
         """
         pairs = [(self.own(bucket), master) for bucket, master in self.masters.items()]
-        narrow = [
-            p.shard for p in self.parameters if p.shard.dtype.itemsize <= 2 and "master" in state.get(p.shard, {})
-        ]
-        pairs += [(shard.detach(), state[shard]["master"]) for shard in narrow]
+        held = ((p.shard.detach(), state.get(p.shard, {}).get("master")) for p in self.parameters)
+        pairs += [(w, master) for w, master in held if master is not None and w.dtype.itemsize <= 2]
         for weight, master in pairs:
             if not torch.equal(master.to(weight.dtype), weight):
                 follow_weight(master, weight)
@@ -153,15 +151,14 @@ class WeightGather:
 
     def wait(self, buckets: Iterable[int] | None = None) -> None:
         """Wait for all buckets, or for some. Raises PeerError if another rank failed."""
-        if self.in_flight:
-            for index in list(self.in_flight) if buckets is None else buckets:
-                if (finish := self.in_flight.pop(index, None)) is not None:
-                    try:
-                        finish()
-                    except PeerError as error:
-                        failure = PeerError(f"updated weights of {self.flat.buckets[index]}: {error}")
-                        self.round.fail(failure)
-                        raise failure from error
+        for index in list(self.in_flight) if buckets is None else buckets:
+            if (finish := self.in_flight.pop(index, None)) is not None:
+                try:
+                    finish()
+                except PeerError as error:
+                    failure = PeerError(f"updated weights of {self.flat.buckets[index]}: {error}")
+                    self.round.fail(failure)
+                    raise failure from error
         if self.round.state is RoundState.GATHERING and not self.in_flight:
             self.round.state = RoundState.IDLE
 

@@ -14,23 +14,29 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from shardopt.distributed import all_gather_objects
+from shardopt.engines.base import DTYPES
 from shardopt.engines.zero.guards import refuse_owned
 from shardopt.errors import InputError
 from shardopt.slices import canonical_name, named_parameters
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # (canonical name, parameter)
 Pairs = list[tuple[str, nn.Parameter]]
 
 
 def check_settings(prefix: str, *, stage: object, bucket_mb: float, reduce_dtype: object) -> None:
     """Raise InputError naming `prefix`KEY for a value that ZeRO does not take."""
-    if stage not in (1, 2):
-        raise InputError(f"{prefix}stage: {stage!r} is not 1 or 2 (for stage 3 use the fsdp engine)")
-    if not bucket_mb > 0:
-        raise InputError(f"{prefix}bucket_mb: {bucket_mb} must be greater than 0")
-    if reduce_dtype not in DTYPES:
-        raise InputError(f"{prefix}reduce_dtype: {reduce_dtype!r} is not one of fp32, bf16")
+    _refuse(
+        (stage not in (1, 2), f"{prefix}stage: {stage!r} is not 1 or 2 (for stage 3 use the fsdp engine)"),
+        (not bucket_mb > 0, f"{prefix}bucket_mb: {bucket_mb} must be greater than 0"),
+        (reduce_dtype not in DTYPES, f"{prefix}reduce_dtype: {reduce_dtype!r} is not one of fp32, bf16"),
+    )
+
+
+def _refuse(*cases: tuple[bool, str]) -> None:
+    """Raise InputError with the message of the first case that is true."""
+    for is_wrong, message in cases:
+        if is_wrong:
+            raise InputError(message)
 
 
 def checked(
@@ -51,18 +57,17 @@ def checked(
     error: Exception | None = None
     try:
         check_settings("", **{key: options[key] for key in ("stage", "bucket_mb", "reduce_dtype")})
-        if options["gradients"] not in ("own", "host"):
-            raise InputError(f"gradients must be 'own' or 'host', got {options['gradients']!r}")
-        if options["gradients"] == "host" and options["stage"] == 2:
-            raise InputError("gradients='host' needs stage=1: the host keeps whole gradients on every rank")
-        if isinstance(model, DistributedDataParallel):
-            raise InputError("give ZeroOptimizer the module inside DistributedDataParallel, and train without DDP")
-        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
-            raise InputError(f"optimizer_class must be a class such as AdEMAMix, got {optimizer_class!r:.80}")
-        if not (isinstance(overlap_gather, Sized) and all(isinstance(m, nn.Module) for m in overlap_gather)):
-            raise InputError(f"overlap_gather must be a sequence of modules, got {overlap_gather!r:.80}")
-        if overlap_gather and model is None:
-            raise InputError("overlap_gather needs the model: give model=")
+        gradients, wrapped = options["gradients"], isinstance(model, DistributedDataParallel)
+        is_class = isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)
+        are_modules = isinstance(overlap_gather, Sized) and all(isinstance(m, nn.Module) for m in overlap_gather)
+        _refuse(
+            (gradients not in ("own", "host"), f"gradients must be 'own' or 'host', got {gradients!r}"),
+            (gradients == "host" and options["stage"] == 2, "gradients='host' needs stage=1: a host's are whole"),
+            (wrapped, "give ZeroOptimizer the module inside DistributedDataParallel, and train without DDP"),
+            (not is_class, f"optimizer_class must be a class such as AdEMAMix, got {optimizer_class!r:.80}"),
+            (not are_modules, f"overlap_gather must be a sequence of modules, got {overlap_gather!r:.80}"),
+            (bool(overlap_gather) and model is None, "overlap_gather needs the model: give model="),
+        )
         groups = _named_groups(params)
         named = _in_order(groups, model)
         refuse_owned(named)
@@ -79,38 +84,25 @@ def checked(
 
 def _named_groups(params: Any) -> list[tuple[dict[str, Any], Pairs]]:
     """Options and trainable parameters of every group: of a module, parameters (named or not) or groups of them."""
-    if isinstance(params, nn.Module):
-        groups: list[tuple[dict[str, Any], Any]] = [({}, named_parameters(params))]
-    else:
-        entries = list(params)
-        if entries and isinstance(entries[0], dict):
-            options_of = [{k: v for k, v in e.items() if k not in ("params", "param_names")} for e in entries]
-            groups = list(zip(options_of, map(_members_of, entries), strict=True))
-        else:
-            groups = [({}, entries)]
-    position, seen = 0, set()
-    result = []
-    for options, members in groups:
+    entries: list[Any] = named_parameters(params) if isinstance(params, nn.Module) else list(params)
+    seen: set[Tensor] = set()
+    groups = []
+    for group in entries if entries and isinstance(entries[0], dict) else [{"params": entries}]:
+        options = dict(group)
+        held, names = options.pop("params"), options.pop("param_names", None)
+        members = [held] if isinstance(held, Tensor) else list(held)
         pairs: Pairs = []
-        for entry in members:
-            name, param = entry if isinstance(entry, tuple) else (str(position), entry)
-            position += 1
+        for entry in members if names is None else zip(names, members, strict=True):
+            name, param = entry if isinstance(entry, tuple) else (str(len(seen)), entry)
             if param in seen:
                 raise InputError(f"parameter {name} is given twice")
             seen.add(param)
             if param.requires_grad:
                 pairs.append((canonical_name(name), param))
-        result.append((options, pairs))
-    if not any(pairs for _, pairs in result):
+        groups.append((options, pairs))
+    if not any(pairs for _, pairs in groups):
         raise InputError("nothing to train: no parameter given requires a gradient")
-    return result
-
-
-def _members_of(group: dict[str, Any]) -> list[Any]:
-    params = group["params"]
-    params = [params] if isinstance(params, Tensor) else list(params)
-    names = group.get("param_names")
-    return list(zip(names, params, strict=True)) if names is not None else params
+    return groups
 
 
 def _in_order(groups: list[tuple[dict[str, Any], Pairs]], model: nn.Module | None) -> Pairs:
@@ -126,12 +118,12 @@ def _in_order(groups: list[tuple[dict[str, Any], Pairs]], model: nn.Module | Non
         pairs.sort(key=lambda pair: place[pair[1]])
     device = pairs[0][1].device
     for name, param in pairs:
-        if isinstance(param, DTensor):
-            raise InputError(f"{name} is a DTensor, sharded by its host already: use its engine (fsdp), not zero")
-        if param.device != device:
-            raise InputError(f"{name} is on {param.device}, others on {device}: zero needs one device per rank")
-        if not param.is_floating_point() or param.layout != torch.strided:
-            raise InputError(f"{name} is {param.dtype}, {param.layout}: zero needs dense floating-point parameters")
+        dense = param.is_floating_point() and param.layout == torch.strided
+        _refuse(
+            (isinstance(param, DTensor), f"{name} is a DTensor, sharded by its host already: use the fsdp engine"),
+            (param.device != device, f"{name} is on {param.device}, others on {device}: zero needs one device a rank"),
+            (not dense, f"{name} is {param.dtype}, {param.layout}: zero needs dense floating-point parameters"),
+        )
     return pairs
 
 
@@ -164,8 +156,7 @@ def _agree_on_settings(
                 (low, a), (high, b) = sorted([(dist.get_rank(), mine.get(name)), (rank, theirs.get(name))])
                 raise InputError(
                     f"the ranks were given different parameters or settings: {name} is {a} on rank {low} and {b} on "
-                    f"rank {high}; build the same model, with the same frozen parameters, groups, hyper-parameters "
-                    f"and stage, on every rank"
+                    f"rank {high}; build the same model and optimizer, with the same frozen parameters, on every rank"
                 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,12 +29,11 @@ class Hook:
             method(*self.args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _IdleHook, ()
+        return partial, (_do_nothing,)
 
 
-class _IdleHook:
-    def __call__(self, *_: Any) -> None:
-        pass
+def _do_nothing(*_: Any) -> None:
+    pass
 
 
 class _ZeroGrad:

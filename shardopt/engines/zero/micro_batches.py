@@ -17,6 +17,7 @@ from shardopt.engines.zero.round import Round, RoundState
 from shardopt.errors import InputError
 
 _numbers = itertools.count()
+_open: weakref.WeakSet[MicroBatches] = weakref.WeakSet()  # those that autograd may bring gradients
 _in_backward: list[MicroBatches] = []  # those that the running backward has brought gradients, outside accumulate()
 
 
@@ -34,6 +35,12 @@ class MicroBatches:
         self.whole, self.from_host = whole, from_host
         self.number = next(_numbers)  # ranks that share several have built them in one order
         self._callback_queued = False
+        if not from_host:
+            _open.add(self)
+
+    def close(self) -> None:
+        """Expect no more gradients."""
+        _open.discard(self)
 
     def on_gradient(self, index: int) -> None:
         """Autograd's hook: the gradient of parameter `index` is complete."""
@@ -72,6 +79,8 @@ class MicroBatches:
             self.flat.drop_gradients()
             raise
         current.state = RoundState.ACCUMULATING
+        # Another rank may come by other optimizers' parameters first, and wait there for this one.
+        self.reducer.may_wait = len(_open) == 1
         if current.last is None:
             _in_backward.append(self)
         self._callback_queued = True

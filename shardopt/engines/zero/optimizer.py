@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from shardopt.engines.base import DTYPES
 from shardopt.engines.zero import groups as given
 from shardopt.engines.zero.agreement import Agreement, NonFiniteGradientError
 from shardopt.engines.zero.buckets import fingerprint, lay_out
@@ -51,7 +52,8 @@ class ZeroOptimizer(Optimizer):
             16-bit parameters have fp32 masters, unless the class looks after them (AdEMAMix's `master_weights`).
         stage: 1 keeps this rank's gradients whole over micro-batches and reduces once, 2 reduces every micro-batch
             into the owned shard and keeps nothing else.
-        bucket_mb: MiB of a bucket. Stage 2 holds gradients of twice the largest bucket besides its shard.
+        bucket_mb: MiB of a bucket. Stage 2 holds gradients of twice the largest bucket besides its shard (all of a
+            backward, where the process has several of these optimizers).
         reduce_dtype: "fp32" or "bf16" on the wire; sums are fp32 anyway. Narrower gradients travel as they are.
         process_group: the ranks to shard over; None is all of them. A two-dimensional DeviceMesh (replicate, shard)
             shards over its second dimension and keeps replicas over the first.
@@ -122,7 +124,7 @@ class ZeroOptimizer(Optimizer):
                 self.inner.set_layout(param, layout)  # type: ignore[attr-defined]
 
         average = 1.0 / (world * self._replicate.size)
-        self.reducer = Reducer(self.flat, self._shard, given.DTYPES[reduce_dtype], average)
+        self.reducer = Reducer(self.flat, self._shard, DTYPES[reduce_dtype], average)
         self.round = Round()
         self._place = {"fingerprint": fingerprint(self.buckets), "rank": self._shard.rank}
         self._gather = WeightGather(self.flat, self._shard, self.round)
@@ -166,17 +168,14 @@ class ZeroOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise InputError(
-            "a ZeroOptimizer cannot be copied or pickled, since it belongs to its model and process group: build "
-            "another one over the copied model and load this one's state_dict()"
+            "a ZeroOptimizer cannot be copied or pickled: build another one over the copied model and load this one's "
+            "state_dict()"
         )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Refuse GradScaler.step, which asks this first."""
-        raise InputError(
-            "GradScaler does not work with ZeroOptimizer, which holds the gradients that it would unscale: use bf16 "
-            "(torch.autocast(dtype=torch.bfloat16)) without a GradScaler"
-        )
+        raise InputError("GradScaler does not work with ZeroOptimizer: use torch.autocast(dtype=torch.bfloat16) alone")
 
     # Gradients
 
@@ -321,10 +320,14 @@ class ZeroOptimizer(Optimizer):
         self._ready("init_state()")
         states.init_state(self.inner)
 
-    def slices(self) -> list[Slice]:
-        """Whole weights, and this rank's shards of masters and state: the live tensors."""
+    def weight_slices(self) -> list[Slice]:
+        """Whole weights, and this rank's shards of their masters: the live tensors."""
         self._ready("slices()", RoundState.AVERAGED)
-        return self.flat.slices() + states.state_slices(self.inner, self.layouts)
+        return self.flat.slices()
+
+    def slices(self) -> list[Slice]:
+        """As `weight_slices`, and this rank's shards of the state."""
+        return self.weight_slices() + states.state_slices(self.inner, self.layouts)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state_dict over this rank's shards alone; `slices()` suits any world size."""
@@ -350,20 +353,12 @@ class ZeroOptimizer(Optimizer):
         saved = dict(self._passed_through(self._optimizer_load_state_dict_pre_hooks, dict(state_dict)))
         place, masters = saved.pop("zero", None), saved.pop("masters", {})
         if place != self._place or masters.keys() != self.flat.masters.keys():
-            raise InputError(
-                "this state_dict was made on another rank, world size or bucket_mb: load the same layout, or use "
-                "a checkpoint of slices"
-            )
+            raise InputError("this state_dict is of another rank, world size or bucket_mb: use a checkpoint of slices")
         self.inner.load_state_dict(saved)
         for index, master in masters.items():
             self.flat.masters[index].copy_(master)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-    @property
-    def kernel(self) -> str:
-        """The inner optimizer's kernel; "torch" for one that does not say."""
-        return getattr(self.inner, "kernel", "torch")
 
     def gradient_bytes(self) -> int:
         """Bytes of gradients held now: the owned shards, and any whole ones."""
@@ -389,3 +384,4 @@ class ZeroOptimizer(Optimizer):
         """Take the hooks off the model. The parameters stay where they are. In any state."""
         self._gather.give_up()
         self._guards.remove()
+        self._micro_batches.close()

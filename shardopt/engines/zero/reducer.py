@@ -43,8 +43,8 @@ class Reducer:
         buckets = self.buckets
         self._wire = [b.dtype if b.dtype.itemsize <= 2 or reduce_dtype.itemsize > 2 else reduce_dtype for b in buckets]
         self._order = [m.index for b in buckets for m in b.members]
-        sizes = [b.numel * max(b.dtype.itemsize, w.itemsize) for b, w in zip(buckets, self._wire, strict=True)]
-        self.budget = 2 * max(sizes)
+        self.budget = 2 * max(b.nbytes for b in buckets)
+        self.may_wait = True  # for room, within a backward
         self.clear()
         self._begin()
 
@@ -82,9 +82,8 @@ class Reducer:
         bucket = self.flat.parameters[index].bucket
         if self.is_sent(index):
             raise InputError(
-                f"{self.flat.parameters[index].name} got a second gradient in one micro-batch, after its bucket had "
-                f"been sent: use non-reentrant activation checkpointing (use_reentrant=False), and one backward in "
-                f"each optimizer.accumulate(last=...)"
+                f"{self.flat.parameters[index].name} got a second gradient in one micro-batch: checkpoint activations "
+                f"with use_reentrant=False, and call one backward in each optimizer.accumulate(last=...)"
             )
         if index in self._seen:
             return
@@ -113,7 +112,7 @@ class Reducer:
         self._begin()
 
     def _make_room(self, wanted: int) -> None:
-        while self._flying and self._waiting_bytes + self._flying_bytes + wanted > self.budget:
+        while self._flying and self._waiting_bytes + self._flying_bytes + wanted > self.budget and self.may_wait:
             self._complete()
 
     def _launch(self, bucket: Bucket) -> None:

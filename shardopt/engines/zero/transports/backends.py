@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardopt.engines.zero.transports.base import Communicator, ExchangedReduction, Part, Reduction, sum_parts
+from shardopt.engines.zero.transports.base import Communicator, Part, Reduction
 
 _FIRST_TAG = 0x5A0000  # keeps these messages apart from others that a program sends over the same group
 
@@ -44,22 +44,17 @@ class SocketsCommunicator(Communicator):
         return lambda: _call_all(waits)
 
 
-class _SocketsReduction(ExchangedReduction):
+class _SocketsReduction(Reduction):
     def __init__(self, comm: SocketsCommunicator, parts: Sequence[Part]) -> None:
         super().__init__(comm, parts)
         lengths = [message.numel() for message in self.own]
-        self.received = {peer: self.own[0].new_empty(sum(lengths)) for peer in comm.peers()}
-        self.receives = [comm.receive(c, peer) for peer, whole in self.received.items() for c in whole.split(lengths)]
+        self.received = [self.own[0].new_empty(sum(lengths) if r != comm.rank else 0) for r in range(comm.size)]
+        split = {peer: self.received[peer].split(lengths) for peer in comm.peers()}
+        self.receives = [comm.receive(message, peer) for peer, messages in split.items() for message in messages]
         self.sends = [comm.send(message, peer) for peer in comm.peers() for message in parts[peer]]
-
-    def held_bytes(self) -> int:
-        return super().held_bytes() + sum(whole.nbytes for whole in self.received.values())
 
     def arrive(self) -> None:
         _call_all(self.receives)
-
-    def read(self, peer: int, message: int, first: int, start: int, own: Tensor) -> Tensor:
-        return self.received[peer][start : start + own.numel()]
 
     def release(self) -> None:
         _call_all(self.sends)
@@ -77,8 +72,7 @@ class NativeCommunicator(Communicator):
     takes_messages = False
 
     def reduce_scatter(self, parts: Sequence[Part]) -> Reduction:
-        first = parts[0][0]
-        return _NativeReduction(self, first.as_strided((first.numel() * self.size,), (1,)))
+        return _NativeReduction(self, parts)
 
     def all_gather(self, flat: Tensor) -> Callable[[], None]:
         own = flat.view(self.size, -1)[self.rank]
@@ -88,26 +82,22 @@ class NativeCommunicator(Communicator):
 
 
 class _NativeReduction(Reduction):
-    def __init__(self, comm: NativeCommunicator, flat: Tensor) -> None:
-        self.comm, self.flat = comm, flat
+    def __init__(self, comm: NativeCommunicator, parts: Sequence[Part]) -> None:
+        super().__init__(comm, parts)
+        part = self.own[0]
+        flat = parts[0][0].as_strided((part.numel() * comm.size,), (1,))
         # A native sum in 16 bits would round at every hop: exchange instead, and add in fp32 here.
-        self.exchanged = flat.dtype != torch.promote_types(flat.dtype, torch.float32)
-        if self.exchanged:
-            self.received = torch.empty_like(flat)
-            self.work = dist.all_to_all_single(self.received, flat, group=comm.group, async_op=True)
-        else:
-            self.received = flat.new_empty(flat.numel() // comm.size)
-            self.work = _reduce_scatter(self.received, flat, group=comm.group, async_op=True)
-        comm.reduce_bytes += flat.nbytes // comm.size * (comm.size - 1)
+        exchanged = part.dtype != torch.promote_types(part.dtype, torch.float32)
+        received = torch.empty_like(flat if exchanged else part)
+        start = dist.all_to_all_single if exchanged else _reduce_scatter
+        self.work = start(received, flat, group=comm.group, async_op=True)
+        self.received = received.split(part.numel())  # every rank's, or the sum alone
 
-    def held_bytes(self) -> int:
-        return self.flat.nbytes + self.received.nbytes
-
-    def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
+    def arrive(self) -> None:
         self.comm.wait(self.work, "the reduce-scatter")
-        parts = list(self.received.view(self.comm.size, -1)) if self.exchanged else [self.received]
-        sum_parts(parts, out, accumulate, scale)
-        return torch.linalg.vector_norm(out)
 
-    def release(self) -> None:
-        pass  # the backend keeps what it still reads
+    def chunks(self) -> Iterator[tuple[list[Tensor], int, int]]:
+        yield list(self.received), 0, self.own[0].numel()
+
+    def not_finite(self) -> list[int]:
+        return []

@@ -26,9 +26,52 @@ class PeerError(RuntimeError):
 
 
 class Reduction(abc.ABC):
-    """A reduce-scatter in flight."""
+    """A reduce-scatter in flight: what every rank has sent for this rank's part is added up here.
+
+    `sent` must live until `release`.
+    """
+
+    received: Sequence[Tensor] = ()  # by rank, where parts are received
+
+    def __init__(self, comm: Communicator, parts: Sequence[Part]) -> None:
+        self.comm, self.sent, self.own = comm, parts, parts[comm.rank]
+        comm.reduce_bytes += sum(message.nbytes for peer in comm.peers() for message in parts[peer])
 
     @abc.abstractmethod
+    def arrive(self) -> None:
+        """Wait until every rank's part may be read. Raises PeerError if a rank did not send it in time."""
+
+    def release(self) -> None:  # noqa: B027  a backend keeps what it still reads
+        """After `finish` and `not_finite`: wait until the tensors that were sent may change.
+
+        Raises:
+            PeerError: a rank did not receive its part in time.
+        """
+
+    def read(self, peer: int, message: int, first: int, start: int, own: Tensor) -> Tensor:
+        """What `peer` sent for the elements of `own`, which begin at `first` in the message, at `start` in the part.
+
+        Good until the next one of that peer is read.
+        """
+        return self.received[peer][start : start + own.numel()]
+
+    def chunks(self) -> Iterator[tuple[list[Tensor], int, int]]:
+        """Every rank's values, in rank order, of pieces of the part that fit the cache: (values, start, end)."""
+        at = 0
+        for number, message in enumerate(self.own):
+            size = max(1, _IN_CACHE // self.comm.size if message.device.type == "cpu" else message.numel())
+            for first in range(0, message.numel(), size):
+                own = message[first : first + size]
+                values = [own] * self.comm.size
+                for peer in self.comm.peers():
+                    values[peer] = self.read(peer, number, first, at + first, own)
+                yield values, at + first, at + first + own.numel()
+            at += message.numel()
+
+    def held_bytes(self) -> int:
+        """Bytes that this reduction keeps alive: what is being sent, and where it is received."""
+        return sum(tensor.nbytes for tensors in (*self.sent, self.received) for tensor in tensors)
+
     def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
         """Wait, and write `scale` times the sum over ranks of this rank's part to `out` (or add it).
 
@@ -43,22 +86,37 @@ class Reduction(abc.ABC):
         Raises:
             PeerError: a rank did not send its part in time.
         """
-
-    @abc.abstractmethod
-    def release(self) -> None:
-        """After `finish` and `not_finite`: wait until the tensors that were sent may change.
-
-        Raises:
-            PeerError: a rank did not receive its part in time.
-        """
-
-    @abc.abstractmethod
-    def held_bytes(self) -> int:
-        """Bytes that this reduction keeps alive: what is being sent, and where it is received."""
+        self.arrive()
+        norms = []
+        for values, start, end in self.chunks():
+            _sum_parts(values, out[start:end], accumulate, scale)
+            norms.append(torch.linalg.vector_norm(out[start:end]))
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def not_finite(self) -> list[int]:
         """After `finish`: the global ranks that sent a NaN or an infinity; empty where they cannot be told apart."""
-        return []
+        bad: set[int] = set()
+        for values, *_ in self.chunks():
+            bad |= {rank for rank, part in enumerate(values) if not part.isfinite().all()}
+        return sorted(map(self.comm.global_rank, bad))
+
+
+def _sum_parts(parts: Sequence[Tensor], out: Tensor, accumulate: bool, scale: float) -> None:
+    """out (+)= scale (parts[0] + parts[1] + ...), added in that order in out's dtype; the parts stay as they are."""
+    # The sum of the parts comes first, so that it does not depend on what was there.
+    total = torch.empty_like(out) if accumulate else out
+    if len(parts) > 1 and parts[0].dtype == parts[1].dtype == out.dtype:
+        torch.add(parts[0], parts[1], out=total)
+        rest = parts[2:]
+    else:
+        total.copy_(parts[0])
+        rest = parts[1:]
+    for part in rest:
+        total.add_(part)
+    if accumulate:
+        out.add_(total, alpha=scale)
+    elif scale != 1.0:
+        out.mul_(scale)
 
 
 class Communicator(abc.ABC):
@@ -120,70 +178,3 @@ class Communicator(abc.ABC):
     def peers(self) -> list[int]:
         """The other ranks, beginning with the next one, so that not all ranks turn to the same one first."""
         return [(self.rank + i) % self.size for i in range(1, self.size)]
-
-
-def sum_parts(parts: Sequence[Tensor], out: Tensor, accumulate: bool, scale: float) -> None:
-    """out (+)= scale (parts[0] + parts[1] + ...), added in that order in out's dtype; the parts stay as they are."""
-    # The sum of the parts comes first, so that it does not depend on what was there.
-    total = torch.empty_like(out) if accumulate else out
-    if len(parts) > 1 and parts[0].dtype == parts[1].dtype == out.dtype:
-        torch.add(parts[0], parts[1], out=total)
-        rest = parts[2:]
-    else:
-        total.copy_(parts[0])
-        rest = parts[1:]
-    for part in rest:
-        total.add_(part)
-    if accumulate:
-        out.add_(total, alpha=scale)
-    elif scale != 1.0:
-        out.mul_(scale)
-
-
-class ExchangedReduction(Reduction):
-    """A reduction that is sent every rank's part as it is, and adds them up here; `sent` must live until `release`."""
-
-    def __init__(self, comm: Communicator, parts: Sequence[Part]) -> None:
-        self.comm, self.sent, self.own = comm, parts, parts[comm.rank]
-        comm.reduce_bytes += sum(message.nbytes for peer in comm.peers() for message in parts[peer])
-
-    @abc.abstractmethod
-    def arrive(self) -> None:
-        """Wait until every rank's part may be read."""
-
-    @abc.abstractmethod
-    def read(self, peer: int, message: int, first: int, start: int, own: Tensor) -> Tensor:
-        """What `peer` sent for the elements of `own`, which begin at `first` in the message, at `start` in the part.
-
-        Good until the next one of that peer is read.
-        """
-
-    def _chunks(self) -> Iterator[tuple[list[Tensor], int, int]]:
-        """Every rank's values, in rank order, of pieces of the part that fit the cache: (values, start, end)."""
-        at = 0
-        for number, message in enumerate(self.own):
-            size = max(1, _IN_CACHE // self.comm.size if message.device.type == "cpu" else message.numel())
-            for first in range(0, message.numel(), size):
-                own = message[first : first + size]
-                values = [own] * self.comm.size
-                for peer in self.comm.peers():
-                    values[peer] = self.read(peer, number, first, at + first, own)
-                yield values, at + first, at + first + own.numel()
-            at += message.numel()
-
-    def held_bytes(self) -> int:
-        return sum(message.nbytes for part in self.sent for message in part)
-
-    def finish(self, out: Tensor, accumulate: bool, scale: float = 1.0) -> Tensor:
-        self.arrive()
-        norms = []
-        for values, start, end in self._chunks():
-            sum_parts(values, out[start:end], accumulate, scale)
-            norms.append(torch.linalg.vector_norm(out[start:end]))
-        return torch.linalg.vector_norm(torch.stack(norms))
-
-    def not_finite(self) -> list[int]:
-        bad: set[int] = set()
-        for values, *_ in self._chunks():
-            bad |= {rank for rank, part in enumerate(values) if not part.isfinite().all()}
-        return sorted(map(self.comm.global_rank, bad))

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardopt.distributed import all_gather_objects
-from shardopt.engines.zero.transports.base import Communicator, ExchangedReduction, Part, PeerError, Reduction
+from shardopt.engines.zero.transports.base import Communicator, Part, PeerError, Reduction
 
 _WORD = 8  # bytes; mailboxes and tables are of 64-bit integers
 _PAUSE = 1e-6  # seconds; every pause between two looks into a mailbox is longer by this
@@ -127,12 +127,12 @@ class SharedMemoryCommunicator(Communicator):
 
     def all_gather(self, flat: Tensor) -> Callable[[], None]:
         mailbox, parts = self._gathers, flat.view(self.size, -1)
-        number = mailbox.post([[parts[self.rank].data_ptr()]] * self.size)
+        number = mailbox.post([parts[self.rank].data_ptr()])
         self.gather_bytes += parts[self.rank].nbytes * (self.size - 1)
 
         def finish() -> None:
             for peer in self.peers():
-                (address,) = mailbox.fetch(peer, number, 1)
+                (address,) = mailbox.fetch(peer, number, 0, 1)
                 mailbox.peers[peer].read(address, parts[peer].data_ptr(), parts[peer].nbytes)
             mailbox.wait_until_read(number)
 
@@ -143,8 +143,7 @@ class _Mailbox:
     """Addresses of what this rank sends, posted for its peers; every rank posts as often, and reads all the others'.
 
     In words of 64 bits: a secret, then for each of `in_flight` posts three words: its number, counted from 1; where
-    its table lies; and the number again once this rank has read the same post of all its peers. A table holds for each
-    rank where in the table its addresses begin, then the addresses.
+    its table of addresses lies; and the number again once this rank has read the same post of all its peers.
     """
 
     def __init__(self, comm: SharedMemoryCommunicator, in_flight: int) -> None:
@@ -157,28 +156,22 @@ class _Mailbox:
         self._number = 0
         self._tables: dict[int, ctypes.Array[ctypes.c_int64]] = {}
 
-    def post(self, addresses: Sequence[Sequence[int]]) -> int:
-        """Post addresses[r] for rank r; returns the number of the post."""
-        begins: list[int] = []
-        flat: list[int] = []
-        for theirs in addresses:
-            begins.append(len(addresses) + len(flat))
-            flat += theirs
+    def post(self, addresses: Sequence[int]) -> int:
+        """Post a table of addresses; returns the number of the post."""
         self._number += 1
-        table = self._tables[self._number] = (ctypes.c_int64 * (len(begins) + len(flat)))(*begins, *flat)
+        table = self._tables[self._number] = (ctypes.c_int64 * len(addresses))(*addresses)
         slot = self._slot(self._number)
         self.words[slot + 1] = ctypes.addressof(table)
         self.words[slot] = self._number  # last, since it says that the rest is there
         return self._number
 
-    def fetch(self, peer: int, number: int, count: int) -> list[int]:
-        """Wait for `peer`'s post and return the `count` addresses in it that are for this rank."""
+    def fetch(self, peer: int, number: int, first: int, count: int) -> list[int]:
+        """Wait for `peer`'s post and return `count` addresses of its table, from the one numbered `first` on."""
         process = self.peers[peer]
         slot = process.address + self._slot(number) * _WORD
         self._wait(lambda: process.words(slot, 1)[0] >= number, f"receiving from rank {process.rank}")
         (table,) = process.words(slot + _WORD, 1)
-        (begin,) = process.words(table + self.comm.rank * _WORD, 1)
-        return process.words(table + begin * _WORD, count)
+        return process.words(table + first * _WORD, count)
 
     def wait_until_read(self, number: int) -> None:
         """Say that this rank has read its peers' posts of that number, and wait until they have read this rank's."""
@@ -209,15 +202,16 @@ class _Mailbox:
             time.sleep(min(looks * _PAUSE, 1e-3))  # short waits end at once, long ones cost no processor time
 
 
-class _SharedMemoryReduction(ExchangedReduction):
+class _SharedMemoryReduction(Reduction):
     def __init__(self, comm: SharedMemoryCommunicator, mailbox: _Mailbox, parts: Sequence[Part]) -> None:
         super().__init__(comm, parts)
         self.mailbox, self.scratch = mailbox, dict.fromkeys(comm.peers(), self.own[0].new_empty(0))
-        self.number = mailbox.post([[message.data_ptr() for message in part] for part in parts])
+        self.number = mailbox.post([message.data_ptr() for part in parts for message in part])
 
     def arrive(self) -> None:
-        fetch = self.mailbox.fetch
-        self.addresses = {peer: fetch(peer, self.number, len(self.own)) for peer in self.comm.peers()}
+        # All ranks cut a bucket into the same messages.
+        first, count, fetch = sum(map(len, self.sent[: self.comm.rank])), len(self.own), self.mailbox.fetch
+        self.addresses = {peer: fetch(peer, self.number, first, count) for peer in self.comm.peers()}
 
     def read(self, peer: int, message: int, first: int, start: int, own: Tensor) -> Tensor:
         if self.scratch[peer].numel() < own.numel():
