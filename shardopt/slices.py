@@ -156,16 +156,15 @@ def layout_of(param: Tensor, name: str) -> Layout:
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    if not isinstance(param, DTensor):
-        return Layout.whole(name, param.shape)
-    sharded = [(dim, p) for dim, p in enumerate(param.placements) if not isinstance(p, Replicate)]
-    if not sharded:
+    placements = param.placements if isinstance(param, DTensor) else ()
+    sharded = [(dim, p) for dim, p in enumerate(placements) if not isinstance(p, Replicate)]
+    if not isinstance(param, DTensor) or not sharded:
         return Layout.whole(name, param.shape)
     mesh_dim, placement = sharded[0]
     # _StridedShard (FSDP2 over tensor parallelism) is not a plain Shard of contiguous rows.
     if len(sharded) > 1 or type(placement) is not Shard or placement.dim != 0:
         raise PlacementError(
-            f"{name} has placements {tuple(param.placements)}: only one sharded mesh dimension, over rows "
+            f"{name} has placements {tuple(placements)}: only one sharded mesh dimension, over rows "
             f"(Shard(0)), can be described by contiguous ranges"
         )
     coordinate = param.device_mesh.get_coordinate()

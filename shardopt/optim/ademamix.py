@@ -128,21 +128,18 @@ class AdEMAMix(CheckedOptimizer):
         """
         sums = {key: torch.zeros((), dtype=torch.float64) for key in ("m1", "m2", "update")}
         for entry in self._current_plan().entries:
-            step = int(entry.state["step"])
-            if not step:
+            if not (step := int(entry.state["step"])):
                 continue
             s = reference.scalars_of(self.param_groups[entry.group], step, int(entry.state.get("schedule_step", step)))
             grad = None if entry.param.grad is None else local_tensor(entry.param.grad)
             for where in entry.tiles(_TILE):
                 m2, nu = (entry.decoded(key, where) for key in ("m2", "nu"))
-                fast = m1 = entry.decoded("m1", where) if "m1" in entry.formats else None
-                if m1 is None and grad is not None:
+                fast = m1 = entry.decoded("m1", where) if "m1" in entry.formats else torch.zeros_like(m2)
+                if "m1" not in entry.formats and grad is not None:
                     fast = grad.reshape(-1).narrow(0, where.local, where.numel).to(m2.dtype)
                     fast = -fast if s.maximize else fast
-                u = reference.direction(torch.zeros_like(m2) if fast is None else fast, m2, nu, s)
-                for key, value in (("m1", m1), ("m2", m2), ("update", u)):
-                    if value is not None:
-                        sums[key] += value.double().square().sum().cpu()
+                for key, value in (("m1", m1), ("m2", m2), ("update", reference.direction(fast, m2, nu, s))):
+                    sums[key] += value.double().square().sum().cpu()
         return sums
 
     @contextmanager
@@ -159,17 +156,14 @@ class AdEMAMix(CheckedOptimizer):
         if all(group["weight_ema"] is None for group in self.param_groups):
             raise InputError("use_weight_ema() needs an optimizer built with weight_ema, such as 0.999")
         self.refuse_weight_ema("use_weight_ema()")
-        kept: list[tuple[Entry, Tensor]] = []
+        entries = [e for e in self._current_plan().entries if "weight_ema" in e.tensors and e.state["step"]]
+        trained = [(entry, local_tensor(entry.param.detach()).clone()) for entry in entries]
         self._averaged = True
         try:
-            with torch.no_grad():
-                for entry in self._current_plan().entries:
-                    if "weight_ema" not in entry.tensors or not entry.state["step"]:
-                        continue
-                    kept.append((entry, local_tensor(entry.param).clone()))
-                    local_tensor(entry.param).copy_(self._averaged_weight(*kept[-1]))
+            for entry, value in trained:
+                local_tensor(entry.param.detach()).copy_(self._averaged_weight(entry, value))
             yield
-            for entry, value in kept:
+            for entry, value in trained:
                 now = local_tensor(entry.param.detach()).to(value)
                 if not torch.allclose(now, self._averaged_weight(entry, value), 0.0, 0.0, equal_nan=True):
                     raise InputError(
@@ -177,9 +171,8 @@ class AdEMAMix(CheckedOptimizer):
                         f"set or load weights outside"
                     )
         finally:
-            with torch.no_grad():
-                for entry, value in kept:
-                    local_tensor(entry.param).copy_(value)
+            for entry, value in trained:
+                local_tensor(entry.param.detach()).copy_(value)
             self._averaged = False
 
     def _averaged_weight(self, entry: Entry, weight: Tensor) -> Tensor:
@@ -235,12 +228,6 @@ class AdEMAMix(CheckedOptimizer):
         if end > weight.numel():
             raise InputError(f"the layout of {name} ends at element {end}, the local tensor has {weight.numel()}")
         return layouts
-
-    def _counter(self, step: int, group: Mapping[str, Any], param: Tensor) -> int | Tensor:
-        """A step count: a number, or an int64 scalar on the parameter's device for capturable groups."""
-        if not group["capturable"]:
-            return step
-        return torch.full((), step, dtype=torch.int64, device=local_tensor(param.detach()).device)
 
     def _stored(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Stored]:
         local = local_tensor(param.detach())
@@ -306,11 +293,9 @@ class AdEMAMix(CheckedOptimizer):
             params = [param for group in self.param_groups for param in group["params"]]
         # A parameter may have moved to another group, a setting decide on other state than there is, or `state` have
         # been given an entry of another key.
-        decisive: list[Any] = [len(self.state)]
-        decisive += [
-            (len(g["params"]), g["betas"][0] == 0.0, g["weight_ema"] is None, g["master_weights"], g["state_dtype"])
-            for g in self.param_groups
-        ]
+        decisive: list[Any] = [len(self.state), *(len(g["params"]) for g in self.param_groups)]
+        for g in self.param_groups:
+            decisive += g["betas"][0] == 0.0, g["weight_ema"] is None, g["master_weights"], g["state_dtype"]
         plan = self._plan
         current = plan is not None and plan.groups is self.param_groups and decisive == self._decisive
         if plan is None or not current or not plan.holds(params, self.state):
@@ -342,13 +327,11 @@ class AdEMAMix(CheckedOptimizer):
             raise InputError(f"parameter {name} is complex: optimise torch.view_as_real of it")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("layouts", "_kernel_choice")}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), "layouts": self.layouts, "_kernel_choice": self._kernel_choice}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
-        self._averaged = False
+        self._plan, self._averaged = None, False
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the settings, as torch's; refused inside `use_weight_ema`."""

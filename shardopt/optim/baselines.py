@@ -38,9 +38,6 @@ class _Elementwise(CheckedOptimizer):
         local = local_tensor(param.detach())
         return dict.fromkeys(("m1", "nu"), Stored(local.dtype, local.shape))
 
-    def _counter(self, step: int, group: Mapping[str, Any], param: Tensor) -> Tensor:
-        return torch.tensor(float(step))  # on the CPU, as torch's own: read without a sync
-
     def _update(self) -> None:
         graded = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if any(param.grad.is_sparse for _, param in graded):

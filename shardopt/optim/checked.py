@@ -66,9 +66,11 @@ class CheckedOptimizer(Optimizer, abc.ABC):
     def _stored(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Stored]:
         """The state tensors of `param` beside its counts, in the order in which they are made."""
 
-    @abc.abstractmethod
     def _counter(self, step: int, group: Mapping[str, Any], param: Tensor) -> int | Tensor:
-        """A new step count."""
+        """A step count: a number, or an int64 scalar on the parameter's device for capturable groups."""
+        if not group.get("capturable"):
+            return step
+        return torch.full((), step, dtype=torch.int64, device=local_tensor(param.detach()).device)
 
     @abc.abstractmethod
     def _update(self) -> None:

@@ -42,26 +42,26 @@ def parameter_names(optimizer: Optimizer) -> dict[Tensor, str]:
     """
     names: dict[Tensor, str] = {}
     owners: dict[str, Tensor] = {}
-    position = 0
     known: Mapping[Tensor, str] = getattr(optimizer, "given_names", {})  # ours remember what each parameter is called
     moved = "parameters were moved between parameter groups: move their entries of 'param_names' along"
-    sizes = [(len(group["params"]), len(group.get("param_names", group["params"]))) for group in optimizer.param_groups]
+    groups = [(group["params"], group.get("param_names")) for group in optimizer.param_groups]
+    sizes = [(len(params), len(params if given is None else given)) for params, given in groups]
     if any(a != b for a, b in sizes) and sum(a for a, _ in sizes) == sum(b for _, b in sizes):
         raise InputError(moved)
-    for group in optimizer.param_groups:
-        given = group.get("param_names")
-        if given is not None and len(given) != len(group["params"]):
-            given = None
-        for i, param in enumerate(group["params"]):
-            if given is not None and known.get(param, given[i]) != given[i]:
-                raise InputError(moved)
-            name = names.setdefault(param, str(position) if given is None else canonical_name(given[i]))
+    position = 0
+    for params, given in groups:
+        if given is None or len(given) != len(params):
+            given = [str(position + i) for i in range(len(params))]
+        elif any(known.get(param, name) != name for param, name in zip(params, given, strict=True)):
+            raise InputError(moved)
+        for param, name in zip(params, map(canonical_name, given), strict=True):
+            name = names.setdefault(param, name)
             if owners.setdefault(name, param) is not param:
                 raise InputError(
                     f"two parameters are named {name!r} (without the prefixes of wrappers): give each its own "
                     f"(of submodules, named_parameters(prefix=...) does)"
                 )
-            position += 1
+        position += len(params)
     return names
 
 
