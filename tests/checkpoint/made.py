@@ -45,6 +45,9 @@ class State(ShardedState):
     def slices(self) -> list[Slice]:
         return self.held
 
+    def weight_slices(self) -> list[Slice]:
+        return [s for s in self.held if s.kind == "weight"]
+
     def step_counts(self) -> dict[str, Any]:
         return self.counts
 
@@ -64,7 +67,7 @@ class State(ShardedState):
     def replicas(self) -> int:
         return 1
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
+    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
         return iter(())
 
 
