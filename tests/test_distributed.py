@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
+from tests.distributed.pool import on_ranks
 
 
 @pytest.fixture
@@ -51,3 +52,11 @@ def test_restarted_attempt_does_not_read_the_store_of_the_one_before(alone):
         assert not agents.check([f"attempt-{attempt}/address"])
         Ranks.start("cpu")
         assert agents.check([f"attempt-{attempt}/address"])
+
+
+def _sums(rank, world_size):
+    return Ranks.current().sum([2.0**24 + rank, 1e300, 0.1])
+
+
+def test_sums_over_ranks_are_those_of_doubles():
+    assert on_ranks(2, _sums) == [[2.0**25 + 1, 2e300, 0.2]] * 2

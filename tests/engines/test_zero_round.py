@@ -175,8 +175,7 @@ def reentrant(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_reentrant_checkpointing_without_accumulate_reduces_once(times):
-    """`times` uses of the layers: more than one gives a parameter several gradients in one backward."""
+def test_reentrant_checkpointing_without_accumulate_reduces_once_a_backward(times):
     model, other = mlp(), mlp()
     optimizer = ZeroOptimizer(model, AdEMAMix, lr=0.1, bucket_mb=1e-4)
     plain = ZeroOptimizer(other, AdEMAMix, lr=0.1, bucket_mb=1e-4)
@@ -190,6 +189,21 @@ def test_reentrant_checkpointing_without_accumulate_reduces_once(times):
         optimizer.step()
         plain.step()
     assert same_weights(model, other)
+
+
+def test_block_checkpointed_twice_without_accumulate_gets_the_sum_of_both_gradients():
+    """Each use is a backward of its own within the whole one, and the first has sent its bucket."""
+    model, other = mlp(), mlp()
+    optimizer = ZeroOptimizer(model, AdEMAMix, lr=0.1, bucket_mb=1e-4)
+    plain = ZeroOptimizer(other, AdEMAMix, lr=0.1, bucket_mb=1e-4)
+    for step in range(3):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        reentrant(nn.Sequential(*model, *model), x.clone()).backward()
+        other(other(x)).square().mean().backward()
+        assert optimizer.clip_grad_norm_(None) == pytest.approx(plain.clip_grad_norm_(None), rel=1e-6)
+        optimizer.step()
+        plain.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_exception_after_a_reentrant_checkpoint_stops_the_optimizer():
@@ -413,6 +427,19 @@ def test_step_refuses_gradients_of_a_host_that_were_clipped_after_they_were_meas
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     assert optimizer.clip_grad_norm_(None) == pytest.approx(1e-3, rel=1e-3)
     optimizer.step()
+
+
+def test_parameter_without_a_gradient_from_the_host_has_none_of_the_step_before():
+    model = mlp()
+    optimizer = ZeroOptimizer(model, torch.optim.SGD, stage=1, gradients="host", lr=1.0)
+    train(model, optimizer, range(1))
+    optimizer.zero_grad()
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model[1], 1).backward()
+    assert optimizer.clip_grad_norm_(None) == pytest.approx(float(nn.utils.get_total_norm(grads_of(model))))
+    optimizer.step()
+    moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
+    assert moved == [False, False, True, True, False, False]
 
 
 def grads_of(model: nn.Module) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from shardopt.errors import InputError
 from shardopt.integrations import accelerate as hosts
+from shardopt.integrations.hosted import ZeroAdEMAMix
 from tests.distributed.pool import on_ranks
 from tests.integrations.hosts import new_job
 from tests.integrations.training import data, difference, loop, model
@@ -80,3 +81,16 @@ def saved_by_accelerate_alone(rank: int, world_size: int, folder: Path) -> str:
 def test_an_optimizer_of_anothers() -> None:
     with pytest.raises(InputError, match="AdamW does not hold an optimizer that sharded_ademamix made"):
         hosts.sharded_state(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
+
+
+def test_weights_loaded_after_the_host_has_copied_the_parameters_are_those_trained() -> None:
+    made = model()
+    optimizer = ZeroAdEMAMix([{"params": list(made.named_parameters())}], made, lr=1e-9, alpha=0.0)
+    for param in made.parameters():
+        param.data = param.data.clone()  # as accelerate does, from "cpu" to "cpu:0"
+    loaded = {name: torch.full_like(value, 0.25) for name, value in made.state_dict().items()}
+    made.load_state_dict(loaded)
+    made(**{name: value[None] for name, value in data()[0].items()}).loss.backward()
+    optimizer.step()
+    for name, param in made.named_parameters():
+        torch.testing.assert_close(param.detach(), loaded[name], rtol=0, atol=1e-6)
