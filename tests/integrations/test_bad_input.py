@@ -63,6 +63,7 @@ def test_optim_args_that_are_none(text: str) -> None:
 def test_a_script_with_hf_argument_parser(tmp_path: Path) -> None:
     line = f"--output_dir {tmp_path} --use_cpu --max_steps 7 --learning_rate 0.02 --weight_decay 0.3 --adam_beta1 0.8"
     line += " --alpha 8 --beta3 0.999 --alpha_warmup none --state_dtype bf16 --optim_args alpha=3,eps_root=1e-6"
+    line += " --adam_epsilon 1e-7"
     args, settings = HfArgumentParser((TrainingArguments, AdEMAMixArguments)).parse_args_into_dataclasses(line.split())
     trainer = Trainer(
         model=model(),
@@ -78,6 +79,7 @@ def test_a_script_with_hf_argument_parser(tmp_path: Path) -> None:
         assert group["alpha_warmup"] is None
         assert group["beta3_warmup"] == 7
         assert group["state_dtype"] == "bf16"
+        assert group["eps"] == 1e-7
         assert group["eps_root"] == 1e-6
         assert group["seed"] == args.seed
     assert (decaying["weight_decay"], exempt["weight_decay"]) == (0.3, 0.0)
