@@ -100,10 +100,8 @@ class DeepspeedConfig(Config):
         own = (global_batch, micro_batch, global_batch // (micro_batch * world_size))
         for key, value in zip(_BATCHES, own, strict=True):
             if given.get(key) not in (None, value):
-                raise InputError(
-                    f"{given.where(key)} is {given.get(key)}, but train.global_batch = {global_batch} and "
-                    f"train.micro_batch = {micro_batch} on {world_size} ranks make it {value}: remove it"
-                )
+                run = f"train.global_batch {global_batch} and train.micro_batch {micro_batch} on {world_size} ranks"
+                raise InputError(f"{given.where(key)} is {given.get(key)}, but {run} make it {value}: remove it")
 
     def dtype_name(self) -> DtypeName:
         """`compute_dtype`, or what `config` says of bf16 where that is "auto"."""
@@ -156,10 +154,8 @@ def check_state_dtype(key: str, kept: str | Mapping[str, str]) -> None:
     """Raise InputError naming `key` for a block format, which DeepSpeed's flat partitions cannot hold."""
     for name in kept.values() if isinstance(kept, Mapping) else (kept,):
         if name in BLOCK_FORMATS:
-            raise InputError(
-                f"{key}: {name} has scales for blocks of one parameter, but DeepSpeed's flat partitions hold several: "
-                f"use bf16, or another engine than DeepSpeed"
-            )
+            reason = f"{name} has scales for blocks of one parameter, but a flat partition holds several"
+            raise InputError(f"{key}: {reason}: use bf16, or another engine than DeepSpeed")
 
 
 def _check_installed() -> None:
@@ -221,10 +217,8 @@ class _Given:
             ("communication_data_type", "reduce_dtype", config.reduce_dtype),
         ):
             if (value := self.get(key)) is not None and ours is not None and value != ours:
-                raise InputError(
-                    f"{self.where(key)} is {_short(value)}, which is not engine.{field} = "
-                    f"{getattr(config, field)}: change one of them"
-                )
+                found = f"{self.where(key)} is {_short(value)}"
+                raise InputError(f"{found}, not engine.{field} = {getattr(config, field)}: change one of them")
 
     def refuse(self, refusals: Refusals) -> None:
         """Raise InputError for the first key that says what it must not."""

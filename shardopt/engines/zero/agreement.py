@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from shardopt.distributed import all_gather_objects
 from shardopt.engines.state import sum_of_squares
-from shardopt.engines.zero.flat import FlatParameters
 from shardopt.engines.zero.reducer import Reducer
 from shardopt.engines.zero.transports import Communicator, PeerError
 from shardopt.errors import InputError
@@ -27,11 +26,9 @@ class Agreement:
     With `from_host` the gradients are whole in `.grad`, reduced by some host.
     """
 
-    def __init__(
-        self, flat: FlatParameters, reducer: Reducer, shard: Communicator, replicate: Communicator, from_host: bool
-    ) -> None:
-        self.flat, self.reducer, self.shard, self.replicate = flat, reducer, shard, replicate
-        self.from_host = from_host
+    def __init__(self, reducer: Reducer, replicate: Communicator, from_host: bool) -> None:
+        self.reducer, self.flat, self.shard = reducer, reducer.flat, reducer.comm
+        self.replicate, self.from_host = replicate, from_host
         self.has_gradient: list[bool] = []  # on any rank, in registration order
         self.sample = 0.0  # of gradients from a host: the norm of some elements
         self.versions: list[Any] = []  # of `.grad`, as it was taken
@@ -124,9 +121,9 @@ class Agreement:
         found = []
         for p, has_gradient in zip(self.flat.parameters, self.has_gradient, strict=True):
             if has_gradient and not p.gradient.isfinite().all():
-                ranks = " and ".join(map(str, self.reducer.blame.get(p.bucket.index, ())))
-                place = f"bucket {p.bucket.index}{', from rank ' * bool(ranks)}{ranks}"
-                found.append((p.bucket.index, f"{p.name} ({place})"))
+                bucket, ranks = p.bucket.index, self.reducer.blame.get(p.bucket.index)
+                origin = f", from rank {' and '.join(map(str, ranks))}" if ranks else ""
+                found.append((bucket, f"{p.name} (bucket {bucket}{origin})"))
         lines = sorted({line for report in all_gather_objects(found, self.shard.group) for line in report})
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         shown = ", ".join(text for _, text in lines[:3])

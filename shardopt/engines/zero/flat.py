@@ -96,10 +96,8 @@ class FlatParameters:
             now, made = p.param, p.weight
             alike = now.dtype == made.dtype and now.shape == made.shape and now.is_contiguous()
             if not alike or now.data_ptr() != made.data_ptr():
-                raise InputError(
-                    f"{p.name} was moved or replaced after ZeroOptimizer was built: call .to(), .half() and "
-                    f"load_state_dict(assign=True) before, and close() before building another ZeroOptimizer"
-                )
+                instead = "call .to(), .half() and load_state_dict(assign=True) before it, close() before another"
+                raise InputError(f"{p.name} was moved or replaced after ZeroOptimizer was built: {instead}")
 
     @torch.no_grad()
     def reattach(self) -> None:

@@ -154,10 +154,8 @@ def _agree_on_settings(
         for name in mine.keys() | theirs.keys():
             if mine.get(name) != theirs.get(name):
                 (low, a), (high, b) = sorted([(dist.get_rank(), mine.get(name)), (rank, theirs.get(name))])
-                raise InputError(
-                    f"the ranks were given different parameters or settings: {name} is {a} on rank {low} and {b} on "
-                    f"rank {high}; build the same model and optimizer, with the same frozen parameters, on every rank"
-                )
+                found = f"{name} is {a} on rank {low} and {b} on rank {high}; give all the same, frozen parameters too"
+                raise InputError(f"the ranks were given different parameters or settings: {found}")
 
 
 def _describe(value: Any) -> str:
@@ -203,7 +201,5 @@ def refuse_unless_elementwise(cls: type[Optimizer], kwargs: dict[str, Any]) -> N
         raise InputError(f"{cls.__name__} cannot be sharded: on flat slices it raises {error!r}") from error
     moved, expected = torch.cat([p.view(-1) for p in pieces]), whole.view(-1)
     if not torch.allclose(moved - start.view(-1), expected - start.view(-1), rtol=1e-3, atol=1e-7):
-        raise InputError(
-            f"{cls.__name__} cannot be sharded: its update of an element depends on other elements (it moves a "
-            f"matrix and flat slices of the same matrix differently); take an elementwise optimizer"
-        )
+        reason = "its update of an element depends on other elements: it moves a matrix and slices of it differently"
+        raise InputError(f"{cls.__name__} cannot be sharded: {reason}; take an elementwise optimizer")

@@ -98,10 +98,8 @@ class Guards:
         """Raise InputError naming a parameter that is trainable since construction only, and in no ZeroOptimizer."""
         for name, param in self.model.named_parameters() if self.model is not None else ():
             if param.requires_grad and param not in self.trainable and not _is_owned(param):
-                raise InputError(
-                    f"{name} was frozen or not there when ZeroOptimizer was built, so that nobody trains it: freeze "
-                    f"it, or close() this ZeroOptimizer and build another"
-                )
+                mistake = "was frozen or not there when ZeroOptimizer was built, so that nobody trains it"
+                raise InputError(f"{name} {mistake}: freeze it, or close() this ZeroOptimizer and build another")
 
     def wait_for_weights(self, gather: WeightGather, model: nn.Module, overlapped: Sequence[nn.Module]) -> None:
         """Make what reads or replaces weights by way of a module wait for those that are in flight.

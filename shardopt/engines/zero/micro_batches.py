@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.autograd.graph import Node
 
-from shardopt.engines.zero.flat import FlatParameters, WeightGather
+from shardopt.engines.zero.flat import WeightGather
 from shardopt.engines.zero.reducer import Reducer
-from shardopt.engines.zero.round import Round, RoundState
+from shardopt.engines.zero.round import RoundState
 from shardopt.errors import InputError
 
 _numbers = itertools.count()
@@ -28,10 +28,8 @@ class MicroBatches:
     them, and they are only taken note of.
     """
 
-    def __init__(
-        self, flat: FlatParameters, reducer: Reducer, gather: WeightGather, round_: Round, whole: bool, from_host: bool
-    ) -> None:
-        self.flat, self.reducer, self.gather, self.round = flat, reducer, gather, round_
+    def __init__(self, reducer: Reducer, gather: WeightGather, whole: bool, from_host: bool) -> None:
+        self.reducer, self.flat, self.gather, self.round = reducer, reducer.flat, gather, gather.round
         self.whole, self.from_host = whole, from_host
         self.number = next(_numbers)  # ranks that share several have built them in one order
         self._callback_queued = False
@@ -54,10 +52,8 @@ class MicroBatches:
         try:
             parameter = self.flat.parameters[index]
             if parameter.bucket.index in self.gather.in_flight:
-                raise InputError(
-                    f"{parameter.name} was used in a forward before its updated weights had arrived: call modules and "
-                    f"not their .forward, or optimizer.wait() before it, or leave out overlap_gather"
-                )
+                early = f"{parameter.name} was used in a forward before its updated weights had arrived"
+                raise InputError(f"{early}: call modules, not their .forward; or call optimizer.wait() before it")
             if current.last is None and self.reducer.is_sent(index):
                 self.reducer.finish_round()  # reentrant checkpoints of one block, each with a backward of its own
             if not self.whole or current.last is not False:

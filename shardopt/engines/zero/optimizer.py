@@ -108,10 +108,10 @@ class ZeroOptimizer(Optimizer):
         world = dist.get_world_size(shard_group) if shard_group is not None else 1
         self.buckets = lay_out([(n, tuple(p.shape), p.dtype) for n, p in named], world, bucket_mb * 2**20)
         self._shard = communicator(shard_group, device, timeout, in_flight=len(self.buckets))
-        self._replicate = communicator(replica_group, device, timeout)
+        replicate = communicator(replica_group, device, timeout)
         with_masters = not hasattr(optimizer_class, "set_layout")
         self.flat = FlatParameters(named, self.buckets, self._shard.rank, with_masters)
-        self.flat.start_alike(self.model, (self._replicate, self._shard))
+        self.flat.start_alike(self.model, (replicate, self._shard))
 
         record_of: dict[Tensor, Any] = {p.param: p for p in self.flat.parameters}
         self.inner = optimizer_class(
@@ -123,15 +123,14 @@ class ZeroOptimizer(Optimizer):
             for param, layout in self.layouts.items():
                 self.inner.set_layout(param, layout)  # type: ignore[attr-defined]
 
-        average = 1.0 / (world * self._replicate.size)
-        self.reducer = Reducer(self.flat, self._shard, DTYPES[reduce_dtype], average)
+        self.reducer = Reducer(self.flat, self._shard, DTYPES[reduce_dtype], 1.0 / (world * replicate.size))
         self.round = Round()
         self._place = {"fingerprint": fingerprint(self.buckets), "rank": self._shard.rank}
         self._gather = WeightGather(self.flat, self._shard, self.round)
         weakref.finalize(self, self._gather.give_up).atexit = False
         from_host = gradients == "host"
-        self._micro_batches = MicroBatches(self.flat, self.reducer, self._gather, self.round, stage == 1, from_host)
-        self._agreement = Agreement(self.flat, self.reducer, self._shard, self._replicate, from_host)
+        self._micro_batches = MicroBatches(self.reducer, self._gather, stage == 1, from_host)
+        self._agreement = Agreement(self.reducer, replicate, from_host)
         self._guards = Guards(self, self._micro_batches)
         self._overlaps = bool(overlap_gather) and self._shard.in_background
         if self._overlaps and self.model is not None:
@@ -167,10 +166,7 @@ class ZeroOptimizer(Optimizer):
             raise InputError(reason)
 
     def __getstate__(self) -> dict[str, Any]:
-        raise InputError(
-            "a ZeroOptimizer cannot be copied or pickled: build another one over the copied model and load this one's "
-            "state_dict()"
-        )
+        raise InputError("a ZeroOptimizer cannot be copied or pickled: build another, and load this one's state_dict()")
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
