@@ -106,9 +106,8 @@ class AdEMAMix(CheckedOptimizer):
         sequence of layouts, whose local starts count in `param`; elements that no layout names (padding) are not
         updated. To be called before the first step: the random bits of later steps depend on it. None forgets.
         """
-        if layout is None:
-            self.layouts.pop(param, None)
-        else:
+        self.layouts.pop(param, None)
+        if layout is not None:
             self.layouts[param] = layout
         self._plan = None
 

@@ -194,9 +194,8 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         """A parameter's saved state as this process's own, in the storage it has already where that fits."""
         saved, name, stored = box.state, box.name, self._stored(group, param)
         if misfit := _misfit(saved, {"step", *stored}, saved.keys() - {"schedule_step"}):
-            hint = "; AdEMAMix.from_adamw takes over an AdamW" if "exp_avg" in saved else ""
             raise InputError(
-                f"the saved state of parameter {name} {misfit}: it is another optimizer's, or of other settings{hint}"
+                f"the saved state of parameter {name} {misfit}: it is another optimizer's, or of other settings"
             )
         state: dict[str, Any] = {}
         local = local_tensor(param.detach())

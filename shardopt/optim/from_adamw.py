@@ -38,8 +38,7 @@ def take_over(cls: type[AdEMAMix], adamw: Optimizer, options: dict[str, Any]) ->
     new = cls(groups, **options)
     for group in new.param_groups:
         for param in group["params"]:
-            held = adamw.state.get(param)
-            if not held:
+            if not (held := adamw.state.get(param)):
                 continue
             state = new._create_state(group, param)
             for key, value in (("m1", held["exp_avg"]), ("nu", held["exp_avg_sq"])):

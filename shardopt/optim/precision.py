@@ -28,7 +28,6 @@ from torch import Tensor
 
 BLOCK = 128  # elements that share a scale
 
-FLOAT_TINY = torch.finfo(torch.float32).tiny
 _MASK64 = (1 << 64) - 1
 _MASK32 = (1 << 32) - 1
 
@@ -220,7 +219,7 @@ class _Block8(_InBlocks):
     def _encode(self, values: Tensor, bits: Tensor, largest: Tensor, scale: Tensor) -> Tensor:
         steps = 127.0 if self.signed else 255.0 * 255.0
         scale.copy_(largest * (1.0 / steps))
-        inverse = torch.where(scale >= FLOAT_TINY, 1.0 / scale, 0.0)
+        inverse = torch.where(scale >= torch.finfo(torch.float32).tiny, 1.0 / scale, 0.0)
         x = values * _per_element(inverse, values)
         uniform = bits.float() * 2.0**-16
         if self.signed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +19,6 @@ from shardopt.slices import Layout, Slice, canonical_name, layout_of, local_tens
 Layouts = Layout | Sequence[Layout]
 # torch keeps these as 0-dim tensors; a 0-dim parameter has 0-dim state tensors too, hence the names.
 _SCALARS = ("step", "schedule_step", "eta", "mu", "mu_product")
-
-
-@runtime_checkable
-class TakesLayouts(Protocol):
-    """An optimizer made for slices: told what its tensors hold, it updates them as parts of whole parameters."""
-
-    layouts: Mapping[Tensor, Layouts]
-    """What `set_layout` was told."""
-
-    def set_layout(self, param: Tensor, layout: Layouts | None) -> None: ...
 
 
 def parameter_names(optimizer: Optimizer) -> dict[Tensor, str]:
@@ -73,7 +63,7 @@ def layouts_of(
     A flat partition stands for several parameters: it has several layouts, whose local starts count in it.
     """
     if layouts is None:
-        told = optimizer.layouts if isinstance(optimizer, TakesLayouts) else {}
+        told: Mapping[Tensor, Layouts] = getattr(optimizer, "layouts", {})
         layouts = {p: told[p] if p in told else layout_of(p, name) for p, name in parameter_names(optimizer).items()}
     return {p: (where,) if isinstance(where, Layout) else tuple(where) for p, where in layouts.items()}
 

@@ -60,7 +60,7 @@ class DeepspeedState(ShardedState):
 
     def tell(self, tensor: Tensor, layouts: tuple[Layout, ...] | None) -> None:
         """Let an optimizer that takes layouts know what `tensor` holds."""
-        if isinstance(self.optimizer, states.TakesLayouts):
+        if hasattr(self.optimizer, "set_layout"):
             self.optimizer.set_layout(tensor, layouts)
 
     @contextmanager
