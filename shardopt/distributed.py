@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from shardopt.errors import InputError
+from shardopt.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -31,6 +33,7 @@ class Ranks:
     distributed: bool
     owns_group: bool = False  # whether `start` made the process group, so that `stop` ends it
     timeout: timedelta = timedelta(minutes=10)  # of every wait for another rank
+    watchdog: Watchdog | None = None  # of a process group that `start` made
 
     @property
     def is_main(self) -> bool:
@@ -52,9 +55,11 @@ class Ranks:
         distributed = "RANK" in os.environ
         owns_group = distributed and not dist.is_initialized()
         timeout = timedelta(minutes=timeout_minutes)
+        watchdog = None
         if owns_group:
-            _init_process_group(where, timeout)
-        return cls(rank, world_size, local_rank, where, distributed, owns_group, timeout)
+            store = _init_process_group(where, timeout)
+            watchdog = Watchdog(store, rank, world_size, timeout)
+        return cls(rank, world_size, local_rank, where, distributed, owns_group, timeout, watchdog)
 
     @classmethod
     def current(cls) -> Ranks:
@@ -70,8 +75,18 @@ class Ranks:
 
     def stop(self) -> None:
         """Destroy the process group that `start` made."""
+        if self.watchdog is not None:
+            self.watchdog.close()
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Around a step: see Watchdog.watched."""
+        return self.watchdog.watched() if self.watchdog is not None else nullcontext()
+
+    def explain(self, error: BaseException) -> str:
+        """Where every rank is, if `error` is of a wait that ended in vain: see Watchdog.explain. Else empty."""
+        return self.watchdog.explain(error) if self.watchdog is not None else ""
 
     def sum(self, values: list[float]) -> list[float]:
         """The sum over ranks of each value, in float64. A collective."""
@@ -170,7 +185,8 @@ def _device(name: str, local_rank: int) -> torch.device:
     return device
 
 
-def _init_process_group(device: torch.device, timeout: timedelta) -> None:
+def _init_process_group(device: torch.device, timeout: timedelta) -> dist.Store:
+    """Make the default process group, and return the store by which its ranks have met."""
     on_gpu = device.type == "cuda"
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
@@ -192,3 +208,4 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
             f"start all of them, with torchrun; let every machine reach that address and port; and where a machine "
             f"has several networks name the right one in {library}_SOCKET_IFNAME. {type(error).__name__}: {error}"
         ) from error
+    return store

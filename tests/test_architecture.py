@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "shardopt"
 FLOORS = [
-    {"slices", "distributed", "errors"},
+    {"slices", "distributed", "watchdog", "errors"},
     {"optim"},
     {"engines"},
     {"checkpoint"},

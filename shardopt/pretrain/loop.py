@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +21,18 @@ from shardopt.pretrain import data, model, report, rng
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.folder import RunFolder
 from shardopt.pretrain.metrics import Tracker, peak_memory
+from shardopt.pretrain.progress import Progress, resume
 from shardopt.pretrain.report import Result
 from shardopt.pretrain.schedule import lr_factor
 from shardopt.pretrain.scoring import HeldOut, generate, held_out, token_loss_sum
 from shardopt.pretrain.signals import Stop, patience_of_torchrun, stop_signals
 
-FORMAT = "shardopt.pretrain/1"
 # A token's loss varies by two to three nats: the mean of so many is known to about 0.04.
 _FEW_HELD_OUT_TOKENS = 4096
 
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
-
-
-@dataclass
-class Progress:
-    """Step counts of a run, saved with every checkpoint."""
-
-    step: int = 0
-    """Steps done, skipped ones included; the data and the lr follow it."""
-    skipped: int = 0
-    """Steps skipped because something was not finite."""
-    skipped_in_row: int = 0
 
 
 def pretrain(config: Config) -> Result:
@@ -66,6 +54,8 @@ def pretrain(config: Config) -> Result:
             raise
         except Exception as error:  # before anything is closed, which may take long
             print(f"shardopt: rank {ranks.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            if places := ranks.explain(error):
+                print(places, file=sys.stderr, flush=True)
             raise
 
 
@@ -123,7 +113,9 @@ class Run:
         stack.callback(self.engine.close)
         self.engine.state.init()
         self.base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
-        document = self._resume(resume_from) if resume_from is not None else {}
+        document: dict[str, Any] = {}
+        if resume_from is not None:
+            self.progress, document = resume(resume_from, self.engine.state, self.train_data, config.run.seed)
         self.tokens_a_step = config.train.global_batch * config.data.block_size
         self.tokens_before = self.progress.step * self.tokens_a_step
 
@@ -175,7 +167,8 @@ class Run:
     def advance(self, stop: Stop, bar: report.Training) -> None:
         """One step, and the evaluation, the row of metrics and the checkpoint that are due after it."""
         config, progress = self.config, self.progress
-        self._step(stop)
+        with self.ranks.watched():
+            self._step(stop)
         step, last = progress.step, progress.step == config.train.steps
         hopeless = progress.skipped_in_row > config.train.max_nonfinite_steps
         # Weights that are about to be given up are not saved over the last good ones.
@@ -281,14 +274,7 @@ class Run:
         return metrics
 
     def _save(self) -> None:
-        document = {
-            "format": FORMAT,
-            **asdict(self.progress),
-            "data": self.train_data.state_dict(),
-            "data_fingerprint": self.train_data.fingerprint,
-            "wandb_id": self.tracker.run_id,
-            "config": self.config.as_dict(),
-        }
+        document = self.progress.document(self.train_data, self.config.as_dict(), self.tracker.run_id)
         self.saver.save(self.progress.step, self.engine.state, document, rng.capture(self.ranks.rank))
 
     def _saved(self) -> Path:
@@ -302,27 +288,6 @@ class Run:
                 f"has removed or changed it; {f'the newest is {found}' if found else 'there is no other'}"
             )
         return found
-
-    def _resume(self, folder: Path) -> dict[str, Any]:
-        """Fill the engine from a checkpoint and set everything else that it holds; its document."""
-        ranks, engine = self.ranks, self.engine
-        document = ranks.together(lambda: checkpoint.read_document(folder))
-        if document.get("format") != FORMAT:
-            raise InputError(f"{folder} is no checkpoint of a pretraining run of this version ({FORMAT})")
-        if document["data_fingerprint"] != self.train_data.fingerprint:
-            raise InputError(
-                f"data: the corpus or its tokenizer has changed since {folder} was written, so the run would not go "
-                f"on where it stopped; restore it, or choose another run.name"
-            )
-        checkpoint.load(folder, engine.state)
-        self.train_data.load_state_dict(document["data"])
-        self.progress = Progress(document["step"], document["skipped"], document["skipped_in_row"])
-        saved = checkpoint.load_extras(folder, list(rng.capture(ranks.rank)))
-        if saved:
-            rng.restore(ranks.rank, saved)
-        else:  # another number of ranks: new streams, of their own for this step
-            rng.seed_all(self.config.run.seed, ranks.rank, self.progress.step)
-        return document
 
     def _give_up(self) -> None:
         self.saver.wait()
