@@ -135,7 +135,7 @@ def test_stdlib_is_the_sources_without_tests(tmp_path: Path) -> None:
     assert Path("argparse.py") in files
     assert Path("json/decoder.py") in files
     assert not {"test", "tests", "idle_test", "site-packages"} & {part for path in files for part in path.parts}
-    assert train.n_blocks == (train.tokens - 1) // 256
+    assert train.tokens == corpus.train.tokens
     assert holdout.n_blocks > 100
 
 
@@ -257,9 +257,9 @@ def test_every_token_but_the_first_is_a_target_once(tmp_path: Path) -> None:
     train, holdout = load(tmp_path, source)
     (folder,) = packed_folders(tmp_path)
     ids = np.fromfile(folder / "train.bin", np.uint16)
-    assert train.n_blocks is not None
-    steps = -(-train.n_blocks // 4)
-    rows = torch.cat([train.batch(step, 0, 4) for step in range(steps)])[: train.n_blocks]
+    n_blocks = (len(ids) - 1) // 16
+    steps = -(-n_blocks // 4)
+    rows = torch.cat([train.batch(step, 0, 4) for step in range(steps)])[:n_blocks]
     wanted = [ids[i * 16 : i * 16 + 17].tolist() for i in range((len(ids) - 1) // 16)]
     assert sorted(rows.tolist()) == sorted(wanted)
     held = np.fromfile(folder / "holdout.bin", np.uint16)
@@ -333,7 +333,7 @@ def test_the_cache_is_used_and_its_key_covers_what_shaped_it(tmp_path: Path, mon
         assert load(tmp_path, source)[0].fingerprint == first.fingerprint
         # Cut and mixed when opened, so not built again; but the samples are others.
         assert load(tmp_path, source, block_size=8)[0].fingerprint != first.fingerprint
-        assert load(tmp_path, {**source, "weight": 2.0})[0].n_blocks == first.n_blocks
+        assert load(tmp_path, {**source, "weight": 2.0})[0].tokens == first.tokens
         copy = tmp_path / "copy" / "a.jsonl"
         copy.parent.mkdir()
         copy.write_bytes(path.read_bytes())
@@ -518,7 +518,7 @@ def test_a_stream_is_the_documents_in_order_over_and_over(
     folder, texts = hub_folder(tmp_path, 40)
     source = {"source": "hf", "name": str(folder), "streaming": True, "scan": 20}
     train, holdout = load(tmp_path, source)
-    assert (train.n_blocks, train.tokens) == (None, None)
+    assert train.tokens is None
     ids = expected_stream(texts, 4)
     steps = (len(ids) - 1) // 16 // 4
     whole = [train.batch(step, 0, 4) for step in range(steps)]
@@ -560,11 +560,11 @@ def test_resuming_a_stream_does_not_read_what_came_before(tmp_path: Path, monkey
         stopped.batch(step, 0, 4)
     seen: list[str] = []
 
-    def watched(row: dict[str, Any], column: str, where: str) -> str:
-        seen.append(row[column])
-        return str(row[column])
+    def watched(self: Corpus, row: dict[str, Any]) -> str:
+        seen.append(row["text"])
+        return str(row["text"])
 
-    monkeypatch.setattr("shardopt.pretrain.data.batches.document", watched)
+    monkeypatch.setattr(Corpus, "text", watched)
     resumed, _ = load(tmp_path, source)
     resumed.load_state_dict(stopped.state_dict())
     assert torch.equal(resumed.batch(20, 0, 4), wanted)

@@ -31,7 +31,6 @@ def train_data(sources: list[Blocks], weights: list[float], *, seed: int = 0, gl
         seed=seed,
         global_batch=global_batch,
         bytes_per_token=1.0,
-        n_blocks=None,
         tokens=None,
         fingerprint="",
         corpora=[],

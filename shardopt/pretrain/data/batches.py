@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from shardopt.pretrain.data.packing import Blocks, Packed, chunks, is_held_out
-from shardopt.pretrain.data.sources import document
+from shardopt.pretrain.data.sources import Corpus
 from shardopt.pretrain.data.tokenizers import SavedTokenizer
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase
 
 # Divisible by 1000 and by 3, 7 and 9: proportions written with three decimals, or as thirds, are met exactly.
@@ -120,17 +119,8 @@ class Stream:
     step before it) the stream is read from its start.
     """
 
-    def __init__(
-        self,
-        open_: Callable[[], datasets.IterableDataset],
-        column: str,
-        where: str,
-        tokenizer: SavedTokenizer,
-        holdout: float,
-        block_size: int,
-    ) -> None:
-        self._open, self._column, self._where = open_, column, where
-        self._tokenizer, self._holdout, self._size = tokenizer, holdout, block_size
+    def __init__(self, corpus: Corpus, tokenizer: SavedTokenizer, holdout: float, block_size: int) -> None:
+        self._corpus, self._tokenizer, self._holdout, self._size = corpus, tokenizer, holdout, block_size
         self._encode = tokenizer.encoder()
         self._window, self._window_start = np.empty((0, block_size + 1), tokenizer.dtype), 0
         self.load_state_dict(_START)
@@ -162,7 +152,7 @@ class Stream:
         self._start(state["place"])
 
     def _start(self, place: dict[str, Any] | None) -> None:
-        self._dataset, self._place = self._open(), place
+        self._dataset, self._place = self._corpus.stream(), place
         if place is not None:
             self._dataset.load_state_dict(place)
         self._texts = self._read()
@@ -172,8 +162,8 @@ class Stream:
 
     def _read(self) -> Iterator[list[str]]:
         """Training texts in pieces that depend only on where reading began, noting the place after each."""
-        documents = (document(row, self._column, self._where) for row in self._dataset)
-        for texts in chunks(filter(None, documents), _STREAM_CHARACTERS):
+        documents = filter(None, map(self._corpus.text, self._dataset))
+        for texts in chunks(documents, _STREAM_CHARACTERS):
             if kept := [text for text in texts if not is_held_out(text, self._holdout)]:
                 self._place = self._dataset.state_dict()
                 yield kept
@@ -201,7 +191,7 @@ class Stream:
                 return state, np.concatenate([np.empty(0, self._tokenizer.dtype), *ids])
             self._epoch += 1
             self._start(None)
-        raise RuntimeError(f"{self._where}: the stream gave documents before and now gives none")
+        raise RuntimeError(f"{self._corpus.where}: the stream gave documents before and now gives none")
 
 
 def _gather(
@@ -224,7 +214,7 @@ class TrainData:
         block_size: target tokens of a sample, which holds one token more.
         bytes_per_token: UTF-8 bytes of text a token stands for, ends of documents counted as tokens, weighted
             as the sources are (estimated from the documents scanned where a source streams).
-        n_blocks, tokens: of one epoch over all sources; None where a source streams.
+        tokens: of one epoch over all sources; None where a source streams.
         fingerprint: hash of the tokens and of how they are mixed and cut; equal means equal samples for equal
             (seed, step, global batch).
         corpora: what was read for each source.
@@ -238,7 +228,6 @@ class TrainData:
     seed: int
     global_batch: int
     bytes_per_token: float
-    n_blocks: int | None
     tokens: int | None
     fingerprint: str
     corpora: list[Packed]

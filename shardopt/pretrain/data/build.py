@@ -201,8 +201,6 @@ def _open(config: DataConfig, folders: list[Path], seed: int, global_batch: int)
     tokenizer = _saved_tokenizer(config, folders[0])
     packed = [Packed.open(folder) for folder in folders[1:]]
     sources: list[Shuffled | Stream] = []
-    n_blocks = tokens = 0
-    streaming = False
     for index, (shape, one) in enumerate(zip(config.sources, packed, strict=True)):
         where = f"data.sources[{index}]"
         blocks = one.blocks("train", config.block_size)
@@ -218,11 +216,8 @@ def _open(config: DataConfig, folders: list[Path], seed: int, global_batch: int)
                 f"lower data.holdout or data.block_size, or cut documents smaller (a text source's sample_by)"
             )
         if isinstance(shape, HfSource) and shape.streaming:
-            streaming = True
-            corpus = Corpus(config, index)
-            sources.append(Stream(corpus.stream, shape.column, where, tokenizer, config.holdout, config.block_size))
+            sources.append(Stream(Corpus(config, index), tokenizer, config.holdout, config.block_size))
         else:
-            n_blocks, tokens = n_blocks + blocks.n_blocks, tokens + one.train.tokens
             sources.append(Shuffled(blocks, seed, index))
     holdout_tokens = sum(one.holdout.tokens for one in packed)
     held_out = [one.blocks("holdout", config.block_size) for one in packed]
@@ -246,8 +241,7 @@ def _open(config: DataConfig, folders: list[Path], seed: int, global_batch: int)
         seed=seed,
         global_batch=global_batch,
         bytes_per_token=sum(share * one for share, one in zip(shares, text_bytes, strict=True)),
-        n_blocks=None if streaming else n_blocks,
-        tokens=None if streaming else tokens,
+        tokens=None if any(isinstance(one, Stream) for one in sources) else sum(one.train.tokens for one in packed),
         fingerprint=digest(contents, weights, tokenizer.key, config.block_size),
         corpora=packed,
     )

@@ -50,6 +50,7 @@ class Corpus:
     def __init__(self, config: DataConfig, index: int) -> None:
         self.source = config.sources[index]
         self.where = f"data.sources[{index}]"
+        self._column = getattr(self.source, "column", "text")
         self.files: list[Path] = []
         self._hub_cache = config.cache_folder / "hf"
         shape = self.source.model_dump(mode="json", exclude={"weight", "paths", "scan", "streaming"})
@@ -70,18 +71,30 @@ class Corpus:
         Raises:
             InputError: no document, a malformed file, or a column that is missing or is not text.
         """
-        column = getattr(self.source, "column", "text")
         empty = True
         with self._errors(), self._open() as rows:
-            if rows.column_names and column in rows.column_names:
-                rows = rows.select_columns([column])
-            for row in rows:
-                text = document(row, column, self.where)
-                if text:
-                    empty = False
-                    yield text
+            if rows.column_names and self._column in rows.column_names:
+                rows = rows.select_columns([self._column])
+            for text in filter(None, map(self.text, rows)):
+                empty = False
+                yield text
         if empty:
             raise InputError(f"{self.where}: the corpus holds no text")
+
+    def text(self, row: dict[str, Any]) -> str:
+        """The text of one row, "" where it is null.
+
+        Raises:
+            InputError: the row has no such column, or it is not text.
+        """
+        if self._column not in row:
+            raise InputError(
+                f"{self.where}.column: there is no column {self._column!r}; there are {', '.join(sorted(row))}"
+            )
+        text = row[self._column]
+        if not isinstance(text, str | None):
+            raise InputError(f"{self.where}.column: {self._column!r} holds {type(text).__name__}, not text")
+        return text or ""
 
     @functools.cached_property
     def skipped(self) -> list[Path]:
@@ -183,22 +196,6 @@ class Corpus:
         except (*_UNREADABLE, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
             cause = error.__cause__ or error
             raise InputError(f"{self.where}: {what}cannot be read ({_first_line(cause)})") from error
-
-
-def document(row: dict[str, Any], column: str, where: str) -> str:
-    """The text of one row, "" where it is null.
-
-    Raises:
-        InputError: the row has no such column, or it is not text.
-    """
-    if column not in row:
-        raise InputError(f"{where}.column: there is no column {column!r}; there are {', '.join(sorted(row))}")
-    text = row[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise InputError(f"{where}.column: {column!r} holds {type(text).__name__}, not text")
-    return text
 
 
 def check_sources(config: DataConfig) -> None:
