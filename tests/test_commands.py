@@ -61,13 +61,13 @@ def test_inspect_tells_steps_tokens_parameters_kinds_and_writer_in_80_columns(ru
     assert rows["m1"][1:4] == ["bfloat16", rows["weight"][2], f"{count:,}"]
     assert rows["m2"][1] == "block8"
     assert rows["weight"][4:] == [f"{4 * count / 1e3:.1f}", "kB"]
-    assert {"index.json", "checkpoint.json", "__0_0.distcp"} <= rows.keys()
+    assert {"index.json", "checkpoint.json", "rank-00000.data"} <= rows.keys()
 
 
 def test_inspect_as_json_adds_up_to_the_files_on_the_disk(run, capsys):
     _, text, _ = say(capsys, "checkpoint", "inspect", run, "--json")
     what = json.loads(text)
-    assert (what["step"], what["steps"], what["ranks"], what["format"]) == (6, 6, 1, checkpoint.folders.FORMAT)
+    assert (what["step"], what["steps"], what["ranks"], what["format"]) == (6, 6, 1, checkpoint.document.FORMAT)
     assert what["bytes"] == sum(p.stat().st_size for p in (run / "checkpoints/step-00000006").iterdir())
     kinds = what["kinds"]
     assert kinds["weight"]["bytes"] == 4 * what["parameters"] == 2 * kinds["m1"]["bytes"]
@@ -78,7 +78,7 @@ def test_inspect_as_json_adds_up_to_the_files_on_the_disk(run, capsys):
 def test_list_names_complete_checkpoints_by_step_and_what_else_lies_there(run, tmp_path, capsys):
     copy = shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
     (copy / ".step-00000008.partial").mkdir()
-    (copy / "step-00000004/__0_0.distcp").write_bytes(b"")
+    (copy / "step-00000004/rank-00000.data").write_bytes(b"")
     for folder in (tmp_path, copy):
         status, text, _ = say(capsys, "checkpoint", "list", folder)
         rows = [line.split() for line in text.splitlines()]

@@ -3,9 +3,15 @@
 What any engine wrote on any number of ranks, any other may read on any other number.
 """
 
+from shardopt.checkpoint.blocks import DamagedError
+from shardopt.checkpoint.document import read_document
 from shardopt.checkpoint.export import export_safetensors
-from shardopt.checkpoint.folders import latest, read_document
+from shardopt.checkpoint.folders import latest
 from shardopt.checkpoint.loading import load, load_extras
 from shardopt.checkpoint.saving import Saver, save
+from shardopt.checkpoint.verify import find_damage, latest_intact
 
-__all__ = ["Saver", "export_safetensors", "latest", "load", "load_extras", "read_document", "save"]
+__all__ = [
+    "DamagedError", "Saver", "export_safetensors", "find_damage", "latest", "latest_intact", "load", "load_extras",
+    "read_document", "save",
+]  # fmt: skip

@@ -18,11 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from shardopt.checkpoint.blocks import DamagedError, reading
+from shardopt.checkpoint.document import read_document, records_of, write_bytes
 from shardopt.errors import InputError
-
-DOCUMENT = "checkpoint.json"
-INDEX = "index.json"
-FORMAT = 4
 
 _ASIDE = re.compile(r"\.(.+)\.(partial|previous|deleting)")
 _STEP = re.compile(r"(?:step-(\d+)|\.step-(\d+)\.previous)")
@@ -32,65 +30,67 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def read_document(folder: str | Path) -> dict[str, Any]:
-    """A checkpoint's JSON: what the caller of `save` gave, and under "checkpoint" what was written.
+def is_complete(folder: Path) -> bool:
+    """True where all files that the checkpoint's document lists are there, with the sizes they were written with."""
+    try:
+        return _incomplete(folder) is None
+    except InputError:
+        return False
 
-    `document["checkpoint"]` has `format`, `torch`, `world_size`, `parameters` ({name: {shape, kinds: {kind: {dtypes,
-    and format and layouts where it is a block format}}}}), `step_counts` ({name: {"step": 3, ...}}), `extras` (their
-    keys) and `files` ({name: bytes}).
+
+def _incomplete(folder: Path) -> DamagedError | None:
+    """What is missing in a checkpoint, as far as sizes of files tell.
 
     Raises:
-        InputError: not a checkpoint, or one that this version cannot read.
+        InputError: the folder cannot be read now, or is of another version.
     """
-    path = Path(folder) / DOCUMENT
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        written = document["checkpoint"]
-        version = written["format"]
-    except FileNotFoundError:
-        raise InputError(f"{folder} is not a complete checkpoint: it has no {DOCUMENT}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not the document of a shardopt checkpoint ({error!r})") from error
-    if version != FORMAT:
-        raise InputError(
-            f"{folder} has checkpoint format {version!r}, this shardopt reads format {FORMAT}: "
-            f"load it with the version that wrote it"
-        )
-    return document
+        for name, record in records_of(read_document(folder)).items():
+            with reading(folder / name):
+                if (folder / name).stat().st_size != record.size:
+                    raise DamagedError(f"{folder / name} is damaged: it has another size")
+    except DamagedError as error:
+        return error
+    return None
 
 
-def is_complete(folder: Path) -> bool:
-    """True where everything that the checkpoint's document lists is there, with the size it was written with."""
-    try:
-        files = read_document(folder)["checkpoint"]["files"]
-        return (folder / INDEX).is_file() and all(
-            (folder / name).stat().st_size == size for name, size in files.items()
-        )
-    except (InputError, OSError, KeyError, AttributeError, TypeError):
-        return False
+def step_folders(root: Path) -> list[Path]:
+    """Everything under `root` that has the name of a checkpoint, newest first, each step once."""
+    found: dict[int, Path] = {}
+    with reading(root):
+        names = sorted(root.iterdir()) if root.is_dir() else []
+    # Sorted by name, ".step-….previous" comes before "step-…", which then takes its place.
+    for folder in names:
+        if match := _STEP.fullmatch(folder.name):
+            found[int(match[1] or match[2])] = folder
+    return [found[step] for step in sorted(found, reverse=True)]
 
 
 def complete_steps(root: Path) -> list[Path]:
     """Every complete checkpoint under `root`, newest first, each step once."""
-    found: dict[int, Path] = {}
-    # Sorted by name, ".step-….previous" comes before "step-…", which then takes its place.
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        match = _STEP.fullmatch(folder.name)
-        if match and is_complete(folder):
-            found[int(match[1] or match[2])] = folder
-    return [found[step] for step in sorted(found, reverse=True)]
+    return [folder for folder in step_folders(root) if is_complete(folder)]
 
 
 def latest(root: str | Path) -> Path | None:
     """The complete checkpoint under `root` with the highest step; None where there is none.
 
-    Half-written folders are ignored. Reads the disk and nothing else: ask on rank 0 and broadcast the answer
-    (`ranks.from_main(latest(root))`), since a network file system may show ranks different moments.
+    Half-written folders are ignored. Sizes of files are compared and nothing more; `latest_intact` reads them. Reads
+    the disk alone: ask on rank 0 and broadcast the answer (`ranks.from_main(latest(root))`), since a network file
+    system may show ranks different moments.
+
+    Raises:
+        InputError: the disk cannot be read now, or a newer checkpoint is of another version.
     """
-    complete = complete_steps(Path(root))
-    return complete[0] if complete else None
+    return next((folder for folder in step_folders(Path(root)) if _incomplete(folder) is None), None)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that its step can be written again; its new name."""
+    name = folder.name.removeprefix(".").removesuffix(".previous")
+    aside = folder.with_name(f"{name}.damaged")
+    while aside.exists():
+        aside = aside.with_name(aside.name + "-again")
+    return folder.rename(aside)
 
 
 def partial_of(folder: Path) -> Path:
@@ -172,10 +172,7 @@ def prune(root: Path, keep: int, written: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """`content` as strict JSON, on the disk when this returns."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
+    write_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def sync(path: Path) -> None:

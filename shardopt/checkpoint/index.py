@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -19,10 +17,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.storage import WriteResult
 
-from shardopt.checkpoint.folders import INDEX, write_json
-from shardopt.errors import InputError
+from shardopt.checkpoint.blocks import DamagedError, FileRecord, check_content, check_file, reading
+from shardopt.checkpoint.document import INDEX, records_of
+from shardopt.checkpoint.storage import Place, Written
 
 DTYPES = {
     name: getattr(torch, name)
@@ -32,63 +30,111 @@ DTYPES = {
         "complex64", "complex128",
     )
 }  # fmt: skip
-_DATA_FILE = re.compile(r"__\d+_\d+\.distcp")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def write_index(folder: Path, metadata: Metadata, results: Iterable[WriteResult]) -> None:
-    """Write {key: [dtype, size, [[offsets, sizes, file, first byte, bytes], ...]]} for the tensors of all ranks."""
-    places = {result.index: result.storage_data for result in results}
-    index: dict[str, list[Any]] = {}
-    for key, tensor in metadata.state_dict_metadata.items():
-        assert isinstance(tensor, TensorStorageMetadata)
-        chunks = []
-        for chunk in tensor.chunks:
-            place = places[MetadataIndex(key, chunk.offsets)]
-            chunks.append([chunk.offsets, chunk.sizes, place.relative_path, place.offset, place.length])
-        index[key] = [dtype_name(tensor.properties.dtype), tensor.size, chunks]
-    write_json(folder / INDEX, index)
+class StoredTensor(NamedTuple):
+    """A tensor in the data files."""
+
+    dtype: torch.dtype
+    size: torch.Size
+    chunks: np.ndarray[Any, np.dtype[np.int64]]
+    """[chunks, 4]: first element of the flattened tensor, elements, number of the file, first byte in it."""
 
 
-def read_index(folder: Path) -> Metadata:
-    """What `write_index` wrote, as DCP's readers want it.
+class Index(NamedTuple):
+    """The tensors of a checkpoint by key, and the files that they lie in."""
+
+    save_id: str
+    records: dict[str, FileRecord]
+    """Of the data files."""
+    files: list[str]
+    tensors: dict[str, StoredTensor]
+
+    def check_files(self, folder: Path, names: Iterable[str]) -> None:
+        """Check that data files are there, of this save and with their sizes; their content is not read.
+
+        Raises:
+            DamagedError, InputError: as `blocks.read_file`.
+        """
+        for name in names:
+            check_file(folder / name, self.save_id, self.records[name], [])
+
+    def metadata(self, keys: Iterable[str]) -> Metadata:
+        """Some of the tensors, as DCP's readers want them."""
+        entries: dict[str, Any] = {}
+        places: dict[MetadataIndex, Any] = {}
+        for key in keys:
+            dtype, size, chunks = self.tensors[key]
+            described = []
+            for start, length, file, byte in chunks.tolist():
+                # Only vectors are in several chunks.
+                offsets, sizes = ([start], [length]) if len(size) == 1 else ([0] * len(size), size)
+                chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                described.append(chunk)
+                places[MetadataIndex(key, chunk.offsets)] = Place(self.files[file], byte)
+            entries[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, described)
+        return Metadata(entries, storage_data=places)
+
+
+def index_content(save_id: str, written: list[Written], metadata: Metadata) -> bytes:
+    """The index of what all ranks wrote: {key: [dtype, size, a flat list of `StoredTensor.chunks`]}."""
+    tensors: dict[str, list[Any]] = {
+        key: [dtype_name(tensor.properties.dtype), list(tensor.size), []]  # type: ignore[union-attr]
+        for key, tensor in metadata.state_dict_metadata.items()
+    }
+    for number, file in enumerate(written):
+        for key, start, length, byte in file.chunks:
+            tensors[key][2] += [start, length, number, byte]
+    content = {"save_id": save_id, "files": [file.file for file in written], "tensors": tensors}
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def read_index(folder: Path, document: dict[str, Any]) -> Index:
+    """The index in `folder`, of the save and the files that its document names.
 
     Raises:
-        InputError: it cannot be read, or does not fit the data files beside it.
+        DamagedError: it is missing, is not what was written, or does not fit the files.
+        InputError: it cannot be read.
     """
-    path = folder / INDEX
-    bytes_of = functools.cache(lambda name: (folder / name).stat().st_size)
-    entries: dict[str, Any] = {}
-    places = {}
+    path, records, save_id = folder / INDEX, records_of(document), document["checkpoint"]["save_id"]
+    with reading(path):
+        content = path.read_bytes()
+    check_content(path, content, records.pop(INDEX))
     try:
-        for key, (dtype, size, stored) in json.loads(path.read_text(encoding="utf-8")).items():
-            chunks = []
-            for offsets, sizes, file, start, length in stored:
-                chunk = ChunkStorageMetadata(_size(offsets), _size(sizes))
-                if not _DATA_FILE.fullmatch(file):
-                    raise ValueError(f"{file!r} is not a data file of a checkpoint")
-                if _count(length) < math.prod(chunk.sizes) * DTYPES[dtype].itemsize:
-                    raise ValueError(f"{key!r} has a chunk without its data")
-                if _count(start) + length > bytes_of(file):
-                    raise ValueError(f"{key!r}: {file} is shorter than it was written")
-                places[MetadataIndex(key, chunk.offsets)] = _StorageInfo(file, start, length)
-                chunks.append(chunk)
-            entries[key] = TensorStorageMetadata(TensorProperties(dtype=DTYPES[dtype]), _size(size), chunks)
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is not a complete checkpoint: {error.strerror}: {error.filename}") from error
-    except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is refused: {error if isinstance(error, ValueError) else repr(error)}") from error
-    return Metadata(entries, storage_data=places)
+        read = json.loads(content)
+        if read["save_id"] != save_id:
+            raise ValueError("it is of another save than the document")
+        files = read["files"]
+        for name in files:
+            if name not in records:
+                raise ValueError(f"{name!r} is not a data file of this checkpoint")
+        sizes = np.array([records[name].size for name in files], dtype=np.int64)
+        tensors = {key: _stored(key, entry, sizes) for key, entry in read["tensors"].items()}
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise DamagedError(f"{path} is refused: {error if isinstance(error, ValueError) else repr(error)}") from error
+    return Index(save_id, records, files, tensors)
 
 
-def _size(numbers: list[int]) -> torch.Size:
-    return torch.Size([_count(number) for number in numbers])
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"a count was expected, not {value!r}")
-    return value
+def _stored(key: str, entry: list[Any], file_sizes: np.ndarray[Any, Any]) -> StoredTensor:
+    """An entry of the index, checked against the sizes of the files."""
+    dtype, size, flat = entry
+    for number in size:
+        if type(number) is not int or number < 0:
+            raise ValueError(f"a count was expected, not {number!r}")
+    chunks = np.array(flat or np.empty(0, np.int64)).reshape(-1, 4)
+    if chunks.dtype != np.int64 or (chunks < 0).any():
+        raise ValueError(f"{key!r} has chunks that are no counts")
+    itemsize, numel = DTYPES[dtype].itemsize, math.prod(size)
+    start, length, file, byte = chunks.T
+    # Divided, since a product may not fit into 64 bits.
+    if (start > numel).any() or (length > numel - start).any() or (file >= len(file_sizes)).any():
+        raise ValueError(f"{key!r} has a chunk beyond its end, or in no file")
+    if (byte % itemsize).any() or (length > (file_sizes[file] - byte) // itemsize).any():
+        raise ValueError(f"{key!r} has a chunk without its data")
+    if len(size) != 1 and chunks[:, :2].tolist() != [[0, numel]]:
+        raise ValueError(f"{key!r} is not whole")
+    return StoredTensor(DTYPES[dtype], torch.Size(size), chunks)

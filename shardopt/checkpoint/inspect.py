@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from shardopt.checkpoint import folders
+from shardopt.checkpoint.document import DOCUMENT, read_document
 from shardopt.checkpoint.stored import Stored, complete_in, root_of, step_of
 from shardopt.errors import InputError
 
@@ -50,7 +50,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "engine": config.get("engine", {}).get("name") or document.get("host"),
         "ranks": written["world_size"],
         "torch": written["torch"],
-        "written": _time(folder / folders.DOCUMENT),
+        "written": _time(folder / DOCUMENT),
         "format": written["format"],
         "parameters": kinds.get("weight", {}).get("elements", 0),
         "kinds": kinds,
@@ -137,7 +137,7 @@ def _why(folder: Path) -> str:
     if folder.name.endswith((".partial", ".deleting", ".previous")):
         return folder.name.rpartition(".")[2]
     try:
-        folders.read_document(folder)
+        read_document(folder)
     except InputError:
         return "no checkpoint"
     return "damaged"

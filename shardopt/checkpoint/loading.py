@@ -12,12 +12,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from shardopt.checkpoint import manifest
+from shardopt.checkpoint.blocks import DamagedError
+from shardopt.checkpoint.document import read_document
 from shardopt.checkpoint.flat import FlatShard, chunks_of, few
-from shardopt.checkpoint.folders import read_document
-from shardopt.checkpoint.index import DTYPES, dtype_name, read_index
+from shardopt.checkpoint.index import DTYPES, Index, dtype_name, read_index
+from shardopt.checkpoint.storage import Reader
 from shardopt.engines.state import ShardedState, require_state
 from shardopt.errors import InputError
 from shardopt.optim import states
@@ -61,7 +62,7 @@ def load(folder: str | Path, state: ShardedState, *, strict: bool = True, conver
     """
     require_state(state)
     folder, ranks = Path(folder), state.ranks
-    document, metadata = ranks.together(lambda: (read_document(folder), read_index(folder)))
+    document, index = ranks.together(lambda: open_checkpoint(folder))
     stored: manifest.Parameters = document["checkpoint"]["parameters"]
 
     def describe_live() -> tuple[list[Slice], manifest.StepCounts, manifest.Descriptions]:
@@ -72,7 +73,7 @@ def load(folder: str | Path, state: ShardedState, *, strict: bool = True, conver
     live = manifest.merge(ranks.gather(described))
 
     def check() -> manifest.StepCounts:
-        check_document(folder, document, metadata)
+        check_stored(folder, stored, index)
         saved: manifest.StepCounts = document["checkpoint"]["step_counts"]
         _check_match(folder, stored, live, strict=strict, convert=convert)
         for s in slices:
@@ -82,8 +83,9 @@ def load(folder: str | Path, state: ShardedState, *, strict: bool = True, conver
         return counts | saved
 
     counts = ranks.together(check)
+    ranks.together(lambda: index.check_files(folder, sorted(index.records)[ranks.rank :: ranks.world_size]))
     with state.loading(folder):
-        ranks.together(lambda: _read(folder, metadata, stored, slices))
+        ranks.together(lambda: _read(folder, index, stored, slices))
         state.load_step_counts(counts)
     document["checkpoint"]["not_loaded"] = sorted(
         manifest.vector_key(name, kind) for name, kind in _keys(live) - _keys(stored)
@@ -101,39 +103,31 @@ def load_extras(folder: str | Path, keys: Iterable[str]) -> dict[str, Tensor]:
         InputError: not a checkpoint that can be read.
     """
     folder = Path(folder)
-    read_document(folder)
-    metadata = read_index(folder)
+    _, index = open_checkpoint(folder)
     found: dict[str, Tensor] = {}
     for key in keys:
-        entry = metadata.state_dict_metadata.get(manifest.extra_key(key))
-        if isinstance(entry, TensorStorageMetadata):
-            found[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    fill(folder, metadata, {manifest.extra_key(key): tensor for key, tensor in found.items()})
+        if entry := index.tensors.get(manifest.extra_key(key)):
+            found[key] = torch.empty(entry.size, dtype=entry.dtype)
+    fill(folder, index, {manifest.extra_key(key): tensor for key, tensor in found.items()})
     return found
+
+
+def open_checkpoint(folder: Path) -> tuple[dict[str, Any], Index]:
+    """A checkpoint's document and index."""
+    document = read_document(folder)
+    return document, read_index(folder, document)
 
 
 def _keys(parameters: manifest.Parameters) -> set[tuple[str, str]]:
     return {(name, kind) for name, parameter in parameters.items() for kind in parameter["kinds"]}
 
 
-def check_document(folder: Path, document: dict[str, Any], metadata: Metadata) -> None:
+def check_stored(folder: Path, stored: manifest.Parameters, index: Index) -> None:
     """Check the data against the document: its index is complete and of the same sizes and dtypes.
 
     Raises:
-        InputError: they do not fit, or the document is not of this format.
+        InputError: they do not fit.
     """
-    try:
-        _check_stored(folder, document["checkpoint"]["parameters"], metadata)
-        counts = document["checkpoint"]["step_counts"]
-        if not all(type(number) in (int, float) for entry in counts.values() for number in entry.values()):
-            raise TypeError("a step count is not a number")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder} has a document that is not of this format ({error!r})") from error
-
-
-def _check_stored(folder: Path, stored: manifest.Parameters, metadata: Metadata) -> None:
     chunks: dict[str, set[tuple[int, int]]] = {}
     for name, parameter in stored.items():
         numel = Layout.whole(name, parameter["shape"]).numel
@@ -141,14 +135,14 @@ def _check_stored(folder: Path, stored: manifest.Parameters, metadata: Metadata)
             if "format" in entry and entry["dtypes"] != _dtypes_of(kind, entry["format"]):
                 raise InputError(f"{folder}: {name}/{kind} is not in a known format, but in {entry['format']!r}")
             for at, key in enumerate(tensor_keys(name, kind, parameter)):
-                tensor = metadata.state_dict_metadata.get(key)
+                tensor = index.tensors.get(key)
                 dtype = DTYPES.get(entry["dtypes"][at % len(entry["dtypes"])])
-                if not isinstance(tensor, TensorStorageMetadata) or tensor.properties.dtype != dtype:
+                if tensor is None or tensor.dtype != dtype:
                     raise InputError(f"{folder}: {key!r} is not there with the dtype that its document names")
                 if "format" not in entry:
                     if tuple(tensor.size) != (numel,):
                         raise InputError(f"{folder}: {key!r} has {tuple(tensor.size)} elements, not {numel}")
-                    chunks[key] = {(c.offsets[0], c.sizes[0]) for c in tensor.chunks}
+                    chunks[key] = {(start, length) for start, length in tensor.chunks[:, :2].tolist()}
     try:
         manifest.check_coverage(stored, chunks)
     except ValueError as error:
@@ -232,7 +226,7 @@ def _direct(s: Slice, entry: dict[str, Any]) -> bool:
     return same and (s.format is None or [list(r) for r in s.layout.ranges] in entry["layouts"])
 
 
-def _read(folder: Path, metadata: Metadata, stored: manifest.Parameters, slices: list[Slice]) -> None:
+def _read(folder: Path, index: Index, stored: manifest.Parameters, slices: list[Slice]) -> None:
     state: dict[str, Tensor] = {}
     # What is not contiguous (channels_last, a transposed weight) is read by way of a copy.
     contiguous = [replace(s, tensors=tuple(local_tensor(t).detach().contiguous() for t in s.tensors)) for s in slices]
@@ -241,36 +235,36 @@ def _read(folder: Path, metadata: Metadata, stored: manifest.Parameters, slices:
         if entry is None or not s.layout.ranges:
             continue
         if not _direct(s, entry):
-            recode(folder, metadata, entry, s)
+            recode(folder, index, entry, s)
         elif s.format is None:
             key = manifest.vector_key(s.name, s.kind)
             state[key] = FlatShard(s.layout.numel, DTYPES[entry["dtypes"][0]], chunks_of(s.layout, s.tensors[0]))
         else:
             for key, tensor in zip(manifest.block_keys(s.name, s.kind, s.layout.ranges), s.tensors, strict=True):
                 state[key] = local_tensor(tensor).detach().view(-1)
-    fill(folder, metadata, state)
+    fill(folder, index, state)
     for s, read in zip(slices, contiguous, strict=True):
         for tensor, values in zip(map(local_tensor, s.tensors), read.tensors, strict=True):
             if not tensor.is_contiguous():
                 tensor.detach().copy_(values)
 
 
-def recode(folder: Path, metadata: Metadata, entry: dict[str, Any], s: Slice) -> None:
+def recode(folder: Path, index: Index, entry: dict[str, Any], s: Slice) -> None:
     """Fill `s` through fp32, from another layout or format."""
     mine = _packed(s.layout)
     values = torch.zeros(mine.local_numel)
     if "format" not in entry:
         vector = FlatShard(s.layout.numel, torch.float32, chunks_of(mine, values))
-        fill(folder, metadata, {manifest.vector_key(s.name, s.kind): vector})
+        fill(folder, index, {manifest.vector_key(s.name, s.kind): vector})
     for ranges in entry.get("layouts", []):
         theirs = Layout(s.name, s.layout.shape, _ranges(ranges))
         if not any(_overlap(a, b) for a in theirs.ranges for b in mine.ranges):
             continue
         tensors = {
-            key: torch.empty(metadata.state_dict_metadata[key].size, dtype=DTYPES[dtype])  # type: ignore[union-attr]
+            key: torch.empty(index.tensors[key].size, dtype=DTYPES[dtype])
             for key, dtype in zip(manifest.block_keys(s.name, s.kind, theirs.ranges), entry["dtypes"], strict=True)
         }
-        fill(folder, metadata, dict(tensors))
+        fill(folder, index, dict(tensors))
         source = states.read_slice(Slice(s.name, s.kind, theirs, tuple(tensors.values()), entry["format"]))
         for a in _packed(theirs).ranges:
             for b in mine.ranges:
@@ -301,26 +295,20 @@ def _ranges(stored: Iterable[Iterable[int]]) -> tuple[Range, ...]:
     return tuple(Range(*r) for r in stored)
 
 
-class _Reader(dcp.FileSystemReader):
-    """Works from an index that was read and checked before."""
-
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
-        super().__init__(folder)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
-
-
-def fill(folder: Path, metadata: Metadata, state: dict[str, Tensor]) -> None:
+def fill(folder: Path, index: Index, state: dict[str, Tensor]) -> None:
     """Read `state`'s tensors in place, each rank by itself: DCP plans a load without the others anyway."""
     if not state:
         return
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    reader = Reader(folder, index.save_id, index.records, index.metadata(state))
     try:
-        dcp.load(dict(state), storage_reader=_Reader(folder, metadata), planner=planner, no_dist=True)
+        dcp.load(dict(state), storage_reader=reader, planner=planner, no_dist=True)
     except CheckpointException as error:
         (cause, _) = next(iter(error.failures.values()))
         if not isinstance(cause, Exception):
             raise cause from None
+        if isinstance(cause, DamagedError):
+            raise DamagedError(str(cause)) from error
+        if isinstance(cause, InputError):
+            raise InputError(str(cause)) from error
         raise InputError(f"cannot read checkpoint {folder}: {type(cause).__name__}: {cause}") from error

@@ -26,7 +26,7 @@ class Described(NamedTuple):
 
 Descriptions = dict[tuple[str, str], Described]  # by parameter name and kind
 StepCounts = dict[str, dict[str, int | float]]  # by parameter name
-Parameters = dict[str, dict[str, Any]]  # as in the document, see folders.read_document
+Parameters = dict[str, dict[str, Any]]  # as in the document, see document.read_document
 
 
 def stored_as(entry: dict[str, Any]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import itertools
 import json
+import sys
 import threading
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent import futures
@@ -21,12 +22,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.planner import SavePlan
 
 from shardopt.checkpoint import folders, manifest
+from shardopt.checkpoint.blocks import FileRecord
+from shardopt.checkpoint.document import FORMAT, INDEX, write_bytes, write_document
 from shardopt.checkpoint.flat import FlatShard, chunks_of
-from shardopt.checkpoint.index import write_index
+from shardopt.checkpoint.index import index_content
+from shardopt.checkpoint.storage import Writer, Written
 from shardopt.distributed import Ranks
 from shardopt.engines.state import ShardedState, refused_steps, require_state
 from shardopt.errors import InputError
@@ -224,29 +227,35 @@ def _prepare(
         return _tensors(slices, extras, copy=copy), planner
 
     tensors, planner = ranks.together(prepare)
+    save_id = ranks.from_main(uuid.uuid4().hex)
 
-    def publish(files: dict[str, int]) -> None:
-        for name, size in files.items():
-            path = partial / name
-            if not path.is_file() or path.stat().st_size < size:
+    def publish(written: list[Written], metadata: Metadata) -> None:
+        for file in written:
+            path = partial / file.file
+            if not path.is_file() or path.stat().st_size != file.record.size:
                 raise InputError(
                     f"{path}, written by another rank, is not there: run.dir must be on a file system "
                     f"that all nodes share"
                 )
-        written = {
-            "format": folders.FORMAT,
+        index = index_content(save_id, written, metadata)
+        write_bytes(partial / INDEX, index)
+        records = {INDEX: FileRecord.of(index), **{file.file: file.record for file in written}}
+        described = {
+            "format": FORMAT,
+            "save_id": save_id,
             "torch": torch.__version__,
+            "byteorder": sys.byteorder,
             "world_size": ranks.world_size,
             "parameters": planner.parameters,
             "step_counts": planner.step_counts,
             "extras": planner.extras,
-            "files": files,
+            "files": {name: record._asdict() for name, record in records.items()},
         }
-        folders.write_json(partial / folders.DOCUMENT, {**document, "checkpoint": written})
+        write_document(partial, {**document, "checkpoint": described})
         folders.publish(partial, folder, folders.is_complete)
         after()
 
-    writer = _PublishingWriter(partial, publish)
+    writer = Writer(partial, ranks.rank, save_id, publish)
 
     def write() -> None:
         try:
@@ -305,31 +314,6 @@ class _SavePlanner(DefaultSavePlanner):
         keys, prefix = metadata.state_dict_metadata, manifest.extra_key("")
         self.extras = sorted(key.removeprefix(prefix) for key in keys if key.startswith(prefix))
         return plans, metadata
-
-
-class _PublishingWriter(dcp.FileSystemWriter):
-    """Calls, on rank 0 once all ranks have written, `publish({file: bytes})`; its errors reach all."""
-
-    def __init__(self, folder: Path, publish: Callable[[dict[str, int]], None]) -> None:
-        super().__init__(folder, sync_files=True)
-        self._folder, self._publish = folder, publish
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            # torch.save answers a full disk with "unexpected pos", and keeps the reason as the context.
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            raise cause or error from None
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        write_index(self._folder, metadata, itertools.chain(*results))
-        files: dict[str, int] = {}
-        for place in (r.storage_data for rank in results for r in rank):
-            files[place.relative_path] = max(files.get(place.relative_path, 0), place.offset + place.length)
-        self._publish(files)
 
 
 def _give_up(folder: Path, error: CheckpointException, ranks: Ranks) -> NoReturn:

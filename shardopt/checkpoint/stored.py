@@ -6,15 +6,15 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from shardopt.checkpoint import folders, manifest
-from shardopt.checkpoint.index import DTYPES, read_index
-from shardopt.checkpoint.loading import check_document, fill, recode, tensor_keys
+from shardopt.checkpoint.document import DOCUMENT
+from shardopt.checkpoint.index import DTYPES
+from shardopt.checkpoint.loading import check_stored, fill, open_checkpoint, recode, tensor_keys
 from shardopt.errors import InputError
 from shardopt.slices import Layout, Slice
 
@@ -57,14 +57,14 @@ def locate(path: str | Path, step: int | None = None) -> Path:
     if not path.is_dir():
         raise InputError(f"{path} is not a folder: give a run's folder, such as runs/NAME, or a checkpoint's")
     for folder in (path, path / SLICES):
-        if (folder / folders.DOCUMENT).exists():
+        if (folder / DOCUMENT).exists():
             if step is not None and step != step_of(folder):
                 raise InputError(f"--step {step}: {path} is one checkpoint already; give its run's folder, or no step")
             return folder
     root = root_of(path)
     if root is None:
         raise InputError(
-            f"{path} is neither a checkpoint of shardopt (it has no {folders.DOCUMENT}) nor a run with checkpoints"
+            f"{path} is neither a checkpoint of shardopt (it has no {DOCUMENT}) nor a run with checkpoints"
         )
     found = complete_in(root)
     if not found:
@@ -92,10 +92,9 @@ class Stored:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.document = folders.read_document(folder)
-        self._metadata = read_index(self.folder)
+        self.document, self._index = open_checkpoint(self.folder)
         self.parameters: manifest.Parameters = self.document["checkpoint"]["parameters"]
-        check_document(self.folder, self.document, self._metadata)
+        check_stored(self.folder, self.parameters, self._index)
 
     @property
     def keys(self) -> list[tuple[str, str]]:
@@ -115,8 +114,7 @@ class Stored:
     def bytes(self, name: str, kind: str) -> int:
         """Bytes of a tensor's data as it is stored."""
         keys = tensor_keys(name, kind, self.parameters[name])
-        entries = [cast(TensorStorageMetadata, self._metadata.state_dict_metadata[key]) for key in keys]
-        return sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
+        return sum(math.prod(entry.size) * entry.dtype.itemsize for entry in map(self._index.tensors.__getitem__, keys))
 
     def read(self, name: str, kind: str, into: Tensor | None = None) -> Tensor:
         """A whole tensor in its own shape, on the CPU; bits as they are stored, a block format as fp32.
@@ -128,9 +126,9 @@ class Stored:
         into = torch.empty(shape, dtype=self.dtype(name, kind)) if into is None else into
         flat = into.view(-1)
         if "format" in entry:
-            recode(self.folder, self._metadata, entry, Slice(name, kind, Layout.whole(name, shape), (flat,)))
+            recode(self.folder, self._index, entry, Slice(name, kind, Layout.whole(name, shape), (flat,)))
         elif flat.numel():
-            fill(self.folder, self._metadata, {manifest.vector_key(name, kind): flat})
+            fill(self.folder, self._index, {manifest.vector_key(name, kind): flat})
         return into
 
     def weights(self, averaged: bool = False) -> Iterator[tuple[str, Tensor]]:

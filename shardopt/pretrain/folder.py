@@ -12,7 +12,6 @@ from typing import IO
 import yaml
 
 from shardopt import checkpoint
-from shardopt.checkpoint.folders import is_complete
 from shardopt.errors import InputError
 from shardopt.pretrain.config import Config, differences
 
@@ -37,9 +36,7 @@ class RunFolder:
         except OSError as e:
             raise InputError(f"run.dir: cannot write the run folder {self.path}: {e.strerror or e}") from e
         try:
-            self.resume_from = checkpoint.latest(self.path / "checkpoints")
             self._check(config)
-            self.moved = self._move_damaged()
             recorded = self.path / "config.yaml"
             temporary = recorded.with_suffix(".tmp")
             temporary.write_text(config.as_yaml(), encoding="utf-8")
@@ -58,19 +55,6 @@ class RunFolder:
                 f"run.name: {self.path} exists, and holds no run of shardopt ({', '.join(sorted(strangers)[:3])}): "
                 f"choose another run.name or run.dir"
             )
-        if config.run.resume == "must" and self.resume_from is None:
-            raise InputError(f"run.resume: must, but {self.path} holds no complete checkpoint")
-
-    def _move_damaged(self) -> list[Path]:
-        """Rename checkpoints that are damaged: the run may write those steps again."""
-        moved = []
-        for folder in sorted((self.path / "checkpoints").glob("step-????????")):
-            if not is_complete(folder):
-                aside = folder.with_name(f"{folder.name}.damaged")
-                while aside.exists():
-                    aside = aside.with_name(aside.name + "-again")
-                moved.append(folder.rename(aside))
-        return moved
 
     def _hold(self) -> IO[str]:
         lock = (self.path / ".lock").open("w")
@@ -91,7 +75,7 @@ class RunFolder:
             changed = differences(old, config.as_dict())
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as e:
             raise InputError(f"{recorded} is damaged ({e}): restore it, or choose another run.name") from e
-        began = self.resume_from is not None or (self.path / "metrics.jsonl").exists()
+        began = (self.path / "metrics.jsonl").exists() or checkpoint.latest(self.path / "checkpoints") is not None
         if changed and began:  # a run that failed before its first step leaves nothing to lose
             listed = "\n  ".join(changed[:8])
             advice = "Set them back to go on with it, or choose another run.name"

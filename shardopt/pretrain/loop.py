@@ -80,9 +80,9 @@ class Run:
         folder = ranks.together(lambda: self._open_folder() if ranks.is_main else None)
         if folder is not None:
             stack.callback(folder.release)
-        resume_from = ranks.from_main(folder.resume_from if folder is not None else None)
-        for path in folder.moved if folder is not None else []:
-            self.report.warn(f"a checkpoint is damaged or incomplete, is passed over and now called {path}")
+        resume_from = checkpoint.latest_intact(config.folder / "checkpoints", ranks, self.report.warn)
+        if resume_from is None and config.run.resume == "must":
+            raise InputError(f"run.resume: must, but {config.folder} holds no complete checkpoint")
 
         weights = model.weight_files(config.model.path)
         self.train_data, self.holdout_data = data.prepare(

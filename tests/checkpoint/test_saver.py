@@ -72,7 +72,7 @@ def test_the_background_writes_what_was_there_at_the_call(tmp_path: Path) -> Non
     assert checkpoint.load_extras(root / "step-00000003", ["rng"])["rng"].tolist() == [1, 2]
 
 
-class _Held(saving._PublishingWriter):
+class _Held(saving.Writer):
     """Writes when told to."""
 
     gate: Path
@@ -84,7 +84,7 @@ class _Held(saving._PublishingWriter):
 
 
 def test_saving_returns_before_the_disk_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "_PublishingWriter", _Held)
+    monkeypatch.setattr(saving, "Writer", _Held)
     monkeypatch.setattr(_Held, "gate", tmp_path / "gate", raising=False)
     root = tmp_path / "root"
     saver = Saver(root, 1, made.ranks_here(), asynchronous=True)
@@ -102,7 +102,7 @@ def test_saving_returns_before_the_disk_has_it(tmp_path: Path, monkeypatch: pyte
 def test_an_exception_does_not_wait_for_a_save_in_the_background(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "_PublishingWriter", _Held)
+    monkeypatch.setattr(saving, "Writer", _Held)
     monkeypatch.setattr(_Held, "gate", tmp_path / "gate", raising=False)
     root = tmp_path / "root"
     ranks = dataclasses.replace(made.ranks_here(), timeout=timedelta(seconds=0.2))
@@ -186,7 +186,7 @@ def test_checkpoint_with_a_file_of_another_size_is_not_the_latest(tmp_path: Path
         given = made.State(_slice(step)[0], made.ranks_here())
         checkpoint.save(tmp_path / f"step-0000000{step}", given, extras={"rng": torch.ones(3)})
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000002"
-    (data,) = (tmp_path / "step-00000002").glob("*.distcp")
+    (data,) = (tmp_path / "step-00000002").glob("*.data")
     with data.open("r+b") as file:
         file.truncate(data.stat().st_size - 1)
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000001"
@@ -287,7 +287,7 @@ def _killed_writing(rank: int, world_size: int, root: Path) -> None:
     saver.save(1, made.State(made.slices(made.rows, rank, world_size), saver.ranks))
     saver.wait()
     if rank == 1:
-        saving._PublishingWriter.write_data = lambda *_: _die()  # type: ignore[assignment,method-assign]
+        saving.Writer.write_data = lambda *_: _die()  # type: ignore[assignment,method-assign]
     saver.save(2, made.State(made.slices(made.rows, rank, world_size), saver.ranks))
     saver.wait()
 
@@ -297,7 +297,7 @@ def test_a_rank_killed_while_writing_leaves_the_checkpoint_before(tmp_path: Path
         on_ranks(2, _killed_writing, tmp_path, fresh=True)
     assert "no answer" not in str(caught.value)  # rank 0 does not wait for ever
     assert _names(tmp_path) == [".step-00000002.partial", "step-00000001"]
-    assert (tmp_path / ".step-00000002.partial" / "__0_0.distcp").stat().st_size > 0
+    assert (tmp_path / ".step-00000002.partial" / "rank-00000.data").stat().st_size > 0
     latest = checkpoint.latest(tmp_path)
     assert latest == tmp_path / "step-00000001"
     made.load(0, 1, latest, made.whole)
@@ -317,7 +317,7 @@ def _killed_renaming(rank: int, world_size: int, root: Path) -> None:
 
 def _killed_deleting(rank: int, world_size: int, root: Path) -> None:
     def kill_after_one_file(path: Path) -> None:
-        next(iter(path.glob("__*"))).unlink()
+        next(iter(path.glob("rank-*"))).unlink()
         _die()
 
     folders.shutil.rmtree = kill_after_one_file  # type: ignore[assignment]

@@ -64,9 +64,9 @@ def test_the_document_says_what_was_written(tmp_path: Path) -> None:
 
 def test_replicas_are_written_once_and_by_turns(tmp_path: Path) -> None:
     on_ranks(2, made.save, tmp_path / "a", made.whole)
-    metadata = read_index(tmp_path / "a")
-    assert all(len(t.chunks) == 1 for t in metadata.state_dict_metadata.values())  # type: ignore[union-attr]
-    assert {p.relative_path for p in metadata.storage_data.values()} == {"__0_0.distcp", "__1_0.distcp"}
+    index = read_index(tmp_path / "a", checkpoint.read_document(tmp_path / "a"))
+    assert all(len(t.chunks) == 1 for t in index.tensors.values())
+    assert {index.files[t.chunks[0, 2]] for t in index.tensors.values()} == {"rank-00000.data", "rank-00001.data"}
 
 
 def _save_fsdp(rank: int, world_size: int, folder: Path) -> dict[str, Tensor]:

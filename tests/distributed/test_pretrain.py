@@ -342,16 +342,33 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(folder, capsys):
     changes = {"run__name": "damaged", "engine": "{name: single}", "checkpoint__every": 3}
     tiny.run(0, 1, folder, **changes)
     expected = losses(folder, "damaged")
-    (folder / "runs" / "damaged" / "checkpoints" / "step-00000006" / "checkpoint.json").unlink()
-    capsys.readouterr()
-    tiny.run(0, 1, folder, **changes)
-    said = capsys.readouterr().out
-    assert "a checkpoint is damaged or incomplete, is passed over" in said
-    assert re.search(r"tokens seen +768 in \d:\d\d since it was resumed, 1,536 in all", said)
     checkpoints = folder / "runs" / "damaged" / "checkpoints"
-    names = {path.name for path in checkpoints.iterdir()}
-    assert names == {"step-00000003", "step-00000006", "step-00000006.damaged"}
-    assert losses(folder, "damaged") == expected
+    newest = checkpoints / "step-00000006"
+
+    def flip():
+        data = newest / "rank-00000.data"
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+
+    names = {"step-00000003", "step-00000006"}
+    damages = (
+        ((newest / "checkpoint.json").unlink, "it has no checkpoint.json", "step-00000006.damaged"),
+        (flip, "do not have their checksum", "step-00000006.damaged-again"),
+    )
+    for damage, reason, aside in damages:
+        damage()
+        capsys.readouterr()
+        tiny.run(0, 1, folder, **changes)
+        said = capsys.readouterr().out
+        words = "".join(said.split())
+        assert words.count("setaside") == 1
+        assert "".join(reason.split()) in words
+        assert f"It is set aside as {checkpoints / aside}, and the one before it is used".replace(" ", "") in words
+        assert re.search(r"tokens seen +768 in \d:\d\d since it was resumed, 1,536 in all", said)
+        names.add(aside)
+        assert {path.name for path in checkpoints.iterdir()} == names
+        assert losses(folder, "damaged") == expected
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_and_another_engine(folder):

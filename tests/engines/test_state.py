@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from shardopt import AdEMAMix, ZeroOptimizer, checkpoint
-from shardopt.checkpoint import folders, loading
+from shardopt.checkpoint import loading
+from shardopt.checkpoint.document import write_document
 from shardopt.distributed import Ranks
 from shardopt.engines import FsdpConfig
 from shardopt.engines.state import ModuleState
@@ -94,7 +95,7 @@ def test_load_refuses_step_counts_that_are_missing_or_no_numbers(tmp_path):
         ({"0.weight": {"step": "three"}}, "has a document that is not of this format"),
     ):
         document["checkpoint"]["step_counts"] = counts
-        folders.write_json(tmp_path / "a" / "checkpoint.json", document)
+        write_document(tmp_path / "a", document)
         with pytest.raises(InputError, match=message):
             checkpoint.load(tmp_path / "a", state)
     assert all(torch.equal(s.tensors[0], k) for s, k in zip(state.slices(), kept, strict=True))

@@ -1,0 +1,123 @@
+"""checkpoint.json: everything of a checkpoint that is not a tensor, and what its other files must be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+from shardopt.checkpoint.blocks import DamagedError, FileRecord, reading
+from shardopt.errors import InputError
+
+DOCUMENT = "checkpoint.json"
+INDEX = "index.json"
+FORMAT = 4
+
+# The first line has a checksum of all that follows; the whole is JSON.
+_FIRST_LINE = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
+
+
+def read_document(folder: str | Path) -> dict[str, Any]:
+    """A checkpoint's JSON: what the caller of `save` gave, and under "checkpoint" what was written.
+
+    `document["checkpoint"]` has `format`, `save_id`, `torch`, `byteorder`, `world_size`, `parameters` ({name: {shape,
+    kinds: {kind: {dtypes, and format and layouts where it is a block format}}}}), `step_counts` ({name: {"step": 3,
+    ...}}), `extras` (their keys) and `files` ({name: {size, crc32 of each block}}).
+
+    Raises:
+        DamagedError: it is missing or is not what was written.
+        InputError: it cannot be read, or is of another version.
+    """
+    path = Path(folder) / DOCUMENT
+    try:
+        with reading(path):
+            content = path.read_bytes()
+    except DamagedError as error:
+        raise DamagedError(f"{folder} is not a complete checkpoint: it has no {DOCUMENT}") from error
+    first = _FIRST_LINE.match(content)
+    if first is not None and first[1] != _crc(content[first.end() :]):
+        raise DamagedError(f"{path} is damaged, or was edited: its checksum is another")
+    try:
+        document = json.loads(content)
+        version = document["checkpoint"]["format"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{path} is not the document of a shardopt checkpoint ({error!r})") from error
+    if type(version) is int and 0 < version != FORMAT:
+        raise InputError(
+            f"{folder} has checkpoint format {version}, this shardopt reads format {FORMAT}: "
+            f"load it with the version that wrote it"
+        )
+    if first is None:
+        raise DamagedError(f"{path} is damaged: it has no checksum")
+    del document["crc32"]
+    try:
+        _check(document["checkpoint"])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DamagedError(f"{folder} has a document that is not of this format ({error!r})") from error
+    if document["checkpoint"]["byteorder"] != sys.byteorder:
+        raise InputError(f"{folder} was written on a machine of another byte order")
+    return document
+
+
+def write_document(folder: Path, document: dict[str, Any]) -> None:
+    """Write what `read_document` returns; on the disk when this returns."""
+    rest = json.dumps(document, indent=1, allow_nan=False).encode()[1:]
+    write_bytes(folder / DOCUMENT, b'{"crc32": "%s",\n' % _crc(rest) + rest)
+
+
+def records_of(document: dict[str, Any]) -> dict[str, FileRecord]:
+    """What the files beside a checked document must be."""
+    return {name: FileRecord(**stored) for name, stored in document["checkpoint"]["files"].items()}
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, on the disk when this returns."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _crc(content: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(content)
+
+
+def _check(written: dict[str, Any]) -> None:
+    """Check that all in a document's "checkpoint" is of the type that it must be of; ValueError and others if not."""
+    if not re.fullmatch("[0-9a-f]{32}", written["save_id"]):
+        raise ValueError("its save_id is none")
+    _expect(str, written["byteorder"], written["torch"], *written["extras"])
+    _expect(int, written["world_size"])
+    for counts in written["step_counts"].values():
+        for number in counts.values():
+            if type(number) not in (int, float):
+                raise TypeError("a step count is not a number")
+    for parameter in written["parameters"].values():
+        _expect(int, *parameter["shape"])
+        for kind in parameter["kinds"].values():
+            _expect(str, *kind["dtypes"])
+            if not kind["dtypes"]:
+                raise ValueError("a vector has no dtype")
+            if "format" in kind:
+                _expect(str, kind["format"])
+                _expect(list, kind["layouts"])
+            for ranges in kind.get("layouts", []):
+                for start, local, length in ranges:
+                    _expect(int, start, local, length)
+    for name, stored in written["files"].items():
+        if "/" in name or name.startswith("."):
+            raise ValueError(f"{name!r} is not a file of a checkpoint")
+        FileRecord.parse(stored)
+    if INDEX not in written["files"]:
+        raise ValueError(f"it names no {INDEX}")
+
+
+def _expect(kind: type, *values: Any) -> None:
+    """Check types; a number must not be negative either."""
+    for value in values:
+        if type(value) is not kind or (type(value) is int and value < 0):
+            raise TypeError(f"{value!r} is no {kind.__name__}")

@@ -1,0 +1,118 @@
+"""Find the newest checkpoint that is, byte for byte, what was written; set damaged ones aside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from shardopt.checkpoint import folders
+from shardopt.checkpoint.blocks import DamagedError, FileRecord, check_file, reading
+from shardopt.checkpoint.document import read_document
+from shardopt.checkpoint.index import read_index
+from shardopt.distributed import Ranks
+from shardopt.errors import InputError
+
+T = TypeVar("T")
+
+
+def latest_intact(root: str | Path, ranks: Ranks, warn: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The newest checkpoint under `root` of which every byte is what was written; None where there is none.
+
+    Newer ones that are damaged are renamed to NAME.damaged, so that a run may write their steps again. Nothing is
+    deleted. A collective: every rank reads its share of the files.
+
+    Args:
+        root: a folder of checkpoints, or not there yet.
+        ranks: the processes.
+        warn: gets a sentence for each damaged checkpoint, on every rank.
+
+    Raises:
+        InputError: a file cannot be read now (which is not taken for damage), or one is of another version; on every
+            rank, and nothing is renamed.
+    """
+    root = Path(root)
+
+    def newest() -> str | None:
+        return next((folder.name for folder in folders.step_folders(root)), None) if ranks.is_main else None
+
+    while (name := ranks.from_main(ranks.together(newest))) is not None:
+        reason = find_damage(root / name, ranks)
+        if reason is None:
+            return root / name
+        aside = ranks.from_main(ranks.together(partial(_set_aside, root / name, ranks)))
+        before = ranks.from_main(ranks.together(newest))
+        warn(
+            f"{reason}. It is set aside as {aside}, and {'the one before it is used' if before else 'it was the last'}"
+        )
+    return None
+
+
+def _set_aside(folder: Path, ranks: Ranks) -> Path | None:
+    if not ranks.is_main:
+        return None
+    with reading(folder):
+        return folders.set_aside(folder)
+
+
+def find_damage(folder: str | Path, ranks: Ranks) -> str | None:
+    """A sentence about what is damaged in a checkpoint, the same on every rank; None where all is as it was written.
+
+    A collective: every rank reads its share of the files.
+
+    Raises:
+        InputError: a file cannot be read now, or the checkpoint is of another version; on every rank.
+    """
+    folder = Path(folder)
+
+    def survey() -> tuple[str, dict[str, FileRecord]] | None:
+        """Rank 0 reads the document and the index, and sees that all data files are there."""
+        if not ranks.is_main:
+            return None
+        index = read_index(folder, read_document(folder))
+        index.check_files(folder, index.records)
+        return index.save_id, index.records
+
+    damage, found = _damage(survey, ranks)
+    if damage is not None:
+        return damage
+    save_id, records = ranks.from_main(found)  # type: ignore[misc]
+
+    def check() -> None:
+        """Every rank checks an equal share of the blocks."""
+        every = [(name, number) for name, record in records.items() for number in range(record.blocks)]
+        first, last = (len(every) * i // ranks.world_size for i in (ranks.rank, ranks.rank + 1))
+        mine: dict[str, list[int]] = {}
+        for name, number in every[first:last]:
+            mine.setdefault(name, []).append(number)
+        for name, numbers in mine.items():
+            with reading(folder / name):
+                if not (folder / name).exists():
+                    raise InputError(
+                        f"rank {ranks.rank} does not see {folder / name}, which rank 0 sees: run.dir must be on a file "
+                        f"system that all nodes share"
+                    )
+            check_file(folder / name, save_id, records[name], numbers)
+
+    return _damage(check, ranks)[0]
+
+
+def _damage(action: Callable[[], T], ranks: Ranks) -> tuple[str | None, T | None]:
+    """Run `action` on every rank: the first rank's damage or None, and this rank's result. A collective.
+
+    Raises:
+        InputError: on some rank it is not damage but another error, which may hide what is wrong.
+    """
+    result: T | None = None
+    damage: str | None = None
+
+    def run() -> None:
+        nonlocal result, damage
+        try:
+            result = action()
+        except DamagedError as error:
+            damage = str(error)
+
+    ranks.together(run)
+    return next((found for found in ranks.gather(damage) if found is not None), None), result
