@@ -360,10 +360,11 @@ class AdEMAMix(CheckedOptimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
         plan = self._current_plan(params)
-        missing = [i for i in plan.absent if grads[i] is not None]
-        if missing:
+        if missing := [i for i in plan.absent if grads[i] is not None]:
             groups = [group for group in self.param_groups for _ in group["params"]]
             for i in missing:
                 self._create_state(groups[i], params[i])
             plan = self._current_plan(params)
-        plan.step(grads)
+        if not plan.step(grads):
+            self._plan = None
+            self._current_plan(params).step(grads)

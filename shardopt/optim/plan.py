@@ -2,16 +2,17 @@
 
 A plan holds for as long as the same tensor objects are parameters and state; it is made lazily, because hosts swap
 parameters between construction and the first step. Storage may move under a tensor at any time (`.data`,
-offloading), so pointers are read anew at every step, and what they point at is checked: state when the plan is made
-and whenever it moves, weights and gradients at every step. What is done for each parameter at each step is kept to a
-handful of attribute reads: the rest is numpy on whole tables.
+offloading), so addresses are read anew at every step, together with what they rest on (facts.py). Tensors are looked
+at one by one where those facts are not what they were; what else is done for each parameter at each step is kept to a
+handful of attribute reads, the rest is numpy on whole tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from operator import attrgetter, is_, itemgetter
+from itertools import chain
+from operator import is_, itemgetter
 from types import NoneType
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch.autograd.graph import increment_version
 
 from shardopt.errors import InputError
 from shardopt.optim.kernels import Entry, Table
+from shardopt.optim.kernels.facts import Facts, check_storage
+from shardopt.optim.kernels.table import pointed
 from shardopt.optim.precision import follow_weight
 from shardopt.optim.reference import scalars_of
 from shardopt.optim.schema import COUNTS, TYPES, Scalars
@@ -29,9 +32,6 @@ from shardopt.slices import Layout, Range, local_tensor
 
 _TILE = 1 << 20  # elements that a temporary may have where strided tensors are copied in parts
 _ORDINARY = {Tensor, torch.nn.Parameter, NoneType}
-# Mapped over lists of tensors, these cost half of what a loop that asks each does.
-_numel, _is_contiguous = torch.Tensor.numel, torch.Tensor.is_contiguous
-_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
 
 
 def is_captured(group: Mapping[str, Any], device: torch.device) -> bool:
@@ -75,18 +75,29 @@ class Plan:
         self._scheduled = any("schedule_step" in held for held in self._states)
         self._all_states = list(state.values())
         self._lengths = list(map(len, self._states))
-        keys = {key for entry in self.entries for key in entry.tensors}
-        self._columns = []  # for each state key the dicts that have it and the tensors that they should hold
-        for key in keys:
-            holders = [held for held in self._states if key in held]
-            self._columns.append((itemgetter(key), holders, [held[key] for held in holders]))
+        # For each set of state keys what takes their values from the dicts that have them, and what these should be.
+        self._columns: list[tuple[Callable[[Any], Any], list[dict[str, Any]], list[Tensor]]] = []
+        holders: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for entry in self.entries:
+            holders.setdefault(tuple(entry.tensors), []).append(entry.state)
+        for keys, held in holders.items():
+            get = itemgetter(*keys)
+            self._columns.append((get, held, list(chain.from_iterable(map(get, held)))))
         self._params = [entry.param for entry in self.entries]
         self._mastered = [i for i, entry in enumerate(self.entries) if "master" in entry.tensors]
         self._left: dict[int, tuple[int, ...]] = {}  # those weights as our own step has left them
         self._any_placed = any(hasattr(param, "placements") for param in self._params)
-        self._types, self._numels = (list(map(of, weights)) for of in (_dtype, _numel))
+        self._kinds = [(weight.dtype, weight.device) for weight in weights]
+        self._numels = [weight.numel() for weight in weights]
+        labels = [(key, i, tensor) for i, entry in enumerate(self.entries) for key, tensor in pointed(entry)]
+        self._labels = [(key, i) for key, i, _ in labels]  # of each column of the facts
+        self._labels += [(key, i) for key in ("weight", "grad") for i in range(len(weights))]
+        self._facts = Facts([tensor for _, _, tensor in labels], 2 * len(weights))
+        self._known = np.zeros((2, len(self._labels)), dtype=np.int64)  # sizes and kinds that have been checked
+        self._types: list[torch.dtype | None] = [None] * len(weights)  # of the gradients
+        self._strided: set[int] = set()  # entries whose weight or gradient is not laid out in order
         self._tables: list[Table] = []
-        self._made_for: tuple[list[int], list[int]] | None = None  # strided entries and the groups' seeds
+        self._made_for: tuple[set[int], list[int]] | None = None  # strided entries and the groups' seeds
 
     @property
     def captured(self) -> bool:
@@ -102,35 +113,48 @@ class Plan:
             return False
         if list(map(len, self._states)) != self._lengths:
             return False
-        for get, holders, tensors in self._columns:
+        for get, held, tensors in self._columns:
             try:
-                if not all(map(is_, map(get, holders), tensors)):
+                if not all(map(is_, chain.from_iterable(map(get, held)), tensors)):
                     return False
             except KeyError:
                 return False
-        return list(map(_dtype, self._params)) == self._types
+        return True
 
-    def step(self, gradients: list[Tensor | None]) -> None:
+    def step(self, gradients: list[Tensor | None]) -> bool:
         """One step; `gradients` are those of `params`, None where there is none.
+
+        Returns:
+            False where a weight or state tensor has become one of another kind: a new plan has to check the state.
+            Nothing has moved or counted.
 
         Raises:
             InputError: a weight or gradient that does not fit what the plan was made for. Nothing has moved or
                 counted.
             RuntimeError: a sparse gradient (as torch's own optimizers have it).
         """
-        weights, grads, types, strided = self._gather(
-            gradients if len(gradients) == len(self.positions) else [gradients[i] for i in self.positions]
-        )
-        made_for = strided, [group["seed"] for group in self.groups]
+        weights = list(map(local_tensor, self._params)) if self._any_placed else self._params
+        grads = gradients if len(gradients) == len(self.positions) else [gradients[i] for i in self.positions]
+        if not {*map(type, grads)} <= _ORDINARY:
+            grads = [self._local_gradient(i, grad) for i, grad in enumerate(grads)]
+        facts = self._facts.read([*weights, *grads])
+        if (facts[1:] != self._known).any():
+            found = self._checked(weights, grads, facts[1:])
+            if found is None:
+                return False
+            grads, facts = found, self._facts.read([*weights, *found])
+            self._known = facts[1:].copy()
+        made_for = self._strided, [group["seed"] for group in self.groups]
         if made_for != self._made_for:
-            self._make_tables(set(strided))
+            self._make_tables()
             self._made_for = made_for
         try:
             for table in self._tables:
-                own = (weights, grads, types)
+                addresses, own = facts[0], (weights, grads, self._types)
                 if len(table.indices) < len(grads):
+                    addresses = addresses[table.columns]
                     own = tuple([values[i] for i in table.indices] for values in own)  # type: ignore[assignment]
-                table.point(*own)
+                table.point(addresses, *own)
                 if table.capturable:
                     table.describe_schedules(self.groups)
                 table.kernel.check(table)
@@ -138,6 +162,7 @@ class Plan:
         finally:
             for table in self._tables:
                 table.weights, table.grads = [], []  # or the gradients would outlive zero_grad
+        return True
 
     def _run(self, weights: list[Tensor], grads: list[Tensor | None]) -> None:
         """Count the step and let the kernels take it."""
@@ -165,49 +190,63 @@ class Plan:
 
     # -- each step, for each parameter ----------------------------------------------------------------------------
 
-    def _gather(
-        self, grads: list[Tensor | None]
-    ) -> tuple[list[Tensor], list[Tensor | None], list[torch.dtype | None], list[int]]:
-        """Local weights and gradients, the gradients' types, and the entries of which one is not laid out in order."""
-        weights = self._params
-        if self._any_placed:
-            weights = list(map(local_tensor, weights))
-        kinds = {*map(type, grads)}
-        if not kinds <= _ORDINARY:
-            grads = [self._local_gradient(i, grad) for i, grad in enumerate(grads)]
-        # Nearly every step needs no closer look, and hundreds of small tensors make looking dear.
-        all_grads: list[Any] = grads
-        if (
-            NoneType not in kinds
-            and list(map(_dtype, all_grads)) == self._types
-            and {*map(_layout, all_grads)} <= {torch.strided}
-            and list(map(_numel, all_grads)) == self._numels == list(map(_numel, weights))
-            and all(map(_is_contiguous, all_grads))
-            and all(map(_is_contiguous, weights))
-        ):
-            return weights, grads, self._types, []
-        grads, strided = list(grads), []
-        for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-            if grad is not None:
-                grads[i] = grad = self._fitting_gradient(i, weight, grad)
-                if not (grad.is_contiguous() and weight.is_contiguous()):
-                    strided.append(i)
-        return weights, grads, [None if grad is None else grad.dtype for grad in grads], strided
+    def _checked(
+        self, weights: list[Tensor], grads: list[Tensor | None], facts: np.ndarray
+    ) -> list[Tensor | None] | None:
+        """The gradients in dtypes that the kernels take, after a look at every tensor that is not as it was.
 
-    def _fitting_gradient(self, index: int, weight: Tensor, grad: Tensor) -> Tensor:
-        """`grad` in a dtype that the kernels take, where it and the weight are what the plan was made for."""
-        name, dtype = self.entries[index].name, self._types[index]
+        None where the plan no longer fits (see `step`).
+        """
+        for entry, (dtype, device) in zip(self.entries, self._kinds, strict=True):
+            if entry.kernel.name == "torch" and is_captured(self.groups[entry.group], device):
+                raise InputError(
+                    f"capturable=True on {device} needs the triton kernel, and {dtype} parameters have only the torch "
+                    f"one here, which reads the step on the host: set capturable=False"
+                )
+        grads, types, strided = list(grads), list(self._types), set(self._strided)
+        for column in np.flatnonzero((facts != self._known).any(0)).tolist():
+            key, i = self._labels[column]
+            entry, weight, (dtype, device) = self.entries[i], weights[i], self._kinds[i]
+            if key == "grad":
+                grad = grads[i]
+                types[i] = None
+                if grad is not None:
+                    grads[i] = grad = self._fitting_gradient(i, grad)
+                    types[i] = grad.dtype
+                    check_storage(grad, device, f"the gradient of {entry.name}")
+            elif key == "weight":
+                self._check_numel(i, weight, "the weight")
+                if weight.dtype != dtype or weight.device != device:
+                    return None
+                check_storage(weight, device, f"the weight {entry.name}")
+            elif self._known[1, column]:
+                return None
+            else:
+                check_storage(entry.tensors[key], device, f"state {key!r} of {entry.name}")
+            grad = grads[i]
+            if grad is None or (grad.is_contiguous() and weight.is_contiguous()):
+                strided.discard(i)
+            else:
+                strided.add(i)
+        self._types, self._strided = types, strided
+        return grads
+
+    def _check_numel(self, index: int, tensor: Tensor, what: str) -> None:
+        if tensor.numel() != self._numels[index]:
+            raise InputError(
+                f"{what} {self.entries[index].name} has {tensor.numel()} elements, the optimizer's state "
+                f"{self._numels[index]}: a parameter whose shape changes needs a new optimizer"
+            )
+
+    def _fitting_gradient(self, index: int, grad: Tensor) -> Tensor:
+        """`grad` in a dtype that the kernels take, where it is what the plan was made for."""
+        name, (dtype, _) = self.entries[index].name, self._kinds[index]
         if grad.layout is not torch.strided:
             raise RuntimeError(
                 f"AdEMAMix does not support sparse gradients: the gradient of {name} is sparse (an embedding gives "
                 f"dense ones with sparse=False)"
             )
-        for what, tensor in (("the weight", weight), ("the gradient of", grad)):
-            if tensor.numel() != self._numels[index]:
-                raise InputError(
-                    f"{what} {name} has {tensor.numel()} elements, the optimizer's state {self._numels[index]}: a "
-                    f"parameter whose shape changes needs a new optimizer"
-                )
+        self._check_numel(index, grad, "the gradient of")
         if not (grad.is_floating_point() or dtype.is_complex):
             raise InputError(f"the gradient of {name} is {grad.dtype}: it must be a floating-point tensor")
         kind = grad.dtype
@@ -233,10 +272,10 @@ class Plan:
 
         There is one place for each group and step count: nearly always as many as there are groups.
         """
-        alike = self._count_alike(grads)
+        alike = None if None in self._types else self._count_alike()
         if alike is not None:
             found = [scalars_of(self.groups[group], *alike) for group in self._stepped]
-            return self._place, found, np.full(len(found), alike[0], dtype=np.int64)
+            return self._place, found, np.array([alike[0]] * len(found))
         on_device: list[Tensor] = []
         places: dict[tuple[int, int, int], int] = {}
         which = []
@@ -265,13 +304,11 @@ class Plan:
         scalars = [scalars_of(self.groups[group], step, scheduled) for group, step, scheduled in places]
         return np.array(which, dtype=np.int64), scalars, np.array([step for _, step, _ in places], dtype=np.int64)
 
-    def _count_alike(self, grads: list[Tensor | None]) -> tuple[int, int] | None:
-        """Count the step of entries that all have a gradient and the same counts on the host, the usual case.
+    def _count_alike(self) -> tuple[int, int] | None:
+        """Count the step of all entries where they have the same counts, on the host: the usual case.
 
         None, and nothing counted, where that is not so.
         """
-        if NoneType in {*map(type, grads)}:
-            return None
         counted = []
         for key in COUNTS if self._scheduled else COUNTS[:1]:
             try:
@@ -288,26 +325,25 @@ class Plan:
 
     # -- tables -------------------------------------------------------------------------------------------------
 
-    def _make_tables(self, strided: set[int]) -> None:
+    def _make_tables(self) -> None:
         members: dict[tuple[str, torch.device, bool, int | None], list[int]] = {}
         for i, entry in enumerate(self.entries):
             device = self._params[i].device
             captured = is_captured(self.groups[entry.group], device)
-            if captured and entry.kernel.name == "torch":
-                raise InputError(
-                    f"capturable=True on {device} needs the triton kernel, and {self._params[i].dtype} parameters "
-                    f"have only the torch one here, which reads the step on the host: set capturable=False"
-                )
-            if captured and i in strided:
+            if captured and i in self._strided:
                 raise InputError(
                     f"the weight or gradient of {entry.name} is not contiguous: capturable=True needs them to be, call "
                     f".contiguous() on them, or set capturable=False"
                 )
-            members.setdefault((entry.kernel.name, device, captured, i if i in strided else None), []).append(i)
+            alone = i if i in self._strided else None
+            members.setdefault((entry.kernel.name, device, captured, alone), []).append(i)
         self._tables = [
             Table(indices, [self.entries[i] for i in indices], self.groups, captured, alone is not None)
             for (_, _, captured, alone), indices in members.items()
         ]
+        owners = np.array([i for _, i in self._labels])
+        for table in self._tables:
+            table.columns = np.flatnonzero(np.isin(owners, table.indices))
 
     # -- weights or gradients that are not laid out in order --------------------------------------------------------
 
@@ -330,7 +366,9 @@ class Plan:
             }
             clipped = tuple(_clipped(layout, start, copy.numel()) for layout in entry.layouts)
             part_table = Table([0], [replace(entry, tensors=tensors, layouts=clipped)], self.groups, capturable=False)
-            part_table.point([copy], [grad[first : first + some].contiguous()], [grad.dtype])
+            part_grad = grad[first : first + some].contiguous()
+            kept = [*(tensor for _, tensor in pointed(part_table.entries[0])), copy, part_grad]
+            part_table.point(np.array([t.data_ptr() for t in kept]), [copy], [part_grad], [grad.dtype])
             part_table.set_scalars(np.zeros(1, dtype=np.int64), [scalars], step)
             entry.kernel.run(part_table)
             if scalars.lr != 0.0 and copy.data_ptr() != part.data_ptr():  # with lr = 0 no bit is to move

@@ -10,10 +10,19 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 import shardopt
 from shardopt.errors import InputError
 from shardopt.optim import plan, precision
+from shardopt.optim.kernels import facts
 from shardopt.slices import Layout
 from tests.optim.test_kernels import same_bits
 
 KERNELS = ("c", "torch")
+
+
+@pytest.fixture(params=["shim", "Python"], autouse=True)
+def asked(request, monkeypatch):
+    """How tensors are asked about: by torch's C shim, and in Python where there is no compiler or shim."""
+    if request.param == "Python":
+        monkeypatch.setattr(facts, "_shim", lambda: None)
+    return request.param
 
 
 def stepped(shape=(3, 2), *, dtype=torch.float32, **options):
@@ -118,6 +127,68 @@ def test_backward_through_stepped_weights_raises(moved):
         loss.backward()
 
 
+# -- facts about tensors, by handles ----------------------------------------------------------------------------------
+
+
+def some_tensors():
+    base = torch.arange(24.0)
+    freed, part = torch.ones(4), torch.ones(9)[3:]
+    for tensor in (freed, part):
+        tensor.untyped_storage().resize_(0)
+    return [
+        *(base, base[3:], base.view(4, 6).t(), base[:1].expand(6), freed, part, torch.ones(0), None),
+        *(torch.ones(24, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.int8)),
+        *(nn.Parameter(base[5:7]), torch.ones(3, 2).to_sparse(), torch.ones(24, device="meta")),
+    ]
+
+
+def test_shim_and_python_tell_the_same_facts(asked, monkeypatch):
+    if asked == "Python":
+        pytest.skip("compares the two")
+    assert facts._shim() is not None
+    tensors = some_tensors()
+    kept = [tensor for tensor in tensors if tensor is not None]
+    found = facts.Facts(kept, len(tensors)).read(tensors)
+    monkeypatch.setattr(facts, "_shim", lambda: None)
+    expected = facts.Facts(kept, len(tensors)).read(tensors)
+    dense = [i for i, t in enumerate([*kept, *tensors]) if t is None or t.layout is torch.strided]
+    assert (found[0, dense] == expected[0, dense]).all()
+    assert (found[1] == expected[1]).all()
+    alike, expected_alike = (kinds[:, None] == kinds for kinds in (found[2], expected[2]))
+    assert (alike == expected_alike).all()
+
+
+def test_facts_follow_data_and_none(asked):
+    tensor, other = torch.ones(4), torch.ones(5)
+    told = facts.Facts([tensor], 1)
+    tensor.data = other
+    found = told.read([None])
+    assert found[:2, 0].tolist() == [other.data_ptr(), 5]
+    assert found[:, 1].tolist() == [0, 0, 0]
+
+
+def test_facts_own_what_they_keep_and_let_go_of_it(asked):
+    tensor = torch.ones(4)
+    told = facts.Facts([tensor], 0)
+    assert tensor._use_count() == (2 if asked == "shim" else 1)
+    del told
+    assert tensor._use_count() == 1
+
+
+def test_step_takes_parameter_whose_tensor_was_swapped():
+    """As module.to() does under torch.__future__.set_swap_module_params_on_conversion."""
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.ones(6))
+    optimizer = shardopt.AdEMAMix([param], lr=0.1)
+    param.grad = torch.ones(6)
+    optimizer.step()
+    torch.utils.swap_tensors(param, nn.Parameter(torch.full((6,), 5.0)))
+    param.grad = torch.ones(6)
+    optimizer.step()
+    assert (param != 5.0).all()
+    assert (param > 4.0).all()
+
+
 # -- state ----------------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +203,14 @@ def test_step_refuses_state_whose_data_changed_dtype():
     param, _, optimizer = stepped()
     optimizer.state[param]["nu"].data = torch.ones(3, 2, dtype=torch.float64)
     refuses(optimizer, "state 'nu' of w")
+
+
+def test_step_refuses_state_that_became_a_part_of_itself():
+    """Its address is the same, and the kernel would write past its end."""
+    param, _, optimizer = stepped((8,))
+    state = optimizer.state[param]["m2"]
+    state.data = state.data[:3]
+    refuses(optimizer, r"state 'm2' of w is torch.float32 of shape \(3,\)")
 
 
 @pytest.mark.parametrize("key", ["m1", "m2", "nu", "step"])

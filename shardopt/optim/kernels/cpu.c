@@ -405,3 +405,36 @@ void shardopt_step(const Segment *segments, const int64_t *ends, int64_t count, 
         chunk(s, from, s->length - from < chunk_length ? s->length - from : chunk_length);
     }
 }
+
+/* -- facts about tensors, for the checks in front of a step ------------------------------------------------ */
+
+typedef struct { /* torch's C shim; a tensor is a pointer to an at::Tensor, which is a pointer itself */
+    int32_t (*address)(void *, void **), (*numel)(void *, int64_t *), (*storage_numel)(void *, int64_t *);
+    int32_t (*offset)(void *, int64_t *), (*dtype)(void *, int32_t *), (*layout)(void *, int32_t *);
+    int32_t (*device)(void *, int32_t *), (*device_index)(void *, int32_t *), (*is_contiguous)(void *, uint8_t *);
+} Shim;
+
+/* Of each tensor its address, number of elements and kind (facts.py); how many cannot be told, whose kind is then -1. */
+int64_t shardopt_describe(const Shim *ask, void *const *tensors, int64_t count, int64_t *facts) {
+    int64_t untold = 0;
+    for (int64_t i = 0; i < count; i++) {
+        void *tensor = tensors[i], *address = NULL;
+        int64_t numel = 0, room = 0, offset = 0, kind = 0;
+        int32_t dtype = 0, layout = 0, device = 0, index = 0;
+        uint8_t contiguous = 0;
+        if (*(void **)tensor != NULL) {
+            const int failed = ask->layout(tensor, &layout) || layout != 0 /* strided */ || ask->numel(tensor, &numel)
+                || ask->dtype(tensor, &dtype) || ask->device(tensor, &device) || ask->device_index(tensor, &index)
+                || ask->address(tensor, &address) || ask->storage_numel(tensor, &room) || ask->offset(tensor, &offset)
+                || ask->is_contiguous(tensor, &contiguous);
+            const int whole = numel == 0 || (address != NULL && room >= offset + numel);
+            kind = 1 | (int64_t)(contiguous != 0) << 1 | (int64_t)whole << 2 | (int64_t)(uint8_t)dtype << 8
+                | (int64_t)(uint8_t)device << 16 | (int64_t)(uint16_t)index << 24;
+            if (failed) kind = -1, untold++;
+        }
+        facts[i] = (int64_t)(uintptr_t)address;
+        facts[count + i] = numel;
+        facts[2 * count + i] = kind;
+    }
+    return untold;
+}

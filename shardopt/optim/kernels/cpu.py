@@ -38,9 +38,12 @@ class CpuKernel(Kernel):
     name = "c"
 
     def __init__(self) -> None:
-        self._step = _load().shardopt_step
+        library, (pointer, number) = _load(), (ctypes.c_void_p, ctypes.c_int64)
+        self._step = library.shardopt_step
         self._step.restype = None
-        self._step.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+        self._step.argtypes = [pointer, pointer, number, number, ctypes.c_int]
+        # facts.py asks by it; torch's answers may take Python, so the interpreter stays locked
+        self.describe = ctypes.PYFUNCTYPE(number, pointer, pointer, number, pointer)(("shardopt_describe", library))
 
     def refusal(self, weight: Tensor) -> str | None:
         if weight.device.type != "cpu":

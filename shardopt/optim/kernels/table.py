@@ -1,7 +1,7 @@
 """The table that a kernel takes: one row (schema.SEGMENT) for each contiguous local range of each parameter.
 
 A table is kept from step to step for as long as the layout of the rows is the same. Before each step `point` fills in
-the addresses, after checking every one of them, and `set_scalars` the scalars.
+the addresses, every one of which the plan has checked, and `set_scalars` the scalars.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ assert _NAMES[_DOUBLES] == schema.DOUBLES
 _COLUMN_OF = {key: _NAMES.index(key) for key in (*schema.ROUNDED, *schema.SCALES)}
 _COLUMN_OF |= dict.fromkeys(schema.MASTER_KINDS, _NAMES.index("master"))
 _BITS = tuple(schema.FLAG_BITS.values())
-_data_ptr = torch.Tensor.data_ptr
 
 
 class Tile(NamedTuple):
@@ -100,6 +99,11 @@ class Entry:
         return self.formats[key].decode(*self.stored(key, where))
 
 
+def pointed(entry: Entry) -> list[tuple[str, Tensor]]:
+    """State keys and tensors of the addresses that the entry's rows hold, in the order of their numbers."""
+    return [(key, tensor) for key, tensor in entry.tensors.items() if key in _COLUMN_OF]
+
+
 class Table:
     """
     Args:
@@ -120,16 +124,19 @@ class Table:
     ) -> None:
         ranges = [(i, name, tile) for i, entry in enumerate(entries) for name, tile in entry.ranges()]
         self.device = entries[0].param.device
-        self._ordinal = -1 if self.device.index is None else self.device.index
         self.indices, self.entries, self.capturable, self.strided = indices, entries, capturable, strided
         self.kernel = entries[0].kernel
+        self.columns = np.arange(0)  # of the plan's facts that are about these entries
         self.learning_rates: list[float | Tensor] = []  # of a capturable table's entries
         self.captured = False  # whether a CUDA graph holds a step of this table
         self.rows = rows = np.zeros(len(ranges), dtype=schema.SEGMENT)
         # Views are made once: of a record numpy takes microseconds to make one.
         self._words = rows.view(np.int64).reshape(-1)
         self._doubles = rows.view(np.float64).reshape(-1, _WORDS)[:, _DOUBLES]  # they lie side by side
-        self._flags, self._steps = rows["flags"], rows["step"]
+        self._steps = rows["step"]
+        self._placed: np.ndarray | None = None  # what the rows' flags were last set for, and each row's place then
+        self._flagged: list[tuple[Any, ...]] = []
+        self._of_row = np.arange(0)
         self.row_entry = owner = np.array([i for i, _, _ in ranges], dtype=np.int64)
         columns = np.array([tile for _, _, tile in ranges], dtype=np.int64).reshape(-1, 4).T
         rows["start"], self.row_local, self.row_block, rows["length"] = columns
@@ -148,87 +155,51 @@ class Table:
         self._place_pointers()
 
     def _place_pointers(self) -> None:
-        """List the words of the rows that are addresses: their tensor, and the bytes behind its start."""
-        self._stored: list[Tensor] = []  # those of an entry together, as they lie in memory
-        self._keys: list[tuple[str, int]] = []  # of each address, state key, "weight" or "grad", and entry
+        """List the words of the rows that are addresses: the number of their tensor, and the bytes behind its start.
+
+        Tensors are numbered as `point` has their addresses: those of `pointed`, then weights, then gradients.
+        """
         number: dict[tuple[int, str], int] = {}
+        sizes: list[int] = []  # of an element
         for index, entry in enumerate(self.entries):
-            for key, tensor in entry.tensors.items():
-                if key in _COLUMN_OF:
-                    number[index, key] = len(self._stored)
-                    self._stored.append(tensor)
-                    self._keys.append((key, index))
-        sizes = np.array([tensor.element_size() for tensor in self._stored], dtype=np.int64)
+            for key, tensor in pointed(entry):
+                number[index, key] = len(sizes)
+                sizes.append(tensor.element_size())
         count, parts = len(self.entries), []
+        weights, grads = len(sizes) + self.row_entry, len(sizes) + count + self.row_entry
         for key, column in _COLUMN_OF.items():
             owner = np.array([number.get((i, key), -1) for i in range(count)], dtype=np.int64)[self.row_entry]
             rows = np.nonzero(owner >= 0)[0]
             first = (self.row_block if key in schema.SCALES else self.row_local)[rows]
-            parts.append((rows * _WORDS + column, owner[rows], first * sizes[owner[rows]] if len(rows) else first))
+            parts.append((rows * _WORDS + column, owner[rows], first * np.array(sizes, dtype=np.int64)[owner[rows]]))
         whole = np.arange(len(self.rows)) * _WORDS
-        weights, grads = len(self._stored) + self.row_entry, len(self._stored) + count + self.row_entry
-        sizes = np.array([entry.param.dtype.itemsize for entry in self.entries], dtype=np.int64)
-        parts.append((whole + _NAMES.index("weight"), weights, self.row_local * sizes[self.row_entry]))
+        size = np.array([entry.param.dtype.itemsize for entry in self.entries], dtype=np.int64)
+        parts.append((whole + _NAMES.index("weight"), weights, self.row_local * size[self.row_entry]))
         parts.append((whole + _NAMES.index("grad"), grads, np.zeros_like(self.row_local)))  # by `point`
-        self._places, self._owner, offsets = (np.concatenate(column) for column in zip(*parts, strict=True))
-        self._offsets = offsets
-        self._expected = [(t.numel(), t.dtype) for t in self._stored]
-        self._keys += [(key, index) for key in ("weight", "grad") for index in range(count)]
-        self._addresses: list[int] = []  # those that the rows have, all checked
-        self._known = np.full(len(self._keys), -1, dtype=np.int64)  # the same
+        self._places, self._owner, self._offsets = (np.concatenate(column) for column in zip(*parts, strict=True))
         self._types: list[torch.dtype | None] = []
 
-    def point(self, weights: list[Tensor], grads: list[Tensor | None], types: list[torch.dtype | None]) -> None:
-        """Let the rows point into these local weights and gradients and into the state, as it lies in memory now.
+    def point(
+        self,
+        addresses: np.ndarray,
+        weights: list[Tensor],
+        grads: list[Tensor | None],
+        types: list[torch.dtype | None],
+    ) -> None:
+        """Let the rows point into state and these local weights and gradients, all of which have been checked.
 
         Args:
+            addresses: of the state tensors (`pointed`) of each entry, then of the weights, then of the gradients.
             types: dtype of each gradient.
-
-        Raises:
-            InputError: a tensor whose storage is gone, is on another device, or no longer fits.
         """
         self.weights, self.grads = weights, grads
-        other_types = types is not self._types and types != self._types
-        if other_types:
+        if types is not self._types and types != self._types:
             self._types, owner = types, self.row_entry
-            self.rows["grad_type"] = np.array(
-                [schema.NONE if t is None else schema.TYPES[t] for t in types], dtype=np.uint8
-            )[owner]
+            codes = [schema.NONE if t is None else schema.TYPES[t] for t in types]
+            self.rows["grad_type"] = np.array(codes, dtype=np.uint8)[owner]
             sizes = np.array([0 if t is None else t.itemsize for t in types], dtype=np.int64)
-            self._offsets[-len(owner) :] = sizes[owner] * self.row_local
-        addresses = [*map(_data_ptr, self._stored), *map(_data_ptr, weights)]
-        if None in types:
-            addresses += [0 if grad is None else grad.data_ptr() for grad in grads]
-        else:
-            addresses += map(_data_ptr, grads)  # type: ignore[arg-type]
-        if other_types or addresses != self._addresses:
-            now = np.fromiter(addresses, np.int64, len(addresses))
-            self._check_moved(np.flatnonzero(now != self._known).tolist())
-            self._words[self._places] = now[self._owner] + self._offsets
-            self._addresses, self._known = addresses, now
-
-    def _check_moved(self, moved: list[int]) -> None:
-        """Look at the tensors, by their places among the addresses, that lie elsewhere than they did."""
-        for i in moved:
-            key, index = self._keys[i]
-            entry = self.entries[index]
-            if key == "grad":
-                grad = self.grads[index]
-                # Gradients move at many steps: the cheap question first.
-                if grad is not None and (
-                    not grad.data_ptr() or grad.storage_offset() or grad.get_device() != self._ordinal
-                ):
-                    check_storage(grad, self.device, f"the gradient of {entry.name}")
-            elif key == "weight":
-                check_storage(self.weights[index], self.device, f"the weight {entry.name}")
-            else:
-                tensor, (numel, dtype), what = self._stored[i], self._expected[i], f"state {key!r} of {entry.name}"
-                if (tensor.numel(), tensor.dtype) != (numel, dtype) or not tensor.is_contiguous():
-                    raise InputError(
-                        f"{what} was replaced: it has {tensor.numel()} elements of {tensor.dtype}, and had {numel} of "
-                        f"{dtype}, contiguous"
-                    )
-                check_storage(tensor, self.device, what)
+            self._offsets[len(self._offsets) - len(owner) :] = sizes[owner] * self.row_local
+        self._words[self._places] = addresses[self._owner] + self._offsets
 
     def set_scalars(self, places: np.ndarray, scalars: Sequence[Scalars], steps: np.ndarray) -> None:
         """Give each row its scalars and step.
@@ -236,11 +207,14 @@ class Table:
         Args:
             places: of each entry in `scalars` and `steps`; -1 for an entry that is to be left alone.
         """
-        of_row = places[self.row_entry]
-        flags = [sum(bit for bit, on in zip(_BITS, s[len(schema.DOUBLES) :], strict=True) if on) for s in scalars]
-        self._flags[:] = np.where(of_row < 0, schema.SKIP, np.array(flags, dtype=np.uint8)[of_row])
-        self._steps[:] = steps[of_row]
-        self._doubles[:] = np.array([s[: len(schema.DOUBLES)] for s in scalars])[of_row]
+        flags = [s[len(schema.DOUBLES) :] for s in scalars]
+        if places is not self._placed or flags != self._flagged:  # seldom: most steps are as the one before
+            self._placed, self._flagged, of_row = places, flags, places[self.row_entry]
+            codes = [sum(bit for bit, on in zip(_BITS, values, strict=True) if on) for values in flags]
+            self.rows["flags"] = np.where(of_row < 0, schema.SKIP, np.array(codes, dtype=np.uint8)[of_row])
+            self._of_row = of_row
+        self._steps[:] = steps[self._of_row]
+        self._doubles[:] = np.array([s[: len(schema.DOUBLES)] for s in scalars])[self._of_row]
 
     def describe_schedules(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Fill in what a captured kernel computes its scalars from (kernels/__init__.py).
@@ -276,21 +250,3 @@ class Table:
             ("lr_pointer", [0 if lr is None or lr.device != self.device else lr.data_ptr() for lr in lrs]),
         ):
             self.rows[name] = np.array(values, dtype=self.rows[name].dtype)[self.row_entry]
-
-
-def check_storage(tensor: Tensor, device: torch.device, what: str) -> None:
-    """
-    Raises:
-        InputError: the elements of `tensor` are not in memory, or not on `device`.
-    """
-    if tensor.device != device:
-        raise InputError(
-            f"{what} is on {tensor.device}, the optimizer's state on {device}: move the state along, or build the "
-            f"optimizer after moving the model"
-        )
-    needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
-    if tensor.numel() and (not tensor.data_ptr() or tensor.untyped_storage().nbytes() < needed):
-        raise InputError(
-            f"{what} has no storage behind it, or not for every element: it was freed, is on the meta device, or is an "
-            f"expanded view (clone it)"
-        )
