@@ -395,15 +395,39 @@ def test_an_abandoned_build_is_removed_and_a_live_one_is_not(tmp_path: Path) -> 
     assert live.exists()
 
 
-def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_damaged_cache_is_built_again_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = {"source": "jsonl", "paths": str(write_jsonl(tmp_path / "a.jsonl", made_up(60)))}
-    load(tmp_path, source)
+    before, _ = load(tmp_path, source, tokenizer={"bpe": 300})
+    (packed,), (tokenizer,) = packed_folders(tmp_path), (tmp_path / "cache" / "tokenizers").iterdir()
+    files = [path for folder in (packed, tokenizer) for path in folder.iterdir()]
+    assert {"train.bin", "holdout.bin", "tokenizer.json", "meta.json"} <= {path.name for path in files}
+    whole = {path: path.read_bytes() for path in files}
+    for path in files:
+        for damage in (_flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes() + b"xx")):
+            damage(path)
+            caplog.clear()
+            after, _ = load(tmp_path, source, tokenizer={"bpe": 300})
+            said = [record.getMessage() for record in caplog.records]
+            assert said == [f"data.cache: {path.parent} is damaged, and is built again"]
+            assert path.read_bytes() == whole[path]
+            assert after.fingerprint == before.fingerprint
+            assert torch.equal(after.batch(0, 0, 4), before.batch(0, 0, 4))
+    assert set((tmp_path / "cache" / "packed").iterdir()) == {packed}
+
+
+def test_a_file_that_is_cut_after_the_cache_was_checked_is_refused(tmp_path: Path) -> None:
+    load(tmp_path, {"source": "jsonl", "paths": str(write_jsonl(tmp_path / "a.jsonl", made_up(60)))})
     (folder,) = packed_folders(tmp_path)
     with (folder / "train.bin").open("ab") as file:
         file.write(b"xx")
-    assert f"{folder} is damaged" in refused(tmp_path, source)
-    (folder / "meta.json").unlink()
-    assert f"{folder} is damaged" in refused(tmp_path, source)
+    with pytest.raises(InputError, match=f"{folder} is damaged; remove that folder"):
+        packing.Packed.open(folder).blocks("train", 32)
 
 
 # --- bad input --------------------------------------------------------------------------------------------

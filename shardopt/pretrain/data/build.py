@@ -17,7 +17,18 @@ from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 from shardopt.pretrain.data.batches import HoldoutData, Shuffled, Stream, TrainData
 from shardopt.pretrain.data.config import BpeTokenizer, ByteTokenizer, DataConfig, HfSource, holds_tokenizer
-from shardopt.pretrain.data.packing import FORMAT, Packed, Tick, aside, is_held_out, pack, read_meta, write_meta
+from shardopt.pretrain.data.packing import (
+    FORMAT,
+    Packed,
+    Tick,
+    aside,
+    checksum,
+    is_built,
+    is_held_out,
+    pack,
+    read_meta,
+    write_meta,
+)
 from shardopt.pretrain.data.sources import Corpus, digest
 from shardopt.pretrain.data.tokenizers import (
     SavedTokenizer,
@@ -130,7 +141,7 @@ def _build_tokenizer(config: DataConfig, corpora: list[Corpus], progress: bool) 
         loaded = load_path(shape)
         folder = root / digest(FORMAT, content_key(loaded))
         make = lambda: loaded  # noqa: E731
-    if not read_meta(folder):
+    if not is_built(folder):
         with aside(folder) as building:
             tokenizer = make()
             meta = {
@@ -139,7 +150,7 @@ def _build_tokenizer(config: DataConfig, corpora: list[Corpus], progress: bool) 
                 "eos": tokenizer.eos_token_id,
                 "is_bytes": isinstance(shape, ByteTokenizer),
             }
-            write_meta(building, meta)
+            write_meta(building, meta, {path.name: checksum(path) for path in building.iterdir() if path.is_file()})
     return _saved_tokenizer(config, folder)
 
 
@@ -170,7 +181,7 @@ def _build_packed(config: DataConfig, corpus: Corpus, tokenizer: SavedTokenizer,
     scan = corpus.source.scan if isinstance(corpus.source, HfSource) and corpus.source.streaming else None
     key = digest(FORMAT, corpus.key, tokenizer.key, config.holdout, scan)
     folder = config.cache_folder / "packed" / key
-    if not read_meta(folder):
+    if not is_built(folder):
         with aside(folder) as building, _progress(f"tokenising {corpus.source.source}", progress) as tick:
             sides = pack(corpus.documents(), tokenizer, config.holdout, building, tick)
             meta = {
@@ -180,7 +191,7 @@ def _build_packed(config: DataConfig, corpus: Corpus, tokenizer: SavedTokenizer,
                 "dtype": tokenizer.dtype.name,
                 **{side: asdict(one) for side, one in sides.items()},
             }
-            write_meta(building, meta)
+            write_meta(building, meta, {f"{side}.bin": one.sha256 for side, one in sides.items()})
     return folder
 
 

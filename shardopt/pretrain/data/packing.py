@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import shutil
 import time
 import uuid
@@ -16,10 +17,13 @@ from typing import Any
 import numpy as np
 
 from shardopt.errors import InputError
+from shardopt.pretrain.data.sources import digest
 from shardopt.pretrain.data.tokenizers import SavedTokenizer
 
+logger = logging.getLogger(__name__)
+
 # Part of every key: raise it when the code gives other tokens for the same corpus.
-FORMAT = 2
+FORMAT = 3
 _CHUNK_CHARACTERS = 4 << 20
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -73,14 +77,14 @@ class Blocks:
     but the file's first is a target once. The tail that fills no block is left out.
 
     Raises:
-        InputError: the file is missing or has another size than was written.
+        DamagedError: the file is missing or has another size than was written.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, tokens: int, block_size: int) -> None:
         self.n_blocks = max(0, (tokens - 1) // block_size)
         self._size = block_size
         if not path.exists() or path.stat().st_size != tokens * dtype.itemsize:
-            raise damaged(path.parent)
+            raise DamagedError(path.parent)
         ids = np.memmap(path, dtype, "r") if tokens else np.empty(0, dtype)
         self._windows = (
             np.lib.stride_tricks.sliding_window_view(ids, block_size + 1)[::block_size] if self.n_blocks else None
@@ -143,30 +147,65 @@ def chunks(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
         yield texts
 
 
-def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+class DamagedError(InputError):
+    """A folder of the cache is not what was written to it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"data.cache: {folder} is damaged; remove that folder")
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """The meta.json of a finished build, empty where there is none.
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_meta(folder: Path, meta: dict[str, Any], checksums: dict[str, str]) -> None:
+    """End a build: write meta.json, with the `checksum` of every other file and of itself."""
+    content = {"meta": meta, "files": checksums}
+    (folder / "meta.json").write_text(json.dumps({**content, "checksum": digest(content)}, indent=1))
+
+
+def read_meta(folder: Path, verify: bool = False) -> dict[str, Any]:
+    """The meta that was written to a finished build, empty where there is none.
+
+    Args:
+        verify: read every file, and compare it with its checksum.
 
     Raises:
-        InputError: the folder is there, but not what was written to it.
+        DamagedError: the folder is there, but not what was written to it.
+        InputError: it cannot be read.
     """
     try:
-        return json.loads((folder / "meta.json").read_text())
+        content = json.loads((folder / "meta.json").read_text())
+        whole = content.pop("checksum") == digest(content)
+        if whole and verify:
+            whole = all(checksum(folder / name) == sha256 for name, sha256 in content["files"].items())
     except FileNotFoundError:
         if folder.exists():
-            raise damaged(folder) from None
+            raise DamagedError(folder) from None
         return {}
-    except ValueError:
-        raise damaged(folder) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(folder) from None
     except OSError as error:
         raise InputError(f"data.cache: cannot read {folder} ({error.strerror})") from error
+    if not whole:
+        raise DamagedError(folder)
+    return content["meta"]
 
 
-def damaged(folder: Path) -> InputError:
-    return InputError(f"data.cache: {folder} is damaged; remove that folder")
+def is_built(folder: Path) -> bool:
+    """Whether the cache has `folder`, whole; a damaged one is removed, with a warning."""
+    try:
+        return bool(read_meta(folder, verify=True))
+    except DamagedError:
+        logger.warning("data.cache: %s is damaged, and is built again", folder)
+    doomed = folder.parent / f".building-{uuid.uuid4().hex}"  # which a run that has it open goes on reading
+    try:
+        folder.rename(doomed)
+    except OSError as error:
+        raise InputError(f"data.cache: cannot remove {folder}, which is damaged ({error.strerror})") from error
+    shutil.rmtree(doomed, ignore_errors=True)
+    return False
 
 
 @contextlib.contextmanager
