@@ -11,6 +11,7 @@ every byte is on the disk, and it loses it by one rename before anything in it i
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from typing import Any
 from shardopt.checkpoint.blocks import DamagedError, reading
 from shardopt.checkpoint.document import read_document, records_of, write_bytes
 from shardopt.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 _ASIDE = re.compile(r"\.(.+)\.(partial|previous|deleting)")
 _STEP = re.compile(r"(?:step-(\d+)|\.step-(\d+)\.previous)")
@@ -139,32 +142,50 @@ def publish(partial: Path, folder: Path, replaceable: Callable[[Path], bool]) ->
     partial.rename(folder)
     sync(folder.parent)
     if previous.exists():
-        shutil.rmtree(previous)
+        _delete(previous)
 
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint; killed halfway, nothing that looks complete is left."""
     doomed = _aside(folder, "deleting")
     if doomed.exists():
-        shutil.rmtree(doomed)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+        _delete(doomed)
+    try:
+        folder.rename(doomed)
+    except OSError as error:
+        _warn_of(folder, error)
+    else:
+        _delete(doomed)
+
+
+def _delete(folder: Path) -> None:
+    """Delete what nobody reads any more; what cannot be deleted stays, with a warning, for the next time."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # NFS keeps a file that somebody has open, and says ENOTEMPTY
+        _warn_of(folder, error)
+
+
+def _warn_of(folder: Path, error: OSError) -> None:
+    logger.warning("%s cannot be deleted (%s), which is tried again later", folder, error.strerror or error)
 
 
 def clean(root: Path) -> None:
     """Put `root` in order after a run that died: leftovers go, one caught mid-replacement comes back."""
-    for folder in sorted(root.iterdir()):
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
         match = _ASIDE.fullmatch(folder.name)
         if not match or not _STEP.fullmatch(match[1]):
             continue
         if match[2] == "previous" and not (root / match[1]).exists():
             folder.rename(root / match[1])
         else:
-            shutil.rmtree(folder)
+            _delete(folder)
 
 
 def prune(root: Path, keep: int, written: Path) -> None:
-    """Delete all but the `keep` newest complete checkpoints and the one just `written`."""
+    """Delete all but the `keep` newest complete checkpoints and the one just `written`; a failure is a warning."""
+    for leftover in sorted(root.glob(".step-*.deleting")):
+        _delete(leftover)
     for folder in complete_steps(root)[keep:]:
         if folder != written:
             remove(folder)

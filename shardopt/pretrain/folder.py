@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-import shutil
 from pathlib import Path
-from typing import IO
 
 import yaml
 
 from shardopt import checkpoint
 from shardopt.errors import InputError
 from shardopt.pretrain.config import Config, differences
+from shardopt.pretrain.lock import RunLock
 
 
 class RunFolder:
@@ -32,18 +29,32 @@ class RunFolder:
         try:
             self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._hold()
+            self._lock = RunLock(self.path / ".lock")
         except OSError as e:
             raise InputError(f"run.dir: cannot write the run folder {self.path}: {e.strerror or e}") from e
         try:
             self._check(config)
-            recorded = self.path / "config.yaml"
-            temporary = recorded.with_suffix(".tmp")
-            temporary.write_text(config.as_yaml(), encoding="utf-8")
-            temporary.replace(recorded)
+            self._record(config)
         except BaseException:
             self.release()
             raise
+
+    def _record(self, config: Config) -> None:
+        recorded = self.path / "config.yaml"
+        temporary = recorded.with_suffix(".tmp")
+        temporary.write_text(config.as_yaml(), encoding="utf-8")
+        temporary.replace(recorded)
+
+    def keep(self, config: Config) -> bool:
+        """Before something is written: false where somebody has removed the folder, which is then made again.
+
+        Raises:
+            InputError: another process has taken it.
+        """
+        if self._lock.check():
+            return True
+        self._record(config)
+        return False
 
     def _check(self, config: Config) -> None:
         recorded = self.path / "config.yaml"
@@ -55,19 +66,6 @@ class RunFolder:
                 f"run.name: {self.path} exists, and holds no run of shardopt ({', '.join(sorted(strangers)[:3])}): "
                 f"choose another run.name or run.dir"
             )
-
-    def _hold(self) -> IO[str]:
-        lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock.fileno()).st_nlink == 0:  # its last holder removed it while we opened it
-                raise BlockingIOError
-        except BlockingIOError:
-            lock.close()
-            raise InputError(f"run.name: another process is running {self.path} right now") from None
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        return lock
 
     def _check_same(self, recorded: Path, config: Config) -> None:
         try:
@@ -89,10 +87,11 @@ class RunFolder:
 
     def release(self) -> None:
         """Let others have the folder; a start that made it and failed before it began leaves none."""
-        with contextlib.suppress(OSError):  # somebody has removed the folder meanwhile
-            files = {p.name for p in self.path.rglob("*") if p.is_file()}
-            if self._is_new and files <= {".lock", "config.yaml"}:
-                shutil.rmtree(self.path)
-            else:
-                (self.path / ".lock").unlink()
-        self._lock.close()
+        files = {p.name for p in self.path.rglob("*") if p.is_file()}
+        self._lock.release()
+        if self._is_new and files <= {".lock", "config.yaml"}:
+            with contextlib.suppress(OSError):  # somebody else has begun in it
+                (self.path / "config.yaml").unlink(missing_ok=True)
+                for folder in sorted(self.path.rglob("*"), reverse=True):
+                    folder.rmdir()
+                self.path.rmdir()

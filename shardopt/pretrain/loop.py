@@ -77,9 +77,9 @@ class Run:
         rng.seed_all(config.run.seed, ranks.rank)
         # Cheap checks of the optimizer and the run folder come before data and model are touched.
         spec = config.optimizer.spec(config.train.steps, config.run.seed)
-        folder = ranks.together(lambda: self._open_folder() if ranks.is_main else None)
-        if folder is not None:
-            stack.callback(folder.release)
+        self.folder = ranks.together(lambda: self._open_folder() if ranks.is_main else None)
+        if self.folder is not None:
+            stack.callback(self.folder.release)
         resume_from = checkpoint.latest_intact(config.folder / "checkpoints", ranks, self.report.warn)
         if resume_from is None and config.run.resume == "must":
             raise InputError(f"run.resume: must, but {config.folder} holds no complete checkpoint")
@@ -96,7 +96,7 @@ class Run:
         )
         meta = model.meta_model(self.model_config, config.model.trust_remote_code)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
-        ranks.together(lambda: self._write_model(config.folder / checkpoint.export.MODEL) if ranks.is_main else None)
+        ranks.together(self._write_models_config)
         self._warn_of_limits()
         if config.train.activation_checkpointing:
             meta.gradient_checkpointing_enable({"use_reentrant": False})
@@ -145,6 +145,17 @@ class Run:
         if self.config.model.path is not None and self.config.model.trust_remote_code:
             for code in Path(self.config.model.path).glob("*.py"):  # which the config names
                 shutil.copy(code, folder)
+
+    def _write_models_config(self) -> None:
+        if self.ranks.is_main:
+            self._write_model(self.config.folder / checkpoint.export.MODEL)
+
+    def _keep_folder(self) -> None:
+        if self.folder is not None and not self.folder.keep(self.config):
+            self.report.warn(
+                f"somebody has removed {self.config.folder}: it is made again, and holds what is written from now on"
+            )
+            self._write_models_config()
 
     def _open_folder(self) -> RunFolder:
         try:
@@ -274,6 +285,7 @@ class Run:
         return metrics
 
     def _save(self) -> None:
+        self.ranks.together(self._keep_folder)
         document = self.progress.document(self.train_data, self.config.as_dict(), self.tracker.run_id)
         self.saver.save(self.progress.step, self.engine.state, document, rng.capture(self.ranks.rank))
 
@@ -320,7 +332,7 @@ class Run:
         config, engine = self.config, self.engine
         finished = self.progress.step >= config.train.steps
         holdout = self.holdout or (self._evaluate() if finished else None)
-        export = sample = None
+        export = sample = failure = None
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.checkpoint.export_dtype]
 
         def complete(folder: Path) -> None:
@@ -332,7 +344,10 @@ class Run:
                 buffers = {s.name for s in engine.state.buffer_slices()}  # these keep their dtype
                 whole = engine.state.full_parameters()
                 parameters = ((n, p if p is None or n in buffers else p.to(dtype)) for n, p in whole)
-                checkpoint.export_safetensors(export, parameters, self.ranks, complete=complete)
+                try:
+                    checkpoint.export_safetensors(export, parameters, self.ranks, complete=complete)
+                except InputError as e:  # on every rank
+                    failure, export = e, None
             if finished and config.eval.sample_tokens:
                 sample = generate(engine, self.tokenizer, config.eval.sample_tokens, config.data.block_size)
         where = self.tracker.where
@@ -358,6 +373,8 @@ class Run:
             sample=sample,
         )
         self.report.end(result)
+        if failure is not None:
+            raise InputError(f"{failure}; the run is complete but for its export: run it again, or shardopt export")
         return result
 
     def _close_tracker(self, kind: type[BaseException] | None, *_: object) -> None:

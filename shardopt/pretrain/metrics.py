@@ -131,7 +131,6 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int | None) -> None:
         self.path, self._torn, self.logged_step = path, False, 0
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 rows = read_metrics(path)
                 self.logged_step = rows[-1]["step"] if rows else 0
@@ -139,11 +138,18 @@ class MetricsFile:
                 aside = path.with_suffix(".jsonl.tmp")
                 aside.write_text("".join(kept), encoding="utf-8")
                 aside.replace(path)
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            self._file = self._open()
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}; choose another run.dir") from error
 
+    def _open(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
     def write(self, row: dict[str, Any]) -> None:
+        if not self.path.exists():  # removed, perhaps with its folder
+            os.close(self._file)
+            self._file, self._torn = self._open(), False
         plain = {name: _plain(value) for name, value in row.items()}
         line = (json.dumps(plain, allow_nan=False) + "\n").encode()
         if self._torn:  # a full disk left half a line: end it, readers skip it

@@ -1,0 +1,168 @@
+"""A run folder that two processes want, that disappears, or whose disk fails: told, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from shardopt import checkpoint
+from shardopt.checkpoint import export
+from shardopt.errors import InputError
+from shardopt.pretrain import lock, loop
+from shardopt.pretrain.lock import RunLock
+from tests.pretrain import tiny
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name, seconds in {"_RENEW": 0.05, "_STALE": 0.6, "_SETTLE": 0.1}.items():
+        monkeypatch.setattr(lock, name, seconds)
+
+
+def _no_flock(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def _dies(held: RunLock) -> None:
+    """As if its process had been killed: nothing is renewed, nothing removed."""
+    held._closed.set()
+    held._file.close()
+    time.sleep(0.1)
+
+
+@pytest.mark.parametrize("where", ["no flock", "flock of one host", "another host without flock"])
+def test_a_second_run_is_refused_while_the_first_lives_and_takes_over_when_it_has_died(
+    tmp_path, monkeypatch, caplog, where
+):
+    monkeypatch.setattr(fcntl, "flock", (lambda *_: None) if where == "flock of one host" else _no_flock)
+    path = tmp_path / ".lock"
+    first = RunLock(path)
+    holder = f"(pid {os.getpid()} on {socket.gethostname()})"
+    if where != "no flock":
+        monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    with pytest.raises(InputError, match=r"run\.name: another process is running ") as refused:
+        RunLock(path)
+    assert holder in str(refused.value)
+    assert first.is_mine()
+    _dies(first)
+    caplog.clear()
+    second = RunLock(path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"run.name: {tmp_path} was in use {holder}: looking whether it still is"
+    ]
+    with pytest.raises(InputError, match=f"another process has taken {tmp_path} .pid"):
+        first.check()
+    first.release()
+    assert second.check()
+    second.release()
+    assert not path.exists()
+
+
+def test_of_two_that_take_a_lock_without_flock_at_once_the_later_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", _no_flock)
+    path = tmp_path / ".lock"
+
+    def other_writes(_):
+        path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "token": "theirs"}))
+
+    monkeypatch.setattr(time, "sleep", other_writes)
+    with pytest.raises(InputError, match=r"another process is running .* \(pid 7 on elsewhere\)"):
+        RunLock(path)
+
+
+def test_a_process_that_was_killed_on_this_host_does_not_delay_the_next(tmp_path, caplog):
+    first = RunLock(tmp_path / ".lock")
+    _dies(first)
+    RunLock(tmp_path / ".lock").release()
+    assert not caplog.records
+
+
+def _at_step(monkeypatch, step, action):
+    steps, real = [], loop.Run._step
+
+    def with_action(self, stop):
+        real(self, stop)
+        steps.append(1)
+        if len(steps) == step:
+            self.saver.wait()
+            action()
+
+    monkeypatch.setattr(loop.Run, "_step", with_action)
+
+
+ALONE = {"engine": "{name: single}", "checkpoint__every": 2, "checkpoint__keep": 2}
+
+
+def test_a_run_whose_folder_is_removed_makes_it_again_and_goes_on(tmp_path, monkeypatch, capsys):
+    tiny.corpus(tmp_path / "text")
+    expected = tiny.run(0, 1, tmp_path, run__name="whole", **ALONE).holdout_loss
+    here = tmp_path / "runs" / "tiny"
+    with monkeypatch.context() as patch:
+        _at_step(patch, 3, lambda: shutil.rmtree(here))
+        result = tiny.run(0, 1, tmp_path, **ALONE)
+    assert (result.step, result.holdout_loss) == (6, expected)
+    assert f"somebody has removed {here}: it is made again" in capsys.readouterr().out
+    names = {path.name for path in here.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "model"} <= names
+    assert ".lock" not in names
+    assert [row["step"] for row in tiny.metrics(tmp_path, "tiny")] == [3, 4, 5, 6]
+    assert tiny.run(0, 1, tmp_path, **ALONE).step == 6  # found, and the same run
+
+
+def test_a_run_whose_folder_another_has_taken_stops_before_it_writes(tmp_path, monkeypatch):
+    tiny.corpus(tmp_path / "text")
+    here = tmp_path / "runs" / "tiny"
+    theirs = json.dumps({"host": "elsewhere", "pid": 7, "token": "theirs"})
+    _at_step(monkeypatch, 3, lambda: (here / ".lock").write_text(theirs))
+    with pytest.raises(InputError, match=r"another process has taken .* \(pid 7 on elsewhere\): this one stops"):
+        tiny.run(0, 1, tmp_path, **ALONE)
+    assert checkpoint.latest(here / "checkpoints").name == "step-00000002"
+    assert (here / ".lock").read_text() == theirs
+
+
+def test_a_full_disk_in_the_export_costs_the_export_alone(tmp_path, monkeypatch, capsys):
+    tiny.corpus(tmp_path / "text")
+    changes = ALONE | {"checkpoint__export": "true", "eval__sample_tokens": 4}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_save_file", lambda: full)
+        with pytest.raises(InputError, match=r"No space left on device; the run is complete but for its export"):
+            tiny.run(0, 1, tmp_path, **changes)
+    here = tmp_path / "runs" / "tiny"
+    said = capsys.readouterr().out
+    assert "finished" in said
+    assert f"checkpoint     {here}/checkpoints/step-00000006" in said
+    assert not (here / "export").exists()
+    assert (here / "loss.png").exists()
+    assert tiny.run(0, 1, tmp_path, **changes).export == here / "export"
+    assert load_file(here / "export" / "model.safetensors")
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(tmp_path, monkeypatch, caplog):
+    tiny.corpus(tmp_path / "text")
+    real, failed = shutil.rmtree, []
+
+    def rmtree(path, *arguments, **options):
+        if Path(path).name.endswith(".deleting") and not failed:
+            failed.append(path)
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    result = tiny.run(0, 1, tmp_path, train__steps=8, **ALONE)
+    assert result.step == 8
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("shardopt.checkpoint")]
+    assert said == [f"{failed[0]} cannot be deleted (Directory not empty), which is tried again later"]
+    assert sorted(path.name for path in result.checkpoint.parent.iterdir()) == ["step-00000006", "step-00000008"]
