@@ -1,4 +1,4 @@
-"""The commands that look after checkpoints: `shardopt checkpoint inspect | list`, `shardopt export`."""
+"""The commands that look after checkpoints: `shardopt checkpoint inspect | list | convert`, `shardopt export`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from shardopt.errors import InputError, MissingExtraError
 
 NAMES = ("checkpoint", "export")
+_TARGETS = ("shardopt", "torch", "paper", "bitsandbytes", "torchtitan", "deepspeed", "trainer")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -35,12 +36,23 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", type=Path, help="a checkpoint, or a run's folder for its newest")
     inspect.add_argument("--step", type=int, help="of a run's checkpoints; by default the newest")
     inspect.add_argument("--json", action="store_true", help="as JSON")
+    inspect.add_argument("--verify", action="store_true", help="read all data too, and compare every checksum")
     inspect.set_defaults(run=_inspect)
 
     listing = checkpoint.add_parser("list", help="list a run's checkpoints")
     listing.add_argument("path", type=Path, metavar="run", help="a run's folder, or that of its checkpoints")
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=_list)
+
+    convert = checkpoint.add_parser("convert", help="write a checkpoint in the format of another code, or read one")
+    convert.add_argument(
+        "source", type=Path, help="of any format: a checkpoint or run of shardopt, a .pt file, a folder"
+    )
+    convert.add_argument("target", type=Path, help="a new folder; a new .pt file for torch, paper, bitsandbytes")
+    convert.add_argument("--to", choices=_TARGETS, default="shardopt", help="by default %(default)s")
+    convert.add_argument("--optimizer", choices=["ademamix", "adamw"], help="make the state this optimizer's")
+    convert.add_argument("--drop", action="append", default=[], metavar="KEY", help="leave this state or count out")
+    convert.set_defaults(run=_convert)
 
     export = commands.add_parser("export", help="write a checkpoint's weights for transformers, without starting a job")
     export.add_argument("source", type=Path, help="a run's folder, or a checkpoint")
@@ -56,8 +68,15 @@ def _parser() -> argparse.ArgumentParser:
 def _inspect(arguments: argparse.Namespace) -> int:
     from shardopt.checkpoint import inspect
     from shardopt.checkpoint.stored import locate
+    from shardopt.checkpoint.verify import find_damage
+    from shardopt.distributed import Ranks
 
-    what = inspect.describe(locate(arguments.path, arguments.step))
+    folder = locate(arguments.path, arguments.step)
+    damage = find_damage(folder, Ranks.current()) if arguments.verify else None
+    if damage is not None:
+        print(f"shardopt: {damage}", file=sys.stderr)
+        return 1
+    what = inspect.describe(folder) | ({"verified": True} if arguments.verify else {})
     print(json.dumps(what, indent=1) if arguments.json else inspect.as_text(what))
     return 0
 
@@ -67,6 +86,20 @@ def _list(arguments: argparse.Namespace) -> int:
 
     rows = inspect.list_run(arguments.path)
     print(json.dumps(rows, indent=1) if arguments.json else inspect.list_as_text(rows))
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from shardopt.checkpoint.convert import convert
+
+    given = arguments
+    state = convert(given.source, given.target, given.to, optimizer=given.optimizer, drop=given.drop)
+    kinds = ", ".join(dict.fromkeys(kind for _, kind in state.tensors))
+    print(f"{given.source} ({state.source}) is now {given.target} ({given.to}): {kinds}")
+    if state.stateful and not all(len(group) > 1 for group in state.full_groups()):
+        print(
+            "its hyper-parameters are not known: those in it are defaults, set yours in param_groups after loading it"
+        )
     return 0
 
 

@@ -75,6 +75,21 @@ def test_inspect_as_json_adds_up_to_the_files_on_the_disk(run, capsys):
     assert sum(row["bytes"] for row in kinds.values()) < what["bytes"]
 
 
+def test_verify_compares_every_byte_and_ends_with_1_where_one_is_another(run, tmp_path, capsys):
+    copy = shutil.copytree(run / "checkpoints/step-00000004", tmp_path / "step-00000004")
+    status, text, _ = say(capsys, "checkpoint", "inspect", copy, "--verify")
+    assert status == 0
+    assert re.search(r"format +4, 3 files of [\d.]+ kB, every checksum is right", text)
+    data = next(copy.glob("*.data"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(content)
+    assert say(capsys, "checkpoint", "inspect", copy)[0] == 0
+    status, text, error = say(capsys, "checkpoint", "inspect", copy, "--verify")
+    assert (status, text) == (1, "")
+    assert f"{data} is damaged" in error
+
+
 def test_list_names_complete_checkpoints_by_step_and_what_else_lies_there(run, tmp_path, capsys):
     copy = shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
     (copy / ".step-00000008.partial").mkdir()

@@ -26,7 +26,8 @@ def read_document(folder: str | Path) -> dict[str, Any]:
 
     `document["checkpoint"]` has `format`, `save_id`, `torch`, `byteorder`, `world_size`, `parameters` ({name: {shape,
     kinds: {kind: {dtypes, and format and layouts where it is a block format}}}}), `step_counts` ({name: {"step": 3,
-    ...}}), `extras` (their keys) and `files` ({name: {size, crc32 of each block}}).
+    ...}}), `groups` ({names: [...], lr: ...} of each parameter group), `extras` (their keys) and `files` ({name:
+    {size, crc32 of each block}}).
 
     Raises:
         DamagedError: it is missing or is not what was written.
@@ -96,6 +97,8 @@ def _check(written: dict[str, Any]) -> None:
         for number in counts.values():
             if type(number) not in (int, float):
                 raise TypeError("a step count is not a number")
+    for group in written["groups"]:
+        _expect(str, *group["names"])
     for parameter in written["parameters"].values():
         _expect(int, *parameter["shape"])
         for kind in parameter["kinds"].values():

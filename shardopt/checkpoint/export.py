@@ -17,8 +17,8 @@ from shardopt.checkpoint.stored import SLICES, Stored
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError, MissingExtraError
 
-_WHOLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 MODEL = "model"
 """The folder of a run that keeps the model's config and tokenizer, for exports of its checkpoints."""
 _OF_A_MODEL = (
@@ -120,7 +120,7 @@ class _Files:
         self._flush()
         count = len(self._written)
         if count == 1:
-            self._part(1).rename(self.folder / _WHOLE)
+            self._part(1).rename(self.folder / WHOLE)
             return
         where: dict[str, str] = {}
         for number, names in enumerate(self._written, start=1):
@@ -128,7 +128,7 @@ class _Files:
             self._part(number).rename(self.folder / file)
             where |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
-        folders.write_json(self.folder / _INDEX, index)
+        folders.write_json(self.folder / INDEX, index)
 
     def _flush(self) -> None:
         self._written.append(list(self._held))
@@ -162,7 +162,7 @@ def export_checkpoint(
     Raises:
         InputError: `out` is there, the weights do not fit `dtype`, no weight EMA, no space.
     """
-    stored, kept = Stored(folder), _model_files(folder)
+    stored, kept = Stored(folder), model_files(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already: name another folder, or move it away")
 
@@ -191,7 +191,7 @@ def export_checkpoint(
     return sorted(path.name for path in kept)
 
 
-def _model_files(folder: Path) -> list[Path]:
+def model_files(folder: Path) -> list[Path]:
     """Config and tokenizer: of the run that wrote the checkpoint, or those that HF Trainer put around it."""
     if folder.name == SLICES:
         return [path for path in sorted(folder.parent.iterdir()) if path.name.startswith(_OF_A_MODEL)]
@@ -208,4 +208,4 @@ def _save_file() -> Callable[..., None]:
 
 
 def _is_export(folder: Path) -> bool:
-    return (folder / _WHOLE).is_file() or (folder / _INDEX).is_file()
+    return (folder / WHOLE).is_file() or (folder / INDEX).is_file()

@@ -67,6 +67,7 @@ def as_text(what: dict[str, Any]) -> str:
     counts = what["optimizer_steps"]
     by = [f"{what['engine'] or 'a program'} on {_many(what['ranks'], 'rank')}", f"torch {what['torch']}"]
     run = [what["run"], what["model"], what["optimizer"]]
+    verified = ", every checksum is right" if what.get("verified") else ""
     facts = {
         "step": step + (f", {what['skipped_steps']:,} skipped" if what["skipped_steps"] else ""),
         "tokens": f"{what['tokens']:,}" if what["tokens"] is not None else None,
@@ -75,7 +76,7 @@ def as_text(what: dict[str, Any]) -> str:
         "written by": ", ".join(by),
         "written": what["written"],
         "parameters": f"{what['parameters']:,}",
-        "format": f"{what['format']}, {_many(len(what['files']), 'file')} of {size(what['bytes'])}",
+        "format": f"{what['format']}, {_many(len(what['files']), 'file')} of {size(what['bytes'])}{verified}",
         "besides": f"{_many(len(what['extras']), 'tensor')} of the program's own" if what["extras"] else None,
     }
     rows = [["kind", "dtype", "tensors", "elements", "size"]]

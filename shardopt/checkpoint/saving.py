@@ -33,6 +33,7 @@ from shardopt.checkpoint.storage import Writer, Written
 from shardopt.distributed import Ranks
 from shardopt.engines.state import ShardedState, refused_steps, require_state
 from shardopt.errors import InputError
+from shardopt.optim import states
 from shardopt.slices import Slice, local_tensor
 
 # Writing alone is meant where there is no process group. A filter for the whole process, because the warning
@@ -208,7 +209,7 @@ def _prepare(
     require_state(state)
     ranks, partial = state.ranks, folders.partial_of(folder)
 
-    def prepare() -> tuple[dict[str, Tensor], _SavePlanner]:
+    def prepare() -> tuple[dict[str, Tensor], _SavePlanner, list[dict[str, Any]]]:
         if (reason := refused_steps(state.optimizer)) is not None:
             raise InputError(f"there is nothing to save: {reason}")
         state.init()
@@ -224,9 +225,9 @@ def _prepare(
                 raise InputError(f"document[{key!r}]: {error}") from error
         if ranks.is_main:
             folders.begin(folder)
-        return _tensors(slices, extras, copy=copy), planner
+        return _tensors(slices, extras, copy=copy), planner, states.group_settings(state.inner)
 
-    tensors, planner = ranks.together(prepare)
+    tensors, planner, groups = ranks.together(prepare)
     save_id = ranks.from_main(uuid.uuid4().hex)
 
     def publish(written: list[Written], metadata: Metadata) -> None:
@@ -248,6 +249,7 @@ def _prepare(
             "world_size": ranks.world_size,
             "parameters": planner.parameters,
             "step_counts": planner.step_counts,
+            "groups": groups,
             "extras": planner.extras,
             "files": {name: record._asdict() for name, record in records.items()},
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -180,6 +181,24 @@ def load_step_counts(
                 state[key] = torch.full_like(state["step"], number)
             else:
                 state[key] = number
+
+
+def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The names and hyper-parameters of each parameter group, as JSON has them; what JSON cannot hold is left out."""
+    names, groups = parameter_names(optimizer), []
+    for group in optimizer.param_groups:
+        settings: dict[str, Any] = {"names": [names[param] for param in group["params"]]}
+        for key, value in group.items():
+            plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            if key in ("params", "param_names"):
+                continue
+            try:
+                json.dumps(plain, allow_nan=False)
+            except (TypeError, ValueError):
+                continue
+            settings[key] = plain
+        groups.append(settings)
+    return groups
 
 
 @torch.no_grad()

@@ -1,0 +1,91 @@
+"""Checkpoints to and from the files of other codes, in one process and without holding a model in memory."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from shardopt.checkpoint import folders
+from shardopt.checkpoint.convert import deepspeed, native, state_dict, torchtitan, trainer
+from shardopt.checkpoint.convert.state import Scratch, TrainingState
+from shardopt.checkpoint.inspect import size
+from shardopt.errors import InputError
+
+Write = Callable[[Path, TrainingState, Scratch], None]
+_SOURCES = (native, trainer, deepspeed, torchtitan, state_dict)
+TARGETS: dict[str, Write] = {
+    native.NAME: native.write,
+    "torch": state_dict.write,
+    "paper": partial(state_dict.write, names="paper"),
+    "bitsandbytes": partial(state_dict.write, names="bitsandbytes"),
+    "torchtitan": torchtitan.write,
+    "deepspeed": deepspeed.write,
+    "trainer": trainer.write,
+}
+_FILES = ("torch", "paper", "bitsandbytes")
+
+
+def read(source: Path) -> TrainingState:
+    """What `source` holds, in whichever of the formats it is.
+
+    Raises:
+        InputError: it is in none of them, or damaged.
+    """
+    if not source.exists():
+        raise InputError(f"{source} is not there")
+    for form in _SOURCES:
+        if form.holds(source):
+            return form.read(source)
+    raise InputError(
+        f"{source} is none of: a checkpoint or run of shardopt, a .pt file of model and optimizer, a DCP folder of "
+        f"torchtitan, DeepSpeed's universal folder (with zero/ in it), HF Trainer's checkpoint folder"
+    )
+
+
+def convert(
+    source: Path, target: Path, to: str = native.NAME, *, optimizer: str | None = None, drop: Iterable[str] = ()
+) -> TrainingState:
+    """Write what `source` holds to `target`, bit for bit where the format keeps the dtype.
+
+    Args:
+        source: of any format; it is recognised.
+        target: a new folder or file.
+        to: one of `TARGETS`.
+        optimizer: "ademamix" takes over AdamW's state as AdEMAMix.from_adamw does; "adamw" leaves m2 out.
+        drop: state tensors and counts to leave out, by key.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: a format that has no place for part of the state, a target that exists, too little space.
+    """
+    if target.exists():
+        raise InputError(f"{target} exists already: name another place, or move it away")
+    if to in _FILES and target.suffix not in (".pt", ".pth"):
+        raise InputError(f"{target}: {to} is a file, so name it .pt")
+    state = read(source).for_optimizer(optimizer).without(drop)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.absolute().parent).free
+    if free < state.nbytes:
+        raise InputError(
+            f"{target.absolute().parent} has {size(free)} of free space, {target} takes {size(state.nbytes)}"
+        )
+    partial_ = folders.partial_of(target.absolute())
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as scratch:
+            TARGETS[to](partial_, state, Scratch(Path(scratch)))
+        for path in (partial_, *partial_.rglob("*")):
+            if path.is_file():
+                folders.sync(path)
+        partial_.rename(target)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error}") from error
+    finally:
+        if partial_.is_dir():
+            shutil.rmtree(partial_)
+        partial_.unlink(missing_ok=True)
+    return state

@@ -1,0 +1,94 @@
+"""Our own checkpoints as training states, and back through `checkpoint.save`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from shardopt.checkpoint.convert.state import Scratch, TrainingState, Whole
+from shardopt.checkpoint.document import DOCUMENT
+from shardopt.checkpoint.export import model_files
+from shardopt.checkpoint.saving import save
+from shardopt.checkpoint.stored import Stored, locate, root_of, step_of
+from shardopt.engines.state import ShardedState
+from shardopt.slices import Layout, Slice
+
+NAME = "shardopt"
+
+
+def holds(path: Path) -> bool:
+    return (path / DOCUMENT).is_file() or root_of(path) is not None
+
+
+def read(path: Path) -> TrainingState:
+    stored = Stored(locate(path))
+    tensors = {
+        (name, kind): Whole(
+            tuple(stored.parameters[name]["shape"]), stored.dtype(name, kind), partial(stored.read, name, kind)
+        )
+        for name, kind in stored.keys
+    }
+    groups = [
+        {key: tuple(value) if isinstance(value, list) and key != "names" else value for key, value in group.items()}
+        for group in stored.document["checkpoint"]["groups"]
+    ]
+    return TrainingState(
+        tensors,
+        stored.document["checkpoint"]["step_counts"],
+        groups,
+        stored.document.get("step", step_of(stored.folder)),
+        tuple(model_files(stored.folder)),
+        NAME,
+    )
+
+
+def write(path: Path, state: TrainingState, scratch: Scratch) -> None:
+    held = [
+        Slice(name, kind, Layout.whole(name, whole.shape), (scratch.keep(whole),))
+        for (name, kind), whole in state.tensors.items()
+    ]
+    save(path, _Held(held, state), {"step": state.step, "host": state.source})
+
+
+class _Held(ShardedState):
+    """Slices that lie in files, of no optimizer that could step."""
+
+    def __init__(self, held: list[Slice], state: TrainingState) -> None:
+        named = [(name, torch.zeros(0)) for name in state.stateful] or [("none", torch.zeros(0))]
+        tensors = dict(named)
+        groups = [
+            {**{k: v for k, v in group.items() if k != "names"}, "params": [(n, tensors[n]) for n in group["names"]]}
+            for group in state.full_groups()
+        ]
+        super().__init__(torch.optim.Optimizer(cast(Any, groups or named), {}))
+        self._held, self._counts = held, state.counts
+
+    def init(self) -> None:
+        """There is nothing that could be created."""
+
+    def slices(self) -> list[Slice]:
+        return self._held
+
+    def step_counts(self) -> dict[str, dict[str, int | float]]:
+        return self._counts
+
+    @property
+    def replicas(self) -> int:
+        return 1
+
+    def clip_grad_norm(self, max_norm: float | None) -> float:
+        raise NotImplementedError("a checkpoint has no gradients")
+
+    def gradient_bytes(self) -> int:
+        return 0
+
+    def weight_slices(self) -> list[Slice]:
+        return [s for s in self._held if s.kind == "weight"]
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        return ((s.name, s.tensors[0]) for s in self.weight_slices())

@@ -1,0 +1,136 @@
+"""A checkpoint folder of HF Trainer: safetensors, optimizer.pt, and shardopt's slices where AdEMAMix wrote it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardopt.checkpoint.convert import native
+from shardopt.checkpoint.convert.state import Scratch, TrainingState, Whole
+from shardopt.checkpoint.convert.state_dict import from_state_dict, load, to_state_dict
+from shardopt.checkpoint.document import DOCUMENT
+from shardopt.checkpoint.export import INDEX, WHOLE, export_safetensors, model_files
+from shardopt.checkpoint.stored import SLICES
+from shardopt.distributed import Ranks
+from shardopt.errors import InputError, MissingExtraError
+from shardopt.slices import named_parameters, persistent_buffers
+
+_OPTIMIZER, _SCHEDULER, _STATE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+
+
+def holds(path: Path) -> bool:
+    return (path / WHOLE).is_file() or (path / INDEX).is_file()
+
+
+def read(path: Path) -> TrainingState:
+    """Raises InputError where the optimizer's numbers cannot be told apart without the model's config.json."""
+    saved = _weights(path)
+    about = path / _STATE
+    step = json.loads(about.read_text(encoding="utf-8"))["global_step"] if about.is_file() else None
+    files = tuple(model_files(path / SLICES))
+    if (path / SLICES / DOCUMENT).is_file():
+        state = native.read(path / SLICES)
+        named = dict(named_parameters(_model(path)))
+        # What is not trained is Trainer's own.
+        kept = {n: w for n, w in saved.items() if (n, "weight") not in state.tensors}
+        beside = {(n, "weight" if n in named else "buffer"): Whole.of(w) for n, w in kept.items()}
+        return replace(state, tensors=state.tensors | beside, model_files=files, source="trainer")
+    model = _model(path) if (path / _OPTIMIZER).is_file() else None
+    if model is None:
+        return TrainingState({(n, "weight"): Whole.of(w) for n, w in saved.items()}, {}, [], step, files, "trainer")
+    buffers = {n: saved[n] for n, _ in persistent_buffers(model) if n in saved}
+    weights = {n: saved[n] for n, _ in named_parameters(model) if n in saved}
+    content = load(path / _OPTIMIZER)
+    order = [name for group in _groups(model) for name in group]
+    state = from_state_dict(weights | buffers, content, str(path / _OPTIMIZER), order)
+    return replace(state, step=step, model_files=files, source="trainer")
+
+
+def write(path: Path, state: TrainingState, scratch: Scratch) -> None:
+    """Raises InputError where the model's config is not known: Trainer's numbers follow its parameters."""
+    if state.stateful and not any(file.name == "config.json" for file in state.model_files):
+        raise InputError(
+            "a Trainer's checkpoint needs the model's config.json, which the source does not have beside it"
+        )
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for (name, kind), whole in state.tensors.items():
+            if kind in ("weight", "buffer"):
+                yield name, whole.read()
+
+    def complete(folder: Path) -> None:
+        for file in state.model_files:
+            shutil.copyfile(file, folder / file.name)
+        if not state.stateful:
+            return
+        groups = [{"names": names} for names in _groups(_model(folder)) if names]
+        for group in groups:  # each with the settings of the group that its parameters are in
+            own = next((g for g in state.groups if g["names"] and g["names"][0] in group["names"]), {})
+            group |= {key: value for key, value in own.items() if key != "names"}
+        placed = replace(state, groups=groups)
+        step = state.step or 0
+        if state.optimizer == "ademamix":
+            native.write(folder / SLICES, replace(placed, source="single"), scratch)
+            torch.save({"state": {}, "param_groups": []}, folder / _OPTIMIZER)
+        else:
+            torch.save(to_state_dict(placed, scratch), folder / _OPTIMIZER)
+        lrs = [group.get("initial_lr", group.get("lr", 0.0)) for group in groups]
+        schedule = {
+            "base_lrs": lrs,
+            "last_epoch": step,
+            "_step_count": step + 1,
+            "_last_lr": lrs,
+            "lr_lambdas": [None] * len(lrs),
+        }
+        torch.save(schedule, folder / _SCHEDULER)
+        from transformers import TrainerState
+
+        TrainerState(global_step=step).save_to_json(str(folder / _STATE))
+
+    export_safetensors(path, weights(), Ranks.current(), complete=complete)
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise MissingExtraError("safetensors", "pretrain") from error
+    found: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is a file
+    return found
+
+
+def _model(path: Path) -> Any:
+    """The model that config.json describes, on the meta device."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("transformers", "transformers") from error
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} has no config.json, by which the optimizer's numbers are told apart")
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    cls = getattr(transformers, (config.architectures or [""])[0], None)
+    if cls is None:
+        raise InputError(f"{path / 'config.json'}: transformers has no {config.architectures}")
+    with torch.device("meta"):
+        model = cls(config)
+    model.tie_weights()
+    return model
+
+
+def _groups(model: Any) -> list[list[str]]:
+    """The names in Trainer's two groups, those that decay first."""
+    from transformers import Trainer
+
+    decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    names = [name for name, _ in named_parameters(model)]
+    return [[n for n in names if n in decaying], [n for n in names if n not in decaying]]
