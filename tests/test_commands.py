@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardopt import checkpoint, cli
+from shardopt.checkpoint import inspect
 from shardopt.checkpoint.stored import Stored
+from shardopt.slices import Layout, Slice
 from tests.checkpoint import made
 from tests.pretrain import tiny
 
@@ -137,6 +139,56 @@ def test_a_checkpoint_of_a_program_is_exported_without_config_and_says_so(tmp_pa
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     for name, value in load_file(tmp_path / "out/model.safetensors").items():
         assert torch.equal(value.view(torch.int32), made.value(name, "weight").view(torch.int32))
+
+
+def _held(name, kind, values):
+    return Slice(name, kind, Layout.whole(name, values.shape), (values,))
+
+
+def test_inspect_tells_counts_that_differ_and_sums_up_many_files(tmp_path, capsys):
+    held = [_held(name, "weight", torch.ones(3)) for name in ("old", "new")]
+    counts = {"old": {"step": 5}, "new": {"step": 3}}
+    checkpoint.save(tmp_path / "a", made.State(held, made.ranks_here(), counts))
+    for rank in range(1, 13):
+        (tmp_path / "a" / f"__{rank}_0.distcp").write_bytes(b"0" * 100)
+    lines = say(capsys, "checkpoint", "inspect", tmp_path / "a")[1].splitlines()
+    assert "  updates     3 to 5 of each parameter" in lines
+    rows = [line.split() for line in lines[[line.split()[:1] for line in lines].index(["file"]) + 1 :]]
+    shown = [row[0] for row in rows[:-1]]
+    left_out = [path.stat().st_size for path in (tmp_path / "a").iterdir() if path.name not in shown]
+    assert len(shown) == 9
+    assert rows[-1] == ["and", str(len(left_out)), "more", *inspect.size(sum(left_out)).split()]
+
+
+def test_export_gives_averages_the_dtype_of_their_weights_and_leaves_buffers_theirs(tmp_path, capsys):
+    average, mean = torch.full((3, 2), 1 / 3), torch.full((2,), 1 / 3)
+    weight = _held("w", "weight", torch.ones(3, 2, dtype=torch.bfloat16))
+    held = [weight, _held("w", "weight_ema", average), _held("norm.mean", "buffer", mean)]
+    checkpoint.save(tmp_path / "a", made.State(held, made.ranks_here()))
+    for arguments, dtype in ([], torch.bfloat16), (["--dtype", "fp16"], torch.float16):
+        out = tmp_path / f"out{len(arguments)}"
+        assert say(capsys, "export", tmp_path / "a", out, "--averaged", *arguments)[0] == 0
+        exported = load_file(out / "model.safetensors")
+        assert torch.equal(exported["w"], average.bfloat16().to(dtype))
+        assert exported["w"].dtype == dtype
+        assert torch.equal(exported["norm.mean"], mean)
+    (tmp_path / "as-others").touch()
+    assert (out / "model.safetensors").stat().st_mode == (tmp_path / "as-others").stat().st_mode
+
+
+def test_checkpoint_of_hf_trainer_is_exported_with_the_config_and_tokenizer_around_it(tmp_path, capsys):
+    trainers = tmp_path / "checkpoint-7"
+    made.save(0, 1, trainers / "shardopt", made.whole)
+    kept = {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    for name in kept | {"optimizer.pt", "trainer_state.json", "model-00001-of-00001.safetensors"}:
+        (trainers / name).write_text("{}")
+    for path in trainers, tmp_path:
+        status, said, error = say(capsys, "export", path, tmp_path / f"of-{path.name}")
+        assert (status, error) == (0, "")
+        assert "weights alone" not in said
+        assert {p.name for p in (tmp_path / f"of-{path.name}").iterdir()} == kept | {"model.safetensors"}
+    assert say(capsys, "export", tmp_path)[0] == 0
+    assert (tmp_path / "export-7/model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

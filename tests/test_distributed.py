@@ -18,8 +18,9 @@ def alone(monkeypatch):
 
 
 def test_single_process_needs_no_process_group(alone):
-    ranks = Ranks.start("cpu")
+    ranks = Ranks.start("cpu", timeout_minutes=0.5)
     assert (ranks.rank, ranks.world_size, ranks.distributed) == (0, 1, False)
+    assert ranks.timeout == timedelta(seconds=30)
     assert (ranks.sum([2.0]), ranks.gather("a"), ranks.from_main(3), ranks.any(True)) == ([2.0], ["a"], 3, True)
     with pytest.raises(ZeroDivisionError):
         ranks.together(lambda: 1 // 0)

@@ -192,6 +192,15 @@ def test_checkpoint_with_a_file_of_another_size_is_not_the_latest(tmp_path: Path
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000001"
 
 
+def test_step_that_is_damaged_again_is_set_aside_beside_the_one_before(tmp_path: Path) -> None:
+    for count in range(1, 4):
+        (tmp_path / "step-00000006").mkdir()
+        (tmp_path / "step-00000006" / "data").write_bytes(b"0" * count)
+        folders.set_aside(tmp_path / "step-00000006")
+    kept = {path.parent.name: path.stat().st_size for path in tmp_path.glob("*/data")}
+    assert kept == {f"step-00000006.damaged{'-again' * count}": count + 1 for count in range(3)}
+
+
 def test_latest_of_nothing(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) is None
     assert checkpoint.latest(tmp_path / "missing") is None

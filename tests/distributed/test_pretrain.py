@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ import time
 import psutil
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from shardopt.cli import main
-from shardopt.pretrain.metrics import read_metrics
+from shardopt.errors import InputError
+from shardopt.pretrain.loop import NonFiniteError, Run
+from shardopt.pretrain.metrics import Tracker, read_metrics
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
 
@@ -369,6 +373,79 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(folder, capsys):
         names.add(aside)
         assert {path.name for path in checkpoints.iterdir()} == names
         assert losses(folder, "damaged") == expected
+
+
+def test_ranks_that_are_started_here_share_the_cores_and_outlive_a_wait_for_each_other(folder, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("torch.distributed.run.main", lambda arguments: seen.update(os.environ))
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
+    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "RANK"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    config = folder / "shared.yaml"
+    config.write_text(json.dumps(tiny.tree(folder, run__name="shared", run__timeout_minutes=3)))
+    assert main(["pretrain", "--nproc-per-node=2", str(config)]) == 0
+    assert seen["OMP_NUM_THREADS"] == "4"
+    assert int(seen["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 3 * 60
+
+
+@pytest.mark.parametrize(("exits", "status"), [(2, 2), (-9, 1)])
+def test_status_of_ranks_that_fail_is_that_of_the_first(folder, monkeypatch, exits, status):
+    def fails(_):
+        raise ChildFailedError("shardopt", {0: ProcessFailure(0, 1, exits, "no file")})
+
+    monkeypatch.setattr("torch.distributed.run.main", fails)
+    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "RANK"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    config = folder / "fails.yaml"
+    config.write_text(json.dumps(tiny.tree(folder, run__name="fails")))
+    assert main(["pretrain", "--nproc-per-node=2", str(config)]) == status
+
+
+def test_run_whose_last_checkpoint_is_gone_ends_with_an_error(folder, monkeypatch):
+    root = folder / "runs" / "gone" / "checkpoints"
+    close = Tracker.close
+
+    def removes(self, *arguments):
+        shutil.rmtree(root / "step-00000006", ignore_errors=True)
+        close(self, *arguments)
+
+    monkeypatch.setattr(Tracker, "close", removes)
+    with pytest.raises(InputError, match=r"ended at step 6, but .*step-00000006 is not there .*newest is .*-00000003"):
+        tiny.run(0, 1, folder, run__name="gone", engine="{name: single}", checkpoint__every=3)
+
+
+def test_stop_at_a_step_that_is_given_up_does_not_save_it(folder, monkeypatch):
+    step = Run._step
+
+    def stopped_at_step_2(self, stop):
+        if self.progress.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        step(self, stop)
+
+    monkeypatch.setattr(Run, "_step", stopped_at_step_2)
+    with pytest.raises(NonFiniteError, match=r"1 steps in a row, up to step 2, .*step-00000001"):
+        tiny.run(
+            0, 1, folder, run__name="given-up", engine="{name: single}", optimizer__lr=1e30, schedule__warmup=0,
+            train__max_nonfinite_steps=0, checkpoint__every=1,
+        )  # fmt: skip
+    assert [p.name for p in (folder / "runs" / "given-up" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_random_numbers_of_another_number_of_ranks_are_not_those_of_the_start(folder, monkeypatch):
+    changes = {"run__name": "other-ranks", "engine": "{name: single}", "checkpoint__every": 3}
+    tiny.run(0, 1, folder, **changes)
+    shutil.rmtree(folder / "runs" / "other-ranks" / "checkpoints" / "step-00000006")
+    drawn = []
+    monkeypatch.setattr(Run, "advance", lambda self, *_: drawn.append(torch.rand(1).item()) or sys.exit())
+    # As a run of 2 ranks leaves them for a third.
+    monkeypatch.setattr("shardopt.checkpoint.load_extras", lambda *_: {})
+    with pytest.raises(SystemExit):
+        tiny.run(0, 1, folder, **changes)
+    with pytest.raises(SystemExit):
+        tiny.run(0, 1, folder, **changes | {"run__name": "other-start"})
+    assert drawn[0] != drawn[1]
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_and_another_engine(folder):

@@ -40,11 +40,13 @@ def trained(steps, optimizer_class=AdEMAMix, dtype=torch.float32, **kwargs):
     return model, ModuleState(optimizer, model)
 
 
-@pytest.mark.parametrize("optimizer_class", [AdEMAMix, torch.optim.AdamW])
-def test_load_alone_restores_weights_state_and_step_counts(tmp_path, optimizer_class):
-    model, state = trained(5, optimizer_class)
+@pytest.mark.parametrize(
+    ("optimizer_class", "kwargs"), [(AdEMAMix, {}), (AdEMAMix, {"state_dtype": "block8"}), (torch.optim.AdamW, {})]
+)
+def test_load_alone_restores_weights_state_and_step_counts(tmp_path, optimizer_class, kwargs):
+    model, state = trained(5, optimizer_class, **kwargs)
     checkpoint.save(tmp_path / "a", state)
-    other, loaded = trained(0, optimizer_class)
+    other, loaded = trained(0, optimizer_class, **kwargs)
     checkpoint.load(tmp_path / "a", loaded)
     assert loaded.step_counts()["0.weight"] == {"step": 5}
     for number in range(5, 8):
