@@ -1,7 +1,9 @@
 """The structure of the code, as docs/architecture.md and CONTRIBUTING.md describe it."""
 
 import ast
+import importlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +82,15 @@ def test_pages_name_files_and_objects_that_exist(page: str) -> None:
         elif re.fullmatch(r"[A-Za-z_][\w.]*\.[A-Za-z_]\w*", name) and page != "README.md":
             last = name.split(".")[-1]
             assert re.search(rf"\b{last}\b", code), f"{page} names {name}"
+
+
+def test_planted_faults_stand_in_the_code() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        plant_faults = importlib.import_module("plant_faults")
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+    faults = plant_faults.read_faults(ROOT / "scripts" / "faults.yaml", "")
+    counts = {f"{fault.file}: {fault.name}": (ROOT / fault.file).read_text().count(fault.old) for fault in faults}
+    assert len(counts) >= 260
+    assert {name: count for name, count in counts.items() if count != 1} == {}
