@@ -258,10 +258,13 @@ def _prepare(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
             raise InputError(f"parameter group {number} of the saved state is another optimizer's{hint}")
         if "param_names" in group and "param_names" in saved:
             ours = [canonical_name(name) for name in group["param_names"]]
-            ids = dict(zip(map(canonical_name, saved["param_names"]), saved["params"], strict=True))
-            if misfit := _misfit(ids, ours, ids):
+            theirs = [canonical_name(name) for name in saved["param_names"]]
+            if misfit := _misfit(theirs, ours, theirs):
                 raise InputError(f"parameter group {number} of the saved optimizer state does not fit: it {misfit}")
-            saved["params"], saved["param_names"] = [ids[name] for name in ours], list(group["param_names"])
+            # A host (DeepSpeed) that has put flat partitions in the parameters' place has their names still.
+            if len(theirs) == len(saved["params"]) and len(ours) == len(group["params"]):
+                ids = dict(zip(theirs, saved["params"], strict=True))
+                saved["params"], saved["param_names"] = [ids[name] for name in ours], list(group["param_names"])
         for key, value in group.items():
             saved.setdefault(key, value)
     names = states.parameter_names(optimizer)

@@ -445,6 +445,30 @@ def test_layouts_can_be_attached_to_a_deepspeed_that_somebody_else_made():
         assert outcome[3][1] > 2  # several sub-groups a parameter group
 
 
+def _own_checkpoint(rank, world_size, folder):
+    outcome = {}
+    for name in ("1", "2-round-robin", "3-small"):
+        engine = built(CONFIGS[name], state_dtype="bf16")
+        step(engine, 0)
+        saved = held(engine)
+        with engine.state.in_groups(False):  # as stage 3 has it without our engine around
+            engine.model.save_checkpoint(folder / name, tag="now")
+        step(engine, 1)
+        expected, moved = held(engine), not same(held(engine), saved)
+        with engine.state.in_groups(False):
+            engine.model.load_checkpoint(folder / name, tag="now")
+        outcome[name] = moved, same(held(engine), saved), set(counts(engine).values())
+        step(engine, 1)
+        outcome[name] += (same(held(engine), expected),)
+        engine.close()
+    return outcome
+
+
+def test_deepspeeds_own_checkpoints_take_an_optimizer_that_has_its_parameters_names(tmp_path):
+    for outcome in on_ranks(2, _own_checkpoint, tmp_path):
+        assert outcome == dict.fromkeys(outcome, (True, True, {1}, True))
+
+
 def test_partitions_of_an_unknown_optimizer_are_refused():
     from shardopt import AdEMAMix
 
