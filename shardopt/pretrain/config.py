@@ -21,6 +21,7 @@ from shardopt.pretrain.metrics import TrackingConfig
 from shardopt.pretrain.model import ModelConfig, transformers_config
 from shardopt.pretrain.schedule import ScheduleConfig
 from shardopt.pretrain.section import Section
+from shardopt.pretrain.spikes import LossSpikeConfig
 
 
 class RunConfig(Section):
@@ -86,6 +87,8 @@ class TrainConfig(Section):
     """Recompute the activations of each block in backward (non-reentrant)."""
     max_nonfinite_steps: int = Field(10, ge=0)
     """Steps in a row that may be skipped because the loss or the gradient is not finite, before the run stops."""
+    loss_spike: LossSpikeConfig | None = None
+    """A guard against spikes of the loss; null: none."""
 
 
 class EvalConfig(Section):

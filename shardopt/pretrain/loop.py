@@ -168,9 +168,9 @@ class Run:
     # ---------------------------------------------------------------- a run, step by step
 
     def train(self) -> Result:
-        progress, steps = self.progress, self.config.train.steps
-        with stop_signals() as stop, self.report.training(steps, progress.step) as bar:
-            while progress.step < steps and not self.stopped:
+        steps = self.config.train.steps
+        with stop_signals() as stop, self.report.training(steps, self.progress.step) as bar:
+            while self.progress.step < steps and not self.stopped:
                 self.advance(stop, bar)
             self.saver.wait()
         return self._finish(stop)
@@ -180,6 +180,8 @@ class Run:
         config, progress = self.config, self.progress
         with self.ranks.watched():
             self._step(stop)
+        if self._rewound():
+            return
         step, last = progress.step, progress.step == config.train.steps
         hopeless = progress.skipped_in_row > config.train.max_nonfinite_steps
         # Weights that are about to be given up are not saved over the last good ones.
@@ -210,7 +212,9 @@ class Run:
         for group, lr in zip(engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
         share = train.global_batch // ranks.world_size
-        batch = self.train_data.batch(self.progress.step, ranks.rank * share, (ranks.rank + 1) * share)
+        batch = self.train_data.batch(
+            self.progress.step + self.progress.batches_left_out, ranks.rank * share, (ranks.rank + 1) * share
+        )
         micros = batch.split(train.micro_batch)
         total = torch.zeros((), device=ranks.device)
         for index, tokens in enumerate(micros):
@@ -235,6 +239,19 @@ class Run:
         self.norm = norm
         self.seconds += time.perf_counter() - began
         self.stopped = stops > 0
+
+    def _rewound(self) -> bool:
+        """Whether the loss has jumped and the run has gone back to a checkpoint. A collective."""
+        guard = self.config.train.loss_spike
+        if guard is None or not guard.is_spike(self.progress, self.losses[-1]):
+            return False
+        self.saver.wait()
+        state, seed = self.engine.state, self.config.run.seed
+        back = guard.rewind(self.progress, self.saver.root, state, self.train_data, seed, self.report.warn)
+        if back is not None:
+            self.progress, self.losses, self.seconds = back, [], 0.0
+            self.tracker.rewind(back.step)
+        return back is not None
 
     def _evaluate(self) -> HeldOut:
         with self.engine.state.use_weight_ema():  # the weights that are exported
@@ -278,6 +295,8 @@ class Run:
             "memory_bytes": peak_memory(self.ranks.device),
             "skipped_steps": self.progress.skipped,
         }
+        if self.config.train.loss_spike is not None:
+            metrics["rewinds"] = self.progress.rewinds
         if holdout is not None:
             metrics |= {"eval_loss": holdout.loss, "eval_bits_per_byte": holdout.bits_per_byte}
             self.report.evaluated(step, holdout.loss, holdout.bits_per_byte)

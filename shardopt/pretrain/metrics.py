@@ -93,6 +93,14 @@ class Tracker:
         self._attempt("metrics.jsonl", self._file.write, row)
         self._attempt("W&B", self._wandb.log, step, row)
 
+    def rewind(self, step: int) -> None:
+        """The run goes back to `step`: metrics.jsonl forgets what came after; W&B keeps it, and drops the new rows."""
+        if self._closed or self._last_step is None:
+            return
+        self._attempt("metrics.jsonl", self._file.cut, step)
+        self._wandb.drop_through(self._last_step)
+        self._last_step = step
+
     def close(self, status: Status = "finished") -> None:
         """Draw loss.png, end the W&B run and say what was lost; a second call does nothing."""
         if self._closed:
@@ -134,13 +142,24 @@ class MetricsFile:
             if path.exists():
                 rows = read_metrics(path)
                 self.logged_step = rows[-1]["step"] if rows else 0
-                kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= (resume_step or 0)]
-                aside = path.with_suffix(".jsonl.tmp")
-                aside.write_text("".join(kept), encoding="utf-8")
-                aside.replace(path)
+                self._keep(resume_step or 0)
             self._file = self._open()
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}; choose another run.dir") from error
+
+    def cut(self, step: int) -> None:
+        """Forget the rows beyond `step`."""
+        os.close(self._file)
+        try:
+            self._keep(step)
+        finally:
+            self._file = self._open()
+
+    def _keep(self, step: int) -> None:
+        kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
+        aside = self.path.with_suffix(".jsonl.tmp")
+        aside.write_text("".join(kept), encoding="utf-8")
+        aside.replace(self.path)
 
     def _open(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)

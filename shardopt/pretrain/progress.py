@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from shardopt.errors import InputError
 from shardopt.pretrain import rng
 from shardopt.pretrain.data import TrainData
 
-FORMAT = "shardopt.pretrain/1"
+FORMAT = "shardopt.pretrain/2"
 
 
 @dataclass
@@ -24,6 +24,12 @@ class Progress:
     skipped: int = 0
     """Steps skipped because something was not finite."""
     skipped_in_row: int = 0
+    rewinds: int = 0
+    """How often the run has gone back to a checkpoint after a loss spike."""
+    batches_left_out: int = 0
+    """Batches that it has passed over by that: step s, from 0, takes the batch s + batches_left_out."""
+    recent: list[float] = field(default_factory=list)
+    """Losses of the last steps, where there is a guard against spikes."""
 
     def document(self, data: TrainData, config: dict[str, Any], wandb_id: str | None) -> dict[str, Any]:
         """The JSON that a checkpoint keeps beside the tensors."""
@@ -57,7 +63,7 @@ def resume(folder: Path, state: ShardedState, data: TrainData, seed: int) -> tup
         )
     checkpoint.load(folder, state)
     data.load_state_dict(document["data"])
-    progress = Progress(document["step"], document["skipped"], document["skipped_in_row"])
+    progress = Progress(**{one.name: document[one.name] for one in fields(Progress)})
     saved = checkpoint.load_extras(folder, list(rng.capture(ranks.rank)))
     if saved:
         rng.restore(ranks.rank, saved)

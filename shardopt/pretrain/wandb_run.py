@@ -77,6 +77,7 @@ class WandbRun:
         warn: Callable[[str], None],
     ) -> None:
         self.id, self._folder, self._run = run_id, folder, None
+        self._offline_step = 0
         wandb, mode = _choose_mode(config, warn)
         if wandb is None:
             return
@@ -108,6 +109,10 @@ class WandbRun:
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         if self._run is not None and step > self._offline_step:
             self._run.log(dict(row), step=step)
+
+    def drop_through(self, step: int) -> None:
+        """Drop rows up to `step`, which is logged already."""
+        self._offline_step = max(self._offline_step, step)
 
     def finish(self, status: Status) -> None:
         if self._run is not None:

@@ -1,0 +1,64 @@
+"""The guard against spikes of the loss: back to the last checkpoint, and on without the batches since."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import Field
+
+from shardopt import checkpoint
+from shardopt.engines.state import ShardedState
+from shardopt.pretrain.data import TrainData
+from shardopt.pretrain.progress import Progress, resume
+from shardopt.pretrain.section import Section
+
+
+class LossSpikeConfig(Section):
+    """Go back to the last checkpoint when the loss jumps, and on from there without the batches since."""
+
+    above: float = Field(gt=0)
+    """How far over the mean of the last `window` losses a step's loss is a spike, in nats per token."""
+    window: int = Field(64, ge=2)
+    """Steps in that mean; there are no spikes before there are as many."""
+    rewinds: int = Field(3, ge=1)
+    """How often a run goes back; a later spike is a warning."""
+
+    def is_spike(self, progress: Progress, loss: float) -> bool:
+        """Whether `loss` is a spike; if not, `progress` remembers it. One that is not finite is neither."""
+        recent = progress.recent
+        if not math.isfinite(loss):
+            return False
+        if len(recent) == self.window and loss > sum(recent) / self.window + self.above:
+            return True
+        progress.recent = [*recent, loss][-self.window :]
+        return False
+
+    def rewind(
+        self,
+        progress: Progress,
+        root: Path,
+        state: ShardedState,
+        data: TrainData,
+        seed: int,
+        warn: Callable[[str], None],
+    ) -> Progress | None:
+        """Load the newest checkpoint under `root` after a spike. A collective.
+
+        Returns:
+            How far the run is then, which leaves out the batches up to the spike; None, with a warning, where it goes
+            on instead.
+        """
+        jumped = f"step {progress.step:,}: the loss has jumped by more than {self.above:g} nats"
+        found = checkpoint.latest_intact(root, state.ranks, warn)
+        if found is None or progress.rewinds >= self.rewinds:
+            why = "there is no checkpoint yet" if found is None else f"it has gone back {progress.rewinds} times"
+            warn(f"{jumped}, and the run goes on: {why}")
+            return None
+        back, _ = resume(found, state, data, seed)
+        left_out = progress.step - back.step
+        back.rewinds = progress.rewinds + 1
+        back.batches_left_out = progress.batches_left_out + left_out
+        warn(f"{jumped}: back to step {back.step:,}, and on without the {left_out} batches since")
+        return back
