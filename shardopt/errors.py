@@ -12,6 +12,10 @@ class InputError(ValueError):
     """
 
 
+class NonFiniteError(RuntimeError):
+    """Weights, optimizer state, losses or gradients are not finite, on every rank; the message says which."""
+
+
 class MissingExtraError(ImportError):
     """A feature was asked for whose optional packages are not installed."""
 

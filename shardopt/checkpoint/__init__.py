@@ -7,11 +7,22 @@ from shardopt.checkpoint.blocks import DamagedError
 from shardopt.checkpoint.document import read_document
 from shardopt.checkpoint.export import export_safetensors
 from shardopt.checkpoint.folders import latest
+from shardopt.checkpoint.keep import Keep
 from shardopt.checkpoint.loading import load, load_extras
-from shardopt.checkpoint.saving import Saver, save
+from shardopt.checkpoint.saver import Saver
+from shardopt.checkpoint.saving import save
 from shardopt.checkpoint.verify import find_damage, latest_intact
 
 __all__ = [
-    "DamagedError", "Saver", "export_safetensors", "find_damage", "latest", "latest_intact", "load", "load_extras",
-    "read_document", "save",
-]  # fmt: skip
+    "DamagedError",
+    "Keep",
+    "Saver",
+    "export_safetensors",
+    "find_damage",
+    "latest",
+    "latest_intact",
+    "load",
+    "load_extras",
+    "read_document",
+    "save",
+]

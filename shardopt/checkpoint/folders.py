@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def _incomplete(folder: Path) -> DamagedError | None:
     return None
 
 
-def step_folders(root: Path) -> list[Path]:
-    """Everything under `root` that has the name of a checkpoint, newest first, each step once."""
+def step_folders(root: Path) -> dict[int, Path]:
+    """Everything under `root` that has the name of a checkpoint, by its step, newest first."""
     found: dict[int, Path] = {}
     with reading(root):
         names = sorted(root.iterdir()) if root.is_dir() else []
@@ -66,12 +66,12 @@ def step_folders(root: Path) -> list[Path]:
     for folder in names:
         if match := _STEP.fullmatch(folder.name):
             found[int(match[1] or match[2])] = folder
-    return [found[step] for step in sorted(found, reverse=True)]
+    return dict(sorted(found.items(), reverse=True))
 
 
 def complete_steps(root: Path) -> list[Path]:
     """Every complete checkpoint under `root`, newest first, each step once."""
-    return [folder for folder in step_folders(root) if is_complete(folder)]
+    return [folder for folder in step_folders(root).values() if is_complete(folder)]
 
 
 def latest(root: str | Path) -> Path | None:
@@ -84,7 +84,7 @@ def latest(root: str | Path) -> Path | None:
     Raises:
         InputError: the disk cannot be read now, or a newer checkpoint is of another version.
     """
-    return next((folder for folder in step_folders(Path(root)) if _incomplete(folder) is None), None)
+    return next((folder for folder in step_folders(Path(root)).values() if _incomplete(folder) is None), None)
 
 
 def set_aside(folder: Path) -> Path:
@@ -182,13 +182,12 @@ def clean(root: Path) -> None:
             _delete(folder)
 
 
-def prune(root: Path, keep: int, written: Path) -> None:
-    """Delete all but the `keep` newest complete checkpoints and the one just `written`; a failure is a warning."""
+def prune(root: Path, checkpoints: Iterable[Path]) -> None:
+    """Delete these checkpoints under `root`, and what could not be deleted before; a failure is a warning."""
     for leftover in sorted(root.glob(".step-*.deleting")):
         _delete(leftover)
-    for folder in complete_steps(root)[keep:]:
-        if folder != written:
-            remove(folder)
+    for folder in checkpoints:
+        remove(folder)
 
 
 def write_json(path: Path, content: Any) -> None:

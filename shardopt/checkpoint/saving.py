@@ -1,19 +1,18 @@
-"""Write slices with torch.distributed.checkpoint: now, or in the background from a copy."""
+"""Write slices with torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
-import atexit
+import itertools
 import json
 import sys
-import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent import futures
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,12 +26,13 @@ from torch.distributed.checkpoint.planner import SavePlan
 from shardopt.checkpoint import folders, manifest
 from shardopt.checkpoint.blocks import FileRecord
 from shardopt.checkpoint.document import FORMAT, INDEX, write_bytes, write_document
-from shardopt.checkpoint.flat import FlatShard, chunks_of
+from shardopt.checkpoint.finite import not_finite
+from shardopt.checkpoint.flat import FlatShard, chunks_of, few
 from shardopt.checkpoint.index import index_content
 from shardopt.checkpoint.storage import Writer, Written
 from shardopt.distributed import Ranks
 from shardopt.engines.state import ShardedState, refused_steps, require_state
-from shardopt.errors import InputError
+from shardopt.errors import InputError, NonFiniteError
 from shardopt.optim import states
 from shardopt.slices import Slice, local_tensor
 
@@ -48,6 +48,8 @@ def save(
     state: ShardedState,
     document: Mapping[str, Any] | None = None,
     extras: Mapping[str, Tensor] | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Write weights, optimizer state and step counts to `folder`, complete when this returns. A collective.
 
@@ -71,126 +73,20 @@ def save(
             is ours.
         extras: whole tensors of any shape beside them, by key; this rank's own under a key that says so
             ("rng/rank-00000/torch"), while equal keys on several ranks must mean equal values.
+        allow_nonfinite: save infinite values and NaN in the weights and the optimizer's state, too. (Buffers may have
+            them always.)
 
     Raises:
+        NonFiniteError: such values, on every rank; nothing is written.
         InputError: the folder cannot be written, on every rank; the disk is full; the state was loaded by half.
         InputError: replicas (DDP) whose weights or step counts differ; a document that is not JSON.
         ValueError: an element that no rank holds, ranks that disagree about shapes or dtypes.
             (On the other ranks a RuntimeError that quotes it, where one rank alone found it.)
     """
-    _prepare(Path(folder), state, document or {}, extras or {})()
+    prepare(Path(folder), state, document or {}, extras or {}, allow_nonfinite=allow_nonfinite)()
 
 
-class Saver:
-    """Saves under `root`/step-NNNNNNNN, in the background if `asynchronous`, and deletes old checkpoints.
-
-    Args:
-        root: for instance runs/x/checkpoints.
-        keep: how many complete checkpoints to keep at least; an older one is deleted only when a newer one is
-            complete.
-        ranks: all of them make a Saver, and call its methods together.
-        asynchronous: `save` returns once the slices are copied to the CPU; an error of the background write
-            is raised by the next `save`, `wait` or `close`.
-
-    As a context manager it is closed at the end of the block; after an exception without waiting for a save in the
-    background, which would wait for ranks that may be gone.
-
-    Raises:
-        InputError: `root` cannot be written, or `keep` is less than 1.
-    """
-
-    def __init__(self, root: str | Path, keep: int, ranks: Ranks, asynchronous: bool) -> None:
-        self.root, self.keep, self.ranks, self.asynchronous = Path(root), keep, ranks, asynchronous
-        self._cleaned = False
-        self._pending: Future[None] | None = None
-
-        def check() -> None:
-            if keep < 1:
-                raise InputError(f"checkpoint.keep must be at least 1, got {keep}")
-            if ranks.is_main:
-                folders.begin(self.root / "probe").rmdir()
-
-        ranks.together(check)
-        # The background thread's collectives must not mix with the training's.
-        self._group = dist.new_group(backend="gloo", timeout=ranks.timeout) if ranks.distributed else None
-
-    def save(
-        self,
-        step: int,
-        state: ShardedState,
-        document: Mapping[str, Any] | None = None,
-        extras: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """As the function `save`, to the folder of `step`, after the save before it has ended. A collective.
-
-        The tensors may change as soon as this returns.
-        """
-        self.wait()
-        # Not at construction: a resuming run may still be reading one that was caught mid-replacement.
-        if not self._cleaned:
-            self.ranks.together(lambda: folders.clean(self.root) if self.ranks.is_main else None)
-            self._cleaned = True
-        folder = folders.step_folder(self.root, step)
-        write = _prepare(
-            folder, state, document or {}, extras or {},
-            group=self._group,
-            after=lambda: folders.prune(self.root, self.keep, folder),
-            copy=self.asynchronous,
-        )  # fmt: skip
-        if not self.asynchronous:
-            write()
-            return
-        pending: Future[None] = Future()
-        self._pending = pending
-
-        def run() -> None:
-            try:
-                pending.set_result(write())
-            except BaseException as error:
-                pending.set_exception(error)
-
-        # A daemon, so that a process that has failed can end; one that ends without `close` waits by atexit.
-        threading.Thread(target=run, name="checkpoint", daemon=True).start()
-        atexit.register(self.wait)
-
-    def wait(self) -> None:
-        """Return when what was saved is complete on the disk.
-
-        Raises:
-            InputError, RuntimeError: the background write failed, on every rank; said once.
-            RuntimeError: it takes longer than `ranks.timeout` from now.
-        """
-        atexit.unregister(self.wait)
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        patience = self.ranks.timeout.total_seconds()
-        if not futures.wait([pending], patience).done:
-            raise RuntimeError(
-                f"a checkpoint was not written to {self.root} within {patience:g} s (run.timeout_minutes): this rank's "
-                f"disk, or another's, does not answer or is too slow"
-            )
-        pending.result()
-
-    def close(self, wait: bool = True) -> None:
-        """Wait, unless told not to, and leave the process group of the background writes. Call it once."""
-        try:
-            if wait:
-                self.wait()
-        finally:
-            atexit.unregister(self.wait)
-            if self._group is not None:
-                dist.destroy_process_group(self._group)
-                self._group = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(wait=kind is None)
-
-
-def _prepare(
+def prepare(
     folder: Path,
     state: ShardedState,
     document: Mapping[str, Any],
@@ -199,17 +95,20 @@ def _prepare(
     group: dist.ProcessGroup | None = None,
     after: Callable[[], None] = lambda: None,
     copy: bool = False,
+    allow_nonfinite: bool = False,
+    facts: Mapping[str, Any] = MappingProxyType({"loss": None, "after_finite_step": True}),
 ) -> Callable[[], None]:
     """Check and describe what is to be saved, and copy it if asked to. A collective, as is what it returns: the write.
 
     Args:
+        facts: what else the document has under "checkpoint".
         group: the ranks, for the collectives of the write; None is all of them.
         after: called on rank 0 when the checkpoint is complete.
     """
     require_state(state)
-    ranks, partial = state.ranks, folders.partial_of(folder)
+    ranks, partial, began = state.ranks, folders.partial_of(folder), time.time()
 
-    def prepare() -> tuple[dict[str, Tensor], _SavePlanner, list[dict[str, Any]]]:
+    def describe() -> tuple[list[Slice], _SavePlanner, list[dict[str, Any]]]:
         if (reason := refused_steps(state.optimizer)) is not None:
             raise InputError(f"there is nothing to save: {reason}")
         state.init()
@@ -223,11 +122,19 @@ def _prepare(
                 json.dumps({key: value}, allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise InputError(f"document[{key!r}]: {error}") from error
+        return slices, planner, states.group_settings(state.inner)
+
+    slices, planner, groups = ranks.together(describe)
+    bad = [] if allow_nonfinite else sorted(set(itertools.chain(*ranks.gather(not_finite(slices)))))
+    if bad:
+        raise NonFiniteError(f"checkpoint {folder} is not written: {few(bad)}")
+
+    def begin() -> dict[str, Tensor]:
         if ranks.is_main:
             folders.begin(folder)
-        return _tensors(slices, extras, copy=copy), planner, states.group_settings(state.inner)
+        return _tensors(slices, extras, copy=copy)
 
-    tensors, planner, groups = ranks.together(prepare)
+    tensors = ranks.together(begin)
     save_id = ranks.from_main(uuid.uuid4().hex)
 
     def publish(written: list[Written], metadata: Metadata) -> None:
@@ -244,6 +151,8 @@ def _prepare(
         described = {
             "format": FORMAT,
             "save_id": save_id,
+            "time": began,
+            **facts,
             "torch": torch.__version__,
             "byteorder": sys.byteorder,
             "world_size": ranks.world_size,

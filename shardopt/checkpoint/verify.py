@@ -35,7 +35,7 @@ def latest_intact(root: str | Path, ranks: Ranks, warn: Callable[[str], None] = 
     root = Path(root)
 
     def newest() -> str | None:
-        return next((folder.name for folder in folders.step_folders(root)), None) if ranks.is_main else None
+        return next((folder.name for folder in folders.step_folders(root).values()), None) if ranks.is_main else None
 
     while (name := ranks.from_main(ranks.together(newest))) is not None:
         reason = find_damage(root / name, ranks)

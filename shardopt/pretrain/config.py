@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shardopt import engines
+from shardopt.checkpoint.keep import Keep
 from shardopt.engines import EngineConfig, FsdpConfig
 from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import registry
@@ -108,7 +109,13 @@ class CheckpointConfig(Section):
     every: int = Field(100, ge=1)
     """Steps between checkpoints; there is always one after the last step and when the run is told to stop."""
     keep: int = Field(3, ge=1)
-    """Newest complete checkpoints to keep."""
+    """Newest complete checkpoints to keep. The newest that a finite step came after stays besides."""
+    keep_every: int | None = Field(None, ge=1)
+    """Keep those whose step is a multiple of it, for ever."""
+    keep_hours: float | None = Field(None, gt=0)
+    """Keep one for each so many hours of wall time, for ever."""
+    keep_best: int = Field(0, ge=0)
+    """Keep so many with the lowest held-out loss."""
     asynchronous: bool = Field(True, alias="async")
     """Write in the background from a copy in CPU memory."""
     export: bool = True
@@ -116,6 +123,10 @@ class CheckpointConfig(Section):
     the optimizer keeps one."""
     export_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the exported weights; bf16 is rounded to nearest."""
+
+    @property
+    def rules(self) -> Keep:
+        return Keep(self.keep, self.keep_every, self.keep_hours, self.keep_best)
 
 
 Engine = Annotated[EngineConfig, Field(discriminator="name")]
@@ -173,6 +184,7 @@ class Config(Section):
                 f"schedule.cooldown: warmup {schedule.warmup} + cooldown {schedule.cooldown} is longer than "
                 f"train.steps = {train.steps}"
             )
+        self.checkpoint.rules.check(self.checkpoint.every, self.eval.every)
         self.optimizer.spec(train.steps, self.run.seed)
         # The tokenizer comes later; all but the size of its vocabulary can be checked now.
         transformers_config(self.model, 257, 256, self.data.block_size)

@@ -8,15 +8,15 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from shardopt import checkpoint, engines
-from shardopt.checkpoint.folders import step_folder
+from shardopt.checkpoint.folders import complete_steps, step_folder
 from shardopt.distributed import Ranks
 from shardopt.engines.base import EngineInputs
-from shardopt.errors import InputError
+from shardopt.errors import InputError, NonFiniteError
 from shardopt.pretrain import data, model, report, rng
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.folder import RunFolder
@@ -31,10 +31,6 @@ from shardopt.pretrain.signals import Stop, patience_of_torchrun, stop_signals
 _FEW_HELD_OUT_TOKENS = 4096
 
 
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or a gradient that is not finite."""
-
-
 def pretrain(config: Config) -> Result:
     """Run `config` to its last step, or to the first SIGINT or SIGTERM, which stops it after a checkpoint.
 
@@ -42,7 +38,7 @@ def pretrain(config: Config) -> Result:
 
     Raises:
         InputError: the config cannot run here (before any step), on every rank.
-        NonFiniteError: see train.max_nonfinite_steps.
+        NonFiniteError: see train.max_nonfinite_steps; or the weights or the optimizer's state are not finite.
     """
     with ExitStack() as stack:
         ranks = Ranks.start(config.run.device, config.run.timeout_minutes)
@@ -72,6 +68,7 @@ class Run:
         self.logged_steps = 0
         self.holdout: HeldOut | None = None
         self.stopped = False
+        self.finite_since_save = False
         self.report = report.Report(ranks.is_main)
         self.began = time.monotonic()
         rng.seed_all(config.run.seed, ranks.rank)
@@ -120,7 +117,7 @@ class Run:
         self.tokens_before = self.progress.step * self.tokens_a_step
 
         root = config.folder / "checkpoints"
-        saver = checkpoint.Saver(root, config.checkpoint.keep, ranks, config.checkpoint.asynchronous)
+        saver = checkpoint.Saver(root, config.checkpoint.rules, ranks, config.checkpoint.asynchronous)
         self.saver = stack.enter_context(saver)
         self.tracker = ranks.together(
             lambda: Tracker(
@@ -199,9 +196,12 @@ class Run:
         else:
             bar.step(step)
         if hopeless:
-            self._give_up()
+            self._give_up(
+                f"{progress.skipped_in_row} steps in a row, up to step {step}, had a loss or a gradient that is not "
+                f"finite"
+            )
         if save and not self.stopped:
-            self._save()
+            self._save(self.holdout)
 
     def _step(self, stop: Stop) -> None:
         """One optimizer step. Notes its loss over the global batch, and whether any rank was asked to stop."""
@@ -227,6 +227,7 @@ class Run:
         if math.isfinite(norm) and math.isfinite(summed):
             engine.step()
             self.progress.skipped_in_row = 0
+            self.finite_since_save = True
         else:
             self.progress.skipped += 1
             self.progress.skipped_in_row += 1
@@ -303,10 +304,21 @@ class Run:
         self.tracker.log(step, metrics)
         return metrics
 
-    def _save(self) -> None:
+    def _save(self, holdout: HeldOut | None = None) -> None:
         self.ranks.together(self._keep_folder)
         document = self.progress.document(self.train_data, self.config.as_dict(), self.tracker.run_id)
-        self.saver.save(self.progress.step, self.engine.state, document, rng.capture(self.ranks.rank))
+        try:
+            self.saver.save(
+                self.progress.step,
+                self.engine.state,
+                document,
+                rng.capture(self.ranks.rank),
+                loss=holdout.loss if holdout else None,
+                after_finite_step=self.finite_since_save,
+            )
+        except NonFiniteError as error:
+            self._give_up(f"after step {self.progress.step}: {error}")
+        self.finite_since_save = False
 
     def _saved(self) -> Path:
         """The checkpoint of the last step done. Raises InputError, on every rank, where it is not on the disk."""
@@ -320,14 +332,14 @@ class Run:
             )
         return found
 
-    def _give_up(self) -> None:
+    def _give_up(self, reason: str) -> NoReturn:
         self.saver.wait()
-        good = self.ranks.from_main(checkpoint.latest(self.config.folder / "checkpoints"))
-        raise NonFiniteError(
-            f"{self.progress.skipped_in_row} steps in a row, up to step {self.progress.step}, had a loss or a gradient "
-            f"that is not finite. Lower optimizer.lr or train.grad_clip; the last good checkpoint is "
-            f"{good or 'none: the run never reached one'}"
-        )
+        found = self.ranks.from_main(complete_steps(self.config.folder / "checkpoints") if self.ranks.is_main else [])
+        good = f"the last good checkpoint is {found[0]}" if found else "the run never reached a checkpoint"
+        if found[1:]:
+            older = ", ".join(folder.name for folder in found[1:4])
+            good += f" (older: {older}; to go on from one of them, rename the newer ones)"
+        raise NonFiniteError(f"{reason}. Lower optimizer.lr or train.grad_clip; {good}")
 
     def _report_start(self) -> None:
         config, engine, progress = self.config, self.engine, self.progress

@@ -146,7 +146,8 @@ def wrong(given: list[Slice]) -> list[str]:
 
 def save(rank: int, world_size: int, folder: Path, cut: Cut, document: dict[str, Any] | None = None) -> None:
     given = slices(cut, rank, world_size)
-    checkpoint.save(folder, State(given, ranks_here(rank, world_size)), document or {})
+    # Among the values is a NaN, of which every bit must come back.
+    checkpoint.save(folder, State(given, ranks_here(rank, world_size)), document or {}, allow_nonfinite=True)
 
 
 def load(rank: int, world_size: int, folder: Path, cut: Cut) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _save_fsdp(rank: int, world_size: int, folder: Path) -> dict[str, Tensor]:
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1))
     fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
     given = [Slice(n, "weight", layout_of(p, n), (p,)) for n, p in model.named_parameters()]
-    checkpoint.save(folder, made.State(given, made.ranks_here(rank, world_size)))
+    checkpoint.save(folder, made.State(given, made.ranks_here(rank, world_size)), allow_nonfinite=True)
     return {n: p.full_tensor().detach() for n, p in model.named_parameters()}  # type: ignore[attr-defined]
 
 
@@ -94,9 +94,9 @@ def _save_own(rank: int, world_size: int, folder: Path) -> None:
     given = [s for i, s in enumerate(made.slices(made.whole)) if i // len(made.KINDS) % world_size == rank]
     here = made.ranks_here(rank, world_size)
     counts = [{"a": {"step": 3}, "b": {"step": 2}}, {"b": {"step": 2}, "c": {"step": 1}}][rank]
-    checkpoint.save(folder / "a", made.State(given, here, counts))
+    checkpoint.save(folder / "a", made.State(given, here, counts), allow_nonfinite=True)
     with pytest.raises(ValueError, match="b: ranks disagree"):
-        checkpoint.save(folder / "b", made.State(given, here, {"b": {"step": rank}}))
+        checkpoint.save(folder / "b", made.State(given, here, {"b": {"step": rank}}), allow_nonfinite=True)
 
 
 def test_ranks_that_know_only_their_parameters_make_one_checkpoint(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_ranks_that_know_only_their_parameters_make_one_checkpoint(tmp_path: Pat
 def _save_rng(rank: int, world_size: int, folder: Path) -> None:
     extras = {f"rng/rank-{rank:05d}": torch.tensor([rank, 9], dtype=torch.uint8), "both": torch.tensor(True)}
     state = made.State(made.slices(made.rows, rank, world_size), made.ranks_here(rank, world_size))
-    checkpoint.save(folder, state, extras=extras)
+    checkpoint.save(folder, state, extras=extras, allow_nonfinite=True)
 
 
 def test_extras_are_read_by_key_and_absent_ones_left_out(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def _refused(rank: int, world_size: int, folder: Path, cut: made.Cut, skip_rank:
     if rank == skip_rank:
         given = [replace(s, layout=replace(s.layout, ranges=())) for s in given]
     with pytest.raises(ValueError, match=reason):
-        checkpoint.save(folder, made.State(given, made.ranks_here(rank, world_size)))
+        checkpoint.save(folder, made.State(given, made.ranks_here(rank, world_size)), allow_nonfinite=True)
 
 
 def test_a_gap_is_not_saved(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def _save_bounds(rank: int, world_size: int, folder: Path, bounds: list[tuple[in
     layout = Layout.contiguous("w", (10,), *bounds[rank])
     given = [Slice("w", "m1", layout, (torch.ones(bounds[rank][1]),))]
     with pytest.raises(ValueError, match="elements 4 to 6 of 10 are held in two ranges"):
-        checkpoint.save(folder, made.State(given, made.ranks_here(rank, world_size)))
+        checkpoint.save(folder, made.State(given, made.ranks_here(rank, world_size)), allow_nonfinite=True)
 
 
 def test_replicas_with_other_bounds_are_not_saved(tmp_path: Path) -> None:

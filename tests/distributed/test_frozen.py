@@ -24,7 +24,7 @@ def elsewhere():
 what = {"stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP), "elsewhere": elsewhere}[sys.argv.pop()]
 where = sys.argv.pop()
 if os.environ["RANK"] == "1":
-    step, write = loop.token_loss_sum, saving._PublishingWriter.write_data
+    step, write = loop.token_loss_sum, saving.Writer.write_data
     steps = []
 
     def in_step(*arguments):
@@ -39,7 +39,7 @@ if os.environ["RANK"] == "1":
 
     loop.token_loss_sum = in_step
     if where == "save":
-        saving._PublishingWriter.write_data = in_save
+        saving.Writer.write_data = in_save
 from shardopt.cli import main
 sys.exit(main())
 """

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import runpy
@@ -17,8 +18,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from shardopt.cli import main
-from shardopt.errors import InputError
-from shardopt.pretrain.loop import NonFiniteError, Run
+from shardopt.errors import InputError, NonFiniteError
+from shardopt.pretrain.loop import Run
 from shardopt.pretrain.metrics import Tracker, read_metrics
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
@@ -446,6 +447,39 @@ def test_random_numbers_of_another_number_of_ranks_are_not_those_of_the_start(fo
     with pytest.raises(SystemExit):
         tiny.run(0, 1, folder, **changes | {"run__name": "other-start"})
     assert drawn[0] != drawn[1]
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_older_checkpoints_are_named(folder, monkeypatch):
+    step = Run._step
+
+    def poisoned(run, stop):
+        step(run, stop)
+        if run.progress.step == 6:
+            run.engine.state.slices()[0].tensors[0].data.view(-1)[0] = math.inf
+
+    monkeypatch.setattr(Run, "_step", poisoned)
+    said = (
+        r"^after step 6: checkpoint .*step-00000006 is not written: .*/weight \(1 values that are not finite\).*"
+        r"the last good checkpoint is .*step-00000004 \(older: step-00000002;"
+    )
+    changes = {"engine": "{name: single}", "checkpoint__every": 2, "train__steps": 8}
+    with pytest.raises(NonFiniteError, match=said):
+        tiny.run(0, 1, folder, run__name="poisoned", **changes)
+    names = sorted(path.name for path in (folder / "runs" / "poisoned" / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000004"]
+
+
+def test_a_run_keeps_its_best_checkpoint(folder):
+    """The held-out loss of a run whose weights are made worse after step 2 is best there."""
+    changes = {"engine": "{name: single}", "checkpoint__every": 2, "eval__every": 2, "train__steps": 8}
+    changes |= {"checkpoint__keep": 1, "checkpoint__keep_best": 1, "optimizer__lr": 10.0, "schedule__warmup": 0}
+    tiny.run(0, 1, folder, run__name="best", **changes)
+    rows = read_metrics(folder / "runs" / "best" / "metrics.jsonl")
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    best = min(losses, key=losses.get)
+    kept = sorted(int(path.name[5:]) for path in (folder / "runs" / "best" / "checkpoints").iterdir())
+    assert kept == sorted({best, 6, 8})
+    assert best < 6  # or nothing is shown
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_and_another_engine(folder):

@@ -1,0 +1,168 @@
+"""The checkpoints of a run: written one after the other, now or in the background; old ones are deleted."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import threading
+from collections.abc import Mapping
+from concurrent import futures
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Self
+
+import torch.distributed as dist
+from torch import Tensor
+
+from shardopt.checkpoint import folders
+from shardopt.checkpoint.document import read_document
+from shardopt.checkpoint.keep import Keep
+from shardopt.checkpoint.saving import prepare
+from shardopt.distributed import Ranks
+from shardopt.engines.state import ShardedState
+from shardopt.errors import InputError
+
+
+class Saver:
+    """Saves under `root`/step-NNNNNNNN, in the background if `asynchronous`, and deletes old checkpoints.
+
+    Args:
+        root: for instance runs/x/checkpoints.
+        keep: which checkpoints stay, or how many; an older one is deleted only when a newer one is complete.
+        ranks: all of them make a Saver, and call its methods together.
+        asynchronous: `save` returns once the slices are copied to the CPU; an error of the background write
+            is raised by the next `save`, `wait` or `close`.
+        allow_nonfinite: see the function `save`.
+
+    As a context manager it is closed at the end of the block; after an exception without waiting for a save in the
+    background, which would wait for ranks that may be gone.
+
+    Raises:
+        InputError: `root` cannot be written, or `keep` is less than 1.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        keep: int | Keep,
+        ranks: Ranks,
+        asynchronous: bool,
+        *,
+        allow_nonfinite: bool = False,
+    ) -> None:
+        self.root, self.ranks, self.asynchronous = Path(root), ranks, asynchronous
+        self.allow_nonfinite = allow_nonfinite
+        self._cleaned = False
+        self._known: dict[Path, dict[str, Any]] = {}  # of complete checkpoints, on rank 0
+        self._pending: Future[None] | None = None
+
+        def check() -> None:
+            self.keep = Keep(keep) if isinstance(keep, int) else keep
+            if ranks.is_main:
+                folders.begin(self.root / "probe").rmdir()
+
+        ranks.together(check)
+        # The background thread's collectives must not mix with the training's.
+        self._group = dist.new_group(backend="gloo", timeout=ranks.timeout) if ranks.distributed else None
+
+    def save(
+        self,
+        step: int,
+        state: ShardedState,
+        document: Mapping[str, Any] | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        *,
+        loss: float | None = None,
+        after_finite_step: bool = True,
+    ) -> None:
+        """As the function `save`, to the folder of `step`, after the save before it has ended. A collective.
+
+        The tensors may change as soon as this returns.
+
+        Args:
+            loss: held-out, if it was measured at this step; by it the best checkpoints are kept.
+            after_finite_step: whether a step since the save before was finite, so that the weights then were good.
+        """
+        self.wait()
+        measured = float(loss) if loss is not None and math.isfinite(loss) else None
+        # Not at construction: a resuming run may still be reading one that was caught mid-replacement.
+        if not self._cleaned:
+            self.ranks.together(lambda: folders.clean(self.root) if self.ranks.is_main else None)
+            self._cleaned = True
+        folder = folders.step_folder(self.root, step)
+        write = prepare(
+            folder, state, document or {}, extras or {},
+            group=self._group,
+            after=lambda: self._delete_old(folder),
+            copy=self.asynchronous,
+            allow_nonfinite=self.allow_nonfinite,
+            facts={"loss": measured, "after_finite_step": after_finite_step},
+        )  # fmt: skip
+        if not self.asynchronous:
+            write()
+            return
+        pending: Future[None] = Future()
+        self._pending = pending
+
+        def run() -> None:
+            try:
+                pending.set_result(write())
+            except BaseException as error:
+                pending.set_exception(error)
+
+        # A daemon, so that a process that has failed can end; one that ends without `close` waits by atexit.
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+        atexit.register(self.wait)
+
+    def wait(self) -> None:
+        """Return when what was saved is complete on the disk.
+
+        Raises:
+            InputError, RuntimeError: the background write failed, on every rank; said once.
+            RuntimeError: it takes longer than `ranks.timeout` from now.
+        """
+        atexit.unregister(self.wait)
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        patience = self.ranks.timeout.total_seconds()
+        if not futures.wait([pending], patience).done:
+            raise RuntimeError(
+                f"a checkpoint was not written to {self.root} within {patience:g} s (run.timeout_minutes): this rank's "
+                f"disk, or another's, does not answer or is too slow"
+            )
+        self._thread.join()  # or a process that ends now may abort
+        pending.result()
+
+    def _delete_old(self, written: Path) -> None:
+        """Delete what need not stay; rank 0 alone, when `written` is complete."""
+        self._known.pop(written, None)  # it may have been replaced
+        try:
+            found = folders.step_folders(self.root)
+            for folder in found.values():
+                if folder not in self._known and folders.is_complete(folder):
+                    self._known[folder] = read_document(folder)["checkpoint"]
+        except InputError as error:  # the new one is complete, so that no run ends by it
+            folders.logger.warning("old checkpoints are not deleted: %s", error)
+            return
+        complete = {step: folder for step, folder in found.items() if folder in self._known}
+        kept = self.keep.kept({step: self._known[folder] for step, folder in complete.items()})
+        folders.prune(self.root, [f for step, f in complete.items() if step not in kept and f != written])
+
+    def close(self, wait: bool = True) -> None:
+        """Wait, unless told not to, and leave the process group of the background writes. Call it once."""
+        try:
+            if wait:
+                self.wait()
+        finally:
+            atexit.unregister(self.wait)
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+                self._group = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(wait=kind is None)
