@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardopt.checkpoint.convert.state import ADAMW, Scratch, TrainingState, Whole
+from shardopt.checkpoint.convert.state import ADAMW, Scratch, TrainingState, Whole, is_alone
 from shardopt.checkpoint.convert.state_dict import load
 from shardopt.errors import InputError
 from shardopt.optim import schema
@@ -42,9 +42,8 @@ def read(path: Path) -> TrainingState:
     tensors: dict[tuple[str, str], Whole] = {}
     counts: dict[str, dict[str, int | float]] = {}
     folders = {p.name: p for p in sorted((path / _ZERO).iterdir()) if p.is_dir() and p.name not in buffers}
-    for given, folder in sorted(
-        folders.items(), key=lambda item: [*shapes].index(item[0]) if item[0] in shapes else -1
-    ):
+    for given in [*(name for name in shapes if name in folders), *(name for name in folders if name not in shapes)]:
+        folder = folders[given]
         name = canonical_name(given)
         values = {file.stem: load(file) for file in sorted(folder.glob("*.pt"))}
         if "fp32" not in values:
@@ -90,7 +89,11 @@ def write(path: Path, state: TrainingState, scratch: Scratch) -> None:
             continue
         folder = zero / name
         folder.mkdir(exist_ok=True)
-        torch.save({"param": whole.read().contiguous()}, folder / f"{'fp32' if kind == 'weight' else kind}.pt")
+        value = whole.read()
+        torch.save(
+            {"param": value if is_alone(value) else value.clone().contiguous()},
+            folder / f"{'fp32' if kind == 'weight' else kind}.pt",
+        )
     for name, entry in state.counts.items():
         step = int(entry["step"])
         torch.save(

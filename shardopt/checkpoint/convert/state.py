@@ -66,14 +66,18 @@ class TrainingState:
     model_files: tuple[Path, ...] = ()
     source: str = ""
 
-    def kinds(self, name: str) -> list[str]:
-        """The optimizer's state keys of a parameter."""
-        return [kind for other, kind in self.tensors if other == name and kind not in BESIDE]
+    def by_parameter(self) -> dict[str, dict[str, Whole]]:
+        """The state tensors of each parameter by their key."""
+        found: dict[str, dict[str, Whole]] = {}
+        for (name, kind), whole in self.tensors.items():
+            if kind not in BESIDE:
+                found.setdefault(name, {})[kind] = whole
+        return found
 
     @property
     def stateful(self) -> list[str]:
         """The parameters that have optimizer state, in their order."""
-        return list(dict.fromkeys(name for name, kind in self.tensors if kind not in BESIDE))
+        return list(self.by_parameter())
 
     @property
     def optimizer(self) -> str | None:
@@ -172,6 +176,11 @@ class TrainingState:
         return replace(self, tensors=tensors)
 
 
+def is_alone(tensor: Tensor) -> bool:
+    """True where torch.save writes the tensor and nothing beside it."""
+    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 class Scratch:
     """Tensors in files of a folder, so that what is not mapped already takes disk and not memory."""
 
@@ -180,10 +189,8 @@ class Scratch:
 
     def keep(self, whole: Whole) -> Tensor:
         """The tensor's values, contiguous, in a file's memory and with a storage of its own."""
-        if whole.mapped:
-            tensor = whole.read()
-            if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
-                return tensor
+        if whole.mapped and is_alone(tensor := whole.read()):
+            return tensor
         if not math.prod(whole.shape):
             return torch.empty(whole.shape, dtype=whole.dtype)
         self._made += 1

@@ -93,10 +93,10 @@ def from_state_dict(
         trained = set(names.values())
         for name, value in weights.items():
             tensors[name, "weight" if name in trained else "buffer"] = Whole.of(value)
+        group_of = {number: group for group in saved["param_groups"] for number in group["params"]}
         for number, entry in saved["state"].items():
             name = names[number]
-            group = next(g for g in saved["param_groups"] if number in g["params"])
-            for key, value in _canonical(name, entry, group, weights[name]).items():
+            for key, value in _canonical(name, entry, group_of[number], weights[name]).items():
                 if isinstance(value, Whole):
                     tensors[name, key] = value
                 else:
@@ -185,9 +185,10 @@ def to_state_dict(state: TrainingState, scratch: Scratch, names: str = "torch") 
     groups = state.full_groups()
     numbers = {name: number for number, name in enumerate(n for group in groups for n in group["names"])}
     entries: dict[int, dict[str, Any]] = {}
+    held = state.by_parameter()
     for name, number in numbers.items():
         entry: dict[str, Any] = dict(state.counts.get(name, {}))
-        wholes = {kind: state.tensors[name, kind] for kind in state.kinds(name)}
+        wholes = held[name]
         if state.optimizer == "adamw":
             entry = {k: torch.tensor(float(v)) if k == "step" else v for k, v in entry.items()}
         if names == "bitsandbytes":

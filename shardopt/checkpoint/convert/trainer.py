@@ -34,13 +34,13 @@ def read(path: Path) -> TrainingState:
     saved = _weights(path)
     about = path / _STATE
     step = json.loads(about.read_text(encoding="utf-8"))["global_step"] if about.is_file() else None
-    files = tuple(model_files(path / SLICES))
+    files = (*model_files(path / SLICES), *([about] if about.is_file() else []))
     if (path / SLICES / DOCUMENT).is_file():
         state = native.read(path / SLICES)
-        named = dict(named_parameters(_model(path)))
+        kept = {name: value for name, value in saved.items() if (name, "weight") not in state.tensors}
+        frozen = {name for name, _ in named_parameters(_model(path))} if kept else set()
         # What is not trained is Trainer's own.
-        kept = {n: w for n, w in saved.items() if (n, "weight") not in state.tensors}
-        beside = {(n, "weight" if n in named else "buffer"): Whole.of(w) for n, w in kept.items()}
+        beside = {(n, "weight" if n in frozen else "buffer"): Whole.of(value) for n, value in kept.items()}
         return replace(state, tensors=state.tensors | beside, model_files=files, source="trainer")
     model = _model(path) if (path / _OPTIMIZER).is_file() else None
     if model is None:
@@ -78,7 +78,7 @@ def write(path: Path, state: TrainingState, scratch: Scratch) -> None:
         step = state.step or 0
         if state.optimizer == "ademamix":
             native.write(folder / SLICES, replace(placed, source="single"), scratch)
-            torch.save({"state": {}, "param_groups": []}, folder / _OPTIMIZER)
+            torch.save({"state": {}, "param_groups": [], SLICES: {"step": step}}, folder / _OPTIMIZER)
         else:
             torch.save(to_state_dict(placed, scratch), folder / _OPTIMIZER)
         lrs = [group.get("initial_lr", group.get("lr", 0.0)) for group in groups]
@@ -90,9 +90,12 @@ def write(path: Path, state: TrainingState, scratch: Scratch) -> None:
             "lr_lambdas": [None] * len(lrs),
         }
         torch.save(schedule, folder / _SCHEDULER)
-        from transformers import TrainerState
+        if not (folder / _STATE).exists():  # that of the source is kept
+            from transformers import TrainerControl, TrainerState
 
-        TrainerState(global_step=step).save_to_json(str(folder / _STATE))
+            # Trainer warns where its batch is another, and wants a number.
+            trainer = TrainerState(global_step=step, train_batch_size=1, stateful_callbacks=[TrainerControl()])  # type: ignore[list-item]
+            trainer.save_to_json(str(folder / _STATE))
 
     export_safetensors(path, weights(), Ranks.current(), complete=complete)
 
