@@ -24,11 +24,11 @@ _FIRST_LINE = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
 def read_document(folder: str | Path) -> dict[str, Any]:
     """A checkpoint's JSON: what the caller of `save` gave, and under "checkpoint" what was written.
 
-    `document["checkpoint"]` has `format`, `save_id`, `time` (of the save, in seconds since 1970), `loss` and
-    `after_finite_step` (see `Saver.save`), `torch`, `byteorder`, `world_size`, `parameters` ({name: {shape, kinds:
-    {kind: {dtypes, and format and layouts where it is a block format}}}}), `step_counts` ({name: {"step": 3, ...}}),
-    `groups` ({names: [...], lr: ...} of each parameter group), `extras` (their keys) and `files` ({name: {size, crc32
-    of each block}}).
+    `document["checkpoint"]` has `format`, `save_id`, `name` (of the folder), `time` (of the save, in seconds since
+    1970), `loss` and `after_finite_step` (see `Saver.save`), `torch`, `byteorder`, `world_size`, `parameters` ({name:
+    {shape, kinds: {kind: {dtypes, and format and layouts where it is a block format}}}}), `step_counts` ({name:
+    {"step": 3, ...}}), `groups` ({names: [...], lr: ...} of each parameter group), `extras` (their keys) and `files`
+    ({name: {size, crc32 of each block}}).
 
     Raises:
         DamagedError: it is missing or is not what was written.
@@ -92,7 +92,7 @@ def _check(written: dict[str, Any]) -> None:
     """Check that all in a document's "checkpoint" is of the type that it must be of; ValueError and others if not."""
     if not re.fullmatch("[0-9a-f]{32}", written["save_id"]):
         raise ValueError("its save_id is none")
-    _expect(str, written["byteorder"], written["torch"], *written["extras"])
+    _expect(str, written["name"], written["byteorder"], written["torch"], *written["extras"])
     _expect(int, written["world_size"])
     _expect(float, written["time"], *filter(None, [written["loss"]]))
     _expect(bool, written["after_finite_step"])

@@ -33,6 +33,12 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step in the name of a checkpoint's folder; None where it is another name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1] or match[2]) if match else None
+
+
 def is_complete(folder: Path) -> bool:
     """True where all files that the checkpoint's document lists are there, with the sizes they were written with."""
     try:
@@ -64,8 +70,8 @@ def step_folders(root: Path) -> dict[int, Path]:
         names = sorted(root.iterdir()) if root.is_dir() else []
     # Sorted by name, ".step-….previous" comes before "step-…", which then takes its place.
     for folder in names:
-        if match := _STEP.fullmatch(folder.name):
-            found[int(match[1] or match[2])] = folder
+        if (step := step_of(folder.name)) is not None:
+            found[step] = folder
     return dict(sorted(found.items(), reverse=True))
 
 

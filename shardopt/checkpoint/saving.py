@@ -151,6 +151,7 @@ def prepare(
         described = {
             "format": FORMAT,
             "save_id": save_id,
+            "name": folder.name,
             "time": began,
             **facts,
             "torch": torch.__version__,

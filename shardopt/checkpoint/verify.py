@@ -70,7 +70,11 @@ def find_damage(folder: str | Path, ranks: Ranks) -> str | None:
         """Rank 0 reads the document and the index, and sees that all data files are there."""
         if not ranks.is_main:
             return None
-        index = read_index(folder, read_document(folder))
+        document = read_document(folder)
+        saved_as = document["checkpoint"]["name"]
+        if folders.step_of(folder.name) not in (None, folders.step_of(saved_as)):
+            raise DamagedError(f"{folder} is not of the step in its name: it was saved as {saved_as}")
+        index = read_index(folder, document)
         index.check_files(folder, index.records)
         return index.save_id, index.records
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from scripts import damage
 from shardopt import checkpoint
 from shardopt.checkpoint import DamagedError, blocks
+from shardopt.checkpoint.verify import find_damage
 from shardopt.errors import InputError
 from shardopt.slices import Layout, Slice
 from tests.checkpoint import made
@@ -38,6 +40,16 @@ def test_every_planted_damage_is_found_and_the_checkpoint_before_is_used(tmp_pat
     assert missed == []
     assert set(counts) == {"flip", "truncation", "growth", "zeros", "moved", "missing", "swap", "types"}
     assert sum(counts.values()) > 110
+
+
+def test_checkpoint_under_the_name_of_another_step_is_set_aside(tmp_path: Path) -> None:
+    _save_both(0, 1, tmp_path)
+    (tmp_path / OLD).rename(tmp_path / "step-00000999")
+    said: list[str] = []
+    assert checkpoint.latest_intact(tmp_path, made.ranks_here(), said.append) == tmp_path / NEW
+    assert f"it was saved as {OLD}" in said[0]
+    shutil.copytree(tmp_path / NEW, tmp_path / "best")
+    assert find_damage(tmp_path / "best", made.ranks_here()) is None
 
 
 def test_the_planting_script_sees_what_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
