@@ -5,16 +5,17 @@ bits of an element come from a counter, not from a generator: from (seed, parame
 into a stream key, and then from the element's index in the whole parameter. So they do not depend on ranks,
 layouts, devices or kernels, and every kernel computes them with the same integer arithmetic:
 
-    mix64(z)            the finalizer of splitmix64 (Steele, Lea, Flood 2014)
-    base                mix64(mix64(seed) ^ name_key)                                         per parameter
-    stream(step, pair)  mix64(base + (4 step + pair) 0x9E3779B97F4A7C15)                       per step
-    ka, kb              low and high half of mix64(stream + (index >> 32) 0xD1B54A32D192ED03)
-    word(index)         x = low32(index) ^ ka;  x ^= x >> 17;  x *= 0xED5AD4BB;  x ^= x >> 11;
-                        x += kb;  x *= 0xAC4C1B51;  x ^= x >> 15;  x *= 0x31848BAB;  x ^= x >> 14
+    mix64(z)        the finalizer of splitmix64 (Steele, Lea, Flood 2014)
+    base            mix64(mix64(seed) ^ name_key)                                                  per parameter
+    stream          mix64(base + step 0x9E3779B97F4A7C15)                                          per step
+    number          index >> 1: two elements share a word
+    ka, kb          low and high half of mix64(stream + (number >> 32) 0xD1B54A32D192ED03)
+    x               low32(number) ^ ka;  x ^= x >> 17;  x *= 0xED5AD4BB;  x ^= x >> 11;  x += kb;  x *= 0xAC4C1B51
+    word(tensor)    x ^= x >> before;  x *= multiplier;  x ^ (x >> after)
 
-A word serves two tensors: its low half rounds the first of the pair, its high half the second (schema.py has the
-pairs). Shifts and multipliers are those of triple32 (C. Wellons,
-hash-prospector); with two rounds (lowbias32) the two halves of a word were measurably too even together.
+The low half of a word is for the even element, the high half for the odd one. Every tensor has a last round of its own
+(schema.py has the numbers). Shifts and multipliers are those of triple32 (C. Wellons, hash-prospector), one tensor's
+word all of it: with two rounds (lowbias32) the two halves of a word were measurably too even together.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ _MASK32 = (1 << 32) - 1
 # -- random bits --------------------------------------------------------------------------------------------
 
 
-class Half(NamedTuple):
-    """The half of a random word that rounds a tensor: its pair's number and the bits to shift the word down by."""
+class Word(NamedTuple):
+    """The last round of a tensor's random words."""
 
-    pair: int
-    shift: int
+    before: int
+    multiplier: int
+    after: int
 
 
 def mix64(z: Any) -> Any:
@@ -54,37 +56,39 @@ def base_key(seed: int, name_key: int) -> int:
     return mix64(mix64(seed & _MASK64) ^ name_key)
 
 
-def stream_key(base: int, step: int, pair: int) -> int:
-    return mix64((base + (4 * step + pair) * 0x9E3779B97F4A7C15) & _MASK64)
+def stream_key(base: int, step: int) -> int:
+    return mix64((base + step * 0x9E3779B97F4A7C15) & _MASK64)
 
 
-def random_words(stream: int, start: int, length: int, device: torch.device | str = "cpu") -> Tensor:
-    """The 32-bit words of the elements start .. start + length of a parameter, as int64 in 0 .. 2^32 - 1."""
-    words = torch.empty(length, dtype=torch.int64, device=device)
+def random_words(word: Word, stream: int, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """The 32-bit words first .. first + count of a tensor, as int64 in 0 .. 2^32 - 1."""
+    words = torch.empty(count, dtype=torch.int64, device=device)
     done = 0
-    while done < length:  # the keys change where the index passes a multiple of 2^32
-        index = start + done
-        count = min(length - done, (1 << 32) - (index & _MASK32))
-        keys = mix64((stream + (index >> 32) * 0xD1B54A32D192ED03) & _MASK64)
-        low = index & _MASK32
-        x = torch.arange(low, low + count, dtype=torch.int64, device=device) ^ (keys & _MASK32)
+    while done < count:  # the keys change where the number passes a multiple of 2^32
+        number = first + done
+        some = min(count - done, (1 << 32) - (number & _MASK32))
+        keys = mix64((stream + (number >> 32) * 0xD1B54A32D192ED03) & _MASK64)
+        low = number & _MASK32
+        x = torch.arange(low, low + some, dtype=torch.int64, device=device) ^ (keys & _MASK32)
         x ^= x >> 17
         x = (x * 0xED5AD4BB) & _MASK32
         x ^= x >> 11
         x = (x + (keys >> 32)) & _MASK32
         x = (x * 0xAC4C1B51) & _MASK32
-        x ^= x >> 15
-        x = (x * 0x31848BAB) & _MASK32
-        x ^= x >> 14
-        words[done : done + count] = x
-        done += count
+        x ^= x >> word.before
+        x = (x * word.multiplier) & _MASK32
+        x ^= x >> word.after
+        words[done : done + some] = x
+        done += some
     return words
 
 
-def random_bits(half: Half, base: int, step: int, start: int, length: int, device: torch.device | str) -> Tensor:
+def random_bits(word: Word, base: int, step: int, start: int, length: int, device: torch.device | str) -> Tensor:
     """The 16 random bits (int32, 0 .. 65535) that round elements start .. start + length of one tensor."""
-    words = random_words(stream_key(base, step, half.pair), start, length, device)
-    return ((words >> half.shift) & 0xFFFF).int()
+    first = start >> 1
+    words = random_words(word, stream_key(base, step), first, ((start + length + 1) >> 1) - first, device)
+    halves = torch.stack([words & 0xFFFF, words >> 16], 1).view(-1)
+    return halves.narrow(0, start & 1, length).int()
 
 
 # -- formats ------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shardopt.errors import InputError
 from shardopt.optim import precision
-from shardopt.optim.precision import FORMATS, Format, Half
+from shardopt.optim.precision import FORMATS, Format, Word
 
 StateDtype = str | Mapping[str, str]
 
@@ -34,24 +34,24 @@ class StateTensor:
 
     Args:
         key: its key in the optimizer's state. A block format's scales are at `key` + "_scale".
-        half: the random bits that round it.
+        word: the last round of the random bits that round it.
         signed: whether it may be negative.
         kept: whether a parameter of this group has one.
     """
 
     key: str
-    half: Half
+    word: Word
     signed: bool = True
     kept: Callable[[Mapping[str, Any]], bool] = lambda group: True
 
 
 STATE_TENSORS = (
-    StateTensor("m1", Half(0, 0), kept=lambda group: group["betas"][0] != 0.0),
-    StateTensor("m2", Half(0, 16)),
-    StateTensor("nu", Half(1, 0), signed=False),
-    StateTensor("weight_ema", Half(2, 0), kept=lambda group: group["weight_ema"] is not None),
+    StateTensor("m1", Word(15, 0x31848BAB, 14), kept=lambda group: group["betas"][0] != 0.0),
+    StateTensor("m2", Word(14, 0x846CA68B, 15)),
+    StateTensor("nu", Word(16, 0x7FEB352D, 15), signed=False),
+    StateTensor("weight_ema", Word(17, 0x2C1B3C6D, 14), kept=lambda group: group["weight_ema"] is not None),
 )
-HALVES = {tensor.key: tensor.half for tensor in STATE_TENSORS} | {"weight": Half(1, 16)}
+WORDS = {tensor.key: tensor.word for tensor in STATE_TENSORS} | {"weight": Word(13, 0xD168AAAD, 14)}
 ROUNDED = tuple(tensor.key for tensor in STATE_TENSORS)
 UNSIGNED = {tensor.key for tensor in STATE_TENSORS if not tensor.signed}
 # `master_weights` -> state key and dtype of what a 16-bit weight lacks
@@ -263,6 +263,9 @@ def c_header() -> str:
         f'_Static_assert(sizeof(Segment) == {SEGMENT.itemsize}, "size");',
         f"enum {{ {', '.join(f'{name} = {code}' for name, code in codes.items())} }};",
         f"#define BLOCK {precision.BLOCK}",
+        f"enum {{ {', '.join(f'{key.upper()}_BITS = {1 << i}' for i, key in enumerate(WORDS))} }};",
+        "#define WORDS(X) "
+        + " ".join(f"X({key}, {key.upper()}_BITS, {a}, {m}u, {b})" for key, (a, m, b) in WORDS.items()),
         f"#define SCALARS(X) {' '.join(f'X({name})' for name in DOUBLES)}",
     ]
     return "\n".join(lines) + "\n"

@@ -152,8 +152,8 @@ def test_c_equals_torch_where_a_tensor_holds_several_ranges_in_blocks(state):
 
 
 def test_indices_beyond_32_bits_have_bits_of_their_own():
-    # A shard in the middle of a parameter of 3 * 2^32 elements, across a multiple of 2^32.
-    start, length = (1 << 33) - 3000, 6000
+    # A shard in the middle of a parameter of 3 * 2^32 elements, across 2^32 words of random bits; of odd ends.
+    start, length = (1 << 33) - 3001, 6001
     layout = Layout.contiguous("p0", (3 << 32,), start, length)
     both = [
         run(k, sizes=(length,), layouts=[layout], state_dtype="bf16", weight=w, steps=2)

@@ -1,5 +1,7 @@
 """The random bits, the formats, the masters, and what they do to state over many steps."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -14,36 +16,42 @@ COUNT = 1 << 18
 
 def bits(kind="m2", *, seed=0, name="w", step=1, start=0, length=COUNT) -> np.ndarray:
     base = precision.base_key(seed, name_key(name))
-    return precision.random_bits(schema.HALVES[kind], base, step, start, length, "cpu").numpy()
+    return precision.random_bits(schema.WORDS[kind], base, step, start, length, "cpu").numpy()
 
 
 def test_the_words_are_fixed_forever():
     """A checkpoint continues with the same bits on every machine and in every later version."""
     base = precision.base_key(7, name_key("layers.0.weight"))
     assert hex(base) == "0x74af8146a8be56c4"
-    words = precision.random_words(precision.stream_key(base, 3, 1), 0, 4).tolist()
-    assert [hex(word) for word in words] == ["0xfa89a2d4", "0x58209992", "0xfe9d2d01", "0xc897d58d"]
+    words = precision.random_words(schema.WORDS["nu"], precision.stream_key(base, 3), 0, 4).tolist()
+    assert [hex(word) for word in words] == ["0x856f5f91", "0xa520ca5e", "0x914a1514", "0xea2be4a"]
 
 
 def test_words_follow_the_definition_in_numpy():
     base = precision.base_key(1, name_key("w"))
-    start, length = (1 << 32) - 5, 10
-    stream = precision.stream_key(base, 9, 0)
-    expected = []
-    for index in range(start, start + length):
-        key = precision.mix64((stream + (index >> 32) * 0xD1B54A32D192ED03) & (1 << 64) - 1)
-        with np.errstate(over="ignore"):
-            x = np.uint32(index & 0xFFFFFFFF) ^ np.uint32(key & 0xFFFFFFFF)
-            x ^= x >> np.uint32(17)
-            x *= np.uint32(0xED5AD4BB)
-            x ^= x >> np.uint32(11)
-            x += np.uint32(key >> 32)
-            x *= np.uint32(0xAC4C1B51)
-            x ^= x >> np.uint32(15)
-            x *= np.uint32(0x31848BAB)
-            x ^= x >> np.uint32(14)
-        expected.append(int(x))
-    assert precision.random_words(stream, start, length).tolist() == expected
+    start, length = (1 << 33) - 5, 10
+    stream = precision.stream_key(base, 9)
+    last = {"m1": (15, 0x31848BAB, 14), "m2": (14, 0x846CA68B, 15), "nu": (16, 0x7FEB352D, 15)}
+    last |= {"weight": (13, 0xD168AAAD, 14), "weight_ema": (17, 0x2C1B3C6D, 14)}
+    assert last.keys() == schema.WORDS.keys()
+    for kind, (before, multiplier, after) in last.items():
+        expected = []
+        for index in range(start, start + length):
+            number = index >> 1
+            key = precision.mix64((stream + (number >> 32) * 0xD1B54A32D192ED03) & (1 << 64) - 1)
+            with np.errstate(over="ignore"):
+                x = np.uint32(number & 0xFFFFFFFF) ^ np.uint32(key & 0xFFFFFFFF)
+                x ^= x >> np.uint32(17)
+                x *= np.uint32(0xED5AD4BB)
+                x ^= x >> np.uint32(11)
+                x += np.uint32(key >> 32)
+                x *= np.uint32(0xAC4C1B51)
+                x ^= x >> np.uint32(before)
+                x *= np.uint32(multiplier)
+                x ^= x >> np.uint32(after)
+            expected.append(int(x) >> 16 if index & 1 else int(x) & 0xFFFF)
+        found = precision.random_bits(schema.WORDS[kind], base, 9, start, length, "cpu")
+        assert found.tolist() == expected
 
 
 def chi_square(values: np.ndarray, cells: int) -> float:
@@ -54,7 +62,7 @@ def chi_square(values: np.ndarray, cells: int) -> float:
     return (statistic - (cells - 1)) / np.sqrt(2 * (cells - 1))
 
 
-@pytest.mark.parametrize("kind", schema.HALVES)
+@pytest.mark.parametrize("kind", schema.WORDS)
 def test_bits_are_uniform(kind):
     for step in (1, 2, 1000):
         found = bits(kind, step=step)
@@ -74,9 +82,11 @@ NEIGHBOURS = {
     "an element 4096 on": lambda: (bits()[:-4096], bits()[4096:]),
     "an element 2^16 on": lambda: (bits()[: -(1 << 16)], bits()[1 << 16 :]),
     "an element 2^32 on": lambda: (bits(), bits(start=1 << 32)),
-    "the other half of the word": lambda: (bits("m1"), bits("m2")),
-    "the other pair": lambda: (bits("m1"), bits("nu")),
-    "nu and the weight": lambda: (bits("nu"), bits("weight")),
+    "the other half of the word": lambda: (bits()[::2], bits()[1::2]),
+    "the half before in the next word": lambda: (bits()[1:-1:2], bits()[2::2]),
+    "an element 2^33 on": lambda: (bits(), bits(start=1 << 33)),
+    **{f"{a} and {b}": lambda a=a, b=b: (bits(a), bits(b)) for a, b in combinations(schema.WORDS, 2)},
+    "m1 and the next element of m2": lambda: (bits("m1")[:-1], bits("m2")[1:]),
     "another name": lambda: (bits(name="w"), bits(name="v")),
     "another seed": lambda: (bits(seed=0), bits(seed=1)),
     "the next element at the next step": lambda: (bits(step=1)[:-1], bits(step=2)[1:]),
@@ -95,6 +105,15 @@ def test_bits_do_not_depend_on_their_neighbours(pair):
     assert abs(chi_square(low, 4096)) < 5
     ones = [((v[:, None] >> np.arange(16)) & 1) * 2.0 - 1.0 for v in (a, b)]
     assert np.abs(ones[0].T @ ones[1] / len(a)).max() < 6 / np.sqrt(len(a))
+
+
+@pytest.mark.parametrize("kinds", combinations(schema.WORDS, 3), ids="-".join)
+def test_three_tensors_of_an_element_are_rounded_independently(kinds):
+    """Their words share all but the last round: a chi-square of their high bits, and of their low bits."""
+    a, b, c = map(bits, kinds)
+    for shift in (12, 0):
+        high, middle, low = ((x >> shift) & 15 for x in (a, b, c))
+        assert abs(chi_square(high * 256 + middle * 16 + low, 4096)) < 5
 
 
 def test_rounding_over_steps_has_no_memory():
@@ -195,7 +214,7 @@ def test_block_formats_are_unbiased_and_bounded(fmt, kind):
     else:
         step = largest / 127
     for draw in range(rounds):
-        random = precision.random_bits(schema.HALVES[kind], 5, draw, 0, 1000, "cpu")
+        random = precision.random_bits(schema.WORDS[kind], 5, draw, 0, 1000, "cpu")
         form.encode(values, random, codes, scale)
         decoded = form.decode(codes, scale)
         assert ((decoded - values).abs() <= step * 1.001).all()

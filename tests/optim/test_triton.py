@@ -100,7 +100,7 @@ def test_every_option_has_the_bits_of_torch(interpreted, options):
 @pytest.mark.parametrize("state", ["bf16", "block8"])
 def test_indices_beyond_32_bits(interpreted, state):
     # The keys change in the middle of a program; and a row that does not begin on 16 bytes.
-    layout = Layout("p0", (3 << 32,), (Range((1 << 33) - 600, 1, 1300),))
+    layout = Layout("p0", (3 << 32,), (Range((1 << 33) - 601, 1, 1300),))
     interpreted(same_as_torch, sizes=(1301,), layouts=[layout], state_dtype=state, weight=torch.bfloat16)
 
 
@@ -204,7 +204,7 @@ def far(state):
         table.cache["triton_first"] = np.full(len(rows), -offset // 1024)
         return launches
 
-    options = {"sizes": (1300,), "layouts": [Layout.contiguous("p0", (1 << 33,), 1 << 32, 1300)], "state_dtype": state}
+    options = {"sizes": (1300,), "layouts": [Layout.contiguous("p0", (1 << 34,), (1 << 33) + 1, 1300)], "state_dtype": state}
     plain = run("torch", steps=1, **options)
     kernel._launches = shifted
     try:

@@ -19,29 +19,42 @@ static uint64_t mix64(uint64_t z) {
     return z ^ (z >> 31);
 }
 
-typedef struct { uint32_t a[3], b[3]; } Keys; /* one pair of keys for each pair of tensors */
+#if defined __BYTE_ORDER__ && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the halves of a random word lie in memory as on a little-endian machine"
+#endif
 
-static Keys keys_at(const Segment *s, uint64_t high) {
-    Keys keys;
-    for (int pair = 0; pair < 3; pair++) {
-        uint64_t stream = mix64(s->key + (4 * (uint64_t)s->step + (uint64_t)pair) * 0x9E3779B97F4A7C15ull);
-        uint64_t key = mix64(stream + high * 0xD1B54A32D192ED03ull);
-        keys.a[pair] = (uint32_t)key;
-        keys.b[pair] = (uint32_t)(key >> 32);
-    }
-    return keys;
+/* A tile's random bits of each tensor that is rounded. Two elements share a word: the low half is the even one's. */
+typedef union { uint32_t words[TILE / 2 + 1]; uint16_t bits[TILE + 2]; } Random;
+typedef struct {
+#define FIELD(key, bit, before, multiplier, after) Random key;
+    WORDS(FIELD)
+#undef FIELD
+} Randoms;
+
+INLINE uint32_t word(uint32_t x, int before, uint32_t multiplier, int after) {
+    x ^= x >> before;
+    x *= multiplier;
+    return x ^ (x >> after);
 }
 
-INLINE uint32_t word(uint32_t index, uint32_t a, uint32_t b) {
-    uint32_t x = index ^ a;
-    x ^= x >> 17;
-    x *= 0xED5AD4BBu;
-    x ^= x >> 11;
-    x += b;
-    x *= 0xAC4C1B51u;
-    x ^= x >> 15;
-    x *= 0x31848BABu;
-    return x ^ (x >> 14);
+/* The words of elements at .. at + n for the tensors of `which`. The bits of the first are number (start + at) & 1. */
+INLINE void fill(Randoms *r, const Segment *s, int64_t at, int n, int which) {
+    const uint64_t stream = mix64(s->key + (uint64_t)s->step * 0x9E3779B97F4A7C15ull);
+    const uint64_t begin = (uint64_t)(s->start + at) >> 1, end = ((uint64_t)(s->start + at + n) + 1) >> 1;
+    for (uint64_t number = begin; number < end;) {
+        const uint64_t change = ((number >> 32) + 1) << 32, until = change < end ? change : end;
+        const uint64_t keys = mix64(stream + (number >> 32) * 0xD1B54A32D192ED03ull);
+        const uint32_t a = (uint32_t)keys, b = (uint32_t)(keys >> 32), first = (uint32_t)begin;
+        for (int i = (int)(number - begin); i < (int)(until - begin); i++) {
+            uint32_t x = (first + (uint32_t)i) ^ a;
+            x = (x ^ (x >> 17)) * 0xED5AD4BBu;
+            x = ((x ^ (x >> 11)) + b) * 0xAC4C1B51u;
+#define FILL(key, bit, before, multiplier, after) if (which & bit) r->key.words[i] = word(x, before, multiplier, after);
+            WORDS(FILL)
+#undef FILL
+        }
+        number = until;
+    }
 }
 
 /* -- single values -------------------------------------------------------------------------------------- */
@@ -51,10 +64,11 @@ INLINE float from_bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 INLINE float from_bf16(uint16_t u) { return from_bits((uint32_t)u << 16); }
 
 /* By random bits. What is finite stays so: past the largest bf16 it is cut off. So is a NaN, which arithmetic leaves quiet,
- * with the topmost of its mantissa's bits set. */
-INLINE uint16_t to_bf16(float x, uint32_t bits) {
-    const uint32_t raw = to_bits(x);
-    return (uint16_t)((raw + ((raw & 0x7FFFFFFFu) < 0x7F7F0000u ? bits : 0)) >> 16);
+ * with the topmost of its mantissa's bits set. In 16-bit numbers, of which a vector holds twice as many. */
+INLINE uint16_t to_bf16(float x, uint16_t bits) {
+    const uint16_t high = (uint16_t)(to_bits(x) >> 16), twice = (uint16_t)(high + high);
+    const uint16_t sum = (uint16_t)((uint16_t)to_bits(x) + bits);
+    return (uint16_t)(sum < bits && twice < (uint16_t)0xFEFE ? high + 1 : high);
 }
 
 /* Half away from zero, which a split master can be joined to again. */
@@ -85,7 +99,7 @@ INLINE uint16_t to_fp16(float x) {
 /* A weight set to zero by hand leaves its old low half behind: below zero there is nothing to subtract from. */
 INLINE float joined(uint16_t high, int16_t low) {
     const uint32_t raw = (uint32_t)high << 16;
-    return from_bits((raw & 0x7FFFFFFFu) == 0 && low < 0 ? raw : raw + (uint32_t)(int32_t)low);
+    return from_bits(((raw & 0x7FFFFFFFu) == 0) & (low < 0) ? raw : raw + (uint32_t)(int32_t)low);
 }
 
 /* -- the update ----------------------------------------------------------------------------------------- */
@@ -131,10 +145,13 @@ INLINE float moved(float w, float m1, float m2, float nu, const Scalars *c) {
 
 /* -- the common formats, one fused loop each -------------------------------------------------------------- */
 
-INLINE void fused(const Segment *s, int64_t from, int64_t n, int weight_type, int master, int grad_type, int format) {
+INLINE void fused(const Segment *s, int64_t from, int n, int weight_type, int master, int grad_type, int format) {
     const Scalars c = scalars_of(s);
-    const Keys k = keys_at(s, (uint64_t)(s->start + from) >> 32);
-    const uint32_t index = (uint32_t)(uint64_t)(s->start + from);
+    const int rounds_state = format == BF16, rounds_weight = weight_type == BF16 && master == NO_MASTER;
+    const int which = (rounds_state ? M1_BITS | M2_BITS | NU_BITS : 0) | (rounds_weight ? WEIGHT_BITS : 0);
+    const int odd = (int)((s->start + from) & 1);
+    Randoms r;
+    if (which) fill(&r, s, from, n, which);
     float *restrict wf = (float *)(uintptr_t)s->weight + from;
     uint16_t *restrict wh = (uint16_t *)(uintptr_t)s->weight + from;
     float *restrict master32 = (float *)(uintptr_t)s->master + from;
@@ -145,9 +162,10 @@ INLINE void fused(const Segment *s, int64_t from, int64_t n, int weight_type, in
     float *restrict nuf = (float *)(uintptr_t)s->nu + from;
     uint16_t *restrict m1h = (uint16_t *)(uintptr_t)s->m1 + from, *restrict m2h = (uint16_t *)(uintptr_t)s->m2 + from;
     uint16_t *restrict nuh = (uint16_t *)(uintptr_t)s->nu + from;
-    const int rounds_state = format == BF16, rounds_weight = weight_type == BF16 && master == NO_MASTER;
+    const uint16_t *restrict m1r = r.m1.bits + odd, *restrict m2r = r.m2.bits + odd, *restrict nur = r.nu.bits + odd;
+    const uint16_t *restrict wr = r.weight.bits + odd;
 #pragma GCC ivdep
-    for (int64_t i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++) {
         float g = (grad_type == FP32 ? gf[i] : from_bf16(gh[i])) * c.sign, w;
         if (master == FP32_MASTER) w = master32[i];
         else if (master == SPLIT_MASTER) w = joined(wh[i], low[i]);
@@ -159,19 +177,17 @@ INLINE void fused(const Segment *s, int64_t from, int64_t n, int weight_type, in
         m2 = average(m2, g, c.beta3, c.rate3, 0);
         nu = second_moment(nu, g, &c, 0, 0);
         w = moved(w, m1, m2, nu, &c);
-        uint32_t r0 = rounds_state ? word(index + (uint32_t)i, k.a[0], k.b[0]) : 0;
-        uint32_t r1 = rounds_state || rounds_weight ? word(index + (uint32_t)i, k.a[1], k.b[1]) : 0;
         if (format == FP32) {
             m1f[i] = m1;
             m2f[i] = m2;
             nuf[i] = nu;
         } else {
-            m1h[i] = to_bf16(m1, r0 & 0xFFFFu);
-            m2h[i] = to_bf16(m2, r0 >> 16);
-            nuh[i] = to_bf16(nu, r1 & 0xFFFFu);
+            m1h[i] = to_bf16(m1, m1r[i]);
+            m2h[i] = to_bf16(m2, m2r[i]);
+            nuh[i] = to_bf16(nu, nur[i]);
         }
         if (weight_type == FP32) wf[i] = w;
-        else if (rounds_weight) wh[i] = to_bf16(w, r1 >> 16);
+        else if (rounds_weight) wh[i] = to_bf16(w, wr[i]);
         else {
             uint16_t high = nearest_bf16(w);
             wh[i] = high;
@@ -232,9 +248,9 @@ INLINE int nonfinite(float largest, void *codes, size_t bytes, float *scale) {
     return 1;
 }
 
-/* One block each: x into codes, `r` the words of its random bits. */
-INLINE void block16(uint16_t *restrict p, float *scale, const float *restrict x, const uint32_t *restrict r, int n,
-                    int is_nu, int shift) {
+/* One block each: x into codes, by the random bits `r`. */
+INLINE void block16(uint16_t *restrict p, float *scale, const float *restrict x, const uint16_t *restrict r, int n,
+                    int is_nu) {
     const uint32_t top = is_nu ? 31u : 15u, limit = is_nu ? 0xFFFFu : 0x7FFFu;
     const float most = largest_of(x, n);
     if (nonfinite(most, p, (size_t)n * 2, scale)) return;
@@ -244,7 +260,7 @@ INLINE void block16(uint16_t *restrict p, float *scale, const float *restrict x,
     *scale = from_bits((exponent - (top - 15u)) << 23);
     for (int i = 0; i < n; i++) {
         const uint32_t raw = to_bits(x[i] * inverse * 0x1p-112f);
-        uint32_t code = ((raw & 0x7FFFFFFFu) + (((r[i] >> shift) & 0xFFFFu) >> 4)) >> 12;
+        uint32_t code = ((raw & 0x7FFFFFFFu) + (uint32_t)(r[i] >> 4)) >> 12;
         code = code > limit ? limit : code;
         if (is_nu) code = (code == 0) & (x[i] > 0.0f) ? 1u : code;
         else code |= (raw >> 16) & 0x8000u;
@@ -252,15 +268,15 @@ INLINE void block16(uint16_t *restrict p, float *scale, const float *restrict x,
     }
 }
 
-INLINE void block8(uint8_t *restrict p, float *scale, const float *restrict x, const uint32_t *restrict r, int n,
-                   int is_nu, int shift) {
+INLINE void block8(uint8_t *restrict p, float *scale, const float *restrict x, const uint16_t *restrict r, int n,
+                   int is_nu) {
     const float most = largest_of(x, n);
     if (nonfinite(most, p, (size_t)n, scale)) return;
     const float by = most * (is_nu ? (float)(1.0 / (255.0 * 255.0)) : (float)(1.0 / 127.0));
     const float inverse = by >= 0x1p-126f ? 1.0f / by : 0.0f;
     *scale = by;
     for (int i = 0; i < n; i++) {
-        const float uniform = (float)(int32_t)((r[i] >> shift) & 0xFFFFu) * 0x1p-16f, v = x[i] * inverse;
+        const float uniform = (float)r[i] * 0x1p-16f, v = x[i] * inverse;
         float code;
         if (is_nu) {
             const float below = floorf(sqrtf(v));
@@ -277,37 +293,36 @@ INLINE void block8(uint8_t *restrict p, float *scale, const float *restrict x, c
 }
 
 static void store_state(const float *restrict x, uint64_t codes, uint64_t scales, int64_t at, int n, int format, int is_nu,
-                        const uint32_t *restrict words, int shift) {
+                        const uint16_t *restrict r) {
     float *scale = (float *)(uintptr_t)scales + at / BLOCK;
     if (format == FP32) memcpy((float *)(uintptr_t)codes + at, x, (size_t)n * 4);
     else if (format == BF16) {
         uint16_t *restrict p = (uint16_t *)(uintptr_t)codes + at;
-        for (int i = 0; i < n; i++) p[i] = to_bf16(x[i], (words[i] >> shift) & 0xFFFFu);
+        for (int i = 0; i < n; i++) p[i] = to_bf16(x[i], r[i]);
     } else {
         for (int from = 0; from < n; from += BLOCK, scale++) {
             const int count = from + BLOCK < n ? BLOCK : n - from;
             uint16_t *p16 = (uint16_t *)(uintptr_t)codes + at + from;
             uint8_t *p8 = (uint8_t *)(uintptr_t)codes + at + from;
             /* with constants for what varies, so that each loop is compiled by itself */
-#define ENCODE(block, p)                                                                       \
-    if (is_nu) block(p, scale, x + from, words + from, count, 1, 0);                           \
-    else if (shift) block(p, scale, x + from, words + from, count, 0, 16);                     \
-    else block(p, scale, x + from, words + from, count, 0, 0);
-            if (format == BLOCK16) { ENCODE(block16, p16) }
-            else { ENCODE(block8, p8) }
-#undef ENCODE
+            if (format == BLOCK16 && is_nu) block16(p16, scale, x + from, r + from, count, 1);
+            else if (format == BLOCK16) block16(p16, scale, x + from, r + from, count, 0);
+            else if (is_nu) block8(p8, scale, x + from, r + from, count, 1);
+            else block8(p8, scale, x + from, r + from, count, 0);
         }
     }
 }
 
-static void fill_words(uint32_t *restrict words, const Segment *s, int64_t at, int n, int pair) {
-    const uint64_t index = (uint64_t)(s->start + at), until = 0x100000000ull - (index & 0xFFFFFFFFull);
-    const int cut = until < (uint64_t)n ? (int)until : n; /* the keys change at a multiple of 2^32 */
-    const Keys here = keys_at(s, index >> 32);
-    for (int i = 0; i < cut; i++) words[i] = word((uint32_t)index + (uint32_t)i, here.a[pair], here.b[pair]);
-    if (cut == n) return;
-    const Keys next = keys_at(s, (index >> 32) + 1);
-    for (int i = cut; i < n; i++) words[i] = word((uint32_t)index + (uint32_t)i, next.a[pair], next.b[pair]);
+/* `fill` with constants for `which`: state of three rounded tensors in one pass, others one by one. */
+static void draw(Randoms *r, const Segment *s, int64_t at, int n, int which) {
+    const int common = M1_BITS | M2_BITS | NU_BITS;
+    if ((which & common) == common) {
+        fill(r, s, at, n, common);
+        which &= ~common;
+    }
+#define ONE(key, bit, before, multiplier, after) if (which & bit) fill(r, s, at, n, bit);
+    WORDS(ONE)
+#undef ONE
 }
 
 static void tiled(const Segment *s, int64_t from, int64_t n) {
@@ -315,9 +330,14 @@ static void tiled(const Segment *s, int64_t from, int64_t n) {
     void *weight = (void *)(uintptr_t)s->weight, *master = (void *)(uintptr_t)s->master;
     const int yogi = (s->flags & YOGI) != 0, has_m1 = s->m1_format != NONE, moves = s->lr != 0.0;
     float w[TILE], g[TILE], m1[TILE], m2[TILE], nu[TILE], weight_ema[TILE];
-    uint32_t words[TILE];
+    const int which = (s->m1_format > FP32 ? M1_BITS : 0) | (s->m2_format > FP32 ? M2_BITS : 0)
+        | (s->nu_format > FP32 ? NU_BITS : 0) | (s->weight_ema_format > FP32 ? WEIGHT_EMA_BITS : 0)
+        | (s->weight_type == BF16 && s->master_kind == NO_MASTER ? WEIGHT_BITS : 0);
+    const int odd = (int)((s->start + from) & 1); /* tiles are of an even length */
+    Randoms r;
     for (int64_t at = from; at < from + n; at += TILE) {
         const int count = (int)(from + n - at < TILE ? from + n - at : TILE);
+        draw(&r, s, at, count, which);
         if (s->master_kind == FP32_MASTER) load_values(w, master, at, count, FP32);
         else if (s->master_kind == SPLIT_MASTER) {
             const uint16_t *high = (const uint16_t *)weight + at;
@@ -338,21 +358,19 @@ static void tiled(const Segment *s, int64_t from, int64_t n) {
         if (s->weight_ema_format != NONE) {
             load_state(weight_ema, s->weight_ema, s->weight_ema_scale, at, count, s->weight_ema_format, 0);
             for (int i = 0; i < count; i++) weight_ema[i] = weight_ema[i] + (w[i] - weight_ema[i]) * c.weight_ema_rate;
-            if (s->weight_ema_format != FP32) fill_words(words, s, at, count, 2);
-            store_state(weight_ema, s->weight_ema, s->weight_ema_scale, at, count, s->weight_ema_format, 0, words, 0);
+            store_state(weight_ema, s->weight_ema, s->weight_ema_scale, at, count, s->weight_ema_format, 0,
+                        r.weight_ema.bits + odd);
         }
-        if (s->m1_format > FP32 || s->m2_format > FP32) fill_words(words, s, at, count, 0);
-        if (has_m1) store_state(m1, s->m1, s->m1_scale, at, count, s->m1_format, 0, words, 0);
-        store_state(m2, s->m2, s->m2_scale, at, count, s->m2_format, 0, words, 16);
-        if (s->nu_format > FP32 || s->weight_type == BF16) fill_words(words, s, at, count, 1);
-        store_state(nu, s->nu, s->nu_scale, at, count, s->nu_format, 1, words, 0);
+        if (has_m1) store_state(m1, s->m1, s->m1_scale, at, count, s->m1_format, 0, r.m1.bits + odd);
+        store_state(m2, s->m2, s->m2_scale, at, count, s->m2_format, 0, r.m2.bits + odd);
+        store_state(nu, s->nu, s->nu_scale, at, count, s->nu_format, 1, r.nu.bits + odd);
         if (!moves) continue;
         if (s->master_kind == FP32_MASTER) memcpy((float *)master + at, w, (size_t)count * 4);
         if (s->weight_type == FP32) memcpy((float *)weight + at, w, (size_t)count * 4);
         else if (s->weight_type == BF16) {
             uint16_t *high = (uint16_t *)weight + at;
             int16_t *low = (int16_t *)master + at;
-            if (s->master_kind == NO_MASTER) for (int i = 0; i < count; i++) high[i] = to_bf16(w[i], words[i] >> 16);
+            if (s->master_kind == NO_MASTER) for (int i = 0; i < count; i++) high[i] = to_bf16(w[i], r.weight.bits[odd + i]);
             else for (int i = 0; i < count; i++) high[i] = nearest_bf16(w[i]);
             if (s->master_kind == SPLIT_MASTER)
                 for (int i = 0; i < count; i++) low[i] = (int16_t)(uint16_t)(to_bits(w[i]) - ((uint32_t)high[i] << 16));
@@ -367,12 +385,12 @@ static void chunk(const Segment *s, int64_t from, int64_t n) {
     const int f = s->m1_format;
     const int plain = (f == FP32 || f == BF16) && s->m2_format == f && s->nu_format == f && s->weight_ema_format == NONE
         && !(s->flags & YOGI) && s->lr != 0.0 && s->beta1 >= 0.5 && s->beta2 >= 0.5 && s->beta3 >= 0.5;
-    const int64_t until = (int64_t)(0x100000000ull - ((uint64_t)(s->start + from) & 0xFFFFFFFFull));
+    const int rounds = f == BF16 || (s->weight_type == BF16 && s->master_kind == NO_MASTER);
+    const int64_t part = rounds ? TILE : n;
 #define CASE(W, M, G, F)                                                                                     \
     if (plain && s->weight_type == W && s->master_kind == M && s->grad_type == G && f == F) {                \
-        const int64_t first = n < until ? n : until; /* the keys change at a multiple of 2^32 */             \
-        fused(s, from, first, W, M, G, F);                                                                   \
-        if (first < n) fused(s, from + first, n - first, W, M, G, F);                                        \
+        for (int64_t at = from; at < from + n; at += part)                                                   \
+            fused(s, at, (int)(from + n - at < part ? from + n - at : part), W, M, G, F);                    \
         return;                                                                                              \
     }
     CASE(FP32, NO_MASTER, FP32, FP32)

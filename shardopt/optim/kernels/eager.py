@@ -9,7 +9,7 @@ from torch import Tensor
 from shardopt.optim import precision, reference
 from shardopt.optim.kernels import Kernel
 from shardopt.optim.kernels.table import Entry, Table, Tile
-from shardopt.optim.schema import DOUBLES, FLAG_BITS, HALVES, SKIP, Scalars
+from shardopt.optim.schema import DOUBLES, FLAG_BITS, SKIP, WORDS, Scalars
 
 # Temporaries are tiles, never as large as a large parameter; a CPU's fit its cache. Multiples of precision.BLOCK.
 _TILE = {"cpu": 1 << 17}
@@ -43,7 +43,7 @@ def _step(entry: Entry, whole_weight: Tensor, grad: Tensor, row: np.void, s: Sca
 
     def bits(key: str) -> Tensor:
         key_and_step = int(row["key"]), int(row["step"])
-        return precision.random_bits(HALVES[key], *key_and_step, where.start, where.numel, weight.device)
+        return precision.random_bits(WORDS[key], *key_and_step, where.start, where.numel, weight.device)
 
     weight = part(whole_weight)
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32

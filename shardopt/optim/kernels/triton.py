@@ -62,8 +62,7 @@ _WORDS = tl.constexpr(schema.SEGMENT.itemsize // _ONE_WORD)
 _COPIED = (*schema.POINTERS, *schema.SCALES, "length", "start")
 assert schema.SEGMENT.names is not None
 assert schema.SEGMENT.names[: len(_COPIED)] == _COPIED
-_PAIRS = tl.constexpr(1 + max(half.pair for half in schema.HALVES.values()))
-_ROW = (*_COPIED, *(f"stream{pair}" for pair in range(_PAIRS.value)), "first", "flags")
+_ROW = (*_COPIED, "stream", "first", "flags")
 _NUMBERS = (*schema.DOUBLES, "rate1", "rate2", "rate3", "sign")
 _ROW_PLACE = {name: i for i, name in enumerate(_ROW)}
 _NUMBER_PLACE = {name: i for i, name in enumerate(_NUMBERS)}
@@ -87,6 +86,11 @@ def _word(name):
 @triton.constexpr_function
 def _number(name):
     return _NUMBER_PLACE[name]
+
+
+@triton.constexpr_function
+def _last_round(name, part):
+    return getattr(schema.WORDS[name], part)
 
 
 @triton.constexpr_function
@@ -126,25 +130,32 @@ def _mix64(z):
 
 
 @triton.jit
-def _words(stream, first, offsets):
-    """The random words of a program's elements, from its first one's index in the parameter (uint64).
+def _hash(stream, first, offsets):
+    """What the random words of an element share, for a program's elements, from its first one's index (uint64).
 
-    The keys change where the index passes a multiple of 2^32.
+    The keys change where the number of a word, of which two elements have one, passes a multiple of 2^32.
     """
-    here = _mix64(stream + (first >> 32) * 0xD1B54A32D192ED03)
-    after = _mix64(stream + ((first >> 32) + 1) * 0xD1B54A32D192ED03)
-    low = first.to(tl.uint32)
-    x = low + offsets.to(tl.uint32)
+    number = first >> 1
+    here = _mix64(stream + (number >> 32) * 0xD1B54A32D192ED03)
+    after = _mix64(stream + ((number >> 32) + 1) * 0xD1B54A32D192ED03)
+    low = number.to(tl.uint32)
+    x = low + (((first & 1).to(tl.uint32) + offsets.to(tl.uint32)) >> 1)
     passed = x < low
     x ^= tl.where(passed, after.to(tl.uint32), here.to(tl.uint32))
     x ^= x >> 17
     x *= 0xED5AD4BB
     x ^= x >> 11
     x += tl.where(passed, (after >> 32).to(tl.uint32), (here >> 32).to(tl.uint32))
-    x *= 0xAC4C1B51
-    x ^= x >> 15
-    x *= 0x31848BAB
-    return x ^ (x >> 14)
+    return x * 0xAC4C1B51
+
+
+@triton.jit
+def _bits(x, first, offsets, NAME: tl.constexpr):
+    """The 16 random bits of a tensor: half a word."""
+    x ^= x >> _last_round(NAME, "before")
+    x *= _last_round(NAME, "multiplier")
+    x ^= x >> _last_round(NAME, "after")
+    return (x >> ((((first & 1).to(tl.uint32) + offsets.to(tl.uint32)) & 1) * 16)) & 0xFFFF
 
 
 # -- memory: `at` is the address of a row's first element ------------------------------------------------------------
@@ -238,7 +249,8 @@ def _write_state(
     NAME: tl.constexpr,
     KIND: tl.constexpr,
     x,
-    bits,
+    hashed,
+    first,
     block,
     left,
     offsets,
@@ -246,6 +258,7 @@ def _write_state(
     FULL: tl.constexpr,
 ):
     FORMAT: tl.constexpr = _code(KIND, NAME + "_format")
+    bits = _bits(hashed, first, offsets, NAME) if FORMAT > _FP32 else hashed
     IS_NU: tl.constexpr = _unsigned(NAME)
     at = tl.load(row + _word(NAME))
     if FORMAT == _FP32:
@@ -368,22 +381,20 @@ def _update(row, block, left, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
     w = tl.where(moves, w - (u + w * _scalar(row, "weight_decay")) * lr, w)
 
     ROUNDS_WEIGHT: tl.constexpr = WEIGHT == _BF16 and MASTER == 0
-    words = tl.zeros(offsets.shape, tl.uint32)
-    if M1 > _FP32 or M2 > _FP32:
-        words = _words(tl.load(row + _word("stream0")).to(tl.uint64), first, offsets)
+    hashed = tl.zeros(offsets.shape, tl.uint32)
+    if M1 > _FP32 or M2 > _FP32 or NU > _FP32 or WEIGHT_EMA > _FP32 or ROUNDS_WEIGHT:
+        hashed = _hash(tl.load(row + _word("stream")).to(tl.uint64), first, offsets)
     if M1 != 0:
-        _write_state(row, "m1", KIND, fast, words & 0xFFFF, block, left, offsets, ALIGNED, FULL)
-    _write_state(row, "m2", KIND, m2, words >> 16, block, left, offsets, ALIGNED, FULL)
-    if NU > _FP32 or ROUNDS_WEIGHT:
-        words = _words(tl.load(row + _word("stream1")).to(tl.uint64), first, offsets)
-    _write_state(row, "nu", KIND, nu, words & 0xFFFF, block, left, offsets, ALIGNED, FULL)
+        _write_state(row, "m1", KIND, fast, hashed, first, block, left, offsets, ALIGNED, FULL)
+    _write_state(row, "m2", KIND, m2, hashed, first, block, left, offsets, ALIGNED, FULL)
+    _write_state(row, "nu", KIND, nu, hashed, first, block, left, offsets, ALIGNED, FULL)
     if moves:
         if WEIGHT == _FP32:
             _write(weight_at, tl.float32, w, block, left, offsets, ALIGNED, FULL)
         elif WEIGHT == _FP16:
             _write(weight_at, tl.float16, w.to(tl.float16), block, left, offsets, ALIGNED, FULL)
         else:
-            code = _to_bf16(w, words >> 16) if ROUNDS_WEIGHT else _nearest_bf16(w)
+            code = _to_bf16(w, _bits(hashed, first, offsets, "weight")) if ROUNDS_WEIGHT else _nearest_bf16(w)
             _write(weight_at, tl.uint16, code, block, left, offsets, ALIGNED, FULL)
             if MASTER == _SPLIT_MASTER:
                 rest = w.to(tl.uint32, bitcast=True) - (code.to(tl.uint32) << 16)
@@ -392,9 +403,7 @@ def _update(row, block, left, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
             _write(master_at, tl.float32, w, block, left, offsets, ALIGNED, FULL)
     if WEIGHT_EMA != 0:
         weight_ema = weight_ema + (w - weight_ema) * weight_ema_rate
-        if WEIGHT_EMA > _FP32:
-            words = _words(tl.load(row + _word("stream2")).to(tl.uint64), first, offsets)
-        _write_state(row, "weight_ema", KIND, weight_ema, words & 0xFFFF, block, left, offsets, ALIGNED, FULL)
+        _write_state(row, "weight_ema", KIND, weight_ema, hashed, first, block, left, offsets, ALIGNED, FULL)
 
 
 @triton.jit
@@ -474,9 +483,8 @@ def _scalars_kernel(table, count, BLOCK: tl.constexpr):
     tl.store(c + _number("bias_correction2"), _unbias(_double(given, _field("beta2"), live), step), mask=live)
     tl.store(c + _number("weight_ema_rate"), weight_ema_rate.to(tl.float32), mask=live)
     key = tl.load(given + _field("key"), mask=live, other=0).to(tl.uint64)
-    for pair in tl.static_range(_PAIRS):
-        stream = _mix64(key + (count_of_steps.to(tl.uint64) * 4 + pair) * 0x9E3779B97F4A7C15)
-        tl.store(row + _word("stream0") + pair, stream.to(tl.int64), mask=live)
+    stream = _mix64(key + count_of_steps.to(tl.uint64) * 0x9E3779B97F4A7C15)
+    tl.store(row + _word("stream"), stream.to(tl.int64), mask=live)
 
 
 # -- the host's side ----------------------------------------------------------------------------------------------
@@ -555,10 +563,8 @@ def _fill(out: np.ndarray, raw: np.ndarray, table: Table) -> None:
     count = len(raw)
     rows = out[: count * _COLUMNS.value].reshape(count, _COLUMNS.value)
     rows[:, : len(_COPIED)] = raw[:, : len(_COPIED)]
-    step = raw[:, _PLACE["step"], None].view(np.uint64)
-    stream = (4 * step + np.arange(_PAIRS.value, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-    stream += raw[:, _PLACE["key"], None].view(np.uint64)
-    rows[:, _ROW_PLACE["stream0"] :][:, : _PAIRS.value] = mix64(stream).view(np.int64)
+    step, key = (raw[:, _PLACE[name]].view(np.uint64) for name in ("step", "key"))
+    rows[:, _ROW_PLACE["stream"]] = mix64(key + step * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
     rows[:, _ROW_PLACE["first"]] = table.cache["triton_first"]
     rows[:, _ROW_PLACE["flags"]] = table.rows["flags"]
     doubles = raw[:, _PLACE["lr"] : _PLACE["lr"] + len(schema.DOUBLES)].view(np.float64)
