@@ -204,7 +204,8 @@ def far(state):
         table.cache["triton_first"] = np.full(len(rows), -offset // 1024)
         return launches
 
-    options = {"sizes": (1300,), "layouts": [Layout.contiguous("p0", (1 << 34,), (1 << 33) + 1, 1300)], "state_dtype": state}
+    layout = Layout.contiguous("p0", (1 << 34,), (1 << 33) + 1, 1300)
+    options = {"sizes": (1300,), "layouts": [layout], "state_dtype": state}
     plain = run("torch", steps=1, **options)
     kernel._launches = shifted
     try:
