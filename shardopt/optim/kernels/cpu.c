@@ -8,7 +8,8 @@
 #include <math.h>
 #include <string.h>
 
-#define TILE 1024
+#define TILE 1024 /* elements that have their random bits drawn at a time */
+#define PART 256  /* elements of a tile in fp32: all of its tensors together fit the nearest cache */
 #define INLINE static inline __attribute__((always_inline))
 
 /* -- random bits ---------------------------------------------------------------------------------------- */
@@ -325,18 +326,32 @@ static void draw(Randoms *r, const Segment *s, int64_t at, int n, int which) {
 #undef ONE
 }
 
+/* The update of a part in place; with constants for the flags it is one loop of vectors. */
+INLINE void update(float *restrict w, const float *restrict g, float *restrict m1, float *restrict m2,
+                   float *restrict nu, int n, const Scalars *s, int has_m1, int yogi, int moves, int any_beta) {
+    const Scalars c = *s;
+    for (int i = 0; i < n; i++) {
+        const float gi = g[i] * c.sign, fast = has_m1 ? average(m1[i], gi, c.beta1, c.rate1, any_beta) : gi;
+        if (has_m1) m1[i] = fast;
+        m2[i] = average(m2[i], gi, c.beta3, c.rate3, any_beta);
+        nu[i] = second_moment(nu[i], gi, &c, yogi, any_beta);
+        if (moves) w[i] = moved(w[i], fast, m2[i], nu[i], &c);
+    }
+}
+
 static void tiled(const Segment *s, int64_t from, int64_t n) {
     const Scalars c = scalars_of(s);
     void *weight = (void *)(uintptr_t)s->weight, *master = (void *)(uintptr_t)s->master;
     const int yogi = (s->flags & YOGI) != 0, has_m1 = s->m1_format != NONE, moves = s->lr != 0.0;
-    float w[TILE], g[TILE], m1[TILE], m2[TILE], nu[TILE], weight_ema[TILE];
+    float w[PART], g[PART], m1[PART], m2[PART], nu[PART], weight_ema[PART];
     const int which = (s->m1_format > FP32 ? M1_BITS : 0) | (s->m2_format > FP32 ? M2_BITS : 0)
         | (s->nu_format > FP32 ? NU_BITS : 0) | (s->weight_ema_format > FP32 ? WEIGHT_EMA_BITS : 0)
         | (s->weight_type == BF16 && s->master_kind == NO_MASTER ? WEIGHT_BITS : 0);
-    const int odd = (int)((s->start + from) & 1); /* tiles are of an even length */
+    const int common = has_m1 && !yogi && moves && s->beta1 >= 0.5 && s->beta2 >= 0.5 && s->beta3 >= 0.5;
+    const int odd = (int)((s->start + from) & 1); /* parts are of an even length */
     Randoms r;
-    for (int64_t at = from; at < from + n; at += TILE) {
-        const int count = (int)(from + n - at < TILE ? from + n - at : TILE);
+    for (int64_t at = from; at < from + n; at += PART) {
+        const int count = (int)(from + n - at < PART ? from + n - at : PART);
         draw(&r, s, at, count, which);
         if (s->master_kind == FP32_MASTER) load_values(w, master, at, count, FP32);
         else if (s->master_kind == SPLIT_MASTER) {
@@ -348,13 +363,9 @@ static void tiled(const Segment *s, int64_t from, int64_t n) {
         if (has_m1) load_state(m1, s->m1, s->m1_scale, at, count, s->m1_format, 0);
         load_state(m2, s->m2, s->m2_scale, at, count, s->m2_format, 0);
         load_state(nu, s->nu, s->nu_scale, at, count, s->nu_format, 1);
-        for (int i = 0; i < count; i++) g[i] *= c.sign;
-        if (has_m1) for (int i = 0; i < count; i++) m1[i] = average(m1[i], g[i], c.beta1, c.rate1, 1);
-        for (int i = 0; i < count; i++) m2[i] = average(m2[i], g[i], c.beta3, c.rate3, 1);
-        if (yogi) for (int i = 0; i < count; i++) nu[i] = second_moment(nu[i], g[i], &c, 1, 1);
-        else for (int i = 0; i < count; i++) nu[i] = second_moment(nu[i], g[i], &c, 0, 1);
-        const float *fast = has_m1 ? m1 : g;
-        if (moves) for (int i = 0; i < count; i++) w[i] = moved(w[i], fast[i], m2[i], nu[i], &c);
+        if (common) update(w, g, m1, m2, nu, count, &c, 1, 0, 1, 0);
+        else if (yogi) update(w, g, m1, m2, nu, count, &c, has_m1, 1, moves, 1);
+        else update(w, g, m1, m2, nu, count, &c, has_m1, 0, moves, 1);
         if (s->weight_ema_format != NONE) {
             load_state(weight_ema, s->weight_ema, s->weight_ema_scale, at, count, s->weight_ema_format, 0);
             for (int i = 0; i < count; i++) weight_ema[i] = weight_ema[i] + (w[i] - weight_ema[i]) * c.weight_ema_rate;
@@ -395,12 +406,11 @@ static void chunk(const Segment *s, int64_t from, int64_t n) {
     }
     CASE(FP32, NO_MASTER, FP32, FP32)
     CASE(FP32, NO_MASTER, FP32, BF16)
-    CASE(BF16, NO_MASTER, BF16, FP32)
-    CASE(BF16, NO_MASTER, BF16, BF16)
-    CASE(BF16, FP32_MASTER, BF16, FP32)
-    CASE(BF16, FP32_MASTER, BF16, BF16)
-    CASE(BF16, SPLIT_MASTER, BF16, FP32)
-    CASE(BF16, SPLIT_MASTER, BF16, BF16)
+#define GRADIENTS(M) CASE(BF16, M, BF16, FP32) CASE(BF16, M, BF16, BF16) CASE(BF16, M, FP32, FP32) CASE(BF16, M, FP32, BF16)
+    GRADIENTS(NO_MASTER)
+    GRADIENTS(FP32_MASTER)
+    GRADIENTS(SPLIT_MASTER)
+#undef GRADIENTS
 #undef CASE
     tiled(s, from, n);
 }
