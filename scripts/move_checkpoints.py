@@ -16,9 +16,9 @@ other. After a load
   to 5e-4).
 
 Before the load they must differ. The model has odd sizes: one element, three, primes. Its loss is an ordinary one
-in fp32. With bf16 weights, whose gradients would be rounded differently for each number of ranks, it is linear in
-them, with eighths of small integers as gradients, which have no rounding. The last line counts; the status is 1 unless
-all is right.
+in fp32. With bf16 weights or computations, whose gradients would be rounded differently for each number of ranks, it is
+linear in them, with eighths of small integers as gradients, which have no rounding. The last line counts; the status
+is 1 unless all is right.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,17 +48,33 @@ GROUPS = {2: 2, 3: 3, 4: 2, 5: 5}  # replicas by number of ranks, where there ar
 ENGINES = ("single", "ddp", "zero-1", "zero-2", "zero-replicated", "fsdp", "hsdp", "deepspeed-1", "deepspeed-2",
            "deepspeed-3")  # fmt: skip
 BLOCKS = {"m1": "block16", "m2": "bf16", "nu": "block8"}
-# name: the optimizer's arguments, and the weights' dtype
-FORMATS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
-    "fp32": ({}, torch.float32),
-    "bf16": ({"state_dtype": "bf16"}, torch.float32),
-    "mixed": ({"state_dtype": {"m2": "bf16"}, "weight_ema": 0.9}, torch.float32),
-    "block16": ({"state_dtype": "block16"}, torch.float32),
-    "block8": ({"state_dtype": "block8"}, torch.float32),
-    "mixed-blocks": ({"state_dtype": BLOCKS}, torch.float32),
-    "masters": ({"master_weights": "fp32"}, torch.bfloat16),
-    "split": ({"master_weights": "split", "state_dtype": "bf16"}, torch.bfloat16),
-    "bf16-weights": ({"state_dtype": "bf16"}, torch.bfloat16),
+
+
+@dataclass(frozen=True)
+class Format:
+    """The optimizer's arguments, the weights' dtype and that of forward and backward."""
+
+    arguments: dict[str, Any]
+    weights: torch.dtype = torch.float32
+    compute: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def exact(self) -> bool:
+        """True where gradients are bf16, and so must have no rounding."""
+        return self.weights == torch.bfloat16 or self.compute == "bf16"
+
+
+FORMATS = {
+    "fp32": Format({}),
+    "bf16": Format({"state_dtype": "bf16"}),
+    "mixed": Format({"state_dtype": {"m2": "bf16"}, "weight_ema": 0.9}),
+    "block16": Format({"state_dtype": "block16"}),
+    "block8": Format({"state_dtype": "block8"}),
+    "mixed-blocks": Format({"state_dtype": BLOCKS}),
+    "masters": Format({"master_weights": "fp32"}, torch.bfloat16),
+    "split": Format({"master_weights": "split", "state_dtype": "bf16"}, torch.bfloat16),
+    "bf16-weights": Format({"state_dtype": "bf16"}, torch.bfloat16),
+    "bf16-compute": Format({}, compute="bf16"),
 }
 # Largest relative difference of a loss. In block8 runs that never stop differ as much, from one number of ranks to
 # another: blocks begin anew in each rank's range, so that other elements share a scale, and an element has 8 bits.
@@ -75,23 +91,23 @@ class Place:
     def __str__(self) -> str:
         return f"{self.engine} x{self.ranks}"
 
-    def config(self) -> engines.EngineConfig:
+    def config(self, compute: Literal["fp32", "bf16"]) -> engines.EngineConfig:
         kind, _, stage = self.engine.partition("-")
         if self.engine == "zero-replicated":
-            return ZeroConfig(replicate=GROUPS[self.ranks])
+            return ZeroConfig(replicate=GROUPS[self.ranks], compute_dtype=compute)
         if self.engine == "hsdp":
-            return FsdpConfig(replicate=GROUPS[self.ranks])
+            return FsdpConfig(replicate=GROUPS[self.ranks], compute_dtype=compute)
         if kind == "zero":
-            return ZeroConfig(stage=int(stage), bucket_mb=0.001)  # type: ignore[arg-type]
+            return ZeroConfig(stage=int(stage), bucket_mb=0.001, compute_dtype=compute)  # type: ignore[arg-type]
         if kind == "deepspeed":
-            return DeepspeedConfig(stage=int(stage))  # type: ignore[arg-type]
-        return {"single": SingleConfig, "ddp": DdpConfig, "fsdp": FsdpConfig}[kind]()
+            return DeepspeedConfig(stage=int(stage), compute_dtype=compute)  # type: ignore[arg-type]
+        return {"single": SingleConfig, "ddp": DdpConfig, "fsdp": FsdpConfig}[kind](compute_dtype=compute)
 
 
 def places(fmt: str, ranks: list[int]) -> list[Place]:
     """Where `fmt` can be: DeepSpeed's flat partitions take no blocks, and its weights are fp32 masters of its own."""
-    arguments, weights = FORMATS[fmt]
-    plain = weights == torch.float32 and "block" not in str(arguments)
+    kept = FORMATS[fmt]
+    plain = kept.weights == torch.float32 and "block" not in str(kept.arguments)
     return [
         Place(engine, n)
         for n in ranks
@@ -106,19 +122,19 @@ def places(fmt: str, ranks: list[int]) -> list[Place]:
 
 
 def products(params: Any, seeds: list[int]) -> Tensor:
-    """The sum of all elements times small integers that depend on their positions and on `seeds`."""
+    """The sum of all elements, in bf16, times small integers that depend on their positions and on `seeds`."""
     total = torch.zeros(())
     for param in params:
         positions = torch.arange(param.numel()).view(param.shape)
         factors = sum((positions * 7 + seed) % 5 - 2 for seed in seeds)
-        total = total + (param.float() * factors).sum()
+        total = total + (param.bfloat16().float() * factors).sum()
     return total
 
 
 class Block(nn.Linear):
-    def forward(self, x: Tensor, seeds: list[int] | None = None) -> Tensor:
-        if seeds is not None:
-            return x + products(self.parameters(), seeds)
+    def forward(self, x: Tensor | list[int]) -> Tensor:
+        if isinstance(x, list):
+            return products(self.parameters(), x)
         return x + torch.tanh(super().forward(x))
 
 
@@ -145,7 +161,7 @@ class Model(nn.Module):
             seeds = tokens.sum(1).tolist()
             total = products((self.embed.weight, self.scale, self.three), seeds)
             for block in self.layers:
-                total = block(total, seeds)
+                total = total + block(seeds)
             return total / 8 + 1000 * len(tokens)  # so that the loss is not near zero
         x = self.embed(tokens[:, :-1])
         for block in self.layers:
@@ -181,12 +197,14 @@ class Built:
 
 
 def build(fmt: str, place: Place, ranks: Ranks) -> Built:
-    arguments, dtype = FORMATS[fmt]
+    kept = FORMATS[fmt]
     torch.manual_seed(3)
-    model = Model(exact=dtype == torch.bfloat16).to(dtype)
-    spec = registry.spec("ademamix", **OPTIMIZER, **arguments)
+    model = Model(kept.exact).to(kept.weights)
+    if kept.compute == "bf16":
+        del model.frozen  # which DeepSpeed, alone, would round to bf16
+    spec = registry.spec("ademamix", **OPTIMIZER, **kept.arguments)
     inputs = EngineInputs(ranks, model, lambda _: None, spec, list(model.layers))
-    return Built(engines.build(place.config(), inputs), model)
+    return Built(engines.build(place.config(kept.compute), inputs), model)
 
 
 _built: dict[tuple[str, Place], Built] = {}  # in each rank process
@@ -265,6 +283,8 @@ class Saved:
 
     def _equal(self, s: Slice) -> bool:
         key = f"{s.name}/{s.kind}"
+        if s.kind == "buffer":  # small numbers, in the dtype that the engine has them in
+            return torch.equal(s.tensors[0].float(), self.whole[key].float())
         if s.format is None:
             return all(same_bits(v, self.whole[key].narrow(0, r.global_start, r.length)) for r, v in packed(s))
         wanted = self.blocks.get((key, s.layout.ranges))

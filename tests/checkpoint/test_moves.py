@@ -22,7 +22,7 @@ MOVES = [
     ("mixed-blocks", Place("hsdp", 4), Place("zero-replicated", 2)),
     ("bf16-weights", Place("zero-replicated", 4), Place("single", 1)),
     ("mixed", Place("deepspeed-1", 3), Place("deepspeed-2", 2)),
-    ("fp32", Place("deepspeed-2", 3), Place("deepspeed-1", 2)),
+    ("bf16-compute", Place("deepspeed-2", 3), Place("deepspeed-1", 2)),
 ]
 
 
