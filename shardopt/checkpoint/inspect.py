@@ -26,7 +26,6 @@ def describe(folder: Path) -> dict[str, Any]:
     document, config = stored.document, stored.config
     written, train = document["checkpoint"], config.get("train", {})
     step = document.get("step", step_of(folder))
-    tokens = train["global_batch"] * config["data"]["block_size"] * step if train else None
     kinds: dict[str, dict[str, Any]] = {}
     for name, kind in sorted(stored.keys, key=lambda key: (key[1] not in _FIRST, *map(key[1].__ne__, _FIRST), key[1])):
         row = kinds.setdefault(kind, {"dtypes": [], "tensors": 0, "elements": 0, "bytes": 0})
@@ -41,7 +40,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "step": step,
         "steps": train.get("steps"),
-        "tokens": tokens,
+        "tokens": document.get("tokens"),
         "skipped_steps": document.get("skipped"),
         "optimizer_steps": sorted({min(counts), max(counts)}) if counts else None,
         "run": config.get("run", {}).get("name"),

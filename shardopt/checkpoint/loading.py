@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,14 @@ from shardopt.optim.schema import format_of
 from shardopt.slices import Layout, Range, Slice, local_tensor
 
 
-def load(folder: str | Path, state: ShardedState, *, strict: bool = True, convert: bool = False) -> dict[str, Any]:
+def load(
+    folder: str | Path,
+    state: ShardedState,
+    *,
+    strict: bool = True,
+    convert: bool = False,
+    kinds: Mapping[str, str | None] | None = None,
+) -> dict[str, Any]:
     """Fill weights, optimizer state and step counts from a checkpoint, in place. A collective.
 
         >>> import tempfile, torch
@@ -52,6 +59,8 @@ def load(folder: str | Path, state: ShardedState, *, strict: bool = True, conver
             slices; a parameter of which only a part is in it (weights without masters, say) is refused all the same.
         convert: let a vector change its dtype or format, rounded once, to nearest. (A block format that keeps its
             format and changes its layout goes through fp32, and a buffer takes the dtype here, without being asked.)
+        kinds: for a kind here ("m1") the kind there that it is read from ("exp_avg"), where the names differ; None for
+            a kind that is left alone, here and there.
 
     Returns:
         The checkpoint's document: what `save` was given, and "checkpoint" (see `read_document`).
@@ -63,11 +72,13 @@ def load(folder: str | Path, state: ShardedState, *, strict: bool = True, conver
     require_state(state)
     folder, ranks = Path(folder), state.ranks
     document, index = ranks.together(lambda: open_checkpoint(folder))
-    stored: manifest.Parameters = document["checkpoint"]["parameters"]
+    kinds = kinds or {}
+    stored, index = _renamed(document["checkpoint"]["parameters"], index, kinds)
 
     def describe_live() -> tuple[list[Slice], manifest.StepCounts, manifest.Descriptions]:
         state.init()
-        return (slices := state.slices()), state.step_counts(), manifest.describe(slices)
+        slices = [s for s in state.slices() if kinds.get(s.kind, s.kind) is not None]
+        return slices, state.step_counts(), manifest.describe(slices)
 
     slices, counts, described = ranks.together(describe_live)
     live = manifest.merge(ranks.gather(described))
@@ -116,6 +127,26 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, Any], Index]:
     """A checkpoint's document and index."""
     document = read_document(folder)
     return document, read_index(folder, document)
+
+
+def _renamed(
+    stored: manifest.Parameters, index: Index, kinds: Mapping[str, str | None]
+) -> tuple[manifest.Parameters, Index]:
+    """What is stored, under the kinds of this side (see `load`)."""
+    if not kinds:
+        return stored, index
+    renamed: manifest.Parameters = {}
+    tensors = dict(index.tensors)
+    for name, parameter in stored.items():
+        there = parameter["kinds"]
+        # The weights may be read as something else too.
+        kept = {k: v for k, v in there.items() if k not in kinds and (k == "weight" or k not in kinds.values())}
+        read = {kind: there[source] for kind, source in kinds.items() if source in there}
+        renamed[name] = {**parameter, "kinds": kept | read}
+        for kind in read:
+            keys = (tensor_keys(name, k, p) for k, p in ((kind, renamed[name]), (kinds[kind] or "", parameter)))
+            tensors |= {key: index.tensors[old] for key, old in zip(*keys, strict=True) if old in index.tensors}
+    return renamed, index._replace(tensors=tensors)
 
 
 def _keys(parameters: manifest.Parameters) -> set[tuple[str, str]]:

@@ -37,6 +37,8 @@ class RunConfig(Section):
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: go on from the newest checkpoint if there is one; never: refuse a folder with a run; must: refuse
     one without a checkpoint."""
+    source: Path | None = Field(None, alias="from")
+    """Begin with the weights and all state of this checkpoint of another run (a run folder: its newest)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs where torch sees any."""
     timeout_minutes: float = Field(10, gt=0)
@@ -223,15 +225,17 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """ "key: old → new" for each key that differs and must not (`MAY_CHANGE`), of two `Config.as_dict()`."""
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of each key that differs and changes what is computed, of two `Config.as_dict()`."""
     a, b = _flat(old), _flat(new)
     keys = [k for k in a | b if a.get(k) != b.get(k)]
-    return [
-        f"{k}: {a.get(k)} → {b.get(k)}"
-        for k in keys
-        if not any(k == free or k.startswith(free + ".") for free in MAY_CHANGE)
-    ]
+    bound = [k for k in keys if not any(k == free or k.startswith(free + ".") for free in MAY_CHANGE)]
+    return {k: (a.get(k), b.get(k)) for k in bound}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """ "key: old → new" for each of the `changes`."""
+    return [f"{k}: {before} → {after}" for k, (before, after) in changes(old, new).items()]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

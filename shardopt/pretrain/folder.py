@@ -8,7 +8,9 @@ from pathlib import Path
 import yaml
 
 from shardopt import checkpoint
+from shardopt.checkpoint.stored import step_of
 from shardopt.errors import InputError
+from shardopt.pretrain import branch
 from shardopt.pretrain.config import Config, differences
 from shardopt.pretrain.lock import RunLock
 
@@ -19,9 +21,12 @@ class RunFolder:
     Args:
         config: of this run.
 
+    Attributes:
+        config: the same, with the checkpoint itself as `run.from`.
+
     Raises:
         InputError: the folder cannot be written, is not a run's, holds another run, is in use, or does not fit
-            `run.resume`.
+            `run.resume`; there is no checkpoint that fits `run.from`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -33,7 +38,7 @@ class RunFolder:
         except OSError as e:
             raise InputError(f"run.dir: cannot write the run folder {self.path}: {e.strerror or e}") from e
         try:
-            self._check(config)
+            self.config = config = self._check(config)
             self._record(config)
         except BaseException:
             self.release()
@@ -56,34 +61,45 @@ class RunFolder:
         self._record(config)
         return False
 
-    def _check(self, config: Config) -> None:
+    def _check(self, config: Config) -> Config:
         recorded = self.path / "config.yaml"
         strangers = {p.name for p in self.path.iterdir()} - {".lock"}
         if recorded.exists():
-            self._check_same(recorded, config)
+            config = self._check_same(recorded, config)
         elif strangers:
             raise InputError(
                 f"run.name: {self.path} exists, and holds no run of shardopt ({', '.join(sorted(strangers)[:3])}): "
                 f"choose another run.name or run.dir"
             )
+        begins = checkpoint.latest(self.path / "checkpoints") is None
+        return branch.resolve(config) if begins and config.run.source is not None else config
 
-    def _check_same(self, recorded: Path, config: Config) -> None:
+    def _check_same(self, recorded: Path, config: Config) -> Config:
+        newest = checkpoint.latest(self.path / "checkpoints")
+        began = newest is not None or (self.path / "metrics.jsonl").exists()
         try:
             old = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+            config = branch.keep_source(old, config) if began else config
             changed = differences(old, config.as_dict())
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as e:
             raise InputError(f"{recorded} is damaged ({e}): restore it, or choose another run.name") from e
-        began = (self.path / "metrics.jsonl").exists() or checkpoint.latest(self.path / "checkpoints") is not None
+        if [key.partition(":")[0] for key in changed] == ["train.steps"]:
+            reason = branch.why_not_longer(old, config, (newest and step_of(newest)) or 0)
+            changed = [] if reason is None else [f"{changed[0]} ({reason})"]
         if changed and began:  # a run that failed before its first step leaves nothing to lose
             listed = "\n  ".join(changed[:8])
-            advice = "Set them back to go on with it, or choose another run.name"
-            if any(key.startswith("train.steps:") for key in changed):
-                advice += f", with model='{{path: {self.path}/export}}' to train the weights of a finished run on"
+            advice = (
+                f"Set them back to go on with it, or choose another run.name, with run.from={self.path} to go on from "
+            )
+            advice += (
+                f"its newest checkpoint as another run, or model='{{path: {self.path}/export}}' for its weights alone"
+            )
             raise InputError(
                 f"run.name: {self.path} already holds another run; these keys differ:\n  {listed}\n{advice}."
             )
         if config.run.resume == "never" and began:
             raise InputError(f"run.resume: never, but {self.path} already holds this run: choose another run.name")
+        return config
 
     def release(self) -> None:
         """Let others have the folder; a start that made it and failed before it began leaves none."""

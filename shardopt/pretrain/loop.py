@@ -17,18 +17,15 @@ from shardopt.checkpoint.folders import complete_steps, step_folder
 from shardopt.distributed import Ranks
 from shardopt.engines.base import EngineInputs
 from shardopt.errors import InputError, NonFiniteError
-from shardopt.pretrain import data, model, report, rng
+from shardopt.pretrain import branch, data, model, report, rng
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.folder import RunFolder
 from shardopt.pretrain.metrics import Tracker, peak_memory
 from shardopt.pretrain.progress import Progress, resume
 from shardopt.pretrain.report import Result
 from shardopt.pretrain.schedule import lr_factor
-from shardopt.pretrain.scoring import HeldOut, generate, held_out, token_loss_sum
+from shardopt.pretrain.scoring import HeldOut, generate, held_out, limits, token_loss_sum
 from shardopt.pretrain.signals import Stop, patience_of_torchrun, stop_signals
-
-# A token's loss varies by two to three nats: the mean of so many is known to about 0.04.
-_FEW_HELD_OUT_TOKENS = 4096
 
 
 def pretrain(config: Config) -> Result:
@@ -77,6 +74,7 @@ class Run:
         self.folder = ranks.together(lambda: self._open_folder() if ranks.is_main else None)
         if self.folder is not None:
             stack.callback(self.folder.release)
+        self.config = config = ranks.from_main(self.folder.config if self.folder is not None else config)
         resume_from = checkpoint.latest_intact(config.folder / "checkpoints", ranks, self.report.warn)
         if resume_from is None and config.run.resume == "must":
             raise InputError(f"run.resume: must, but {config.folder} holds no complete checkpoint")
@@ -94,7 +92,8 @@ class Run:
         meta = model.meta_model(self.model_config, config.model.trust_remote_code)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
         ranks.together(self._write_models_config)
-        self._warn_of_limits()
+        for limit in limits(self.model_config, self.holdout_data):
+            self.report.warn(limit)
         if config.train.activation_checkpointing:
             meta.gradient_checkpointing_enable({"use_reentrant": False})
         self.engine = engines.build(
@@ -111,10 +110,13 @@ class Run:
         self.engine.state.init()
         self.base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
         document: dict[str, Any] = {}
+        self.origin: dict[str, object] = {}  # of a branch, for the console
         if resume_from is not None:
             self.progress, document = resume(resume_from, self.engine.state, self.train_data, config.run.seed)
+        elif config.run.source is not None:
+            self.progress, self.origin = branch.start(config, self.engine.state, self.train_data)
         self.tokens_a_step = config.train.global_batch * config.data.block_size
-        self.tokens_before = self.progress.step * self.tokens_a_step
+        self.tokens_before = self.progress.tokens
 
         root = config.folder / "checkpoints"
         saver = checkpoint.Saver(root, config.checkpoint.rules, ranks, config.checkpoint.asynchronous)
@@ -212,9 +214,7 @@ class Run:
         for group, lr in zip(engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
         share = train.global_batch // ranks.world_size
-        batch = self.train_data.batch(
-            self.progress.step + self.progress.batches_left_out, ranks.rank * share, (ranks.rank + 1) * share
-        )
+        batch = self.train_data.batch(self.progress.batch, ranks.rank * share, (ranks.rank + 1) * share)
         micros = batch.split(train.micro_batch)
         total = torch.zeros((), device=ranks.device)
         for index, tokens in enumerate(micros):
@@ -236,6 +236,7 @@ class Run:
             )
         engine.zero_grad()
         self.progress.step += 1
+        self.progress.tokens += self.tokens_a_step
         self.losses.append(summed)
         self.norm = norm
         self.seconds += time.perf_counter() - began
@@ -262,20 +263,6 @@ class Run:
     def _scored_blocks(self) -> int:
         return min(self.config.eval.batches * self.config.train.global_batch, self.holdout_data.n_blocks)
 
-    def _warn_of_limits(self) -> None:
-        """Warn of a loss that is left out, and of a held-out loss that means little."""
-        if experts := model.routed_experts(self.model_config):
-            self.report.warn(
-                f"model: {self.model_config.model_type} routes tokens to {experts} experts, and no loss that balances "
-                f"its router is added: some experts may be left untrained"
-            )
-        targets = self.holdout_data.n_blocks * self.config.data.block_size
-        if targets < _FEW_HELD_OUT_TOKENS:
-            self.report.warn(
-                f"data.holdout: only {self.holdout_data.n_blocks} blocks of {self.config.data.block_size} tokens are "
-                f"held out, too few for a held-out loss to trust; raise data.holdout or add text"
-            )
-
     # ---------------------------------------------------------------- checkpoints, metrics, the console
 
     def _log(self, holdout: HeldOut | None) -> dict[str, float]:
@@ -286,7 +273,7 @@ class Run:
         loss, seconds = sum(self.losses) / self.logged_steps, self.seconds
         self.losses, self.seconds = [], 0.0
         metrics: dict[str, float] = {
-            "tokens": step * self.tokens_a_step,
+            "tokens": self.progress.tokens,
             "loss": loss,
             "bits_per_byte": loss / math.log(2) / self.train_data.bytes_per_token,
             "lr": engine.optimizer.param_groups[0]["lr"],
@@ -356,8 +343,9 @@ class Run:
             "held-out text": f"{report.count(self.holdout_data.tokens)} tokens, {scored}",
             "weight EMA": f"decay {ema}; held-out loss, export and sample are of it" if ema is not None else None,
             "run folder": config.folder,
+            **self.origin,
         }
-        self.report.start(config.run.name, facts, held, progress.step)
+        self.report.start(config.run.name, facts, held, progress.step, branched=bool(self.origin))
 
     def _finish(self, stop: Stop) -> Result:
         config, engine = self.config, self.engine
@@ -389,7 +377,7 @@ class Run:
             stopped_by=None if finished else stop.asked or "another rank",
             folder=config.folder,
             step=self.progress.step,
-            tokens=self.progress.step * self.tokens_a_step,
+            tokens=self.progress.tokens,
             tokens_before=self.tokens_before,
             seconds=time.monotonic() - self.began,
             loss=self.logged.get("loss"),

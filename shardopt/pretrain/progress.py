@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardopt import checkpoint
+from shardopt.distributed import Ranks
 from shardopt.engines.state import ShardedState
 from shardopt.errors import InputError
 from shardopt.pretrain import rng
@@ -21,6 +22,8 @@ class Progress:
 
     step: int = 0
     """Steps done, skipped ones included; the data and the lr follow it."""
+    tokens: int = 0
+    """Target tokens of these steps."""
     skipped: int = 0
     """Steps skipped because something was not finite."""
     skipped_in_row: int = 0
@@ -31,16 +34,39 @@ class Progress:
     recent: list[float] = field(default_factory=list)
     """Losses of the last steps, where there is a guard against spikes."""
 
+    @property
+    def batch(self) -> int:
+        """Number of the next step's batch."""
+        return self.step + self.batches_left_out
+
     def document(self, data: TrainData, config: dict[str, Any], wandb_id: str | None) -> dict[str, Any]:
         """The JSON that a checkpoint keeps beside the tensors."""
         return {
             "format": FORMAT,
             **asdict(self),
-            "data": data.state_dict(),
+            "data": data.state_dict(self.batch),
             "data_fingerprint": data.fingerprint,
+            "tokenizer": data.saved_tokenizer.key,
             "wandb_id": wandb_id,
             "config": config,
         }
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> Progress:
+        """The progress in a checkpoint's document."""
+        return cls(**{one.name: document[one.name] for one in fields(cls)})
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """The document of a run's checkpoint.
+
+    Raises:
+        InputError: it cannot be read, or is no run's.
+    """
+    document = checkpoint.read_document(folder)
+    if document.get("format") != FORMAT:
+        raise InputError(f"{folder} is no checkpoint of a pretraining run of this version ({FORMAT})")
+    return document
 
 
 def resume(folder: Path, state: ShardedState, data: TrainData, seed: int) -> tuple[Progress, dict[str, Any]]:
@@ -53,20 +79,24 @@ def resume(folder: Path, state: ShardedState, data: TrainData, seed: int) -> tup
         InputError: it is of another program or other data, or does not fit `state`; on every rank.
     """
     ranks = state.ranks
-    document = ranks.together(lambda: checkpoint.read_document(folder))
-    if document.get("format") != FORMAT:
-        raise InputError(f"{folder} is no checkpoint of a pretraining run of this version ({FORMAT})")
+    document = ranks.together(lambda: read_document(folder))
     if document["data_fingerprint"] != data.fingerprint:
         raise InputError(
             f"data: the corpus or its tokenizer has changed since {folder} was written, so the run would not go "
             f"on where it stopped; restore it, or choose another run.name"
         )
     checkpoint.load(folder, state)
-    data.load_state_dict(document["data"])
-    progress = Progress(**{one.name: document[one.name] for one in fields(Progress)})
+    progress = Progress.of(document)
+    data.load_state_dict(document["data"], progress.batch)
+    restore_generators(folder, ranks, seed, progress.step)
+    return progress, document
+
+
+def restore_generators(folder: Path, ranks: Ranks, seed: int, step: int) -> bool:
+    """Set this rank's random generators as they were; false where they are new, for another number of ranks."""
     saved = checkpoint.load_extras(folder, list(rng.capture(ranks.rank)))
     if saved:
         rng.restore(ranks.rank, saved)
-    else:  # another number of ranks: new streams, of their own for this step
-        rng.seed_all(seed, ranks.rank, progress.step)
-    return progress, document
+    else:  # new streams, of their own for this step
+        rng.seed_all(seed, ranks.rank, step)
+    return bool(saved)

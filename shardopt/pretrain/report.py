@@ -159,6 +159,7 @@ class Report:
         self.console = console or Console(highlight=False)
         self.console.quiet = not is_main
         self.clock = clock
+        self._since = "it was resumed"
 
     def say(self, message: str) -> None:
         """One line, which may come from outside; above the progress bar where there is one."""
@@ -168,9 +169,17 @@ class Report:
         """One line that must not be missed."""
         self._line(Text.assemble(("warning: ", "bold yellow"), self._safe(message)))
 
-    def start(self, run_name: str, facts: Mapping[str, object], held: Holdings, resume_step: int = 0) -> None:
-        """Print the run's name, one line per fact that is not None, and the memory of each rank."""
-        self._title(run_name, f"resumed at step {resume_step:,}" if resume_step else "")
+    def start(
+        self, run_name: str, facts: Mapping[str, object], held: Holdings, step: int = 0, branched: bool = False
+    ) -> None:
+        """Print the run's name, a line or a list of lines per fact that is not None, and the memory of each rank.
+
+        Args:
+            step: where the run goes on, `branched` from another run or resumed.
+        """
+        word = "branched" if branched else "resumed"
+        self._since = "it branched" if branched else "it was resumed"
+        self._title(run_name, f"{word} at step {step:,}" if step else "")
         self._facts(facts)
         self.console.print()
         self.console.print(render(held))
@@ -197,7 +206,7 @@ class Report:
             facts["train loss"] = f"{result.loss:.4f} at step {result.step:,}{mean}"
         if result.holdout_loss is not None:
             facts["held-out loss"] = _held_out(result.holdout_loss, result.holdout_bits_per_byte)
-        resumed = f" since it was resumed, {count(result.tokens)} in all" if result.tokens_before else ""
+        resumed = f" since {self._since}, {count(result.tokens)} in all" if result.tokens_before else ""
         seen = count(result.tokens - result.tokens_before)
         facts["tokens seen"] = f"{seen} in {_duration(result.seconds)}{resumed}"
         if result.skipped:
@@ -218,6 +227,8 @@ class Report:
 
     def _facts(self, facts: Mapping[str, object]) -> None:
         for label, value in facts.items():
+            if isinstance(value, list):
+                value = f"\n{'':{_LABEL_WIDTH}} ".join(value)
             if value is not None:
                 self._line(Text.assemble((f"{label:<{_LABEL_WIDTH}} ", "cyan"), self._safe(str(value))))
 

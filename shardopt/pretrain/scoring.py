@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,10 @@ from torch import Tensor
 
 from shardopt.engines.base import Engine
 from shardopt.pretrain.data import HoldoutData
+from shardopt.pretrain.model import routed_experts
+
+# A token's loss varies by two to three nats: the mean of so many is known to about 0.04.
+_FEW_HELD_OUT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -62,3 +67,17 @@ def held_out(engine: Engine, holdout: HoldoutData, blocks: int, micro_batch: int
     engine.model.train()
     nats, whole = ranks.sum([total.item(), text_bytes])
     return HeldOut(nats / (blocks * holdout.block_size), nats / math.log(2) / whole)
+
+
+def limits(config: Any, holdout: HoldoutData) -> Iterator[str]:
+    """Warnings of a loss that is left out (`config` is the model's), and of a held-out loss that means little."""
+    if experts := routed_experts(config):
+        yield (
+            f"model: {config.model_type} routes tokens to {experts} experts, and no loss that balances its router is "
+            f"added: some experts may be left untrained"
+        )
+    if holdout.n_blocks * holdout.block_size < _FEW_HELD_OUT_TOKENS:
+        yield (
+            f"data.holdout: only {holdout.n_blocks} blocks of {holdout.block_size} tokens are held out, too few for a "
+            f"held-out loss to trust; raise data.holdout or add text"
+        )

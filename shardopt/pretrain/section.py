@@ -30,7 +30,7 @@ class Section(BaseModel):
     def _from_yaml(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        fields = cls.model_fields
+        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
         return {key: _fit(fields[key].annotation, value) if key in fields else value for key, value in data.items()}
 
 

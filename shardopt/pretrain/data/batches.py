@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -205,7 +205,7 @@ def _gather(
     return torch.from_numpy(out)
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainData:
     """The training samples.
 
@@ -218,6 +218,8 @@ class TrainData:
         fingerprint: hash of the tokens and of how they are mixed and cut; equal means equal samples for equal
             (seed, step, global batch).
         corpora: what was read for each source.
+
+    Samples are numbered over the whole run; step 0 begins with sample 0 unless `load_state_dict` says otherwise.
     """
 
     sources: Sequence[Shuffled | Stream]
@@ -231,6 +233,7 @@ class TrainData:
     tokens: int | None
     fingerprint: str
     corpora: list[Packed]
+    _first: int = field(default=0, init=False)  # sample of step 0, though it may lie before the data's beginning
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -254,21 +257,32 @@ class TrainData:
 
         Inputs are [:, :-1], targets [:, 1:]; every target counts. Any split into rows gives the same rows.
         """
-        if not 0 <= start <= stop <= self.global_batch or step < 0:
+        first = self._samples(step)
+        if not 0 <= start <= stop <= self.global_batch or first < 0:
             raise IndexError(f"rows {start}..{stop} of step {step}, but a batch has {self.global_batch} rows")
-        first = step * self.global_batch
         for index, stream in self._streams.items():
             stream.advance(self._mixture.count(index, first), self._mixture.count(index, first + self.global_batch))
         which, number = self._mixture(np.arange(first + start, first + stop))
         return _gather(self.sources, which, number, self.block_size + 1)
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values, the same on every rank; empty unless a source streams. Take it between two steps."""
-        return {str(index): stream.state_dict() for index, stream in self._streams.items()}
+    def _samples(self, step: int) -> int:
+        """Samples before `step`."""
+        return self._first + step * self.global_batch
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for index, one in state.items():
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """The place before `step`, the next one: JSON values, the same on every rank."""
+        streams = {str(index): stream.state_dict() for index, stream in self._streams.items()}
+        return {"samples": self._samples(step), "streams": streams}
+
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Go on at a place with `step`, whatever the global batch was until then."""
+        self._first = state["samples"] - step * self.global_batch
+        for index, one in state["streams"].items():
             self._streams[int(index)].load_state_dict(one)
+
+    def begin(self, step: int) -> None:
+        """Begin with the first sample at `step`."""
+        self.load_state_dict({"samples": 0, "streams": {}}, step)
 
 
 class HoldoutData:
