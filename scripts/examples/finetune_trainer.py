@@ -50,7 +50,8 @@ def samples(task: Task) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, t
     return rows[: -len(rows) // 20], rows[-len(rows) // 20 :][:128]
 
 
-def main() -> None:
+def main() -> int:
+    """The status to leave with. The trainer, and with it DDP's communicators, is gone when this returns."""
     task, args, settings = HfArgumentParser((Task, Defaults, AdEMAMixArguments)).parse_args_into_dataclasses()
     torch.manual_seed(args.seed)
     config = LlamaConfig(
@@ -77,8 +78,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print(f"eval loss: {untrained:.4f} -> {loss:.4f} ({'learned' if learned else 'did not learn'})")
     trainer.accelerator.end_training()  # leaves the process group
-    sys.exit(0 if learned else 1)
+    return 0 if learned else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,6 +6,8 @@
     ...
     checkpoint.save(folder, sharded_state(optimizer), {"step": step})      # every rank
 
+`accelerator.save_state` and `load_state` do the same, with all that accelerate keeps beside it.
+
 What the host has already spread (FSDP2, DeepSpeed) is left to it; under DDP, where every rank has whole gradients,
 our ZeRO-1 spreads the state.
 """
@@ -20,6 +22,7 @@ from torch.optim import Optimizer
 from shardopt.engines.deepspeed.config import check_client_config, check_state_dtype
 from shardopt.engines.state import ShardedState
 from shardopt.errors import InputError
+from shardopt.integrations.accelerate_states import follow_states
 from shardopt.integrations.hosted import DeepspeedAdEMAMix, FileAdEMAMix, HostedAdEMAMix, ZeroAdEMAMix
 from shardopt.optim import registry
 from shardopt.slices import named_parameters
@@ -65,7 +68,10 @@ def sharded_ademamix(accelerator: Any, model: nn.Module, **kwargs: Any) -> Optim
         MissingExtraError: deepspeed is asked for and not installed.
     """
     spec = registry.spec("ademamix", **kwargs)
-    return build(accelerator, model, spec.groups(named_parameters(model)), spec.kwargs)
+    optimizer = build(accelerator, model, spec.groups(named_parameters(model)), spec.kwargs)
+    if isinstance(optimizer, ZeroAdEMAMix):
+        follow_states(accelerator, optimizer)
+    return optimizer
 
 
 def build(

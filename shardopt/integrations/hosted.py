@@ -7,11 +7,13 @@ FSDP2's) put plain data into it, and the state itself is saved from every rank w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from shardopt import checkpoint
 from shardopt.engines.deepspeed.state import DeepspeedState
 from shardopt.engines.state import ModuleState, ShardedState, refuse_steps
 from shardopt.engines.zero import ZeroOptimizer, ZeroState
@@ -29,6 +31,8 @@ class _Pointing:
 
     param_groups: list[dict[str, Any]]
     state: Any
+    slices_at: Path | None = None
+    """The checkpoint that goes with the next state_dict to be loaded, which then brings the state by itself."""
 
     def state_dict(self) -> dict[str, Any]:
         """The step count and the groups' hyper-parameters; no tensor."""
@@ -45,15 +49,22 @@ class _Pointing:
         """Refuse to step until the state comes; hyper-parameters are the program's, not the file's.
 
         Raises:
-            InputError: another optimizer's state.
+            InputError: another optimizer's state, or one of another step than the slices beside it.
         """
         if _POINTER not in state_dict:
             raise InputError(
                 "this optimizer state was not saved by shardopt: start a new run from the checkpoint's weights, or "
                 "resume with the optimizer that wrote it"
             )
-        if state_dict[_POINTER]["step"] > 0:
-            assert isinstance(self, torch.optim.Optimizer)
+        assert isinstance(self, torch.optim.Optimizer)
+        step, (folder, self.slices_at) = state_dict[_POINTER]["step"], (self.slices_at, None)
+        if folder is not None:
+            checkpoint.load(folder, self.sharded_state())  # type: ignore[attr-defined]
+            if (loaded := self.state_dict()[_POINTER]["step"]) != step:
+                mixed = f"{folder} is of step {loaded}, and the files beside it are of step {step}: load another"
+                refuse_steps(self, mixed)
+                raise InputError(mixed)
+        elif step > 0:
             refuse_steps(
                 self,
                 "the optimizer's state has not been loaded, only the file that stands for it: call "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, get_
 
 from shardopt import checkpoint
 from shardopt.checkpoint.stored import SLICES
-from shardopt.distributed import Ranks
 from shardopt.engines.deepspeed.config import check_client_config
+from shardopt.engines.state import refuse_steps
 from shardopt.errors import InputError, did_you_mean
 from shardopt.integrations import accelerate as hosts
 from shardopt.integrations.arguments import AdEMAMixArguments, parse_optim_args, plain
+from shardopt.integrations.trainer_folders import (
+    beyond_trainer,
+    load_beside_slices,
+    newest_whole,
+    refuse_damage,
+    save_whole,
+    scheduler_in,
+)
 from shardopt.optim import registry
 from shardopt.optim.ademamix import AdEMAMix
 from shardopt.slices import canonical_name
@@ -67,13 +75,18 @@ def shardopt_optimizer(
 
     Raises:
         InputError: a setting that AdEMAMix does not have or take, one that TrainingArguments has, another `optim`
-            that would be ignored, or a DeepSpeed config that puts another optimizer in our place.
+            that would be ignored, save_on_each_node, or a DeepSpeed config that puts another optimizer in our place.
         MissingExtraError: deepspeed is asked for and not installed.
     """
     if str(getattr(args.optim, "value", args.optim)) not in ("adamw_torch", "adamw_torch_fused"):
         raise InputError(
             f"optim={getattr(args.optim, 'value', args.optim)!r} would be ignored beside shardopt's AdEMAMix: "
             f"leave `optim` out of TrainingArguments"
+        )
+    if args.save_on_each_node and args.save_strategy != SaveStrategy.NO and not args.save_only_model:
+        raise InputError(
+            "save_on_each_node: the ranks' slices go into one folder, which all nodes see; leave it out of "
+            "TrainingArguments, or set save_only_model"
         )
     given = plain(settings) | overrides | parse_optim_args(args.optim_args)
     allowed = {*inspect.signature(AdEMAMix).parameters, "beta3"} - {"params"}
@@ -127,25 +140,44 @@ class AdEMAMixTrainer(Trainer):
         kwargs["optimizer_cls_and_kwargs"] = shardopt_optimizer(args, settings[0], **settings[1])
         super().__init__(model, args, *positional, **kwargs)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; `resume_from_checkpoint=True` takes the newest checkpoint that is whole.
+
+        Raises:
+            InputError: none is whole, or the one that is named is not.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_whole(Path(self.args.output_dir or "")))
+        elif resume_from_checkpoint:
+            refuse_damage(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # What another host wrote, Trainer cannot load: the slices bring weights and state, these the rest.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._foreign(resume_from_checkpoint):
+            load_beside_slices(Path(resume_from_checkpoint), self.model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._foreign(checkpoint):
+            assert self.lr_scheduler is not None
+            self.lr_scheduler.load_state_dict(scheduler_in(Path(checkpoint)))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """Keep Trainer from DeepSpeed's own loading where that would fail: the slices bring weights and state."""
-        if not (resume_from_checkpoint and self.is_deepspeed_enabled and _beyond_deepspeed(resume_from_checkpoint)):
+        if not (resume_from_checkpoint and self._foreign(resume_from_checkpoint)):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if hosts.host_of(self.accelerator) in ("fsdp", "deepspeed"):  # else `train` has done it
+            self._load_from_checkpoint(resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)  # under DeepSpeed the scheduler alone
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
 
-
-def _beyond_deepspeed(folder: str | os.PathLike[str]) -> str | None:
-    """The reason why DeepSpeed cannot load a Trainer's checkpoint although shardopt can; None where it can."""
-    if not (Path(folder) / SLICES).is_dir():
-        return None
-    document, here = checkpoint.read_document(Path(folder) / SLICES), Ranks.current().world_size
-    if document["host"] != "deepspeed":
-        return f"it was written under {document['host']}"
-    if (wrote := document["checkpoint"]["world_size"]) != here:
-        return f"it was written by {wrote} ranks and DeepSpeed reads it on as many only, not on {here}"
-    return None
+    def _foreign(self, folder: str | os.PathLike[str]) -> bool:
+        return beyond_trainer(Path(folder), hosts.host_of(self.accelerator)) is not None
 
 
 def _resolved(args: TrainingArguments, given: Mapping[str, Any], total: int) -> dict[str, Any]:
@@ -187,12 +219,13 @@ class _Factory:
         if not groups:
             raise InputError("the model has no trainable parameter: set requires_grad on at least one")
         host = hosts.host_of(trainer.accelerator)
-        why = _beyond_deepspeed(resume) if host == "deepspeed" and resume else None
-        if why is not None and not isinstance(trainer, AdEMAMixTrainer):
-            raise InputError(
-                f"DeepSpeed cannot resume from {resume}: {why}. Resume as it was written, or take AdEMAMixTrainer in "
-                f"place of Trainer: it reads shardopt's slices"
-            )
+        if resume and not isinstance(trainer, AdEMAMixTrainer):
+            refuse_damage(Path(resume))
+            if (why := beyond_trainer(Path(resume), host)) is not None:
+                raise InputError(
+                    f"Trainer cannot resume from {resume}: {why}. Resume as it was written, or take AdEMAMixTrainer in "
+                    f"place of Trainer: it reads shardopt's slices"
+                )
         optimizer = hosts.build(trainer.accelerator, model, groups, kwargs, pointing=True)
         _attach(trainer, AdEMAMixCallback(optimizer, host, resume))
         return optimizer
@@ -225,24 +258,19 @@ def _caller() -> tuple[Trainer, str | None]:
 def _attach(trainer: Trainer, callback: AdEMAMixCallback) -> None:
     """Put the callback right behind the one that decides when to log, so that reporters come after it.
 
-    Its slices are written when Trainer writes the optimizer, not in on_save: Trainer deletes older checkpoints
-    (save_total_limit) in between, and a crash there would leave none with slices.
+    Its slices are written with Trainer's files, not in on_save: Trainer deletes older checkpoints (save_total_limit)
+    in between, and a crash there would leave none with slices.
     """
     handler = trainer.callback_handler
     handler.callbacks = [c for c in handler.callbacks if not isinstance(c, AdEMAMixCallback)]
     at = next((i for i, c in enumerate(handler.callbacks) if isinstance(c, DefaultFlowCallback)), -1) + 1
     handler.callbacks.insert(at, callback)
-    save = trainer._save_optimizer_and_scheduler
-    if isinstance(save, partial) and save.func is _save_with_slices:  # of an earlier train()
+    save = trainer._save_checkpoint
+    if isinstance(save, partial) and save.func is save_whole:  # of an earlier train()
         save = save.args[0]
-    trainer._save_optimizer_and_scheduler = partial(  # type: ignore[method-assign]
-        _save_with_slices, save, callback, trainer
+    trainer._save_checkpoint = partial(  # type: ignore[method-assign]
+        save_whole, save, trainer, lambda folder: callback.save(folder, trainer.args, trainer.state)
     )
-
-
-def _save_with_slices(save: Callable[[str], None], callback: AdEMAMixCallback, trainer: Trainer, folder: str) -> None:
-    callback.save(folder, trainer.args, trainer.state)
-    save(folder)
 
 
 class AdEMAMixCallback(TrainerCallback):
@@ -269,18 +297,36 @@ class AdEMAMixCallback(TrainerCallback):
                 )
             return
         resume, self.resume = self.resume, None
-        if not (resume / SLICES).is_dir():
-            raise InputError(
-                f"{resume} has no {SLICES} folder: it was saved by another optimizer or with save_only_model. Start a "
-                f"new run from its weights: from_pretrained({str(resume)!r}), without resume_from_checkpoint"
-            )
         document = checkpoint.load(resume / SLICES, hosts.sharded_state(self.optimizer))
+        if document["step"] not in (None, state.global_step):
+            raise InputError(
+                f"{resume} is of step {state.global_step}, and its {SLICES} folder of step {document['step']}: these "
+                f"are files of different checkpoints"
+            )
         if (scheduler := kwargs.get("lr_scheduler")) is not None:
             # torch's schedulers load their own count, and leave lr to the optimizer's file, which has none.
             for group, lr in zip(self.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                 group["lr"] = lr
         if state.is_world_process_zero:
             _continue_wandb(args, document.get("wandb_run"))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Trainer has put the best weights into the model: masters, averages and counts of that step go with them."""
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return
+        best = Path(state.best_model_checkpoint)
+        held = hosts.sharded_state(self.optimizer)
+        if args.save_only_model:
+            held.refresh()
+            refuse_steps(
+                held.optimizer,
+                f"the model has the best weights, of {best}, and the optimizer the state of the last step, since "
+                f"save_only_model keeps no state: make a new Trainer to train on from these weights",
+            )
+        else:
+            checkpoint.load(best / SLICES, held)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Norms over all ranks are a collective: taken here, where every rank comes, not in on_log."""
@@ -306,7 +352,7 @@ class AdEMAMixCallback(TrainerCallback):
             self._values = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Trainers that do not call what `_attach` wraps still get their slices."""
+        """Trainers that save in a way of their own still get their slices."""
         if not args.save_only_model and self._saved != state.global_step:
             self.save(Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", args, state)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 
 pytest.importorskip("accelerate", reason="the extra shardopt[transformers]")
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
+from shardopt import checkpoint
 from shardopt.errors import InputError
 from shardopt.integrations import accelerate as hosts
 from shardopt.integrations.hosted import ZeroAdEMAMix
 from tests.distributed.pool import on_ranks
 from tests.integrations.hosts import new_job
-from tests.integrations.training import data, difference, loop, model
+from tests.integrations.training import data, difference, loop, model, tensors, whole_weights
 
 HOSTS = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 
@@ -53,29 +56,64 @@ def test_slices_move_between_hosts(wrote: str, reads: str, alone: dict, tmp_path
     assert difference(alone["weights"], resumed[0]["weights"]) < 1e-5
 
 
-def test_load_state_alone_leaves_rank_0s_optimizer_and_is_refused(tmp_path: Path) -> None:
-    for told in on_ranks(2, saved_by_accelerate_alone, tmp_path):
-        assert "the optimizer's state has not been loaded" in told
+def test_save_state_and_load_state_keep_every_ranks_state(tmp_path: Path) -> None:
+    for told in on_ranks(2, saved_by_accelerate, tmp_path / "whole"):
+        assert told["lost"] > 0  # what load_state has to bring back was not there before it
+        assert told["difference"] == 0.0
+        assert told["m2"][0] == told["m2"][1] > 0
+        assert told["saved by save_model"] == told["parameters"]
+    for told in on_ranks(2, saved_by_accelerate, tmp_path / "bare", slices="missing"):
+        assert "the optimizer's state has not been loaded" in told["refused"]
+    for told in on_ranks(2, saved_by_accelerate, tmp_path / "flipped", slices="damaged"):
+        assert "rank-00001.data is damaged" in told["refused"]
+    for told in on_ranks(2, saved_by_accelerate, tmp_path / "mixed", slices="of another step"):
+        assert "is of step 2, and the files beside it are of step 1: load another" in told["refused"]
 
 
-def saved_by_accelerate_alone(rank: int, world_size: int, folder: Path) -> str:
+def saved_by_accelerate(rank: int, world_size: int, folder: Path, slices: str = "whole") -> dict[str, Any]:
+    """One step, save_state, another step, load_state, the same other step again."""
     new_job()
     accelerator = Accelerator(cpu=True)
     net = model()
     optimizer = hosts.sharded_ademamix(accelerator, net, lr=1e-2)
     net, optimizer = accelerator.prepare(net, optimizer)
-    batch = {key: value[None] for key, value in data(1)[0].items()}
-    accelerator.backward(net(**batch).loss)
-    optimizer.step()
-    # As safetensors it could not even be read: the weights are views of buckets.
-    accelerator.save_state(str(folder), safe_serialization=False)
-    accelerator.wait_for_everyone()
-    accelerator.load_state(str(folder))
-    try:
+
+    def step(row: int) -> dict[str, torch.Tensor]:
+        batch = {key: value[None] for key, value in data()[row].items()}
+        accelerator.backward(net(**batch).loss)
         optimizer.step()
+        optimizer.zero_grad()
+        return whole_weights(net)
+
+    def m2() -> float:
+        return sum(t.double().abs().sum().item() for t in tensors(hosts.sharded_state(optimizer).optimizer, "m2"))
+
+    step(rank)
+    accelerator.save_state(str(folder))
+    accelerator.save_model(net, str(folder / "model"))
+    accelerator.wait_for_everyone()
+    told: dict[str, Any] = {"parameters": len(list(net.parameters()))}
+    told["saved by save_model"] = len(load_file(folder / "model" / "model.safetensors"))
+    at_save = whole_weights(net)
+    straight, sums = step(2 + rank), m2()
+    told["lost"] = difference(at_save, straight)
+    if slices == "of another step":
+        checkpoint.save(folder / "shardopt", hosts.sharded_state(optimizer))
+    elif slices != "whole" and accelerator.is_main_process:
+        if slices == "missing":
+            shutil.rmtree(folder / "shardopt")
+        else:
+            file = folder / "shardopt" / "rank-00001.data"
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(content)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.load_state(str(folder))
+        again = step(2 + rank)
     except InputError as error:
-        return str(error)
-    raise AssertionError("not refused")
+        return {"refused": str(error)}
+    return told | {"difference": difference(straight, again), "m2": (sums, m2())}
 
 
 def test_an_optimizer_of_anothers() -> None:

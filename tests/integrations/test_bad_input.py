@@ -111,6 +111,13 @@ def test_another_optim_beside_ours(optim: str, tmp_path: Path) -> None:
         shardopt_optimizer(arguments(tmp_path, 1, optim=optim))
 
 
+def test_slices_on_each_nodes_own_disk_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"save_on_each_node.*which all nodes see; leave it out"):
+        shardopt_optimizer(arguments(tmp_path, 1, save_on_each_node=True, save_strategy="steps"))
+    shardopt_optimizer(arguments(tmp_path, 1, save_on_each_node=True))
+    shardopt_optimizer(arguments(tmp_path, 1, save_on_each_node=True, save_strategy="steps", save_only_model=True))
+
+
 def test_both_optimizers_and_ours(tmp_path: Path) -> None:
     args, net = arguments(tmp_path, 1), model()
     adamw = torch.optim.AdamW(net.parameters())

@@ -85,7 +85,7 @@ def train(
     folder: Path,
     *,
     host: str = "ddp",
-    resume: str | None = None,
+    resume: str | bool | None = None,
     ademamix: dict[str, Any] | None = None,
     trainer: str = "Trainer",
     environment: dict[str, str] | None = None,

@@ -1,0 +1,76 @@
+"""accelerate's save_state and load_state for an optimizer that is cut over the ranks of DDP.
+
+accelerate saves rank 0's optimizer alone, and takes parameters that are views of one bucket for copies of each other,
+of which its safetensors files keep the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import SAFE_MODEL_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from shardopt import checkpoint
+from shardopt.checkpoint.flat import few
+from shardopt.checkpoint.stored import SLICES
+from shardopt.distributed import Ranks
+from shardopt.errors import InputError
+from shardopt.integrations.hosted import ZeroAdEMAMix
+
+
+def follow_states(accelerator: Any, optimizer: ZeroAdEMAMix) -> None:
+    """Let `accelerator` save every rank's slices of `optimizer` with its states, load them, and save whole models."""
+    whole = accelerator.get_state_dict
+
+    def get_state_dict(model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
+        return _apart(whole(model, unwrap=unwrap))
+
+    def before_save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        checkpoint.save(Path(folder) / SLICES, optimizer.sharded_state(), {"host": "ddp"})
+
+    def before_load(models: list[nn.Module], folder: str) -> None:
+        slices = Path(folder) / SLICES
+        if slices.is_dir():
+            if (damage := checkpoint.find_damage(slices, Ranks.current())) is not None:
+                raise InputError(f"{damage}: load another state")
+            optimizer.slices_at = slices
+        files = [Path(folder) / f"{SAFE_MODEL_NAME}{f'_{i}' if i else ''}.safetensors" for i in range(len(models))]
+        if all(file.exists() for file in files):
+            for model, file in zip(models, files, strict=True):
+                _load(model, file)
+            models.clear()  # done: accelerate would not read them into views
+
+    accelerator.get_state_dict = get_state_dict
+    accelerator.register_save_state_pre_hook(before_save)
+    accelerator.register_load_state_pre_hook(before_load)
+
+
+def _apart(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values, none a view of another's memory; tied weights stay one tensor."""
+    copies: dict[Any, Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        key = value.data_ptr(), value.shape, value.stride(), value.dtype
+        return copies.setdefault(key, value.clone())
+
+    return {name: copy(value) for name, value in state.items()}
+
+
+def _load(model: nn.Module, file: Path) -> None:
+    """Read all of `file`, and nothing else, into `model`; of tied weights the file has one."""
+    stored = load_file(file)
+    missing, unexpected = model.load_state_dict(stored, strict=False)
+    here = model.state_dict()
+    read = {here[name].data_ptr() for name in stored if name in here}
+    lacking = [name for name in missing if here[name].data_ptr() not in read]
+    if lacking or unexpected:
+        raise InputError(
+            f"{file} is of another model, or of one wrapped in another way: it lacks {few(lacking)}, and the model has "
+            f"no {few(unexpected)}"
+        )
