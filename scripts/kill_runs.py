@@ -1,12 +1,19 @@
-"""Kill the ranks of small runs at random moments, and hold what they end with against a run that nobody disturbed.
+"""Do to small runs what happens to large ones, and hold what they end with against a run that nobody disturbed.
 
-    python scripts/kill_runs.py --kills 20                  one rank at a time, restarted by torchrun --max-restarts
-    python scripts/kill_runs.py --kills 20 --by-hand        all processes at a time, started again by the same command
-    python scripts/kill_runs.py --engines fsdp ddp "{name: zero, stage: 1}" "{name: zero, stage: 2}" "{name: deepspeed}"
+    python scripts/kill_runs.py random --kills 20             one rank at a time, restarted by torchrun --max-restarts
+    python scripts/kill_runs.py random --kills 20 --by-hand   all processes at a time, started again by the same command
+    python scripts/kill_runs.py phases [--by-hand]            a kill in each phase of a step and of a save
+    python scripts/kill_runs.py frozen                        SIGSTOP of one rank in each phase of a step, and in a save
+    python scripts/kill_runs.py signals                       SIGTERM and SIGINT, through each command that starts ranks
+    python scripts/kill_runs.py full                          a disk that is full in each write (mounts a tmpfs: root)
+    python scripts/kill_runs.py elastic                       4, then 2, then 3 ranks
 
-A kill comes while the ranks start, between two steps or in a save (which all happen in the background), as chance has
-it. One line per engine; the exit status is 1 if a run took more restarts than there were kills, lost a checkpoint that
-was complete, or ended with other weights or other losses, to the bit.
+`--engines` takes names, or sections as YAML: fsdp ddp "{name: zero, stage: 1}". A random kill comes while the ranks
+start, between two steps or in a save (which all happen in the background), as chance has it.
+
+One line of JSON for each engine, then a table of what was done, where. The exit status is 1 if a run started again at a
+step before its newest complete checkpoint, took more restarts than there were kills, waited for a frozen rank for more
+than 30 s beyond run.timeout_minutes or did not name it, or ended with other weights or other losses, to the bit.
 """
 
 from __future__ import annotations
@@ -17,12 +24,15 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +41,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from struck_rank import OF_A_SAVE, OF_A_STEP, ON_RANK_0, Strike  # noqa: E402
 
 from shardopt import checkpoint  # noqa: E402
 from shardopt.pretrain.metrics import read_metrics  # noqa: E402
@@ -38,6 +51,10 @@ from shardopt.pretrain.metrics import read_metrics  # noqa: E402
 # A start takes some seconds: this many of the kills come in it.
 _IN_THE_START = 0.3
 _LONGEST_START = 240.0
+_LONGEST_END = 300.0
+# Of the frozen runs: long enough for ranks that start at different moments on a busy machine.
+_TIMEOUT_MINUTES = 0.4
+_GRACE = 30.0
 
 
 def corpus(folder: Path) -> None:
@@ -71,34 +88,56 @@ def config(folder: Path, name: str, engine: str, steps: int) -> dict[str, Any]:
 
 @dataclass
 class Run:
-    """A run in its own torchrun job, and what was done to it."""
+    """A run, the job that it is in, and what was done to it."""
 
     folder: Path
     name: str
     ranks: int
     settings: dict[str, Any]
-    max_restarts: int
+    max_restarts: int = 0
+    starter: str = "torchrun"
+    strikes: list[Strike] = field(default_factory=list)  # one for each attempt of the job that is started next
     job: subprocess.Popen[bytes] | None = None
-    kills: Counter[str] = field(default_factory=Counter)
+    done: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     newest: int = 0  # step of the newest complete checkpoint that was seen
 
     @property
     def here(self) -> Path:
-        return self.folder / "runs" / self.name
+        return Path(self.settings["run"]["dir"]) / self.name
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
 
     def start(self) -> None:
         path = self.folder / f"{self.name}.yaml"
         path.write_text(yaml.safe_dump(self.settings))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with (self.folder / f"{self.name}.log").open("ab") as log:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks)]
+        commands: dict[str, list[str]] = {
+            "torchrun": [*torchrun, "--max-restarts", str(self.max_restarts), str(ROOT / "scripts" / "struck_rank.py")],
+            "shardopt": [sys.executable, "-m", "shardopt", "pretrain", "--nproc-per-node", str(self.ranks)],
+            "sbatch": ["bash", str(ROOT / "launch" / "slurm.sbatch")],
+        }
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STRUCK": str(self.events_path)}
+        environment["STRIKES"] = json.dumps([asdict(strike) for strike in self.strikes])
+        if self.starter == "sbatch":
+            environment |= stubs_of_slurm(self.folder, self.ranks)
+        with self.log.open("ab") as log:
             self.job = subprocess.Popen(
-                [*command, "--max-restarts", str(self.max_restarts), str(ROOT / "launch" / "pretrain.py"), str(path)],
-                env=environment, stdout=log, stderr=log, cwd=self.folder,
-            )  # fmt: skip
+                [*commands[self.starter], str(path)], env=environment, stdout=log, stderr=log, cwd=self.folder
+            )
 
-    def workers(self, attempt: int) -> list[psutil.Process]:
+    @property
+    def events_path(self) -> Path:
+        return self.folder / f"{self.name}.struck"
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """What struck_rank.py has noted."""
+        lines = self.events_path.read_text().splitlines() if self.events_path.exists() else []
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+    def workers(self, attempt: int = 0) -> list[psutil.Process]:
         """The ranks of that attempt of the job, or a later one; empty where they are not all there."""
         found = []
         for process in psutil.Process(self.job.pid).children(recursive=True) if self.job is not None else []:
@@ -115,37 +154,146 @@ class Run:
         rows = read_metrics(path) if path.exists() else []
         return rows[-1]["step"] if rows else 0
 
-    def wait(self, ready: Any) -> bool:
+    def wait(self, ready: Callable[[], Any]) -> bool:
         """Whether `ready()` came true before the job ended, or before the longest start was over."""
         deadline = time.monotonic() + _LONGEST_START
         while not ready():
             if self.job is None or self.job.poll() is not None:
                 return False
             if time.monotonic() > deadline:
-                self.faults.append(f"no step within {_LONGEST_START:g} s after kill {self.kills.total()}")
+                self.faults.append(f"nothing within {_LONGEST_START:g} s after {self.done.total()} faults")
                 return False
             time.sleep(0.02)
         return True
 
+    def end(self, seconds: float = _LONGEST_END) -> int | None:
+        """The job's status when it ends; None, and a fault, where it had to be killed."""
+        assert self.job is not None
+        try:
+            return self.job.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.faults.append(f"still there {seconds:g} s after {self.done.total()} faults, see {self.log}")
+            self.kill_all()
+            return None
+
     def note_checkpoint(self) -> None:
-        newest = checkpoint.latest(self.here / "checkpoints")
-        step = int(newest.name.rpartition("-")[2].split(".")[0]) if newest is not None else 0
-        if step < self.newest:
-            self.faults.append(f"checkpoint {self.newest} was complete, and after a kill the newest is {step}")
-        self.newest = max(step, self.newest)
+        newest = step_of(checkpoint.latest(self.here / "checkpoints"))
+        if newest < self.newest:
+            self.faults.append(f"checkpoint {self.newest} was complete, and then the newest is {newest}")
+        self.newest = max(newest, self.newest)
 
     def kill_all(self) -> None:
         assert self.job is not None
-        job = psutil.Process(self.job.pid)
-        for process in [job, *job.children(recursive=True)]:
+        try:
+            job = psutil.Process(self.job.pid)
+            processes = [job, *job.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            processes = []
+        for process in processes:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
         self.job.wait()
 
+    def finish(self, whole: Run, started: bool = False, losses: bool = True) -> None:
+        """Run to the last step undisturbed, and compare with the run that always was.
 
-def kill(run: Run, attempt: int, draw: random.Random, by_hand: bool) -> bool:
+        Args:
+            started: the job is there already.
+            losses: compare the losses too.
+        """
+        if not started:
+            self.strikes, self.starter = [], "torchrun"
+            self.start()
+        status = self.end(600)
+        if status != 0:
+            self.faults.append(f"status {status}, see {self.log}")
+        elif self.weights() != whole.weights():
+            self.faults.append("ended with other weights")
+        elif losses and self.losses() != whole.losses():
+            self.faults.append("ended with other losses")
+        self.check_starts()
+
+    def check_starts(self) -> None:
+        """No attempt may begin before the newest checkpoint that was complete when the one before was struck."""
+        lines = sorted(self.events("began") + self.events("strike"), key=lambda event: event["time"])
+        newest = 0
+        for event in lines:
+            if event["event"] == "strike":
+                newest = max(newest, int(event["newest"].rpartition("-")[2] or 0))
+            elif event["step"] < newest:
+                self.faults.append(f"began at step {event['step']}, and checkpoint {newest} was complete")
+
+    def weights(self) -> str:
+        return hashlib.sha256((self.here / "export" / "model.safetensors").read_bytes()).hexdigest()
+
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in read_metrics(self.here / "metrics.jsonl")]
+
+
+def step_of(folder: Path | None) -> int:
+    return int(folder.name.rpartition("-")[2].split(".")[0]) if folder is not None else 0
+
+
+def stubs_of_slurm(folder: Path, ranks: int) -> dict[str, str]:
+    """Commands in the place of slurm's, for one node, and what its environment names."""
+    stubs = folder / "stubs"
+    stubs.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # srun's first argument is its own; the port may be somebody else's here.
+    for name, line in {"scontrol": "echo 127.0.0.1", "srun": f'shift; exec "${{@/:29500/:{port}}}"'}.items():
+        (stubs / name).write_text(f"#!/bin/bash\n{line}\n")
+        (stubs / name).chmod(0o755)
+    (folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+    torchrun = folder / ".venv" / "bin" / "torchrun"
+    torchrun.write_text(f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    torchrun.chmod(0o755)
+    if not (folder / "launch").exists():
+        (folder / "launch").symlink_to(ROOT / "launch")
+    return {
+        "PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "here", "SLURM_CPUS_PER_TASK": str(ranks),
+        "SLURM_GPUS_PER_NODE": str(ranks), "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": str(port),
+    }  # fmt: skip
+
+
+@dataclass
+class Lab:
+    """Where the runs are, and what was asked for."""
+
+    folder: Path
+    arguments: argparse.Namespace
+    number: int = 0
+
+    def phases(self, known: list[str], engine: str) -> list[str]:
+        """Those of a case that were asked for and that the engine has."""
+        wanted = self.arguments.phases or known
+        return [p for p in known if p in wanted and (p != "gather" or engine not in ("ddp", "single"))]
+
+    def runs(self, engine: str, steps: int, max_restarts: int = 0, **changes: Any) -> tuple[Run, Run]:
+        """A run that has ended, undisturbed, and another that is to end as it did."""
+        self.number += 1
+        ranks = 1 if engine == "single" else self.arguments.ranks
+        pair = []
+        for name, restarts in (("whole", 0), ("struck", max_restarts)):
+            settings = config(self.folder, f"{name}-{self.number}", engine, steps)
+            for key, value in changes.items():
+                section, _, name_of_key = key.partition("__")
+                settings[section][name_of_key] = value
+            pair.append(Run(self.folder, f"{name}-{self.number}", ranks, settings, restarts))
+        whole, struck = pair
+        whole.start()
+        if whole.end(600) != 0:
+            raise SystemExit(f"{engine}: the undisturbed run failed, see {whole.log}")
+        return whole, struck
+
+
+# -------------------------------------------------------------------- kills
+
+
+def kill_at_random(run: Run, attempt: int, draw: random.Random, by_hand: bool) -> bool:
     """Kill once, in attempt number `attempt`; False where the run has ended before."""
     if not run.wait(lambda: run.workers(attempt)):
         return False
@@ -169,74 +317,260 @@ def kill(run: Run, attempt: int, draw: random.Random, by_hand: bool) -> bool:
         if seen != attempt:
             run.faults.append(f"attempt {attempt} failed by itself")
         draw.choice(workers).send_signal(signal.SIGKILL)
-    run.kills[phase] += 1
+    run.done[phase] += 1
     run.note_checkpoint()
     return True
 
 
-def outcome(run: Run) -> tuple[str, list[float]]:
-    """Hash of the exported weights, and the losses of all steps."""
-    weights = (run.here / "export" / "model.safetensors").read_bytes()
-    return hashlib.sha256(weights).hexdigest(), [row["loss"] for row in read_metrics(run.here / "metrics.jsonl")]
-
-
-def survive(folder: Path, engine: str, number: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    draw = random.Random(arguments.seed + number)
-    steps = 14 * arguments.kills + 20
-    settings = [config(folder, f"{name}-{number}", engine, steps) for name in ("whole", "killed")]
-    whole = Run(folder, f"whole-{number}", arguments.ranks, settings[0], 0)
-    whole.start()
-    assert whole.job is not None
-    if whole.job.wait() != 0:
-        raise SystemExit(f"{engine}: the undisturbed run failed, see {folder}/{whole.name}.log")
+def at_random(lab: Lab, engine: str, draw: random.Random) -> Run:
+    kills, by_hand = lab.arguments.kills, lab.arguments.by_hand
     # Some more than kills, so that one that fails by itself is counted and does not end it.
-    run = Run(folder, f"killed-{number}", arguments.ranks, settings[1], 0 if arguments.by_hand else arguments.kills + 5)
-    began = time.monotonic()
+    whole, run = lab.runs(engine, 14 * kills + 20, 0 if by_hand else kills + 5)
     run.start()
-    try:
-        for count in range(arguments.kills):
-            if not kill(run, 0 if arguments.by_hand else count, draw, arguments.by_hand):
-                run.faults.append(f"ended before kill {count + 1}")
-                break
+    for count in range(kills):
+        if not kill_at_random(run, 0 if by_hand else count, draw, by_hand):
+            run.faults.append(f"ended before kill {count + 1}")
+            break
+    run.finish(whole, started=True)
+    return run
+
+
+def in_phases(lab: Lab, engine: str, draw: random.Random) -> Run:
+    """A kill in each phase of a step and a save: one rank under --max-restarts; by hand, one rank or the whole job."""
+    phases = lab.phases(OF_A_STEP + OF_A_SAVE, engine)
+    by_hand = lab.arguments.by_hand
+    draw.shuffle(phases)
+    whole, run = lab.runs(engine, 10 * len(phases) + 10, 0 if by_hand else len(phases) + 5)
+    strikes = []
+    for number, phase in enumerate(phases):
+        rank = 0 if phase in ON_RANK_0 else draw.randrange(run.ranks)
+        # Not before the fourth checkpoint is there that makes one go.
+        steps = 20 if phase == "delete" and number == 0 else draw.randint(6, 9)
+        do = "kill all" if by_hand and number % 2 else "kill"
+        strikes.append(Strike(do, phase, rank, steps, calls=draw.randint(0, 1)))
+    if by_hand:
+        for strike in strikes:
+            run.strikes = [strike]
+            run.start()
+            run.end()
+            run.note_checkpoint()
+        run.finish(whole)
+    else:
+        run.strikes = strikes
+        run.start()
+        run.finish(whole, started=True)
+    for event in run.events("strike"):
+        run.done[event["phase"] + (" (all)" if event["do"] == "kill all" else "")] += 1
+    if run.done.total() != len(strikes):
+        run.faults.append(f"{run.done.total()} of {len(strikes)} kills came: an attempt failed by itself")
+    return run
+
+
+# -------------------------------------------------------------------- frozen ranks
+
+
+def frozen(lab: Lab, engine: str, draw: random.Random) -> Run:
+    """The others must end within the timeout and half a minute, and name the rank that does not answer."""
+    phases = lab.phases([*OF_A_STEP, "data", "document"], engine)
+    whole, run = lab.runs(engine, 10 * len(phases) + 10, run__timeout_minutes=_TIMEOUT_MINUTES)
+    for phase in phases:
+        # The store is torchrun's, so any rank may be the one.
+        rank = 0 if phase in ON_RANK_0 else draw.randrange(run.ranks)
+        before, said = len(run.events("strike")), run.log.stat().st_size if run.log.exists() else 0
+        run.strikes = [Strike("stop", phase, rank, draw.randint(6, 9))]
+        run.start()
+        if not run.wait(lambda count=before: len(run.events("strike")) > count):
+            run.faults.append(f"{phase}: not reached")
+            continue
+        others = [w for w in run.workers() if w.environ()["RANK"] != str(rank)]
+        since = time.monotonic()
+        _, waiting = psutil.wait_procs(others, timeout=60 * _TIMEOUT_MINUTES + _GRACE)
+        seconds = time.monotonic() - since
+        run.kill_all()
+        run.done[phase] += 1
+        with run.log.open("rb") as log:
+            log.seek(said)
+            named = f"rank {rank}: no answer, stopped or gone".encode() in log.read()
+        if waiting:
+            run.faults.append(f"{phase}: the others still waited after {seconds:.0f} s")
+        elif not named:
+            run.faults.append(f"{phase}: rank {rank} was not named, see {run.log}")
+        run.note_checkpoint()
+    run.finish(whole)
+    return run
+
+
+# -------------------------------------------------------------------- signals
+
+
+def signals(lab: Lab, engine: str, draw: random.Random) -> Run:
+    """Whoever is asked to stop must leave a checkpoint of the last step that was made."""
+    cases = [(starter, number) for starter in ("torchrun", "shardopt") for number in (signal.SIGTERM, signal.SIGINT)]
+    cases.append(("sbatch", signal.SIGTERM))
+    whole, run = lab.runs(engine, 300)
+    for starter, number in cases:
+        run.starter = starter
+        began = run.step()
+        run.start()
+        goal = began + draw.randint(3, 9)
+        if not run.wait(lambda goal=goal: run.step() >= goal):
+            run.faults.append(f"{starter}: ended before {number.name}, see {run.log}")
+            continue
         assert run.job is not None
-        status = run.job.wait(timeout=600)
-    except subprocess.TimeoutExpired:
-        status = None
+        # slurm, and a terminal's Ctrl-C, reach every process; a shell that waits for srun is not among them.
+        everyone = run.starter == "sbatch" or number == signal.SIGINT
+        agents = psutil.Process(run.job.pid).children() if run.starter == "sbatch" else []
+        for process in [*(agents or [psutil.Process(run.job.pid)]), *(run.workers() if everyone else [])]:
+            process.send_signal(number)
+        status = run.end()
+        run.done[f"{number.name} {starter}"] += 1
+        saved = step_of(checkpoint.latest(run.here / "checkpoints"))
+        if saved != run.step() or (starter == "shardopt" and status != 0):
+            run.faults.append(
+                f"{number.name} {starter}: status {status}, checkpoint {saved}, last step {run.step()}, see {run.log}"
+            )
+        run.note_checkpoint()
+    run.finish(whole)
+    return run
+
+
+# -------------------------------------------------------------------- full disks
+
+# Where the disk is full, and whether the run goes on.
+_GOES_ON = {"metrics", "loss.png"}
+_WRITES = [
+    "cache", "meta of the cache", "config.yaml", "config of the model", "data", "index", "document", "metrics",
+    "export", "loss.png",
+]  # fmt: skip
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    disk = folder / "disk"
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)
+    try:
+        yield disk
     finally:
-        if run.job is not None and run.job.poll() is None:
-            run.kill_all()
-    if status != 0:
-        run.faults.append(f"status {status}, see {folder}/{run.name}.log")
-    elif outcome(run) != outcome(whole):
-        run.faults.append("ended with other weights or losses")
-    return {
-        "engine": engine,
-        "kills": run.kills.total(),
-        "by phase": dict(run.kills),
-        "steps": steps,
-        "seconds": round(time.monotonic() - began),
-        "faults": run.faults,
-    }
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def full(lab: Lab, engine: str, draw: random.Random) -> Run:
+    """Each is told (or the run goes on), and the next start, with space again, ends as if nothing had been."""
+    whole, run = lab.runs(engine, 12 * 8)
+    with small_disk(lab.folder) as disk:
+        run.settings["run"]["dir"], run.settings["data"]["cache"] = str(disk / "runs"), str(disk / "cache")
+        for phase in lab.phases(_WRITES, engine):
+            said = run.log.stat().st_size if run.log.exists() else 0
+            at_once = phase in (
+                "cache",
+                "meta of the cache",
+                "config.yaml",
+                "config of the model",
+                "export",
+                "loss.png",
+            )
+            run.strikes = [Strike("full", phase, 0, 0 if at_once else draw.randint(3, 6))]
+            count = len(run.events("strike"))
+            run.start()
+            if phase in _GOES_ON and phase != "loss.png":
+                if run.wait(lambda count=count: len(run.events("strike")) > count):
+                    goal = run.step() + 3
+                    if not run.wait(lambda goal=goal: run.step() >= goal):
+                        run.faults.append(f"{phase}: the run ended by it, see {run.log}")
+                run.kill_all()
+            status = run.end(600)
+            if len(run.events("strike")) == count:
+                run.faults.append(f"{phase}: not reached")
+                continue
+            run.done[phase] += 1
+            with run.log.open("rb") as log:
+                log.seek(said)
+                text = log.read().decode(errors="replace")
+            if phase not in _GOES_ON and status == 0:
+                run.faults.append(f"{phase}: nothing came of it")
+            if phase not in _GOES_ON and "No space left on device" not in text:
+                run.faults.append(f"{phase}: the reason was not said, see {run.log}")
+            run.note_checkpoint()
+        run.finish(whole, losses=False)
+        lost = Counter(whole.losses()) - Counter(run.losses())
+        extra = Counter(run.losses()) - Counter(whole.losses())
+        if extra:
+            run.faults.append("ended with other losses")
+        run.done["(rows of metrics lost)"] = lost.total()
+    return run
+
+
+# -------------------------------------------------------------------- other numbers of ranks
+
+
+def elastic(lab: Lab, engine: str, draw: random.Random) -> Run:
+    """Stopped on 4 ranks, gone on with on 2 and then on 3."""
+    changes: dict[str, Any] = {"train__global_batch": 24, "optimizer__state_dtype": "fp32"}
+    changes["model__attention_dropout"] = 0.0  # each rank draws its own
+    lab.arguments.ranks = 4
+    whole, run = lab.runs(engine, 48, **changes)
+    while len(run.done) < 2:
+        run.ranks = (4, 2)[len(run.done)]
+        began = run.step()
+        run.start()
+        if not run.wait(lambda began=began: run.step() >= began + 12):
+            run.faults.append(f"{run.ranks} ranks: ended by itself, see {run.log}")
+            break
+        assert run.job is not None
+        run.job.send_signal(signal.SIGTERM)
+        run.end()
+        run.done[f"{run.ranks} ranks to step {run.step()}"] += 1
+        if run.ranks == 4 and run.losses() != whole.losses()[: run.step()]:
+            run.faults.append("on as many ranks, other losses")
+    run.ranks = 3
+    run.start()
+    if run.end(600) != 0:
+        run.faults.append(f"3 ranks: see {run.log}")
+    worst = max(abs(a - b) / b for a, b in zip(run.losses(), whole.losses(), strict=True))
+    run.done[f"3 ranks to step {run.step()}, largest relative difference of a loss {worst:.1e}"] += 1
+    if worst > 1e-5:
+        run.faults.append(f"losses differ by {worst:.1e}")
+    return run
+
+
+CASES = {
+    "random": at_random, "phases": in_phases, "frozen": frozen, "signals": signals, "full": full, "elastic": elastic,
+}  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="per engine")
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--kills", type=int, default=20, help="per engine, at random")
     parser.add_argument("--engines", nargs="+", default=["fsdp"], help="names, or sections as YAML")
+    parser.add_argument("--phases", nargs="+", help="of the cases that have phases; all by default")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--by-hand", action="store_true", help="kill torchrun too, and start the command again")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
     parser.add_argument("--keep", type=Path, help="a new folder for the runs and their logs, which stays")
     arguments = parser.parse_args()
+    total: Counter[str] = Counter()
+    failed = False
     with tempfile.TemporaryDirectory(prefix="shardopt-kills-") as scratch:
         folder = Path(scratch) if arguments.keep is None else arguments.keep.absolute()
         folder.mkdir(parents=True, exist_ok=True)
         corpus(folder / "text")
-        failed = False
+        lab = Lab(folder, arguments)
         for number, engine in enumerate(arguments.engines):
-            report = survive(folder, engine, number, arguments)
-            failed = failed or bool(report["faults"])
-            print(json.dumps(report), flush=True)
+            began = time.monotonic()
+            run = CASES[arguments.case](lab, engine, random.Random(arguments.seed + number))
+            if run.job is not None and run.job.poll() is None:
+                run.kill_all()
+            seconds = round(time.monotonic() - began)
+            report = {"case": arguments.case, "engine": engine, "done": dict(run.done), "seconds": seconds}
+            print(json.dumps(report | {"count": run.done.total(), "faults": run.faults}), flush=True)
+            failed = failed or bool(run.faults)
+            total += run.done
+    width = max(map(len, total), default=0)
+    for what, count in total.items():
+        print(f"{what:{width}} {count:5}")
+    print(f"{'in all':{width}} {total.total():5}")
     return int(failed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -13,6 +14,18 @@ from shardopt.errors import InputError
 from shardopt.pretrain import branch
 from shardopt.pretrain.config import Config, differences
 from shardopt.pretrain.lock import RunLock
+
+# What config.yaml is written as; left by a process that was killed, or whose disk was full.
+_UNFINISHED = "config.tmp"
+
+
+@contextlib.contextmanager
+def writing(what: Path | str) -> Iterator[None]:
+    """Around what writes in the run folder: where the disk does not let it, raises InputError that says `what`."""
+    try:
+        yield
+    except OSError as e:
+        raise InputError(f"run.dir: cannot write {what}: {e.strerror or e}") from e
 
 
 class RunFolder:
@@ -31,12 +44,10 @@ class RunFolder:
 
     def __init__(self, config: Config) -> None:
         self.path = config.folder
-        try:
+        with writing(f"the run folder {self.path}"):
             self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = RunLock(self.path / ".lock")
-        except OSError as e:
-            raise InputError(f"run.dir: cannot write the run folder {self.path}: {e.strerror or e}") from e
         try:
             self.config = config = self._check(config)
             self._record(config)
@@ -45,10 +56,10 @@ class RunFolder:
             raise
 
     def _record(self, config: Config) -> None:
-        recorded = self.path / "config.yaml"
-        temporary = recorded.with_suffix(".tmp")
-        temporary.write_text(config.as_yaml(), encoding="utf-8")
-        temporary.replace(recorded)
+        recorded, temporary = self.path / "config.yaml", self.path / _UNFINISHED
+        with writing(recorded):
+            temporary.write_text(config.as_yaml(), encoding="utf-8")
+            temporary.replace(recorded)
 
     def keep(self, config: Config) -> bool:
         """Before something is written: false where somebody has removed the folder, which is then made again.
@@ -63,7 +74,7 @@ class RunFolder:
 
     def _check(self, config: Config) -> Config:
         recorded = self.path / "config.yaml"
-        strangers = {p.name for p in self.path.iterdir()} - {".lock"}
+        strangers = {p.name for p in self.path.iterdir()} - {".lock", _UNFINISHED}
         if recorded.exists():
             config = self._check_same(recorded, config)
         elif strangers:
@@ -105,9 +116,10 @@ class RunFolder:
         """Let others have the folder; a start that made it and failed before it began leaves none."""
         files = {p.name for p in self.path.rglob("*") if p.is_file()}
         self._lock.release()
-        if self._is_new and files <= {".lock", "config.yaml"}:
+        if self._is_new and files <= {".lock", "config.yaml", _UNFINISHED}:
             with contextlib.suppress(OSError):  # somebody else has begun in it
-                (self.path / "config.yaml").unlink(missing_ok=True)
+                for name in ("config.yaml", _UNFINISHED):
+                    (self.path / name).unlink(missing_ok=True)
                 for folder in sorted(self.path.rglob("*"), reverse=True):
                     folder.rmdir()
                 self.path.rmdir()

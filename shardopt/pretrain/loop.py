@@ -19,7 +19,7 @@ from shardopt.engines.base import EngineInputs
 from shardopt.errors import InputError, NonFiniteError
 from shardopt.pretrain import branch, data, model, report, rng
 from shardopt.pretrain.config import Config
-from shardopt.pretrain.folder import RunFolder
+from shardopt.pretrain.folder import RunFolder, writing
 from shardopt.pretrain.metrics import Tracker, peak_memory
 from shardopt.pretrain.progress import Progress, resume
 from shardopt.pretrain.report import Result
@@ -147,7 +147,9 @@ class Run:
 
     def _write_models_config(self) -> None:
         if self.ranks.is_main:
-            self._write_model(self.config.folder / checkpoint.export.MODEL)
+            folder = self.config.folder / checkpoint.export.MODEL
+            with writing(folder):
+                self._write_model(folder)
 
     def _keep_folder(self) -> None:
         if self.folder is not None and not self.folder.keep(self.config):

@@ -1,13 +1,22 @@
-"""Ranks killed at random moments and restarted by torchrun; `scripts/kill_runs.py` does it as often as one likes."""
+"""Ranks killed and restarted; `scripts/kill_runs.py` does it, and more, as often as one likes."""
 
 import json
 import subprocess
 import sys
 
+import pytest
 
-def test_ranks_that_are_killed_under_max_restarts_end_as_if_they_had_not_been() -> None:
-    command = [sys.executable, "scripts/kill_runs.py", "--kills", "2", "--engines", "zero"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+@pytest.mark.parametrize(
+    ("case", "count"),
+    [
+        (["random", "--kills", "2", "--engines", "zero"], 2),
+        # Killed before the rename and in the middle of a backward.
+        (["phases", "--engines", "fsdp", "--phases", "backward", "publish"], 2),
+    ],
+)
+def test_ranks_that_are_killed_under_max_restarts_end_as_if_they_had_not_been(case, count) -> None:
+    done = subprocess.run([sys.executable, "scripts/kill_runs.py", *case], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(done.stdout)
-    assert (report["engine"], report["kills"], report["faults"]) == ("zero", 2, [])
+    report = json.loads(done.stdout.splitlines()[0])
+    assert (report["count"], report["faults"]) == (count, [])

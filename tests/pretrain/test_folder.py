@@ -129,6 +129,31 @@ def test_a_run_whose_folder_another_has_taken_stops_before_it_writes(tmp_path, m
     assert (here / ".lock").read_text() == theirs
 
 
+@pytest.mark.parametrize(
+    ("owner", "write", "file"), [(Path, "write_text", "config.yaml"), (loop.Run, "_write_model", "model")]
+)
+def test_a_full_disk_at_the_start_is_told_and_the_next_start_has_the_folder(tmp_path, monkeypatch, owner, write, file):
+    tiny.corpus(tmp_path / "text")
+    here, real = tmp_path / "runs" / "tiny", getattr(owner, write)
+
+    def full(*arguments, **keywords):
+        if owner is Path:
+            if arguments[0].parent != here:
+                return real(*arguments, **keywords)
+            arguments[0].touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, write, full)
+        with pytest.raises(InputError, match=f"run.dir: cannot write {here}/{file}: No space left on device"):
+            tiny.run(0, 1, tmp_path, **ALONE)
+    if owner is Path:
+        assert not here.exists()
+        here.mkdir()
+        (here / "config.tmp").touch()  # as a process leaves it that was killed there
+    assert tiny.run(0, 1, tmp_path, **ALONE).step == 6
+
+
 def test_a_full_disk_in_the_export_costs_the_export_alone(tmp_path, monkeypatch, capsys):
     tiny.corpus(tmp_path / "text")
     changes = ALONE | {"checkpoint__export": "true", "eval__sample_tokens": 4}
