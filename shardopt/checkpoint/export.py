@@ -134,7 +134,12 @@ class _Files:
         self._written.append(list(self._held))
         # transformers refuses a file that does not say which framework's it is.
         part = self._part(len(self._written))
-        _save_file()(self._held, part, metadata={"format": "pt"})
+        from safetensors import SafetensorError
+
+        try:
+            _save_file()(self._held, part, metadata={"format": "pt"})
+        except SafetensorError as error:  # what it makes of a full disk
+            raise InputError(f"cannot write {part}: {error}") from error
         os.umask(umask := os.umask(0))
         part.chmod(0o666 & ~umask)  # safetensors keeps its files from everybody else
         self._total += self._bytes

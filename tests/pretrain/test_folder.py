@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from shardopt import checkpoint
@@ -154,12 +155,13 @@ def test_a_full_disk_at_the_start_is_told_and_the_next_start_has_the_folder(tmp_
     assert tiny.run(0, 1, tmp_path, **ALONE).step == 6
 
 
-def test_a_full_disk_in_the_export_costs_the_export_alone(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_in_the_export_costs_the_export_alone(tmp_path, monkeypatch, capsys, error):
     tiny.corpus(tmp_path / "text")
     changes = ALONE | {"checkpoint__export": "true", "eval__sample_tokens": 4}
 
     def full(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(export, "_save_file", lambda: full)
