@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -311,7 +312,7 @@ class Run:
 
     def _saved(self) -> Path:
         """The checkpoint of the last step done. Raises InputError, on every rank, where it is not on the disk."""
-        root = self.config.folder / "checkpoints"
+        root = self.saver.root
         found = self.ranks.from_main(checkpoint.latest(root))
         expected = step_folder(root, self.progress.step)
         if found != expected:
@@ -323,7 +324,7 @@ class Run:
 
     def _give_up(self, reason: str) -> NoReturn:
         self.saver.wait()
-        found = self.ranks.from_main(complete_steps(self.config.folder / "checkpoints") if self.ranks.is_main else [])
+        found = self.ranks.from_main(complete_steps(self.saver.root) if self.ranks.is_main else [])
         good = f"the last good checkpoint is {found[0]}" if found else "the run never reached a checkpoint"
         if found[1:]:
             older = ", ".join(folder.name for folder in found[1:4])
@@ -355,10 +356,7 @@ class Run:
         holdout = self.holdout or (self._evaluate() if finished else None)
         export = sample = failure = None
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.checkpoint.export_dtype]
-
-        def complete(folder: Path) -> None:
-            self._write_model(folder, dtype)
-
+        complete = partial(self._write_model, dtype=dtype)
         with engine.state.use_weight_ema():  # the weights that the held-out loss is of
             if finished and config.checkpoint.export:
                 export = config.folder / "export"
