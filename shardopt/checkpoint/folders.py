@@ -39,6 +39,12 @@ def step_of(name: str) -> int | None:
     return int(match[1] or match[2]) if match else None
 
 
+def final_name(name: str) -> str:
+    """The name that a folder will have, or had, given that under which it is written or set aside."""
+    match = _ASIDE.fullmatch(name)
+    return match[1] if match else name
+
+
 def is_complete(folder: Path) -> bool:
     """True where all files that the checkpoint's document lists are there, with the sizes they were written with."""
     try:

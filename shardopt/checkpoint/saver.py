@@ -57,6 +57,8 @@ class Saver:
         self._pending: Future[None] | None = None
 
         def check() -> None:
+            if not isinstance(keep, int | Keep):
+                raise InputError(f"keep must be a number of checkpoints or a checkpoint.Keep, got {keep!r}")
             self.keep = Keep(keep) if isinstance(keep, int) else keep
             if ranks.is_main:
                 folders.begin(self.root / "probe").rmdir()
@@ -83,6 +85,8 @@ class Saver:
             loss: held-out, if it was measured at this step; by it the best checkpoints are kept.
             after_finite_step: whether a step since the save before was finite, so that the weights then were good.
         """
+        if not isinstance(step, int) or step < 0:
+            raise InputError(f"step must be a whole number >= 0, got {step!r}")
         self.wait()
         measured = float(loss) if loss is not None and math.isfinite(loss) else None
         # Not at construction: a resuming run may still be reading one that was caught mid-replacement.

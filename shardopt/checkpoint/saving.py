@@ -9,6 +9,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -108,7 +109,7 @@ def prepare(
     require_state(state)
     ranks, partial, began = state.ranks, folders.partial_of(folder), time.time()
 
-    def describe() -> tuple[list[Slice], _SavePlanner, list[dict[str, Any]]]:
+    def describe() -> tuple[list[Slice], _SavePlanner, list[dict[str, Any]], dict[str, Any]]:
         if (reason := refused_steps(state.optimizer)) is not None:
             raise InputError(f"there is nothing to save: {reason}")
         state.init()
@@ -122,9 +123,10 @@ def prepare(
                 json.dumps({key: value}, allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise InputError(f"document[{key!r}]: {error}") from error
-        return slices, planner, states.group_settings(state.inner)
+        # A copy: a caller may count on in the same dict while this is written in the background.
+        return slices, planner, states.group_settings(state.inner), deepcopy(dict(document))
 
-    slices, planner, groups = ranks.together(describe)
+    slices, planner, groups, kept = ranks.together(describe)
     bad = [] if allow_nonfinite else sorted(set(itertools.chain(*ranks.gather(not_finite(slices)))))
     if bad:
         raise NonFiniteError(f"checkpoint {folder} is not written: {few(bad)}")
@@ -151,7 +153,7 @@ def prepare(
         described = {
             "format": FORMAT,
             "save_id": save_id,
-            "name": folder.name,
+            "name": folders.final_name(folder.name),
             "time": began,
             **facts,
             "torch": torch.__version__,
@@ -163,7 +165,7 @@ def prepare(
             "extras": planner.extras,
             "files": {name: record._asdict() for name, record in records.items()},
         }
-        write_document(partial, {**document, "checkpoint": described})
+        write_document(partial, {**kept, "checkpoint": described})
         folders.publish(partial, folder, folders.is_complete)
         after()
 

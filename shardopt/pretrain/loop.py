@@ -22,7 +22,7 @@ from shardopt.pretrain import branch, data, model, report, rng
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.folder import RunFolder, writing
 from shardopt.pretrain.metrics import Tracker, peak_memory
-from shardopt.pretrain.progress import Progress, resume
+from shardopt.pretrain.progress import Progress, newest, resume
 from shardopt.pretrain.report import Result
 from shardopt.pretrain.schedule import lr_factor
 from shardopt.pretrain.scoring import HeldOut, generate, held_out, limits, token_loss_sum
@@ -76,9 +76,7 @@ class Run:
         if self.folder is not None:
             stack.callback(self.folder.release)
         self.config = config = ranks.from_main(self.folder.config if self.folder is not None else config)
-        resume_from = checkpoint.latest_intact(config.folder / "checkpoints", ranks, self.report.warn)
-        if resume_from is None and config.run.resume == "must":
-            raise InputError(f"run.resume: must, but {config.folder} holds no complete checkpoint")
+        resume_from = newest(config.folder, ranks, config.run.resume, self.report.warn)
 
         weights = model.weight_files(config.model.path)
         self.train_data, self.holdout_data = data.prepare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,25 @@ def read_document(folder: Path) -> dict[str, Any]:
     if document.get("format") != FORMAT:
         raise InputError(f"{folder} is no checkpoint of a pretraining run of this version ({FORMAT})")
     return document
+
+
+def newest(folder: Path, ranks: Ranks, resume: str, warn: Callable[[str], None]) -> Path | None:
+    """The newest intact checkpoint of the run in `folder`; None where it begins at step 0. A collective.
+
+    Raises:
+        InputError: there is none, but `resume` is "must" or there are damaged ones; on every rank.
+    """
+    root = folder / "checkpoints"
+    found = checkpoint.latest_intact(root, ranks, warn)
+    if found is None and resume == "must":
+        raise InputError(f"run.resume: must, but {folder} holds no complete checkpoint")
+    damaged = ranks.from_main(sorted(path.name for path in root.glob("step-*.damaged*")) if ranks.is_main else None)
+    if found is None and damaged:
+        raise InputError(
+            f"every checkpoint in {root} is damaged ({', '.join(damaged)}): to begin again at step 0, choose another "
+            f"run.name, or remove them"
+        )
+    return found
 
 
 def resume(folder: Path, state: ShardedState, data: TrainData, seed: int) -> tuple[Progress, dict[str, Any]]:

@@ -19,6 +19,7 @@ from shardopt.checkpoint.convert import convert
 from shardopt.checkpoint.stored import Stored
 from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError
+from tests.checkpoint import made
 from tests.distributed.pool import on_ranks
 
 SETTINGS = {"lr": 1e-2, "alpha": 3.0, "alpha_warmup": 10, "beta3_warmup": 10, "weight_decay": 0.1}
@@ -100,7 +101,9 @@ def test_a_state_dict_comes_back_bit_for_bit_and_its_checkpoint_loads(tmp_path, 
 def test_adamw_becomes_ademamix_as_from_adamw_makes_it_and_back(tmp_path):
     net, adamw = trained(torch.optim.AdamW, lr=1e-2)
     torch.save({"model": net.state_dict(), "optimizer": adamw.state_dict()}, tmp_path / "adamw.pt")
-    convert(tmp_path / "adamw.pt", tmp_path / "ours", optimizer="ademamix")
+    convert(tmp_path / "adamw.pt", tmp_path / "step-00000003", optimizer="ademamix")
+    assert checkpoint.latest_intact(tmp_path, made.ranks_here()) == tmp_path / "step-00000003"
+    (tmp_path / "step-00000003").rename(tmp_path / "ours")
     fresh = model()
     state = ModuleState(AdEMAMix(groups_of(fresh), lr=1e-2, alpha=3.0, alpha_warmup=10, weight_decay=1e-2), fresh)
     checkpoint.load(tmp_path / "ours", state)
@@ -311,6 +314,9 @@ def test_mistakes_are_refused_and_leave_nothing(tmp_path, monkeypatch):
         del group["param_names"]
     torch.save(saved, tmp_path / "unnamed.pt")
     torch.save({"weights": 1}, tmp_path / "other.pt")
+    large, optimizer = trained(torch.optim.AdamW, lr=1e-2)
+    large = {name: value.double() * 1e200 for name, value in large.state_dict().items()}
+    torch.save({"model": large, "optimizer": optimizer.state_dict()}, tmp_path / "large.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:900])
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.iterdir())
@@ -321,10 +327,13 @@ def test_mistakes_are_refused_and_leave_nothing(tmp_path, monkeypatch):
         ("cut.pt", "shardopt", "cannot read .*cut.pt as tensors and plain data"),
         ("unnamed.pt", "shardopt", "numbers its parameters and does not name them"),
         ("a.pt", "paper", "out: paper is a file, so name it .pt"),
+        ("large.pt", "deepspeed", "beyond the range of torch.float32"),
         ("a.pt", "trainer", "needs the model's config.json"),
     ):
         with pytest.raises(InputError, match=message):
             convert(tmp_path / source, tmp_path / "out", to)
+    with pytest.raises(InputError, match=r"out\.pt: shardopt is a folder; for a file give --to torch"):
+        convert(tmp_path / "a.pt", tmp_path / "out.pt")
     with pytest.raises(InputError, match="folder exists already: name another place"):
         convert(tmp_path / "a.pt", tmp_path / "folder")
     with pytest.raises(InputError, match="paper has AdEMAMix alone, the state is of adamw: add --optimizer ademamix"):

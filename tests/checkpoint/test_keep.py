@@ -132,6 +132,19 @@ def test_rules_that_make_no_sense_are_refused(arguments: dict[str, Any], said: s
     assert str(caught.value) == said
 
 
+@pytest.mark.parametrize("keep", [1.5, "3", None])
+def test_keep_is_a_number_or_rules(tmp_path: Path, keep: Any) -> None:
+    with pytest.raises(InputError, match=r"keep must be a number of checkpoints or a checkpoint\.Keep, got"):
+        Saver(tmp_path, keep, made.ranks_here(), asynchronous=False)
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, "1"])
+def test_step_is_a_whole_number(tmp_path: Path, step: Any) -> None:
+    with pytest.raises(InputError, match="step must be a whole number >= 0, got"):
+        Saver(tmp_path, 1, made.ranks_here(), asynchronous=False).save(step, _state(1))
+    assert list(tmp_path.iterdir()) == []
+
+
 def _state(step: int) -> made.State:
     return made.State([_held("m1", step)], made.ranks_here())
 

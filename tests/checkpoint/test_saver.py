@@ -48,9 +48,12 @@ def _snapshots(rank: int, world_size: int, root: Path) -> None:
     saver = Saver(root, 2, made.ranks_here(rank, world_size), asynchronous=True, allow_nonfinite=True)
     given = made.slices(made.flat, rank, world_size)
     extra = torch.tensor([1, 2], dtype=torch.uint8)
+    progress = {"step": 0, "recent": [0]}
     for step in (1, 2, 3):
-        saver.save(step, made.State(given, saver.ranks), {"step": step}, {"rng": extra} if rank == 0 else {})
+        progress["step"] = progress["recent"][0] = step
+        saver.save(step, made.State(given, saver.ranks), progress, {"rng": extra} if rank == 0 else {})
         # Training goes on, and changes everything in place.
+        progress["step"] = progress["recent"][0] = -1
         for s in given:
             s.tensors[0].fill_(3)
         extra.fill_(0)
@@ -68,6 +71,7 @@ def test_the_background_writes_what_was_there_at_the_call(tmp_path: Path) -> Non
     assert checkpoint.latest(root) == root / "step-00000003"
     for documents in on_ranks(2, made.load, root / "step-00000003", made.rows):
         assert documents["step"] == 3
+        assert documents["recent"] == [3]
     assert checkpoint.load_extras(root / "step-00000003", ["rng"])["rng"].tolist() == [1, 2]
 
 

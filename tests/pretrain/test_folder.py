@@ -20,6 +20,8 @@ from shardopt.checkpoint import export
 from shardopt.errors import InputError
 from shardopt.pretrain import lock, loop
 from shardopt.pretrain.lock import RunLock
+from shardopt.pretrain.progress import newest
+from tests.checkpoint import made
 from tests.pretrain import tiny
 
 
@@ -175,6 +177,15 @@ def test_a_full_disk_in_the_export_costs_the_export_alone(tmp_path, monkeypatch,
     assert (here / "loss.png").exists()
     assert tiny.run(0, 1, tmp_path, **changes).export == here / "export"
     assert load_file(here / "export" / "model.safetensors")
+
+
+def test_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    assert newest(tmp_path, made.ranks_here(), "auto", print) is None
+    (checkpoints / "step-00000003").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"every checkpoint in .* is damaged \(step-00000003.damaged\)"):
+        newest(tmp_path, made.ranks_here(), "auto", print)
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000003.damaged"]
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(tmp_path, monkeypatch, caplog):

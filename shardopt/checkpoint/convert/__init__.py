@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -67,6 +68,8 @@ def convert(
         raise InputError(f"{target} exists already: name another place, or move it away")
     if to in _FILES and target.suffix not in (".pt", ".pth"):
         raise InputError(f"{target}: {to} is a file, so name it .pt")
+    if to not in _FILES and target.suffix in (".pt", ".pth"):
+        raise InputError(f"{target}: {to} is a folder; for a file give --to {', --to '.join(_FILES)}")
     state = read(source).for_optimizer(optimizer).without(drop)
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.absolute().parent).free
@@ -85,7 +88,8 @@ def convert(
     except OSError as error:
         raise InputError(f"cannot write {target}: {error}") from error
     finally:
-        if partial_.is_dir():
-            shutil.rmtree(partial_)
-        partial_.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the disk's first error is being raised
+            if partial_.is_dir():
+                shutil.rmtree(partial_)
+            partial_.unlink(missing_ok=True)
     return state

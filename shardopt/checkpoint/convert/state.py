@@ -43,7 +43,16 @@ class Whole(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def to(self, dtype: torch.dtype) -> Whole:
-        return self if dtype == self.dtype else Whole(self.shape, dtype, lambda: self.read().to(dtype))
+        """The same in another dtype; reading it raises InputError where a value is beyond its range."""
+
+        def read() -> Tensor:
+            given = self.read()
+            converted = given.to(dtype)
+            if dtype.is_floating_point and bool((converted.isinf() & ~given.isinf()).any()):
+                raise InputError(f"a value of a tensor of shape {self.shape} is beyond the range of {dtype}")
+            return converted
+
+        return self if dtype == self.dtype else Whole(self.shape, dtype, read)
 
 
 @dataclass(frozen=True)
