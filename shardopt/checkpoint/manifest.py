@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from shardopt.checkpoint.flat import chunks_of, coverage_error, few
 from shardopt.checkpoint.index import dtype_name
 from shardopt.errors import InputError
-from shardopt.slices import Layout, Range, Slice
+from shardopt.slices import Layout, Range, Slice, local_tensor
 
 PARTS = ("codes", "scales")  # of a block format, in the order of Slice.tensors
 
@@ -53,11 +53,14 @@ def describe(slices: list[Slice]) -> Descriptions:
 
     Raises:
         ValueError: two slices of the same name and kind.
+        InputError: a tensor on the meta device, which holds no values.
     """
     described: Descriptions = {}
     for s in slices:
         if (s.name, s.kind) in described:
             raise ValueError(f"{vector_key(s.name, s.kind)!r} is given twice")
+        if any(local_tensor(t).is_meta for t in s.tensors):
+            raise InputError(f"{vector_key(s.name, s.kind)} is on the meta device: give the model its memory first")
         dtypes = tuple(dtype_name(t.dtype) for t in s.tensors)
         described[s.name, s.kind] = Described(s.layout.shape, dtypes, s.format, s.layout.ranges)
     return described
