@@ -125,7 +125,7 @@ def test_extras_are_read_by_key_and_absent_ones_left_out(tmp_path: Path) -> None
 
 def test_a_parameter_without_elements_is_kept(tmp_path: Path) -> None:
     given = [Slice("empty", "weight", Layout.whole("empty", (0, 3)), (torch.empty(0, 3),))]
-    checkpoint.save(tmp_path / "a", made.State(given, made.ranks_here()), allow_nonfinite=True)
+    checkpoint.save(tmp_path / "a", made.State(given, made.ranks_here()))
     checkpoint.load(tmp_path / "a", made.State(given, made.ranks_here()))
 
 
@@ -262,7 +262,7 @@ def test_a_mismatch_on_one_rank_is_refused_on_all(tmp_path: Path) -> None:
 
 def test_a_long_list_of_names_is_cut(tmp_path: Path) -> None:
     given = [Slice(f"w{i:02d}", "weight", Layout.whole(f"w{i:02d}", (1,)), (torch.ones(1),)) for i in range(20)]
-    checkpoint.save(tmp_path / "a", made.State(given, made.ranks_here()), allow_nonfinite=True)
+    checkpoint.save(tmp_path / "a", made.State(given, made.ranks_here()))
     with pytest.raises(InputError, match=r"the model has no w00, w01, w02, w03, w04 and 15 more;"):
         checkpoint.load(tmp_path / "a", made.State([], made.ranks_here()))
 
