@@ -50,7 +50,7 @@ sys.exit(main())
     [
         ("{name: fsdp}", "save", "stopped"),
         ("{name: ddp}", "step", "elsewhere"),
-        ("{name: zero, stage: 1}", "step", "stopped"),
+        pytest.param("{name: zero, stage: 1}", "step", "stopped", marks=pytest.mark.slow),
     ],
 )
 def test_rank_that_does_not_answer_is_named_in_time_with_all_stacks(tmp_path, engine, where, what):

@@ -267,7 +267,7 @@ def test_statistics_that_nobody_reads_do_not_grow():
                 hook.before_reduce(bucket, torch.ones(4))
                 hook.after_reduce(bucket, torch.full((2,), 2.0))
             sizes.append(len(pickle.dumps(vars(hook))))
-        assert sizes[0] == sizes[1]
+        assert sizes[1] < sizes[0] + 32  # pickles name storages by addresses, of some digits more or less
         if used == "read":
             assert hook.read() == pytest.approx({"norm": 408**0.5, "largest": 2.0, "local_norm": 204**0.5})
         else:
