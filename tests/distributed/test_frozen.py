@@ -48,7 +48,7 @@ sys.exit(main())
 @pytest.mark.parametrize(
     ("engine", "where", "what"),
     [
-        ("{name: fsdp}", "save", "stopped"),
+        pytest.param("{name: fsdp}", "save", "stopped", marks=pytest.mark.slow),
         ("{name: ddp}", "step", "elsewhere"),
         pytest.param("{name: zero, stage: 1}", "step", "stopped", marks=pytest.mark.slow),
     ],

@@ -7,10 +7,11 @@ import sys
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "count"),
     [
-        pytest.param(["random", "--kills", "2", "--engines", "zero"], 2, marks=pytest.mark.slow),
+        (["random", "--kills", "2", "--engines", "zero"], 2),
         # In the middle of a backward.
         pytest.param(
             ["phases", "--engines", "{name: zero, stage: 2}", "--phases", "backward"], 1, marks=pytest.mark.slow

@@ -234,6 +234,7 @@ os.fsync = fsync
 """
 
 
+@pytest.mark.slow
 def test_a_stop_has_time_for_its_checkpoint_or_ends_with_an_error(folder):
     name = "slow"
     config = folder / f"{name}.yaml"
