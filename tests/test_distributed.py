@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
-from tests.distributed.pool import on_ranks
+from tests.distributed.pool import RankError, on_ranks
 
 
 @pytest.fixture
@@ -61,3 +61,14 @@ def _sums(rank, world_size):
 
 def test_sums_over_ranks_are_those_of_doubles():
     assert on_ranks(2, _sums) == [[2.0**25 + 1, 2e300, 0.2]] * 2
+
+
+def _joins_anew(rank, world_size, folder):
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/anew", rank=rank, world_size=world_size)
+
+
+def test_body_that_replaces_the_process_group_does_not_leave_it_to_the_next_one(tmp_path):
+    with pytest.raises(RankError, match="the body replaced the process group: give it fresh=True"):
+        on_ranks(1, _joins_anew, tmp_path)
+    on_ranks(1, _joins_anew, tmp_path, fresh=True)

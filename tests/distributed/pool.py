@@ -15,7 +15,8 @@ pool: a pool, also a fresh one, takes a second or less.
 A pool is made on first use for each world size and kept for the session. A rank that raises makes `on_ranks`
 raise RankError with every rank's traceback; a body that hangs is killed after `timeout` seconds. In both cases
 that pool is thrown away, since its process group may be out of step. `fresh=True` uses a pool of its own and
-ends it (for bodies that kill a rank or destroy the group on purpose).
+ends it: for bodies that kill a rank, or replace the process group, of which libraries keep subgroups that would be
+dead for the bodies after them.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class RankError(AssertionError):
     pass
 
 
-def _serve(rank: int, world_size: int, folder: str, connection: Any, group_timeout: float) -> None:
+def _serve(rank: int, world_size: int, folder: str, connection: Any, group_timeout: float, kept: bool) -> None:
     import os
 
     import torch
@@ -63,6 +64,7 @@ def _serve(rank: int, world_size: int, folder: str, connection: Any, group_timeo
         timeout=timedelta(seconds=group_timeout),
     )
     environment = dict(os.environ)
+    group = dist.group.WORLD if kept else None
     while True:
         try:
             job = connection.recv()
@@ -76,6 +78,7 @@ def _serve(rank: int, world_size: int, folder: str, connection: Any, group_timeo
         try:
             torch.manual_seed(0)
             reply = (True, body(rank, world_size, *args, **kwargs))
+            assert not kept or dist.group.WORLD is group, "the body replaced the process group: give it fresh=True"
         except BaseException:
             reply = (False, traceback.format_exc())
         if os.environ != environment:  # a body may pose as a process without a launcher
@@ -85,13 +88,13 @@ def _serve(rank: int, world_size: int, folder: str, connection: Any, group_timeo
 
 
 class Pool:
-    def __init__(self, world_size: int, group_timeout: float = 60.0) -> None:
+    def __init__(self, world_size: int, group_timeout: float = 60.0, kept: bool = False) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.connections, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = _context.Pipe()
             process = _context.Process(
-                target=_serve, args=(rank, world_size, self.folder.name, theirs, group_timeout), daemon=False
+                target=_serve, args=(rank, world_size, self.folder.name, theirs, group_timeout, kept), daemon=False
             )
             process.start()
             theirs.close()
@@ -145,7 +148,7 @@ def on_ranks(
     """`body(rank, world_size, *args, **kwargs)` on every rank; the list of what they return."""
     pool = Pool(world_size) if fresh else _pools.get(world_size)
     if pool is None:
-        pool = _pools[world_size] = Pool(world_size)
+        pool = _pools[world_size] = Pool(world_size, kept=True)
     replies = pool.run(body, args, kwargs, timeout)
     failed = [f"--- rank {rank}\n{text}" for rank, (good, text) in enumerate(replies) if not good]
     if fresh:

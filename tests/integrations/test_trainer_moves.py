@@ -92,7 +92,6 @@ def test_best_weights_without_their_state_are_not_trained_on(tmp_path: Path) -> 
         assert difference(told["best"]["weights"], told["after"]["weights"]) == 0.0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("wrote", "reads"), [("ddp", "fsdp"), ("fsdp", "ddp"), ("zero2", "ddp"), ("ddp", "zero3")])
 def test_trainer_resumes_what_another_host_wrote(wrote: str, reads: str, tmp_path: Path) -> None:
     straight = on_ranks(2, train, tmp_path, host=wrote, save_strategy="steps", save_steps=3)

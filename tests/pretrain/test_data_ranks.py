@@ -57,22 +57,16 @@ def body(
 
 def impatient_body(rank: int, world_size: int, folder: str, patience: float, slow: float) -> dict[str, Any]:
     """`body` in a group whose collectives fail after `patience` seconds, with a corpus slower than that."""
-
-    def join(name: str, seconds: float) -> None:
-        dist.barrier()
-        dist.destroy_process_group()
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/{name}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=seconds),
-        )
-
-    join("impatient", patience)
-    result = body(rank, world_size, [folder] * 2, [0, 1], "byte", slow)
-    join("patient", 60.0)
-    return result
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/impatient",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=patience),
+    )
+    return body(rank, world_size, [folder] * 2, [0, 1], "byte", slow)
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", {"bpe": 300}])
@@ -132,6 +126,6 @@ def test_a_corpus_missing_on_the_second_machine_is_an_error_on_both(tmp_path: Pa
 
 def test_building_may_outlast_the_timeout_of_a_collective(tmp_path: Path) -> None:
     write_corpus(tmp_path / "a.jsonl")
-    first, second = on_ranks(2, impatient_body, str(tmp_path), 4.0, 6.0)
+    first, second = on_ranks(2, impatient_body, str(tmp_path), 4.0, 6.0, fresh=True)
     assert first["fingerprint"] == second["fingerprint"]
     assert second["read"] == []
