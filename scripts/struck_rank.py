@@ -50,7 +50,7 @@ PHASES = {
     # other files of a run
     "metrics": ["shardopt.pretrain.metrics:MetricsFile.write"],
     "export": ["shardopt.checkpoint.export:_Files._flush"],
-    "config of the model": ["shardopt.pretrain.loop:Run._write_model"],
+    "config of the model": ["shardopt.pretrain.model_files:ModelFiles.write"],
     "config.yaml": ["shardopt.pretrain.folder:RunFolder._record"],
     "cache": ["shardopt.pretrain.data.build:pack"],
     "meta of the cache": ["shardopt.pretrain.data.build:write_meta"],

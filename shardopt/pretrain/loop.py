@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from shardopt import checkpoint, engines
-from shardopt.checkpoint.folders import complete_steps, step_folder
 from shardopt.distributed import Ranks
-from shardopt.engines.base import EngineInputs
+from shardopt.engines.base import DTYPES, EngineInputs
 from shardopt.errors import InputError, NonFiniteError
 from shardopt.pretrain import branch, data, model, report, rng
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.folder import RunFolder, writing
 from shardopt.pretrain.metrics import Tracker, peak_memory
-from shardopt.pretrain.progress import Progress, newest, resume
+from shardopt.pretrain.model_files import ModelFiles
+from shardopt.pretrain.progress import Progress, last_good, newest, resume, saved
 from shardopt.pretrain.report import Result
 from shardopt.pretrain.schedule import lr_factor
-from shardopt.pretrain.scoring import HeldOut, generate, held_out, limits, token_loss_sum
+from shardopt.pretrain.scoring import HeldOut, generate, held_out, limits
 from shardopt.pretrain.signals import Stop, patience_of_torchrun, stop_signals
+from shardopt.pretrain.step import take_step
 
 
 def pretrain(config: Config) -> Result:
@@ -83,15 +79,16 @@ class Run:
             config.data, ranks, config.run.seed, config.train.global_batch, weights[0].parent if weights else None
         )
         self.tokenizer = self.train_data.tokenizer  # loaded anew at every access
-        self.model_config = ranks.together(
+        model_config = ranks.together(
             lambda: model.transformers_config(
                 config.model, self.train_data.vocab_size, self.tokenizer.eos_token_id, config.data.block_size
             )
         )
-        meta = model.meta_model(self.model_config, config.model.trust_remote_code)
+        self.model_files = ModelFiles(config.model, model_config, self.tokenizer)
+        meta = model.meta_model(model_config, config.model.trust_remote_code)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
         ranks.together(self._write_models_config)
-        for limit in limits(self.model_config, self.holdout_data):
+        for limit in limits(model_config, self.holdout_data):
             self.report.warn(limit)
         if config.train.activation_checkpointing:
             meta.gradient_checkpointing_enable({"use_reentrant": False})
@@ -135,20 +132,11 @@ class Run:
         stack.push(self._close_tracker)
         self._report_start()
 
-    def _write_model(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """What transformers needs beside the weights: the model's config, for weights of `dtype`, and the tokenizer."""
-        self.model_config.dtype = dtype
-        self.model_config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        if self.config.model.path is not None and self.config.model.trust_remote_code:
-            for code in Path(self.config.model.path).glob("*.py"):  # which the config names
-                shutil.copy(code, folder)
-
     def _write_models_config(self) -> None:
         if self.ranks.is_main:
             folder = self.config.folder / checkpoint.export.MODEL
             with writing(folder):
-                self._write_model(folder)
+                self.model_files.write(folder)
 
     def _keep_folder(self) -> None:
         if self.folder is not None and not self.folder.keep(self.config):
@@ -209,39 +197,29 @@ class Run:
     def _step(self, stop: Stop) -> None:
         """One optimizer step. Notes its loss over the global batch, and whether any rank was asked to stop."""
         began = time.perf_counter()
-        config, engine, ranks = self.config, self.engine, self.ranks
-        train = config.train
-        factor = lr_factor(self.progress.step + 1, train.steps, config.schedule)
+        engine, ranks, train, progress = self.engine, self.ranks, self.config.train, self.progress
+        factor = lr_factor(progress.step + 1, train.steps, self.config.schedule)
         for group, lr in zip(engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
         share = train.global_batch // ranks.world_size
-        batch = self.train_data.batch(self.progress.batch, ranks.rank * share, (ranks.rank + 1) * share)
+        batch = self.train_data.batch(progress.batch, ranks.rank * share, (ranks.rank + 1) * share)
         micros = batch.split(train.micro_batch)
-        total = torch.zeros((), device=ranks.device)
-        for index, tokens in enumerate(micros):
-            with engine.accumulate(last=index == len(micros) - 1):
-                loss = token_loss_sum(engine, tokens.to(ranks.device, non_blocking=True)) / self.tokens_a_step
-                engine.backward(loss)
-            total += loss.detach()
-        norm = engine.clip_grad_norm(train.grad_clip)
-        summed, stops = ranks.sum([total.item(), float(stop.asked is not None)])
-        if math.isfinite(norm) and math.isfinite(summed):
-            engine.step()
-            self.progress.skipped_in_row = 0
+        done = take_step(engine, micros, self.tokens_a_step, train.grad_clip, stop.asked is not None)
+        if done.taken:
+            progress.skipped_in_row = 0
             self.finite_since_save = True
         else:
-            self.progress.skipped += 1
-            self.progress.skipped_in_row += 1
+            progress.skipped += 1
+            progress.skipped_in_row += 1
             self.report.warn(
-                f"step {self.progress.step + 1} is skipped on all ranks: loss {summed}, gradient norm {norm}"
+                f"step {progress.step + 1} is skipped on all ranks: loss {done.loss}, gradient norm {done.norm}"
             )
-        engine.zero_grad()
-        self.progress.step += 1
-        self.progress.tokens += self.tokens_a_step
-        self.losses.append(summed)
-        self.norm = norm
+        progress.step += 1
+        progress.tokens += self.tokens_a_step
+        self.losses.append(done.loss)
+        self.norm = done.norm
         self.seconds += time.perf_counter() - began
-        self.stopped = stops > 0
+        self.stopped = done.stop
 
     def _rewound(self) -> bool:
         """Whether the loss has jumped and the run has gone back to a checkpoint. A collective."""
@@ -308,26 +286,11 @@ class Run:
             self._give_up(f"after step {self.progress.step}: {error}")
         self.finite_since_save = False
 
-    def _saved(self) -> Path:
-        """The checkpoint of the last step done. Raises InputError, on every rank, where it is not on the disk."""
-        root = self.saver.root
-        found = self.ranks.from_main(checkpoint.latest(root))
-        expected = step_folder(root, self.progress.step)
-        if found != expected:
-            raise InputError(
-                f"the run ended at step {self.progress.step:,}, but {expected} is not there or not complete: somebody "
-                f"has removed or changed it; {f'the newest is {found}' if found else 'there is no other'}"
-            )
-        return found
-
     def _give_up(self, reason: str) -> NoReturn:
         self.saver.wait()
-        found = self.ranks.from_main(complete_steps(self.saver.root) if self.ranks.is_main else [])
-        good = f"the last good checkpoint is {found[0]}" if found else "the run never reached a checkpoint"
-        if found[1:]:
-            older = ", ".join(folder.name for folder in found[1:4])
-            good += f" (older: {older}; to go on from one of them, rename the newer ones)"
-        raise NonFiniteError(f"{reason}. Lower optimizer.lr or train.grad_clip; {good}")
+        raise NonFiniteError(
+            f"{reason}. Lower optimizer.lr or train.grad_clip; {last_good(self.saver.root, self.ranks)}"
+        )
 
     def _report_start(self) -> None:
         config, engine, progress = self.config, self.engine, self.progress
@@ -353,16 +316,11 @@ class Run:
         finished = self.progress.step >= config.train.steps
         holdout = self.holdout or (self._evaluate() if finished else None)
         export = sample = failure = None
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.checkpoint.export_dtype]
-        complete = partial(self._write_model, dtype=dtype)
         with engine.state.use_weight_ema():  # the weights that the held-out loss is of
             if finished and config.checkpoint.export:
                 export = config.folder / "export"
-                buffers = {s.name for s in engine.state.buffer_slices()}  # these keep their dtype
-                whole = engine.state.full_parameters()
-                parameters = ((n, p if p is None or n in buffers else p.to(dtype)) for n, p in whole)
                 try:
-                    checkpoint.export_safetensors(export, parameters, self.ranks, complete=complete)
+                    self.model_files.export(export, engine.state, DTYPES[config.checkpoint.export_dtype])
                 except InputError as e:  # on every rank
                     failure, export = e, None
             if finished and config.eval.sample_tokens:
@@ -383,7 +341,7 @@ class Run:
             holdout_loss=holdout.loss if holdout else None,
             holdout_bits_per_byte=holdout.bits_per_byte if holdout else None,
             skipped=self.progress.skipped,
-            checkpoint=self._saved(),
+            checkpoint=saved(self.saver.root, self.progress.step, self.ranks),
             plot=self.tracker.plot_path,
             export=export,
             tracking=where,

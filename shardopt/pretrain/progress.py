@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shardopt import checkpoint
+from shardopt.checkpoint.folders import complete_steps, step_folder
 from shardopt.distributed import Ranks
 from shardopt.engines.state import ShardedState
 from shardopt.errors import InputError
@@ -120,3 +121,29 @@ def restore_generators(folder: Path, ranks: Ranks, seed: int, step: int) -> bool
     else:  # new streams, of their own for this step
         rng.seed_all(seed, ranks.rank, step)
     return bool(saved)
+
+
+def saved(root: Path, step: int, ranks: Ranks) -> Path:
+    """The checkpoint of `step`, a run's last, under `root`. A collective.
+
+    Raises:
+        InputError: it is not on the disk; on every rank.
+    """
+    found = ranks.from_main(checkpoint.latest(root))
+    expected = step_folder(root, step)
+    if found != expected:
+        raise InputError(
+            f"the run ended at step {step:,}, but {expected} is not there or not complete: somebody has removed or "
+            f"changed it; {f'the newest is {found}' if found else 'there is no other'}"
+        )
+    return found
+
+
+def last_good(root: Path, ranks: Ranks) -> str:
+    """Which checkpoints under `root` a run that gives up can go on from, in words. A collective."""
+    found = ranks.from_main(complete_steps(root) if ranks.is_main else [])
+    good = f"the last good checkpoint is {found[0]}" if found else "the run never reached a checkpoint"
+    if found[1:]:
+        older = ", ".join(folder.name for folder in found[1:4])
+        good += f" (older: {older}; to go on from one of them, rename the newer ones)"
+    return good

@@ -16,7 +16,7 @@ from tests.pretrain import tiny
 HANGS = """
 import os, signal, sys, time
 from shardopt.checkpoint import saving
-from shardopt.pretrain import loop
+from shardopt.pretrain import step
 
 def elsewhere():
     time.sleep(60)
@@ -24,20 +24,20 @@ def elsewhere():
 what = {"stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP), "elsewhere": elsewhere}[sys.argv.pop()]
 where = sys.argv.pop()
 if os.environ["RANK"] == "1":
-    step, write = loop.token_loss_sum, saving.Writer.write_data
+    loss, write = step.token_loss_sum, saving.Writer.write_data
     steps = []
 
     def in_step(*arguments):
         steps.append(1)
         if where == "step" and len(steps) == 6:
             what()
-        return step(*arguments)
+        return loss(*arguments)
 
     def in_save(*arguments):
         what()
         return write(*arguments)
 
-    loop.token_loss_sum = in_step
+    step.token_loss_sum = in_step
     if where == "save":
         saving.Writer.write_data = in_save
 from shardopt.cli import main
