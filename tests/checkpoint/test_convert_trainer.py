@@ -34,7 +34,6 @@ def _trainer(folder: Path, resume: Path | None, ademamix: bool) -> dict[str, Any
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ademamix", [False, True])
 def test_trainer_goes_on_from_a_converted_checkpoint_as_from_its_own(tmp_path, ademamix):
     expected = _trainer(tmp_path / "theirs", None, ademamix)
