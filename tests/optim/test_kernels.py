@@ -239,6 +239,12 @@ def fresh_kernels():
     kernels._warn_once.cache_clear()
 
 
+@pytest.fixture
+def quick_build(monkeypatch):
+    """Without optimization, in a tenth of the time, for what is the same whatever code the library holds."""
+    monkeypatch.setattr(cpu, "_FLAGS", [*cpu._FLAGS, "-O0"])
+
+
 def test_without_a_compiler_torch_takes_over_with_one_warning(fresh_kernels, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -259,7 +265,7 @@ def test_a_compiler_that_fails_is_named(fresh_kernels, monkeypatch, tmp_path):
         cpu.build()
 
 
-def test_the_build_is_cached_and_only_ours_is_loaded(monkeypatch, tmp_path):
+def test_the_build_is_cached_and_only_ours_is_loaded(quick_build, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = cpu.build()
     assert library.parent == tmp_path / "shardopt"
@@ -284,7 +290,7 @@ def test_the_build_is_cached_and_only_ours_is_loaded(monkeypatch, tmp_path):
         cpu.build()
 
 
-def test_source_machine_and_compiler_choose_the_file(monkeypatch, tmp_path):
+def test_source_machine_and_compiler_choose_the_file(quick_build, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = cpu.build()
     monkeypatch.setattr(cpu, "_processor", lambda: "another machine")
@@ -317,7 +323,7 @@ def test_fp16_without_float16_in_the_compiler(fresh_kernels, monkeypatch, tmp_pa
     assert moments[0][~number].isnan().all()
 
 
-def test_compiler_flags_choose_the_library(monkeypatch, tmp_path):
+def test_compiler_flags_choose_the_library(quick_build, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "gcc")
     plain = cpu.build()
@@ -339,7 +345,7 @@ def one_warning(match):
         optimizer.step()
 
 
-def test_damaged_library_is_left_alone_with_one_warning(fresh_kernels, monkeypatch, tmp_path):
+def test_damaged_library_is_left_alone_with_one_warning(fresh_kernels, quick_build, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = cpu.build()
     cut = library.read_bytes()[:5000]  # the linker may crash on such a one
@@ -348,7 +354,9 @@ def test_damaged_library_is_left_alone_with_one_warning(fresh_kernels, monkeypat
     assert library.read_bytes() == cut
 
 
-def test_cache_folder_that_cannot_be_used_falls_back_with_one_warning(fresh_kernels, monkeypatch, tmp_path):
+def test_cache_folder_that_cannot_be_used_falls_back_with_one_warning(
+    fresh_kernels, quick_build, monkeypatch, tmp_path
+):
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/self")
     one_warning("cannot make the cache folder")
     kernels._load.cache_clear()
@@ -372,7 +380,7 @@ def test_cache_folder_that_cannot_be_used_falls_back_with_one_warning(fresh_kern
     one_warning("failed to map segment")
 
 
-def test_publishing_keeps_the_library_that_another_machine_has_mapped(monkeypatch, tmp_path):
+def test_publishing_keeps_the_library_that_another_machine_has_mapped(quick_build, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = cpu.build()
     code = first.read_bytes()
