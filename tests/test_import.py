@@ -18,17 +18,32 @@ import json, sys, torch, numpy
 before = set(sys.modules)
 import shardopt
 print(json.dumps(sorted(set(sys.modules) - before)))
+import shardopt.pretrain.config
+print(json.dumps(sorted(sys.modules)))
 """
 
 
-def test_import_loads_the_optimizer_and_nothing_heavy_beside_torch_and_numpy():
+@pytest.fixture(scope="module")
+def modules():
+    """Those that `import shardopt` loads beside torch and numpy, and all that are there after the config's."""
     ran = subprocess.run([sys.executable, "-c", _LOADED], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = json.loads(ran.stdout)
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+def test_import_loads_the_optimizer_and_nothing_heavy_beside_torch_and_numpy(modules):
+    loaded = modules[0]
     assert "shardopt.optim.ademamix" in loaded
     ours = {name for name in loaded if name.split(".")[0] == "shardopt"}
     assert {name.split(".")[0] for name in set(loaded) - ours} <= sys.stdlib_module_names
     floors = {name.split(".")[1] for name in ours if "." in name}
     assert floors <= {"optim", "slices", "errors"}
+
+
+def test_a_config_is_read_without_what_only_its_run_needs(modules):
+    """Models of transformers bring torch's compiler with them: a mistake in a config was told seconds later."""
+    heavy = {"transformers.modeling_utils", "torch._dynamo", "accelerate", "datasets", "matplotlib", "wandb"}
+    assert "shardopt.pretrain.config" in modules[1]
+    assert not heavy & set(modules[1])
 
 
 def test_editable_install_is_found_from_the_folder_above_the_clone(tmp_path):

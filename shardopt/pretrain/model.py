@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import torch
@@ -19,12 +19,14 @@ from pydantic import ConfigDict
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, PretrainedConfig
 
 from shardopt.errors import InputError, did_you_mean
 from shardopt.pretrain.section import Section
 from shardopt.slices import canonical_name, layout_of, local_tensor, name_key, named_parameters, persistent_buffers
+
+if TYPE_CHECKING:  # what a config does not need, and takes seconds to import, is imported where a model is made
+    from transformers import PreTrainedModel
 
 # A parameter with a value of its own from the constructor is a scalar or a vector.
 _MOST_CONSTRUCTED = 2**20
@@ -77,6 +79,8 @@ def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int
         else:
             defaults = AutoConfig.for_model(model_type)
     except ValueError:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
         hint = did_you_mean(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         if "auto_map" in base:
             hint = "; to run the code in its folder, set model.trust_remote_code=true"
@@ -118,6 +122,8 @@ def meta_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Pre
         InputError: transformers has no causal language model of this type, or refuses to build this one; or it
             needs a padding token.
     """
+    from transformers import AutoModelForCausalLM
+
     try:
         with _constructing() as constructed:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -267,7 +273,7 @@ def initialise(model: nn.Module, device: torch.device, seed: int, weights: str |
     with mock.patch.object(model, "is_custom_code", return_value=False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with draws:
-            cast(PreTrainedModel, model).initialize_weights()
+            cast("PreTrainedModel", model).initialize_weights()
     constructed = cast(dict[str, Tensor], model._constructed)
     for name, param in named_parameters(model):
         if param in draws.written:
