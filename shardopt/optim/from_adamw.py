@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,11 +10,30 @@ from torch.optim import Adam, Optimizer
 
 from shardopt.errors import InputError
 from shardopt.optim.checked import placed_like
-from shardopt.optim.schema import HYPER_PARAMETERS
+from shardopt.optim.schema import DEFAULTS, HYPER_PARAMETERS
 from shardopt.slices import local_tensor
 
 if TYPE_CHECKING:
     from shardopt.optim.ademamix import AdEMAMix
+
+STATE_FROM_ADAMW: dict[str, str | None] = {"m1": "exp_avg", "m2": None, "nu": "exp_avg_sq"}
+"""Each state tensor of AdEMAMix, and AdamW's that it goes on from; None begins with zeros."""
+SETTINGS = ("lr", "initial_lr", "eps", "weight_decay", "maximize")
+"""The hyper-parameters that mean the same to both; beside them there are the betas, of which AdEMAMix has one more."""
+
+
+def settings_from_adamw(group: Mapping[str, Any], beta3: float = DEFAULTS["betas"][2]) -> dict[str, Any]:
+    """AdEMAMix's hyper-parameters of a parameter group of AdamW's; of those that it has.
+
+    Raises:
+        InputError: a setting of AdamW or Adam that has no counterpart.
+    """
+    if group.get("amsgrad"):
+        raise InputError("AdEMAMix cannot go on from an amsgrad optimizer: its running maximum has no counterpart")
+    if not group.get("decoupled_weight_decay", True) and group["weight_decay"]:
+        raise InputError("AdEMAMix cannot go on from Adam's L2 weight decay: it decays as AdamW does")
+    betas = {"betas": (*group["betas"], beta3)} if "betas" in group else {}
+    return {key: group[key] for key in SETTINGS if key in group} | betas
 
 
 @torch.no_grad()
@@ -21,31 +41,28 @@ def take_over(cls: type[AdEMAMix], adamw: Optimizer, options: dict[str, Any]) ->
     """`AdEMAMix.from_adamw`, which says more."""
     if not isinstance(adamw, Adam):  # AdamW is an Adam; NAdam and RAdam have its state keys and another update
         raise InputError(f"from_adamw takes a torch.optim.AdamW, got {type(adamw).__name__}")
-    if any(group["amsgrad"] for group in adamw.param_groups):
-        raise InputError("from_adamw cannot take over an amsgrad optimizer: its running maximum has no counterpart")
-    if any(not group["decoupled_weight_decay"] and group["weight_decay"] for group in adamw.param_groups):
-        raise InputError("from_adamw cannot take over Adam's L2 weight decay: AdEMAMix decays as AdamW does")
     if taken := sorted({"lr", "eps", "weight_decay", "maximize"} & set(options)):
         raise InputError(f"from_adamw takes {', '.join(taken)} from the AdamW: set them in its groups before")
     default, check = HYPER_PARAMETERS["betas"]
     betas = check("betas", options.pop("betas", default))
     groups = []
     for old in adamw.param_groups:
-        group: dict[str, Any] = {key: old[key] for key in ("lr", "eps", "weight_decay", "initial_lr") if key in old}
         names = old.get("param_names")
         params = list(zip(names, old["params"], strict=True)) if names else list(old["params"])
-        groups.append({**group, "params": params, "maximize": old["maximize"], "betas": (*old["betas"], betas[2])})
+        groups.append({**settings_from_adamw(old, betas[2]), "params": params})
     new = cls(groups, **options)
     for group in new.param_groups:
         for param in group["params"]:
             if not (held := adamw.state.get(param)):
                 continue
             state = new._create_state(group, param)
-            for key, value in (("m1", held["exp_avg"]), ("nu", held["exp_avg_sq"])):
-                source = local_tensor(value)
-                if key in state and source.dtype == state[key].dtype and source.is_contiguous():
+            for key, theirs in STATE_FROM_ADAMW.items():
+                if theirs is None or key not in state:
+                    continue
+                source = local_tensor(held[theirs])
+                if source.dtype == state[key].dtype and source.is_contiguous():
                     state[key] = placed_like(param, source)
-                elif key in state:
+                else:
                     new._store(group, param, key, source)
             state["step"] = new._counter(int(held["step"]), group, param)
             state["schedule_step"] = new._counter(0, group, param)

@@ -24,6 +24,7 @@ from shardopt.checkpoint.stored import locate
 from shardopt.engines.state import ShardedState
 from shardopt.errors import InputError
 from shardopt.optim.ademamix import AdEMAMix
+from shardopt.optim.from_adamw import STATE_FROM_ADAMW
 from shardopt.optim.registry import OptimizerSpec
 from shardopt.optim.schema import STATE_TENSORS
 from shardopt.pretrain import rng
@@ -36,8 +37,6 @@ RECORD = "branch.yaml"
 _COLUMNS = 65  # of 80, beside the labels of the report
 _MOST_CHANGES = 12
 _OF_THE_RUN = {"run.name", "run.from"}  # which differ in every branch
-# Where AdEMAMix finds what AdamW kept; its m2 is new, as in AdEMAMix.from_adamw.
-_FROM_ADAMW: dict[str, str | None] = {"m1": "exp_avg", "nu": "exp_avg_sq", "m2": None}
 
 
 def resolve(config: Config) -> Config:
@@ -185,7 +184,8 @@ def _take_over(old: dict[str, Any], config: Config) -> _Taken:
             AdEMAMix.from_adamw(was.cls([nn.Parameter(torch.zeros(1))], **was.kwargs))
         except InputError as e:
             raise InputError(f"{names}: {e}") from e
-        taken.kinds, taken.anew, taken.schedules_begin = dict(_FROM_ADAMW), ["m2", "warm-ups of alpha and beta3"], True
+        taken.kinds, taken.anew = dict(STATE_FROM_ADAMW), ["m2", "warm-ups of alpha and beta3"]
+        taken.schedules_begin = True
         if "m1" not in _kept(now):
             taken.kinds |= {"m1": None, "exp_avg": None}
             taken.left.append("exp_avg")

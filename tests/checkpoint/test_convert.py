@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from shardopt import AdEMAMix, checkpoint, cli
+from shardopt import AdEMAMix, checkpoint, cli, commands
 from shardopt.checkpoint import convert as formats
 from shardopt.checkpoint.convert import convert
 from shardopt.checkpoint.stored import Stored
@@ -370,3 +370,25 @@ def test_the_command_says_what_was_converted(tmp_path, capsys):
     assert (
         json.dumps(torch.load(tmp_path / "b.pt", weights_only=True)["optimizer"]["param_groups"][0]["alpha"]) == "5.0"
     )
+
+
+def test_the_command_offers_the_formats_that_there_are(tmp_path):
+    assert tuple(formats.TARGETS) == commands._TARGETS
+    (tmp_path / "a.pt").touch()
+    with pytest.raises(InputError, match="there is no format 'torchtitn'; did you mean torchtitan"):
+        convert(tmp_path / "a.pt", tmp_path / "b", "torchtitn")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"amsgrad": True}, "amsgrad"),
+        ({"weight_decay": 0.1, "decoupled_weight_decay": False}, "Adam's L2 weight decay"),
+    ],
+)
+def test_what_has_no_counterpart_in_ademamix_is_refused(tmp_path, settings, message):
+    net, adam = trained(torch.optim.Adam, lr=1e-2, **settings)
+    torch.save({"model": net.state_dict(), "optimizer": adam.state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match=message):
+        convert(tmp_path / "a.pt", tmp_path / "b", optimizer="ademamix")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]

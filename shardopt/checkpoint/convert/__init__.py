@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from shardopt.checkpoint import folders
 from shardopt.checkpoint.convert import deepspeed, native, state_dict, torchtitan, trainer
-from shardopt.checkpoint.convert.state import Scratch, TrainingState
+from shardopt.checkpoint.convert.state import Scratch, TrainingState, reading
 from shardopt.checkpoint.inspect import size
-from shardopt.errors import InputError
+from shardopt.errors import InputError, NonFiniteError, did_you_mean
 
 Write = Callable[[Path, TrainingState, Scratch], None]
 _SOURCES = (native, trainer, deepspeed, torchtitan, state_dict)
@@ -39,7 +41,11 @@ def read(source: Path) -> TrainingState:
         raise InputError(f"{source} is not there")
     for form in _SOURCES:
         if form.holds(source):
-            return form.read(source)
+            try:
+                with reading(source):
+                    return form.read(source).checked()
+            except InputError as error:
+                raise error if str(source) in str(error) else InputError(f"{source}: {error}") from error
     raise InputError(
         f"{source} is none of: a checkpoint or run of shardopt, a .pt file of model and optimizer, a DCP folder of "
         f"torchtitan, DeepSpeed's universal folder (with zero/ in it), HF Trainer's checkpoint folder"
@@ -62,8 +68,11 @@ def convert(
         What was written.
 
     Raises:
-        InputError: a format that has no place for part of the state, a target that exists, too little space.
+        InputError: a source that is damaged, a format that has no place for part of the state, a target that exists
+            or cannot be written, too little space. Nothing is left of the target then.
     """
+    if to not in TARGETS:
+        raise InputError(f"there is no format {to!r}{did_you_mean(to, TARGETS)}; there are {', '.join(TARGETS)}")
     if target.exists():
         raise InputError(f"{target} exists already: name another place, or move it away")
     if to in _FILES and target.suffix not in (".pt", ".pth"):
@@ -71,25 +80,28 @@ def convert(
     if to not in _FILES and target.suffix in (".pt", ".pth"):
         raise InputError(f"{target}: {to} is a folder; for a file give --to {', --to '.join(_FILES)}")
     state = read(source).for_optimizer(optimizer).without(drop)
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.absolute().parent).free
-    if free < state.nbytes:
-        raise InputError(
-            f"{target.absolute().parent} has {size(free)} of free space, {target} takes {size(state.nbytes)}"
-        )
-    partial_ = folders.partial_of(target.absolute())
+    parent, partial_ = target.absolute().parent, folders.partial_of(target.absolute())
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as scratch:
+        parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(parent).free) < state.nbytes:
+            raise InputError(f"{parent} has {size(free)} of free space, {target} takes {size(state.nbytes)}")
+        _remove(partial_)  # of a conversion that was killed
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent) as scratch:
             TARGETS[to](partial_, state, Scratch(Path(scratch)))
-        for path in (partial_, *partial_.rglob("*")):
-            if path.is_file():
-                folders.sync(path)
-        partial_.rename(target)
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error}") from error
+        for path in partial_.rglob("*"):
+            folders.sync(path)
+        folders.publish(partial_, target.absolute(), lambda _: False)
+    except NonFiniteError as error:
+        raise InputError(f"{source} is not converted: {error}") from error
+    except (OSError, RuntimeError, CheckpointException) as error:  # of a full disk, in Python's, torch's or DCP's words
+        raise InputError(f"cannot write {target}: {' '.join(str(error).split())}") from error
     finally:
         with contextlib.suppress(OSError):  # the disk's first error is being raised
-            if partial_.is_dir():
-                shutil.rmtree(partial_)
-            partial_.unlink(missing_ok=True)
+            _remove(partial_)
     return state
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ stages 1 and 2 whatever keys there are (m1, m2, nu with our AdEMAMix), stage 3 A
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardopt.checkpoint.convert.state import ADAMW, Scratch, TrainingState, Whole, is_alone
+from shardopt.checkpoint.convert.state import ADAMW, Scratch, TrainingState, Whole, check_zip, is_alone
 from shardopt.checkpoint.convert.state_dict import load
+from shardopt.checkpoint.flat import few
 from shardopt.errors import InputError
 from shardopt.optim import schema
 from shardopt.slices import canonical_name
@@ -35,14 +37,19 @@ def holds(path: Path) -> bool:
 
 
 def read(path: Path) -> TrainingState:
-    about: dict[str, Any] = next((load(path / file) for file in _MODEL_FILES if (path / file).is_file()), {})
-    grouped = about.get("param_shapes") or []
+    file = next((path / file for file in _MODEL_FILES if (path / file).is_file()), None)
+    about: dict[str, Any] = {} if file is None else load(file)
+    if file is None or "param_shapes" not in about:
+        raise InputError(f"{file or path / _MODEL_FILES[0]} does not say what the model's parameters are")
+    grouped = about["param_shapes"]
     shapes = {name: size for group in grouped for name, size in group.items()}
     buffers = {name: (about.get("module") or {})[name] for name in about.get("buffer_names") or ()}
     tensors: dict[tuple[str, str], Whole] = {}
     counts: dict[str, dict[str, int | float]] = {}
     folders = {p.name: p for p in sorted((path / _ZERO).iterdir()) if p.is_dir() and p.name not in buffers}
-    for given in [*(name for name in shapes if name in folders), *(name for name in folders if name not in shapes)]:
+    if missing := shapes.keys() - folders.keys():
+        raise InputError(f"{path / _ZERO} has no {few(missing)}, which {file.name} names")
+    for given in [*shapes, *(name for name in folders if name not in shapes)]:
         folder = folders[given]
         name = canonical_name(given)
         values = {file.stem: load(file) for file in sorted(folder.glob("*.pt"))}
@@ -57,8 +64,9 @@ def read(path: Path) -> TrainingState:
             else:
                 shape = shapes.get(given, whole.shape)  # stage 3 writes flat vectors
                 tensors[name, "weight" if key == "fp32" else key] = Whole.of(whole.view(shape))
-        if len(values) > 1 and "global_steps" in about:  # stage 3 counts for all of them at once
-            counts.setdefault(name, {"step": int(about["global_steps"]) - int(about["skipped_steps"])})
+    if not counts and "global_steps" in about:  # stage 3 counts for all of them at once
+        step = int(about["global_steps"]) - int(about["skipped_steps"])
+        counts = {name: {"step": step} for name, kind in tensors if kind != "weight"}
     tensors |= {(canonical_name(name), "buffer"): Whole.of(value) for name, value in buffers.items()}
     names = [[canonical_name(name) for name in group] for group in grouped]
     groups = [{"names": n, **s} for n, s in zip(names, _settings(path, len(names)), strict=True)]
@@ -68,10 +76,10 @@ def read(path: Path) -> TrainingState:
 def _settings(path: Path, count: int) -> list[dict[str, Any]]:
     """The hyper-parameters of each group; none where the file holds DeepSpeed's own objects, which are not loaded."""
     file = path / _ZERO / "optimizer_state.pt"
-    try:
-        groups = load(file)["param_groups"] if file.is_file() else []
-    except InputError:
-        groups = []
+    groups: list[dict[str, Any]] = []
+    check_zip(file)
+    with contextlib.suppress(InputError):
+        groups = load(file)["param_groups"]
     return [{k: v for k, v in group.items() if k != "params"} for group in groups[:count]] + [{}] * (
         count - len(groups)
     )

@@ -3,22 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shardopt.checkpoint.flat import few
-from shardopt.errors import InputError
-from shardopt.optim import schema
+from shardopt.errors import InputError, MissingExtraError
+from shardopt.optim.from_adamw import SETTINGS, STATE_FROM_ADAMW, settings_from_adamw
 from shardopt.optim.precision import join_fp32
 
 BESIDE = ("weight", "buffer")  # the kinds that are no optimizer's
-ADAMW = {"exp_avg": "m1", "exp_avg_sq": "nu"}
-_AMSGRAD = "max_exp_avg_sq"
+ADAMW = {theirs: ours for ours, theirs in STATE_FROM_ADAMW.items() if theirs is not None}
+# The state tensors that a parameter has all of, or none.
+_NEEDED = {"adamw": {*ADAMW, "step"}, "ademamix": {*STATE_FROM_ADAMW, "step"}}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise what damage makes a reader raise, which may be anything, as an InputError that names the file."""
+    try:
+        yield
+    except (InputError, MissingExtraError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read, and may be damaged: {type(error).__name__}: {reason}") from error
+
+
+def check_zip(path: Path, file: IO[bytes] | None = None) -> None:
+    """Compare the checksums in what torch.save wrote; torch.load does not.
+
+    Args:
+        file: its content, where it is a part of `path`.
+
+    Raises:
+        InputError: one differs, or it is no such file.
+    """
+    if not zipfile.is_zipfile(file or path):
+        raise InputError(f"cannot read {path} as tensors and plain data: it is cut short, or no file of torch.save")
+    with reading(path), zipfile.ZipFile(file or path) as records:
+        if (bad := records.testzip()) is not None:
+            raise InputError(f"{path} is damaged: its record {bad} does not have its checksum")
 
 
 class Whole(NamedTuple):
@@ -42,14 +75,14 @@ class Whole(NamedTuple):
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def to(self, dtype: torch.dtype) -> Whole:
-        """The same in another dtype; reading it raises InputError where a value is beyond its range."""
+    def to(self, dtype: torch.dtype, name: str) -> Whole:
+        """The same in another dtype; reading it raises InputError, with its `name`, for a value beyond its range."""
 
         def read() -> Tensor:
             given = self.read()
             converted = given.to(dtype)
             if dtype.is_floating_point and bool((converted.isinf() & ~given.isinf()).any()):
-                raise InputError(f"a value of a tensor of shape {self.shape} is beyond the range of {dtype}")
+                raise InputError(f"a value of {name} is beyond the range of {dtype}")
             return converted
 
         return self if dtype == self.dtype else Whole(self.shape, dtype, read)
@@ -74,6 +107,37 @@ class TrainingState:
     step: int | None = None
     model_files: tuple[Path, ...] = ()
     source: str = ""
+
+    def checked(self) -> TrainingState:
+        """The state itself, after a check that its parts fit together.
+
+        Raises:
+            InputError: they do not.
+        """
+        held = self.by_parameter()
+        for (name, kind), whole in self.tensors.items():
+            weight = self.tensors.get((name, "weight"))
+            if kind not in BESIDE and weight is not None and whole.shape != weight.shape:
+                raise InputError(f"{name}: its state {kind} is {tuple(whole.shape)}, its weight {tuple(weight.shape)}")
+        for name, entry in self.counts.items():
+            if any(type(number) not in (int, float) or number < 0 for number in entry.values()):
+                raise InputError(f"{name}: its counts are no numbers: {entry!r}")
+        if self.step is not None and (type(self.step) is not int or self.step < 0):
+            raise InputError(f"its step is {self.step!r}")
+        if self.optimizer not in _NEEDED:
+            return self
+        for group in self.groups:
+            _check_settings(group)
+        beta1 = {name: group["betas"][0] for group in self.groups if "betas" in group for name in group["names"]}
+        for name, kinds in held.items():
+            has = kinds.keys() | self.counts.get(name, {}).keys()
+            if (name, "weight") not in self.tensors:
+                raise InputError(f"there is {few(has)} of {name}, and no weight")
+            # m1 is not kept where beta1 is 0; where that is not known, all parameters have it or none has.
+            kept = beta1.get(name, any("m1" in other for other in held.values()))
+            if lacking := _NEEDED[self.optimizer] - has - (set() if kept else {"m1"}):
+                raise InputError(f"there is {few(has)} of {name}, and no {few(lacking)}")
+        return self
 
     def by_parameter(self) -> dict[str, dict[str, Whole]]:
         """The state tensors of each parameter by their key."""
@@ -136,7 +200,7 @@ class TrainingState:
         if name is None or name == self.optimizer:
             return self
         if name == "ademamix" and self.optimizer == "adamw":
-            return self._ademamix()
+            return self._of_adamw()
         if name == "adamw" and self.optimizer == "ademamix":
             self.without(["m2"]).check_fits("AdamW", ADAMW.values(), ("step", "schedule_step"))
             if lacking := [n for n in self.stateful if (n, "m1") not in self.tensors]:
@@ -144,30 +208,24 @@ class TrainingState:
             own = {kind: theirs for theirs, kind in ADAMW.items()}
             kept = {(n, own.get(k, k)): whole for (n, k), whole in self.tensors.items() if k != "m2"}
             counts = {n: {"step": entry["step"]} for n, entry in self.counts.items()}
-            known = ("names", "lr", "eps", "weight_decay", "maximize")
-            groups = [{k: g[k] for k in known if k in g} for g in self.groups]
+            groups = [{k: g[k] for k in ("names", *SETTINGS) if k in g} for g in self.groups]
             for group, old in zip(groups, self.groups, strict=True):
                 group |= {"betas": old["betas"][:2]} if "betas" in old else {}
             return replace(self, tensors=kept, counts=counts, groups=groups)
         raise InputError(f"--optimizer {name}: the state is of {self.optimizer or 'no optimizer'} and cannot become it")
 
-    def _ademamix(self) -> TrainingState:
+    def _of_adamw(self) -> TrainingState:
         """See AdEMAMix.from_adamw: m2 and the schedules start here."""
-        if any(kind == _AMSGRAD for _, kind in self.tensors):
-            raise InputError("--optimizer ademamix: the running maximum of amsgrad has no counterpart")
-        tensors: dict[tuple[str, str], Whole] = {}
-        for (name, kind), whole in self.tensors.items():
-            tensors[name, ADAMW.get(kind, kind)] = whole
-            if kind == "exp_avg":
-                zeros = Whole(whole.shape, torch.float32, lambda shape=whole.shape: torch.zeros(shape))  # type: ignore[misc]
-                tensors[name, "m2"] = zeros
+        groups = [{"names": group["names"], **settings_from_adamw(group)} for group in self.groups]
+        self.check_fits("AdEMAMix", ADAMW)
+        tensors = {key: whole for key, whole in self.tensors.items() if key[1] in BESIDE}
+        for name, held in self.by_parameter().items():
+            shape = self.tensors[name, "weight"].shape
+            zeros = Whole(shape, torch.float32, partial(torch.zeros, shape))
+            tensors |= {(name, ours): held[theirs] if theirs else zeros for ours, theirs in STATE_FROM_ADAMW.items()}
         counts: dict[str, dict[str, int | float]] = {
-            name: {"step": int(entry["step"]), "schedule_step": 0} for name, entry in self.counts.items()
+            name: {"step": entry["step"], "schedule_step": 0} for name, entry in self.counts.items()
         }
-        known = ("names", "lr", "eps", "weight_decay", "maximize")
-        groups = [{k: g[k] for k in known if k in g} for g in self.groups]
-        for group, old in zip(groups, self.groups, strict=True):
-            group |= {"betas": (*old["betas"], schema.DEFAULTS["betas"][2])} if "betas" in old else {}
         return replace(self, tensors=tensors, counts=counts, groups=groups)
 
     def in_fp32(self) -> TrainingState:
@@ -181,8 +239,19 @@ class TrainingState:
                 joined = lambda high=whole, low=low: join_fp32(high.read(), low.read())  # noqa: E731
                 tensors[name, kind] = Whole(whole.shape, torch.float32, joined)
             elif kind not in ("master", "master_low"):
-                tensors[name, kind] = whole.to(torch.float32) if kind != "buffer" else whole
+                tensors[name, kind] = whole if kind == "buffer" else whole.to(torch.float32, f"{name}/{kind}")
         return replace(self, tensors=tensors)
+
+
+def _check_settings(group: dict[str, Any]) -> None:
+    """Raise InputError where what AdamW and AdEMAMix compute with is no number."""
+    numbers = [group[key] for key in ("lr", "eps", "weight_decay") if key in group]
+    betas = group.get("betas", (0.9, 0.999))
+    if not isinstance(betas, tuple | list) or not 2 <= len(betas) <= 3:
+        raise InputError(f"the betas of {few(group['names'])} are {betas!r}")
+    for number in (*numbers, *betas):
+        if not isinstance(number, int | float) and not (isinstance(number, Tensor) and number.numel() == 1):
+            raise InputError(f"a hyper-parameter of {few(group['names'])} is {number!r}, which is no number")
 
 
 def is_alone(tensor: Tensor) -> bool:
@@ -203,6 +272,9 @@ class Scratch:
         if not math.prod(whole.shape):
             return torch.empty(whole.shape, dtype=whole.dtype)
         self._made += 1
-        path = str(self.folder / f"{self._made}")
-        kept = torch.from_file(path, shared=True, size=math.prod(whole.shape), dtype=whole.dtype).view(whole.shape)
+        path = self.folder / f"{self._made}"
+        with path.open("wb") as file:  # a full disk is an OSError here, and the process's end in mapped memory
+            os.posix_fallocate(file.fileno(), 0, whole.nbytes)
+        size = math.prod(whole.shape)
+        kept = torch.from_file(str(path), shared=True, size=size, dtype=whole.dtype).view(whole.shape)
         return kept.copy_(whole.read())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardopt.checkpoint.convert.state import Scratch, TrainingState, Whole
+from shardopt.checkpoint.convert.state import Scratch, TrainingState, Whole, check_zip, reading
 from shardopt.errors import InputError
 from shardopt.optim import schema
 from shardopt.slices import canonical_name
@@ -61,11 +61,13 @@ def read(path: Path) -> TrainingState:
 
 def load(path: Path) -> Any:
     """A file of torch.save, memory-mapped; what is not plain data is refused and not run."""
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(f"cannot read {path} as tensors and plain data: {reason}") from error
+    with reading(path):
+        check_zip(path)
+        try:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"cannot read {path} as tensors and plain data: {reason}") from error
 
 
 def from_state_dict(
@@ -192,7 +194,8 @@ def to_state_dict(state: TrainingState, scratch: Scratch, names: str = "torch") 
         if state.optimizer == "adamw":
             entry = {k: torch.tensor(float(v)) if k == "step" else v for k, v in entry.items()}
         if names == "bitsandbytes":
-            entry[_BNB_WRAP] = {"state1": scratch.keep(_stacked(wholes)), "state2": scratch.keep(_fp32(wholes["nu"]))}
+            nu = wholes["nu"].to(torch.float32, f"{name}/nu")
+            entry[_BNB_WRAP] = {"state1": scratch.keep(_stacked(wholes)), "state2": scratch.keep(nu)}
         elif names == "paper":
             entry |= {k: scratch.keep(wholes[kind]) if kind in wholes else None for k, kind in _PAPER.items()}
         else:
@@ -208,13 +211,8 @@ def to_state_dict(state: TrainingState, scratch: Scratch, names: str = "torch") 
     }
 
 
-def _fp32(whole: Whole) -> Whole:
-    return whole.to(torch.float32)
-
-
 def _stacked(wholes: Mapping[str, Whole]) -> Whole:
-    m1, m2 = (wholes.get(kind) for kind in ("m1", "m2"))
-    assert m2 is not None
+    m1, m2 = wholes.get("m1"), wholes["m2"]
 
     def read() -> Tensor:
         slow = m2.read().float()

@@ -11,6 +11,7 @@ Data loader and lr scheduler are left out: torchtitan's `checkpoint.exclude_from
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import re
 from functools import partial
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from shardopt.checkpoint.convert.state import Scratch, TrainingState, Whole
+from shardopt.checkpoint.convert.state import Scratch, TrainingState, Whole, check_zip
 from shardopt.errors import InputError
 from shardopt.slices import canonical_name
 
@@ -42,6 +43,7 @@ def holds(path: Path) -> bool:
 def read(path: Path) -> TrainingState:
     """Raises InputError where its index is not one of tensors and plain data; such a pickle is not run."""
     index = _read_index(path)
+    _check_pieces(path, index)
     entries, places = index.state_dict_metadata, index.storage_data
 
     def whole(key: str) -> Whole:
@@ -159,6 +161,20 @@ class _Plain(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an index")
 
 
+def _check_pieces(path: Path, index: Metadata) -> None:
+    """Raise InputError where elements are missing, or bytes are not those that were written."""
+    for key, entry in index.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        chunks = {(c.offsets, c.sizes) for c in entry.chunks if MetadataIndex(key, c.offsets) in index.storage_data}
+        if sum(math.prod(sizes) for _, sizes in chunks) != math.prod(entry.size):
+            raise InputError(f"{path / _METADATA} does not say where all elements of {key} are")
+    for place in index.storage_data.values():
+        with (path / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            check_zip(path / place.relative_path, io.BytesIO(file.read(place.length)))
+
+
 def _read_index(path: Path) -> Metadata:
     try:
         with (path / _METADATA).open("rb") as file:
@@ -172,4 +188,4 @@ def _read_index(path: Path) -> Metadata:
                 raise ValueError("it is compressed: save it without extensions")
         return index
     except (pickle.UnpicklingError, OSError, ValueError, AttributeError, EOFError, IndexError, TypeError) as error:
-        raise InputError(f"{path / _METADATA} is refused: {error}") from error
+        raise InputError(f"{path / _METADATA} is refused: {' '.join(str(error).split())}") from error

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from shardopt.checkpoint.convert import native
-from shardopt.checkpoint.convert.state import Scratch, TrainingState, Whole
+from shardopt.checkpoint.convert.state import Scratch, TrainingState, Whole, reading
 from shardopt.checkpoint.convert.state_dict import from_state_dict, load, to_state_dict
 from shardopt.checkpoint.document import DOCUMENT
 from shardopt.checkpoint.export import INDEX, WHOLE, export_safetensors, model_files
+from shardopt.checkpoint.flat import few
 from shardopt.checkpoint.stored import SLICES
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError, MissingExtraError
@@ -33,21 +34,27 @@ def read(path: Path) -> TrainingState:
     """Raises InputError where the optimizer's numbers cannot be told apart without the model's config.json."""
     saved = _weights(path)
     about = path / _STATE
-    step = json.loads(about.read_text(encoding="utf-8"))["global_step"] if about.is_file() else None
+    step = _json(about)["global_step"] if about.is_file() else None
     files = (*model_files(path / SLICES), *([about] if about.is_file() else []))
     if (path / SLICES / DOCUMENT).is_file():
         state = native.read(path / SLICES)
+        if step not in (None, state.step):
+            raise InputError(f"{about} is of step {step}, and the {SLICES} folder beside it of step {state.step}")
         kept = {name: value for name, value in saved.items() if (name, "weight") not in state.tensors}
         frozen = {name for name, _ in named_parameters(_model(path))} if kept else set()
         # What is not trained is Trainer's own.
         beside = {(n, "weight" if n in frozen else "buffer"): Whole.of(value) for n, value in kept.items()}
         return replace(state, tensors=state.tensors | beside, model_files=files, source="trainer")
-    model = _model(path) if (path / _OPTIMIZER).is_file() else None
-    if model is None:
+    if not (path / _OPTIMIZER).is_file():
+        if (path / _SCHEDULER).is_file():
+            raise InputError(f"{path} has a {_SCHEDULER} and no {_OPTIMIZER}, so its optimizer's state is missing")
         return TrainingState({(n, "weight"): Whole.of(w) for n, w in saved.items()}, {}, [], step, files, "trainer")
+    content = load(path / _OPTIMIZER)
+    if SLICES in content:
+        raise InputError(f"{path} has no {SLICES} folder with the state that its {_OPTIMIZER} stands for")
+    model = _model(path)
     buffers = {n: saved[n] for n, _ in persistent_buffers(model) if n in saved}
     weights = {n: saved[n] for n, _ in named_parameters(model) if n in saved}
-    content = load(path / _OPTIMIZER)
     order = [name for group in _groups(model) for name in group]
     state = from_state_dict(weights | buffers, content, str(path / _OPTIMIZER), order)
     return replace(state, step=step, model_files=files, source="trainer")
@@ -55,10 +62,12 @@ def read(path: Path) -> TrainingState:
 
 def write(path: Path, state: TrainingState, scratch: Scratch) -> None:
     """Raises InputError where the model's config is not known: Trainer's numbers follow its parameters."""
-    if state.stateful and not any(file.name == "config.json" for file in state.model_files):
+    config = next((file for file in state.model_files if file.name == "config.json"), None)
+    if state.stateful and config is None:
         raise InputError(
             "a Trainer's checkpoint needs the model's config.json, which the source does not have beside it"
         )
+    named = _groups(_model(config.parent)) if state.stateful and config is not None else []
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for (name, kind), whole in state.tensors.items():
@@ -70,7 +79,7 @@ def write(path: Path, state: TrainingState, scratch: Scratch) -> None:
             shutil.copyfile(file, folder / file.name)
         if not state.stateful:
             return
-        groups = [{"names": names} for names in _groups(_model(folder)) if names]
+        groups: list[dict[str, Any]] = [{"names": names} for names in named if names]
         for group in groups:  # each with the settings of the group that its parameters are in
             own = next((g for g in state.groups if g["names"] and g["names"][0] in group["names"]), {})
             group |= {key: value for key, value in own.items() if key != "names"}
@@ -105,11 +114,19 @@ def _weights(path: Path) -> dict[str, Tensor]:
         from safetensors import safe_open
     except ImportError as error:
         raise MissingExtraError("safetensors", "pretrain") from error
+    where: dict[str, str] = {} if (path / WHOLE).is_file() else _json(path / INDEX)["weight_map"]
     found: dict[str, Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
+    for file in sorted({path / name for name in where.values()} or {path / WHOLE}):
+        with reading(file), safe_open(file, framework="pt") as opened:
             found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is a file
+    if missing := where.keys() - found.keys():
+        raise InputError(f"{path} has no {few(missing)}, which its {INDEX} names")
     return found
+
+
+def _json(path: Path) -> Any:
+    with reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _model(path: Path) -> Any:
