@@ -109,8 +109,10 @@ class ModuleEngine(Engine):
         compute_dtype: what autocast uses in forward; "fp32" for none (FSDP2 casts by itself).
     """
 
+    state_class: ClassVar[type[ModuleState]] = ModuleState
+
     def __init__(self, inputs: EngineInputs, compute_dtype: DtypeName) -> None:
-        self.state = ModuleState(inputs.optimizer.build(inputs.model), inputs.model, inputs.ranks)
+        self.state = self.state_class(inputs.optimizer.build(inputs.model), inputs.model, inputs.ranks)
         autocast_forward(inputs.model, inputs.ranks.device, compute_dtype)
 
     def backward(self, loss: Tensor) -> None:

@@ -1,13 +1,16 @@
 """The engines made of torch's own parts: single, ddp, fsdp."""
 
+import gc
 import hashlib
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from shardopt.distributed import Ranks
-from shardopt.engines import DdpConfig, FsdpConfig, SingleConfig, build
+from shardopt.engines import DdpConfig, FsdpConfig, SingleConfig, ZeroConfig, build
 from shardopt.engines.base import EngineInputs
 from shardopt.errors import InputError
 from shardopt.optim import registry
@@ -198,11 +201,127 @@ def test_fsdp_equals_ddp_bit_for_bit_on_two_ranks(state_dtype):
 def test_losses_and_clipped_norms_equal_the_single_process(name):
     control = train(engine(SingleConfig(), alone(), name), 8, 2, 0.5)
     assert max(norm for _, norm in control) > 0.5  # something was clipped
-    for config, world_size, micro in ((FsdpConfig(), 2, 1), (FsdpConfig(replicate=2), 4, 1), (DdpConfig(), 2, 2)):
+    cases = (FsdpConfig(), 2, 1), (FsdpConfig(), 2, 2), (FsdpConfig(replicate=2), 4, 1), (DdpConfig(), 2, 2)
+    for config, world_size, micro in cases:
         for out, _ in on_ranks(world_size, _trained, config, 8, micro, 0.5, name):
             for (loss, norm), (expected_loss, expected_norm) in zip(out, control, strict=True):
                 assert loss == pytest.approx(expected_loss, rel=1e-5)
                 assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def _each_way(rank, world_size, configs):
+    return [_trained(rank, world_size, config, 8, 2, None) for config in configs]
+
+
+def test_fsdp_over_micro_batches_equals_what_sums_in_the_same_order_bit_for_bit():
+    """Reducing each micro-batch is what ZeRO-2 does, reducing once what DDP does; the two differ by rounding."""
+    each, once = FsdpConfig(), FsdpConfig(reduce_every="step")
+    results = on_ranks(2, _each_way, [each, ZeroConfig(stage=2), once, DdpConfig()])[0]
+    weights = [held for _, held in results]
+    assert weights[0] == weights[1]
+    assert weights[2] == weights[3]
+    assert weights[0] != weights[2]
+    norms = [[norm for _, norm in out] for out, _ in results]
+    assert norms[0] == pytest.approx(norms[2], rel=1e-6)
+
+
+def _live_bytes():
+    """Of the memory behind all tensors that there are, and behind the gradients that autograd keeps in them."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu"]
+    tensors += [x.grad for x in tensors if x.is_leaf and type(x.grad) is torch.Tensor]
+    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
+
+
+def _held_between_micro_batches(rank, world_size, config):
+    """Bytes that a step's first micro-batches leave, what the engine says of them, and all-reduces by micro-batch."""
+    one = engine(config, Ranks.start("cpu"))
+    reduced, real = [], dist.all_reduce
+
+    def counted(tensor, *args, **kwargs):
+        reduced[-1] += 1
+        return real(tensor, *args, **kwargs)
+
+    def micro_batch(last):
+        reduced.append(0)
+        with one.accumulate(last):
+            one.backward(one.model(input_ids=batch(rank)[:1, :-1]).logits.square().mean())
+
+    micro_batch(last=True)  # lays out what stays
+    one.zero_grad()
+    reduced.clear()
+    before = _live_bytes()
+    with mock.patch.object(dist, "all_reduce", counted):
+        micro_batch(last=False)
+        micro_batch(last=False)
+        held = _live_bytes() - before
+        micro_batch(last=True)
+    whole = sum(p.numel() for p in one.model.parameters()) * 4
+    return held / whole, one.state.gradient_bytes() / whole, reduced
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "share", "all_reduces"),
+    [
+        ({}, 2, 0.5, [0, 0, 0]),
+        ({"reduce_every": "step"}, 2, 1.0, [0, 0, 0]),
+        ({"replicate": 2}, 4, 0.5, [0, 0, 3]),  # two blocks and the root
+        ({"replicate": 2, "reduce_dtype": "bf16"}, 4, 0.5, [3, 3, 3]),
+    ],
+)
+def test_fsdp_holds_what_it_says_between_micro_batches(changes, ranks, share, all_reduces):
+    for held, said, reduced in on_ranks(ranks, _held_between_micro_batches, FsdpConfig(**changes)):
+        assert held == pytest.approx(share, abs=0.03)
+        assert said == pytest.approx(share, abs=0.03)
+        assert reduced == all_reduces
+
+
+class Experts(torch.nn.Module):
+    """Two linear layers, of which a forward uses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8, bias=False) for _ in range(2))
+
+    def forward(self, x, expert):
+        return self.experts[expert](x)
+
+
+@torch.no_grad()
+def _initialised(model):
+    model.to_empty(device="cpu")
+    for param in model.parameters():
+        getattr(param, "_local_tensor", param).fill_(0.5)
+
+
+def _other_experts(rank, world_size, config, used):
+    with torch.device("meta"):
+        model = Experts()
+    spec = registry.spec("adamw", lr=0.1)
+    one = build(config, EngineInputs(Ranks.start("cpu"), model, _initialised, spec, []))
+    try:
+        for i, expert in enumerate(used):
+            with one.accumulate(last=i == len(used) - 1):
+                one.backward(one.model(torch.full((1, 8), 1.0 + rank), expert).sum() * (i + 1))
+    except InputError as error:
+        return str(error)
+    return [None if p.grad is None else p.grad.full_tensor().unique().tolist() for p in one.model.parameters()]
+
+
+def test_fsdp_sums_over_micro_batches_that_use_other_weights_or_refuses_them():
+    total = 1.0 + 2.0 + 3.0 + 4.0  # over ranks
+    assert on_ranks(2, _other_experts, FsdpConfig(), [0, 1])[0] == [[3.0], [6.0]]
+    hybrid = FsdpConfig(replicate=2)
+    assert on_ranks(4, _other_experts, hybrid, [1])[0] == [None, [total]]
+    assert on_ranks(4, _other_experts, FsdpConfig(replicate=2, reduce_every="step"), [0, 1])[0] == [
+        [total],
+        [2 * total],
+    ]
+    for used in ([0, 1], [0, 0]):
+        refused = on_ranks(4, _other_experts, hybrid, used, fresh=True)
+        assert all(
+            "engine.replicate: a parameter of the root module got no gradient in a micro-batch" in r for r in refused
+        )
 
 
 def _fed(rank, world_size, rows, state_dtype):
