@@ -560,10 +560,14 @@ def test_gradients_that_ddp_has_reduced():
         assert difference < 1e-6
 
 
-def _memory(rank, world_size, stage, micros):
-    """Bytes allocated above the start over one step's backwards, by the profiler's own account."""
+def _memory(rank, world_size, stage, micros, order=1):
+    """Bytes allocated above the start over one step's backwards, by the profiler's own account.
+
+    With an `order` of -1 the layers are registered opposite to their execution.
+    """
     torch.manual_seed(0)
     module = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(32)])
+    run = nn.Sequential(*list(module)[::order])
     total = 32 * 512 * 512 * 4
     optimizer = ZeroOptimizer(module, AdEMAMix, stage=stage, bucket_mb=4, **ADEMAMIX)
     optimizer.init_state()
@@ -573,7 +577,7 @@ def _memory(rank, world_size, stage, micros):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             for micro in range(micros):
                 with optimizer.accumulate(last=micro == micros - 1):
-                    module(torch.ones(1, 512)).sum().backward()
+                    run(torch.ones(1, 512)).sum().backward()
         held = peak = 0
         for event in profile.profiler.kineto_results.events():
             if event.name() == "[memory]":
@@ -585,10 +589,10 @@ def _memory(rank, world_size, stage, micros):
     return total, max(b.nbytes for b in optimizer.buckets), state, peak, after
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("ranks", "order"), [(2, 1), (3, 1), (2, -1)])
 @both_transports
-def test_stage_2_holds_its_slice_and_two_buckets(through, ranks):
-    for total, bucket, state, peak, after in on_ranks(ranks, through, _memory, 2, 3):
+def test_stage_2_holds_its_slice_and_two_buckets(through, ranks, order):
+    for total, bucket, state, peak, after in on_ranks(ranks, through, _memory, 2, 3, order):
         assert state == pytest.approx(3 * total / ranks, rel=0.01)
         assert after == pytest.approx(total / ranks, rel=0.01)
         assert total > 7 * bucket
@@ -600,6 +604,46 @@ def test_stage_1_keeps_whole_gradients_over_micro_batches():
         assert state == pytest.approx(3 * total / 2, rel=0.01)
         assert after == pytest.approx(total / 2, rel=0.01)
         assert peak > total
+
+
+class Branches(nn.Module):
+    """Layers of one input, whose gradients come in the opposite of `order`, and do not depend on it."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.layers = order, nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in order)
+
+    def forward(self, x):
+        return torch.stack([self.layers[i](x).sum() for i in self.order]).sum()
+
+
+def _learned_order(rank, world_size):
+    """The order in which this rank sends buckets of one layer each, by step, and whether DDP's weights come out."""
+    orders = [2, 0, 3, 1], [0, 1, 2, 3]
+    modules = [Branches(orders[rank]) for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    ours = ZeroOptimizer(modules[0], AdEMAMix, bucket_mb=64 * 64 * 4 / 2**20, **ADEMAMIX)
+    ddp = DistributedDataParallel(modules[1])
+    theirs = AdEMAMix(list(modules[1].named_parameters()), **ADEMAMIX)
+    x, sent = torch.randn(8, 64, generator=torch.Generator().manual_seed(rank)), []
+    for _ in range(3):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            modules[0](x).backward()
+        begun = sorted((e.time_range.start, e.name) for e in profile.events() if e.name.startswith("zero: send"))
+        sent.append([int(name.split()[-1]) for _, name in begun])
+        ddp(x).backward()
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    mine, other = map(weights, modules)
+    return sent, all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_buckets_are_sent_in_the_order_in_which_the_first_rank_fills_them():
+    for sent, equal in on_ranks(2, _learned_order):
+        assert equal
+        # Bucket i holds layer 3 - i; backward goes from the last term of the sum to the first.
+        assert sent == [[0, 1, 2, 3], [2, 0, 3, 1], [2, 0, 3, 1]]
 
 
 def _timeline(rank, world_size):

@@ -52,12 +52,17 @@ class Agreement:
         # Replicas hold the same shards: each contributes an equal share of the norm.
         rates = [group.get("lr") for group in groups]
         alike = [self.sample, *(float(lr) if isinstance(lr, SupportsFloat) else 0.0 for lr in rates)]
-        mine = [square / replicas, error is not None, *self.reducer.present, *alike, *(a * a for a in alike)]
+        order: list[int] = []
+        if learns := self.reducer.learns and not self.from_host:  # the first rank's
+            order = self.reducer.filled if self.shard.rank == self.replicate.rank == 0 else [0] * len(flat.buckets)
+        mine = [square / replicas, error is not None, *self.reducer.present, *order, *alike, *(a * a for a in alike)]
         agreed = torch.tensor(mine, dtype=torch.float64, device=flat.gradients[0].device)
         total, failed, *sums = self.replicate.sum(self.shard.sum(agreed)).tolist()
         if failed:
             self._raise_on_all(error)
         self.has_gradient = [count > 0 for count in sums[: len(flat.parameters)]]
+        if learns:
+            self.reducer.send_in_order([int(number) for number in sums[len(flat.parameters) :][: len(order)]])
         if math.isfinite(total):
             self._refuse_different(sums[-2 * len(alike) : -len(alike)], sums[-len(alike) :])
         return math.sqrt(total) if total >= 0 else math.nan

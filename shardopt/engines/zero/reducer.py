@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 class Reducer:
     """Counts gradients as autograd finishes them, sends full buckets, and adds up what this rank owns.
 
-    Every micro-batch's backward (in stage 1 the last one's only) sends every bucket once, in the order of their
-    numbers, whatever order its gradients came in; buckets still unfilled at its end go with zeros for what has no
-    gradient.
+    Every micro-batch's backward (in stage 1 the last one's only) sends every bucket once, in one order on all ranks,
+    whatever order its gradients came in; buckets still unfilled at its end go with zeros for what has no gradient.
+    The order is that of the buckets' numbers, until the ranks have agreed on the one in which the first step's
+    buckets were full: modules may be registered in another order than they are run.
 
     Args:
         flat: the layout, the parameters, and where reduced gradients go.
@@ -42,9 +43,12 @@ class Reducer:
         self.norms: list[Tensor] = [g.new_zeros(()) for g in flat.gradients]  # L2, of what was reduced last
         buckets = self.buckets
         self._wire = [b.dtype if b.dtype.itemsize <= 2 or reduce_dtype.itemsize > 2 else reduce_dtype for b in buckets]
-        self._order = [m.index for b in buckets for m in b.members]
+        # Orders of sending and of arriving: the ranks' and this rank's own.
+        self._sequence, self._arrivals = list(buckets), [m.index for b in buckets for m in b.members]
+        self.learns = True  # until the ranks have agreed on a sequence
         self.budget = 2 * max(b.nbytes for b in buckets)
         self.may_wait = True  # for room, within a backward
+        self.filled = list(range(len(buckets)))  # in the last backward, by number
         self.clear()
         self._begin()
 
@@ -63,7 +67,9 @@ class Reducer:
 
     def _begin(self) -> None:
         self._remaining = [len(b.members) for b in self.buckets]
-        self._seen: set[int] = set()
+        self._sent = [False] * len(self.buckets)
+        self._seen: dict[int, None] = {}  # parameters, in the order of their gradients
+        self._full: list[int] = []  # buckets, in the order in which they were
         self._next = self._expected = 0
         self._flying: deque[tuple[Bucket, Reduction]] = deque()
         self._waiting_bytes = self._flying_bytes = 0
@@ -75,7 +81,7 @@ class Reducer:
 
     def is_sent(self, index: int) -> bool:
         """True once the bucket of parameter `index` has been sent in this micro-batch."""
-        return self.flat.parameters[index].bucket.index < self._next
+        return self._sent[self.flat.parameters[index].bucket.index]
 
     def ready(self, index: int) -> None:
         """Take note that the `.grad` of parameter `index` is complete for this backward; send what is full."""
@@ -87,20 +93,22 @@ class Reducer:
             )
         if index in self._seen:
             return
-        self._seen.add(index)
+        self._seen[index] = None
         self._remaining[bucket.index] -= 1
+        if not self._remaining[bucket.index]:
+            self._full.append(bucket.index)
         self._waiting_bytes += self.params[index].nbytes
-        while self._next < len(self.buckets) and not self._remaining[self._next]:
-            self._launch(self.buckets[self._next])
+        while self._next < len(self._sequence) and not self._remaining[self._sequence[self._next].index]:
+            self._launch(self._sequence[self._next])
         # Autograd allocates the next gradient before it says so.
-        while self._expected < len(self._order) and self._order[self._expected] in self._seen:
+        while self._expected < len(self._arrivals) and self._arrivals[self._expected] in self._seen:
             self._expected += 1
-        if self._expected < len(self._order):
-            self._make_room(self.params[self._order[self._expected]].nbytes)
+        if self._expected < len(self._arrivals):
+            self._make_room(self.params[self._arrivals[self._expected]].nbytes)
 
     def flush(self) -> None:
         """Send the buckets that are left. A collective."""
-        for bucket in self.buckets[self._next :]:
+        for bucket in self._sequence[self._next :]:
             self._launch(bucket)
 
     def finish_round(self) -> None:
@@ -109,7 +117,15 @@ class Reducer:
         while self._flying:
             self._complete()
         self.rounds += 1
+        # What has no gradient comes last, in the order of its number.
+        self._arrivals = list(dict.fromkeys([*self._seen, *self._arrivals]))
+        self.filled = list(dict.fromkeys([*self._full, *range(len(self.buckets))]))
         self._begin()
+
+    def send_in_order(self, numbers: Sequence[int]) -> None:
+        """Send the buckets of later backwards in the order of `numbers`, the same on all ranks."""
+        self._sequence = [self.buckets[number] for number in numbers]
+        self.learns = False
 
     def _make_room(self, wanted: int) -> None:
         while self._flying and self._waiting_bytes + self._flying_bytes + wanted > self.budget and self.may_wait:
@@ -144,7 +160,8 @@ class Reducer:
             reduction = self.comm.reduce_scatter(parts)
             self._flying.append((bucket, reduction))
             self._flying_bytes += reduction.held_bytes()
-            self._next = bucket.index + 1
+            self._sent[bucket.index] = True
+            self._next += 1
 
     def _message(self, message: Message, gradients: dict[int, Tensor], wire: torch.dtype) -> Tensor:
         if len(message.pieces) == 1:
