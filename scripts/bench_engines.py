@@ -7,8 +7,11 @@ Each contender has rank processes of its own (gloo, one thread each). They take 
 time, so that a slow minute of the machine is slow for all; those that do not fit into memory together run in
 batches, each with the baseline in it, and every ratio is against the baseline of the same batch.
 
-Step time: median over rounds of a burst's mean, after one untimed step. Peak memory: the highest resident size of
-a rank over its bursts, above what it had before the model was built (so imports do not count).
+The baseline is DDP whose gradients are views of its buckets, with fused AdamW: the best that comes with torch.
+
+Step time: median and minimum over rounds of a burst's mean, after one untimed step; the minima are there for machines
+that others use too. Peak memory: the highest resident size of a rank over its bursts, above what it had before the
+model was built (so imports do not count). Nothing is written unless --out names a folder.
 """
 
 from __future__ import annotations
@@ -29,15 +32,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-BASELINE = "DDP + AdamW"
+BASELINE = "DDP (gradient_as_bucket_view) + AdamW"
 ADAMW = {"lr": 1e-3, "weight_decay": 0.1, "fused": True}
 ADEMAMIX = {"lr": 1e-3, "weight_decay": 0.1, "alpha": 5.0, "alpha_warmup": 1000, "beta3_warmup": 1000}
 BF16 = ADEMAMIX | {"state_dtype": "bf16"}
 
 # name: (host, its settings, optimizer, hyper-parameters)
 CONTENDERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
-    BASELINE: ("ddp", {}, "adamw", ADAMW),
-    "DDP (bucket views) + AdamW": ("ddp", {"gradient_as_bucket_view": True}, "adamw", ADAMW),
+    BASELINE: ("ddp", {"gradient_as_bucket_view": True}, "adamw", ADAMW),
+    "DDP + AdamW": ("ddp", {}, "adamw", ADAMW),
     "DDP + AdEMAMix": ("ddp", {}, "ademamix", ADEMAMIX),
     "DDP + AdEMAMix bf16": ("ddp", {}, "ademamix", BF16),
     "ZeRO-1 + AdamW": ("zero", {"stage": 1}, "adamw", ADAMW),
@@ -62,17 +65,16 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "DeepSpeed ZeRO-3 + AdEMAMix": ("deepspeed", {"stage": 3}, "ademamix", ADEMAMIX),
 }
 # name: at most so many times that contender's step or peak memory
-TARGETS: dict[str, list[tuple[str, float, str]]] = {
-    f"ZeRO-{stage} + AdEMAMix": [
-        ("ms", 1.00, BASELINE),
+TARGETS: dict[str, list[tuple[str, float, str]]] = {}
+for _stage in (1, 2):
+    TARGETS[f"ZeRO-{_stage} + AdEMAMix"] = [
+        ("ms", 0.90, BASELINE),
         ("ms", 0.40, "DeepSpeed ZeRO-2 + AdEMAMix"),
-        *(
-            ("peak_mb", 1.00, f"{peer} + AdEMAMix")
-            for peer in ("DDP", "ZeroRedundancyOptimizer", f"DeepSpeed ZeRO-{stage}")
-        ),
+        ("peak_mb", 1.00, "DDP + AdEMAMix"),
+        ("peak_mb", 1.00, "ZeroRedundancyOptimizer + AdEMAMix"),
+        ("peak_mb", 1.00, f"DeepSpeed ZeRO-{_stage} + AdEMAMix"),
     ]
-    for stage in (1, 2)
-}
+    TARGETS[f"ZeRO-{_stage} + AdEMAMix, by sockets"] = [("ms", 1.05, BASELINE)]
 
 
 def llama() -> Any:
@@ -279,19 +281,22 @@ def main() -> None:
         for round_number in range(arguments.rounds + 1):
             for contender in batch:
                 contender.burst(arguments.burst, timed=round_number > 0)
-        base = statistics.median(batch[0].seconds)
+        base, least = statistics.median(batch[0].seconds), min(batch[0].seconds)
         for contender in batch:
             if contender.name in rows:
                 continue
             median = statistics.median(contender.seconds)
             rows[contender.name] = {
                 "ms": 1e3 * median,
+                "min_ms": 1e3 * min(contender.seconds),
                 "spread_ms": 1e3 * (statistics.quantiles(contender.seconds, n=4)[2] - median),
                 "ratio": median / base,
+                "min_ratio": min(contender.seconds) / least,
                 "peak_mb": contender.peak / 1e6,
                 "parameters": contender.parameters,
             }
-            print(f"{contender.name:36} {rows[contender.name]['ms']:8.0f} ms {median / base:6.2f}", flush=True)
+            row = rows[contender.name]
+            print(f"{contender.name:40} {row['ms']:8.0f} ms {row['ratio']:6.2f} {row['min_ratio']:6.2f}", flush=True)
         for contender in batch:
             contender.end()
     report(rows, arguments)
@@ -338,9 +343,12 @@ def report(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> No
         f"together ran in batches of {arguments.batch}: every ratio is against the baseline beside it, so compare "
         f"ratios, not milliseconds. Made by scripts/bench_engines.py --batch {arguments.batch}"
     )
-    lines = [header, "", "| engine + optimizer | step, ms | × baseline | peak memory a rank, MB |", "|---|--:|--:|--:|"]
+    columns = ["engine + optimizer", "step, ms", "minimum, ms", "× baseline", "minima", "peak memory a rank, MB"]
+    lines = [header, "", f"| {' | '.join(columns)} |", "|---" + "|--:" * (len(columns) - 1) + "|"]
     for name, row in rows.items():
-        lines.append(f"| {name} | {row['ms']:.0f} | {row['ratio']:.2f} | {row['peak_mb']:.0f} |")
+        cells = [f"{row[key]:.0f}" for key in ("ms", "min_ms")]
+        cells += [f"{row[key]:.2f}" for key in ("ratio", "min_ratio")]
+        lines.append(f"| {' | '.join([name, *cells, format(row['peak_mb'], '.0f')])} |")
     lines.append("")
     for name, targets in TARGETS.items():
         for key, limit, other in targets:
@@ -350,7 +358,8 @@ def report(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> No
                 ratio = rows[name][by] / rows[other][by]
                 what = "the step" if key == "ms" else "the peak memory"
                 verdict = "met" if ratio <= limit else "NOT met"
-                lines.append(f"- {name}: {ratio:.2f} × {what} of {other} (at most {limit:.2f}: {verdict})")
+                least = f", by minima {rows[name]['min_ratio'] / rows[other]['min_ratio']:.2f}" if key == "ms" else ""
+                lines.append(f"- {name}: {ratio:.2f} × {what} of {other}{least} (at most {limit:.2f}: {verdict})")
     text = "\n".join(lines)
     print("\n" + text)
     if arguments.out is not None:
