@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from shardopt.pretrain.model import ModelConfig, transformers_config
 from shardopt.pretrain.schedule import ScheduleConfig
 from shardopt.pretrain.section import Section
 from shardopt.pretrain.spikes import LossSpikeConfig
+from shardopt.pretrain.strict_yaml import Loader
 
 
 class RunConfig(Section):
@@ -88,6 +88,9 @@ class TrainConfig(Section):
     """Largest L2 norm of the whole gradient; null for none."""
     activation_checkpointing: bool = False
     """Recompute the activations of each block in backward (non-reentrant)."""
+    loss_chunks: int = Field(1, ge=1)
+    """Chunks of the sequence in which logits and loss are made, each again in backward: 16 hold a sixteenth of the
+    logits at a time."""
     max_nonfinite_steps: int = Field(10, ge=0)
     """Steps in a row that may be skipped because the loss or the gradient is not finite, before the run stops."""
     loss_spike: LossSpikeConfig | None = None
@@ -176,6 +179,11 @@ class Config(Section):
             raise InputError(
                 f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch = {train.micro_batch}"
             )
+        if train.loss_chunks > self.data.block_size:
+            raise InputError(
+                f"train.loss_chunks: {train.loss_chunks} is more than the tokens of a sequence, data.block_size = "
+                f"{self.data.block_size}"
+            )
         if schedule.warmup > train.steps:
             default = "" if "warmup" in schedule.model_fields_set else " (the default)"
             raise InputError(f"schedule.warmup: {schedule.warmup}{default} is longer than train.steps = {train.steps}")
@@ -220,8 +228,8 @@ class Config(Section):
 # What may differ between a run and its resumption; everything else changes what the run computes.
 MAY_CHANGE = (
     "run.dir", "run.resume", "run.device", "run.timeout_minutes", "engine", "train.micro_batch",
-    "train.activation_checkpointing", "train.max_nonfinite_steps", "eval", "checkpoint", "tracking", "data.cache",
-    "model.trust_remote_code", "data.tokenizer.trust_remote_code",
+    "train.activation_checkpointing", "train.loss_chunks", "train.max_nonfinite_steps", "eval", "checkpoint",
+    "tracking", "data.cache", "data.tokenizer.trust_remote_code", "model.attention", "model.trust_remote_code",
 )  # fmt: skip
 
 
@@ -248,40 +256,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2, that refuses a key that stands twice.
-
-    1e-3 is a number; yes, no, on and off are words; 1:30 and 2024-01-31 are text.
-    """
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  the base class's own
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in seen:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
-                seen.add((key.tag, key.value))
-        return node
-
-
-_SIGN = "-+0123456789."
-for _tag, _pattern, _first in (
-    ("null", r"|~|null|Null|NULL", ["", *"~nN"]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", _SIGN),
-    (
-        "float",
-        r"[-+]?(\d[\d_]*\.\d*|\.\d+|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        _SIGN,
-    ),
-    ("merge", r"<<", "<"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), list(_first))
-
-
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The config in a YAML file, with `key.sub=value` overrides whose values are YAML too.
 
@@ -290,7 +264,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
             combination that cannot run. All problems of the file are listed at once.
     """
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         known = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         hint = f"; there are: {', '.join(known)}" if known else ""
@@ -328,7 +302,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
         # A copy: an alias of this section elsewhere in the file stays as it is written.
         node[parent] = node = dict(node.get(parent, {}))
     try:
-        node[leaf] = yaml.load(value, _Loader)
+        node[leaf] = yaml.load(value, Loader)
     except yaml.YAMLError as e:
         raise InputError(f"override {text!r}: the value is not valid YAML: {e}") from e
 

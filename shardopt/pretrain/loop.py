@@ -15,6 +15,7 @@ from shardopt.errors import InputError, NonFiniteError
 from shardopt.pretrain import branch, data, model, report, rng
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.folder import RunFolder, writing
+from shardopt.pretrain.loss import loss_in_forward
 from shardopt.pretrain.metrics import Tracker, peak_memory
 from shardopt.pretrain.model_files import ModelFiles
 from shardopt.pretrain.progress import Progress, last_good, newest, resume, saved
@@ -67,6 +68,7 @@ class Run:
         self.began = time.monotonic()
         rng.seed_all(config.run.seed, ranks.rank)
         # Cheap checks of the optimizer and the run folder come before data and model are touched.
+        model.check_attention(config.model.attention, ranks.device, config.engine.compute_dtype)
         spec = config.optimizer.spec(config.train.steps, config.run.seed)
         self.folder = ranks.together(lambda: self._open_folder() if ranks.is_main else None)
         if self.folder is not None:
@@ -85,11 +87,12 @@ class Run:
             )
         )
         self.model_files = ModelFiles(config.model, model_config, self.tokenizer)
-        meta = model.meta_model(model_config, config.model.trust_remote_code)
+        meta = model.meta_model(model_config, config.model.trust_remote_code, config.model.attention)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
         ranks.together(self._write_models_config)
         for limit in limits(model_config, self.holdout_data):
             self.report.warn(limit)
+        loss_in_forward(meta, config.train.loss_chunks)
         if config.train.activation_checkpointing:
             meta.gradient_checkpointing_enable({"use_reentrant": False})
         self.engine = engines.build(

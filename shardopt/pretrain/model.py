@@ -43,6 +43,9 @@ class ModelConfig(Section):
     """Any causal-LM type that transformers knows: llama, qwen3, gpt2, ..."""
     path: str | None = None
     """A local folder. Its safetensors weights are loaded if it has any, else only its config is used."""
+    attention: str | None = None
+    """How attention is computed, as transformers' attn_implementation: sdpa, eager, flash_attention_2, flex_attention,
+    ...; null: as transformers chooses."""
     trust_remote_code: bool = False
     """Run the Python code in the folder `path`, where its config or its tokenizer names classes there."""
 
@@ -59,6 +62,8 @@ def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int
         InputError: an unknown type or key, a vocabulary smaller than the tokenizer's, blocks too long.
     """
     given = dict(section.model_extra or {})
+    if section.attention is not None:
+        _known_attention(section.attention)
     if (section.model_type is None) == (section.path is None):
         raise InputError(
             "model: give either model_type (such as llama) or path (a folder with a config.json); to replace the "
@@ -112,11 +117,23 @@ def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int
     return config
 
 
-def meta_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def _known_attention(name: str) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    names = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if name not in names:
+        hint = did_you_mean(name, names) or f"; known: {', '.join(names)}"
+        raise InputError(f"model.attention: transformers knows no {name!r}{hint}")
+
+
+def meta_model(
+    config: PretrainedConfig, trust_remote_code: bool = False, attention: str | None = None
+) -> PreTrainedModel:
     """The model with fp32 parameters on the meta device and real buffers on the CPU, weights tied.
 
     Args:
         trust_remote_code: run the code in the config's folder, if it names a class there.
+        attention: see `ModelConfig.attention`.
 
     Raises:
         InputError: transformers has no causal language model of this type, or refuses to build this one; or it
@@ -126,9 +143,12 @@ def meta_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Pre
 
     try:
         with _constructing() as constructed:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation=attention
+            )
     except Exception as e:
-        raise InputError(f"model: transformers cannot build this {config.model_type}: {e}") from e
+        key, how = ("model.attention", f" with {attention}") if attention is not None else ("model", "")
+        raise InputError(f"{key}: transformers cannot build this {config.model_type}{how}: {e}") from e
     config.architectures = [type(model).__name__]
     for module in model.modules():
         if getattr(config, "pad_token_id", None) is None and hasattr(module, "create_position_ids_from_input_ids"):
@@ -183,6 +203,15 @@ def _constructing() -> Iterator[dict[Tensor, Tensor]]:
         yield constructed
     for param in writes.written & constructed.keys():
         del constructed[param]
+
+
+def check_attention(attention: str | None, device: torch.device, compute_dtype: str) -> None:
+    """Raise InputError where `attention` (see ModelConfig) cannot train on `device` with `engine.compute_dtype`."""
+    flash = attention is not None and attention.startswith("flash")
+    if device.type == "cpu" and (flash or attention == "flex_attention"):
+        raise InputError(f"model.attention: {attention} does not train on the CPU; take sdpa or eager")
+    if flash and compute_dtype == "fp32":
+        raise InputError(f"model.attention: {attention} does not compute in fp32; set engine.compute_dtype=bf16")
 
 
 def routed_experts(config: PretrainedConfig) -> int:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shardopt.engines.base import Engine
@@ -28,9 +27,8 @@ class HeldOut:
 
 
 def token_loss_sum(engine: Engine, tokens: Tensor) -> Tensor:
-    """Sum of the next-token cross-entropy in nats, fp32, of `tokens` (sequences, block_size + 1)."""
-    logits = engine.model(input_ids=tokens[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
+    """Sum of the next-token cross-entropy in nats, fp32, of `tokens` (sequences, block_size + 1); see `loss`."""
+    return engine.model(input_ids=tokens[:, :-1], targets=tokens[:, 1:], use_cache=False)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from shardopt.checkpoint import export
 from shardopt.errors import InputError
 from shardopt.pretrain import lock, loop
 from shardopt.pretrain.lock import RunLock
+from shardopt.pretrain.model_files import ModelFiles
 from shardopt.pretrain.progress import newest
 from tests.checkpoint import made
 from tests.pretrain import tiny
@@ -133,7 +134,7 @@ def test_a_run_whose_folder_another_has_taken_stops_before_it_writes(tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("owner", "write", "file"), [(Path, "write_text", "config.yaml"), (loop.Run, "_write_model", "model")]
+    ("owner", "write", "file"), [(Path, "write_text", "config.yaml"), (ModelFiles, "write", "model")]
 )
 def test_a_full_disk_at_the_start_is_told_and_the_next_start_has_the_folder(tmp_path, monkeypatch, owner, write, file):
     tiny.corpus(tmp_path / "text")

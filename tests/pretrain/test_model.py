@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from shardopt.errors import InputError
-from shardopt.pretrain.model import ModelConfig, initialise, meta_model, transformers_config
+from shardopt.pretrain.model import ModelConfig, check_attention, initialise, meta_model, transformers_config
 
 
 def test_no_two_random_weights_are_equal_and_the_seed_decides_them():
@@ -44,3 +44,32 @@ def test_persistent_buffers_are_loaded_with_the_weights_or_missed_by_name(tmp_pa
     save_file(values, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=f"no weights for {name}"):
         made(str(tmp_path))
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_attention_is_computed_as_asked_and_gives_the_same():
+    config, logits = ModelConfig(model_type="llama", **SMALL), []
+    for attention in ("eager", "sdpa"):
+        model = meta_model(transformers_config(config, 61, 0, 16), attention=attention)
+        assert model.config._attn_implementation == attention
+        initialise(model, torch.device("cpu"), 0)
+        logits.append(model(input_ids=torch.arange(16)[None]).logits)
+    torch.testing.assert_close(*logits)
+
+
+def test_attention_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match=r"model.attention: transformers knows no 'spda'; did you mean sdpa"):
+        transformers_config(ModelConfig(model_type="llama", attention="spda", **SMALL), 61, 0, 16)
+    with pytest.raises(InputError, match=r"model.attention: transformers cannot build this bloom with sdpa: "):
+        meta_model(transformers_config(ModelConfig(model_type="bloom"), 61, 0, 16), attention="sdpa")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for attention in ("flex_attention", "flash_attention_2"):
+        with pytest.raises(InputError, match=f"model.attention: {attention} does not train on the CPU"):
+            check_attention(attention, cpu, "bf16")
+        check_attention(attention, gpu, "bf16")
+    with pytest.raises(InputError, match=r"does not compute in fp32; set engine.compute_dtype=bf16"):
+        check_attention("flash_attention_2", gpu, "fp32")
+    for attention in (None, "eager", "sdpa"):
+        check_attention(attention, cpu, "fp32")

@@ -1,0 +1,108 @@
+"""The training loss, made inside the model's forward; in chunks of the sequence where logits are too large to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from shardopt.errors import InputError
+
+
+def loss_in_forward(model: PreTrainedModel, chunks: int = 1) -> None:
+    """Let `model(input_ids=..., targets=...)` return the sum of the cross-entropy: nats, fp32. Changes the model.
+
+    It is made inside the model's forward, within the engine's hooks and autocast. With several `chunks` of the sequence
+    the logits of one chunk exist at a time, and are made again in its backward. They come from the model's own forward
+    with its base left out: its head, and what a family does after it (a scale, a soft cap).
+
+    Args:
+        model: on the meta device; not yet in the hands of an engine.
+        chunks: 1 makes all logits at once.
+
+    Raises:
+        InputError: no chunks can be made of this model's head.
+    """
+    forward = model.forward
+    base = _base(model) if chunks > 1 else None
+
+    def forward_with_loss(*args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        if targets is None:
+            return forward(*args, **kwargs)
+        if base is None:
+            return _loss_sum(forward(*args, **kwargs).logits, targets)
+
+        def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+            return _loss_sum(_head(model, forward, hidden, kwargs), targets)
+
+        hidden = base(*args, **kwargs).last_hidden_state
+        total = torch.zeros((), device=hidden.device)
+        for part, theirs in zip(hidden.chunk(chunks, dim=1), targets.chunk(chunks, dim=1), strict=True):
+            total = total + cast(Tensor, checkpoint(of_chunk, part, theirs, use_reentrant=False))
+        return total
+
+    model.forward = forward_with_loss
+
+
+def _loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of logits (sequences, tokens, vocabulary) and token ids (sequences, tokens)."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+
+
+@dataclass
+class _Hidden(BaseModelOutput):
+    """The output of a base model, of which nothing but the hidden states is asked."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _Done(nn.Module):
+    """Stands for a base model that has run, and gives its output."""
+
+    def __init__(self, output: _Hidden) -> None:
+        super().__init__()
+        self.output, self.calls = output, 0
+
+    def forward(self, *_: Any, **__: Any) -> _Hidden:
+        self.calls += 1
+        return self.output
+
+
+def _head(model: PreTrainedModel, forward: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Logits of hidden states (sequences, tokens, width), by the model's own forward behind its base."""
+    name, done = model.base_model_prefix, _Done(_Hidden(last_hidden_state=cast(Any, hidden)))
+    base = model._modules[name]
+    model._modules[name] = done  # not setattr: an engine may have hooks on it
+    try:
+        logits = forward(**kwargs).logits
+    finally:
+        model._modules[name] = base
+    if done.calls != 1:
+        raise ValueError(f"its forward calls {name} {done.calls} times")
+    return logits
+
+
+def _base(model: PreTrainedModel) -> nn.Module:
+    """The module whose hidden states the head takes, after a trial of the head on the meta device."""
+    kind, head = type(model).__name__, model.get_output_embeddings()
+    base = model._modules.get(model.base_model_prefix)
+    try:
+        if base is None or head is None:
+            raise ValueError("it has no base model and output embeddings of its own")
+        vocabulary, width = head.weight.shape
+        ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+        hidden = torch.empty(1, 2, width, device="meta")
+        logits = _head(model, model.forward, hidden, {"input_ids": ids, "use_cache": False})
+        if logits.shape != (1, 2, vocabulary):
+            raise ValueError(f"its logits have the shape {tuple(logits.shape)} for two tokens")
+    except Exception as e:  # whatever its forward raises without its base
+        raise InputError(f"train.loss_chunks: the loss of {kind} cannot be cut into chunks ({e}); leave it at 1") from e
+    return base

@@ -1,0 +1,145 @@
+"""The loss inside the model's forward, whole and in chunks of the sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from shardopt.errors import InputError
+from shardopt.pretrain.loss import loss_in_forward
+from shardopt.pretrain.model import ModelConfig, initialise, meta_model, transformers_config
+from tests.distributed.pool import on_ranks
+from tests.pretrain import tiny
+
+VOCABULARY, LENGTH = 101, 24
+COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+LLAMA = {"intermediate_size": 40, "num_key_value_heads": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama tied": {"model_type": "llama", "tie_word_embeddings": True, **LLAMA},
+    "gpt2": {},  # tied
+    "gemma2": {
+        "final_logit_softcapping": 3.0,
+        "initializer_range": 0.5,
+        "head_dim": 16,
+        **LLAMA,
+    },  # a cap that bites, tied
+    "cohere": {"logit_scale": 0.25, **LLAMA},
+    "granite": {"logits_scaling": 4.0, **LLAMA},
+    "phi": LLAMA,  # a head with a bias
+    "qwen3": {"head_dim": 16, **LLAMA},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True, **LLAMA},
+    "apertus": LLAMA,
+    "bert": {"intermediate_size": 40},  # a head of three layers
+}
+
+
+def made(name: str, chunks: int | None, **changes: Any) -> PreTrainedModel:
+    shape = {"model_type": name, **COMMON, **FAMILIES.get(name, {}), **changes}
+    model = meta_model(transformers_config(ModelConfig(**shape), VOCABULARY, 0, LENGTH))
+    if chunks is not None:
+        loss_in_forward(model, chunks)
+    initialise(model, torch.device("cpu"), 0)
+    return model.eval()  # no dropout
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(VOCABULARY, (3, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+
+
+def loss_of(model: PreTrainedModel) -> torch.Tensor:
+    return model(input_ids=tokens()[:, :-1], targets=tokens()[:, 1:], use_cache=False)
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_loss(model: PreTrainedModel) -> torch.Tensor:
+    """As anybody would write it."""
+    logits = model(input_ids=tokens()[:, :-1]).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens()[:, 1:].flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_in_chunks_are_those_of_all_logits_at_once(family: str) -> None:
+    plain = made(family, None)
+    expected = plain_loss(plain)
+    expected.backward()
+    for chunks in (1, 5, LENGTH):
+        model = made(family, chunks)
+        loss = loss_of(model)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        assert gradients(model).keys() == gradients(plain).keys()
+        whole = nn.utils.get_total_norm(gradients(plain).values())
+        for name, gradient in gradients(model).items():
+            theirs = gradients(plain)[name]
+            # The second for gradients that would be zero without rounding: a bias of attention's keys.
+            assert (gradient - theirs).norm() <= 1e-6 * theirs.norm() + 1e-9 * whole, (chunks, name)
+        # Who asks for logits gets them.
+        assert torch.equal(model(input_ids=tokens()).logits, plain(input_ids=tokens()).logits)
+
+
+class _Logits(TorchDispatchMode):
+    """The elements of tensors whose last dimension is the vocabulary: of the largest, and of all that live at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.peak = 0
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] == VOCABULARY:
+                storage = StorageWeakRef(tensor.untyped_storage())
+                self._seen[storage.cdata] = storage, tensor.numel()
+                self.largest = max(self.largest, tensor.numel())
+        self.peak = max(self.peak, sum(size for storage, size in self._seen.values() if not storage.expired()))
+        return out
+
+
+def test_no_more_logits_than_a_chunk_of_the_sequence_exist_in_forward_and_backward() -> None:
+    seen = {}
+    for chunks in (1, 6):
+        model = made("llama", chunks, hidden_size=8)
+        with _Logits() as seen[chunks]:
+            loss_of(model).backward()
+    whole = 3 * LENGTH * VOCABULARY
+    assert seen[1].largest == whole
+    assert seen[1].peak >= 2 * whole
+    assert seen[6].largest == whole // 6
+    assert seen[6].peak <= 5 * whole // 6  # a chunk's logits, their softmax, gradients
+
+
+def test_a_model_of_whose_head_no_chunks_can_be_made_is_refused_by_name() -> None:
+    made("opt", 1, ffn_dim=40, word_embed_proj_dim=32)
+    with pytest.raises(InputError, match=r"train.loss_chunks: the loss of OPTForCausalLM cannot be cut into chunks"):
+        made("opt", 2, ffn_dim=40, word_embed_proj_dim=32)
+
+
+def test_a_run_in_chunks_logs_what_one_with_all_logits_does(tmp_path):
+    tiny.corpus(tmp_path / "text")
+    same = {"train__steps": 4, "eval__every": 2, "model__tie_word_embeddings": "true"}
+    tiny.run(0, 1, tmp_path, run__name="plain", engine="{name: single}", **same)
+    figures = ("loss", "grad_norm", "m1_norm", "eval_loss")
+    plain = [[row.get(name, 0) for name in figures] for row in tiny.metrics(tmp_path, "plain")]
+    cut = same | {"train__loss_chunks": 5, "train__activation_checkpointing": "true"}
+    for index, engine in enumerate(("{name: fsdp}", "{name: zero, stage: 2}", "{name: ddp}")):
+        name = f"cut-{index}"
+        on_ranks(2, tiny.run, tmp_path, run__name=name, engine=engine, **cut)
+        rows = [[row.get(figure, 0) for figure in figures] for row in tiny.metrics(tmp_path, name)]
+        for ours, theirs in zip(rows, plain, strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-5), engine
+
+
+def test_more_chunks_than_tokens_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"train.loss_chunks: 33 is more than the tokens of a sequence"):
+        tiny.config(tmp_path, train__loss_chunks=33)
