@@ -104,6 +104,23 @@ class Ranks:
         """All-gather a value that can be pickled: every rank's, in rank order. A collective."""
         return all_gather_objects(value, dist.group.WORLD) if self.distributed else [value]
 
+    def gather_to_main(self, value: T) -> list[T] | None:
+        """Gather a value that can be pickled: every rank's, in rank order, on rank 0; None elsewhere. A collective."""
+        if not self.distributed:
+            return [value]
+        gathered: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, gathered, dst=0)
+        return gathered
+
+    def scatter_from_main(self, values: list[T] | None) -> T:
+        """Scatter rank 0's values, which can be pickled: each rank gets its own. A collective."""
+        if not self.distributed:
+            assert values is not None
+            return values[0]
+        box: list[Any] = [None]
+        dist.scatter_object_list(box, values, src=0)
+        return box[0]
+
     def from_main(self, value: T) -> T:
         """Broadcast rank 0's value, which can be pickled. A collective."""
         if not self.distributed:

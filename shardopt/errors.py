@@ -27,3 +27,10 @@ def did_you_mean(word: object, known: Iterable[str], prefix: str = "", cutoff: f
     """ "; did you mean ...?", or nothing where none of `known` is like `word`."""
     near = difflib.get_close_matches(str(word), list(known), 1, cutoff)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def few(items: Iterable[str], limit: int = 5) -> str:
+    """The first few of `items`, and how many more there are."""
+    listed = sorted(items)
+    more = len(listed) - limit
+    return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")

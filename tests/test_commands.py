@@ -63,7 +63,7 @@ def test_inspect_tells_steps_tokens_parameters_kinds_and_writer_in_80_columns(ru
     assert rows["m1"][1:4] == ["bfloat16", rows["weight"][2], f"{count:,}"]
     assert rows["m2"][1] == "block8"
     assert rows["weight"][4:] == [f"{4 * count / 1e3:.1f}", "kB"]
-    assert {"index.json", "checkpoint.json", "rank-00000.data"} <= rows.keys()
+    assert {"index.bin", "checkpoint.json", "rank-00000.data"} <= rows.keys()
 
 
 def test_inspect_as_json_adds_up_to_the_files_on_the_disk(run, capsys):
@@ -81,7 +81,7 @@ def test_verify_compares_every_byte_and_ends_with_1_where_one_is_another(run, tm
     copy = shutil.copytree(run / "checkpoints/step-00000004", tmp_path / "step-00000004")
     status, text, _ = say(capsys, "checkpoint", "inspect", copy, "--verify")
     assert status == 0
-    assert re.search(r"format +4, 3 files of [\d.]+ kB, every checksum is right", text)
+    assert re.search(r"format +5, 3 files of [\d.]+ kB, every checksum is right", text)
     data = next(copy.glob("*.data"))
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4

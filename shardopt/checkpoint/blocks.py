@@ -23,7 +23,7 @@ T = TypeVar("T")
 BLOCK = 4 * 2**20  # bytes; a reader of a few elements reads and checks this much
 ALIGN = 64  # bytes; every tensor begins at a multiple, so that no element lies in two blocks
 # zlib's crc32 makes 4.3 GB/s and xxh3 24 GB/s on one core, where writing makes 1.5: not worth a dependency.
-_HEADER = 128
+HEADER = 128  # bytes of a data file before its first tensor
 
 
 class DamagedError(InputError):
@@ -66,16 +66,14 @@ class Wanted(NamedTuple):
     """As many elements, on any device, contiguous; of another dtype they are converted."""
 
 
-def write_file(path: Path, save_id: str, tensors: Sequence[Tensor]) -> tuple[FileRecord, list[int]]:
+def write_file(path: Path, save_id: str, tensors: Sequence[Tensor]) -> FileRecord:
     """Write the bytes of `tensors`, on any device, after a header with the save's id; on the disk when this returns.
 
-    Returns:
-        The file's record, and the byte at which each tensor begins.
+    They lie there as `places` says, from `HEADER` on.
     """
     header = torch.frombuffer(bytearray(_header(path.name, save_id)), dtype=torch.uint8)
     parts = [header, *(t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors)]
-    starts = [0, *itertools.accumulate(-(-part.numel() // ALIGN) * ALIGN for part in parts)]
-    end = starts[-2] + parts[-1].numel()
+    starts, end = places([part.numel() for part in parts])
     blocks: list[list[tuple[int, Tensor]]] = [[] for _ in range(-(-end // BLOCK))]
     for start, part in zip(starts, parts, strict=False):
         for block, at, piece in _cut(start, part):
@@ -100,7 +98,13 @@ def write_file(path: Path, save_id: str, tensors: Sequence[Tensor]) -> tuple[Fil
 
         crc32 = "".join(_in_threads(write, range(len(blocks))))
         os.fsync(file.fileno())
-    return FileRecord(end, crc32), starts[1:-1]
+    return FileRecord(end, crc32)
+
+
+def places(nbytes: Sequence[int]) -> tuple[list[int], int]:
+    """Where tensors of so many bytes begin in a file, one after the other, and where the last one ends."""
+    *starts, _ = itertools.accumulate((-(-count // ALIGN) * ALIGN for count in nbytes), initial=0)
+    return starts, starts[-1] + nbytes[-1] if nbytes else 0
 
 
 def read_file(path: Path, save_id: str, record: FileRecord, wanted: Iterable[Wanted]) -> None:
@@ -157,7 +161,7 @@ def _opened(path: Path, save_id: str, record: FileRecord) -> Iterator[int]:
         descriptor = os.open(path, os.O_RDONLY)
     try:
         with reading(path):
-            size, header = os.fstat(descriptor).st_size, os.pread(descriptor, _HEADER, 0)
+            size, header = os.fstat(descriptor).st_size, os.pread(descriptor, HEADER, 0)
         if size != record.size:
             raise DamagedError(f"{path} is damaged: it has {size} bytes, and was written with {record.size}")
         if header != _header(path.name, save_id):
@@ -184,8 +188,8 @@ def _block(path: Path, descriptor: int, record: FileRecord, number: int) -> byte
 
 
 def _header(name: str, save_id: str) -> bytes:
-    """The first `_HEADER` bytes of a data file."""
-    return f"shardopt-data {save_id} {name}\n".encode().ljust(_HEADER, b"\n")
+    """The first `HEADER` bytes of a data file."""
+    return f"shardopt-data {save_id} {name}\n".encode().ljust(HEADER, b"\n")
 
 
 def _cut(start: int, tensor: Tensor, itemsize: int = 1) -> Iterator[tuple[int, int, Tensor]]:

@@ -14,8 +14,8 @@ from shardopt.checkpoint.blocks import DamagedError, FileRecord, reading
 from shardopt.errors import InputError
 
 DOCUMENT = "checkpoint.json"
-INDEX = "index.json"
-FORMAT = 4
+INDEX = "index.bin"
+FORMAT = 5
 
 # The first line has a checksum of all that follows; the whole is JSON.
 _FIRST_LINE = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
@@ -26,9 +26,9 @@ def read_document(folder: str | Path) -> dict[str, Any]:
 
     `document["checkpoint"]` has `format`, `save_id`, `name` (of the folder), `time` (of the save, in seconds since
     1970), `loss` and `after_finite_step` (see `Saver.save`), `torch`, `byteorder`, `world_size`, `parameters` ({name:
-    {shape, kinds: {kind: {dtypes, and format and layouts where it is a block format}}}}), `step_counts` ({name:
-    {"step": 3, ...}}), `groups` ({names: [...], lr: ...} of each parameter group), `extras` (their keys) and `files`
-    ({name: {size, crc32 of each block}}).
+    {shape, kinds: {kind: {dtypes, and format where it is a block format}}}}), `step_counts` ({name: {"step": 3, ...}}),
+    `groups` ({names: [...], lr: ...} of each parameter group), `extras` ({key: {shape, dtypes}}) and `files` ({name:
+    {size, crc32 of each block}}).
 
     Raises:
         DamagedError: it is missing or is not what was written.
@@ -92,7 +92,7 @@ def _check(written: dict[str, Any]) -> None:
     """Check that all in a document's "checkpoint" is of the type that it must be of; ValueError and others if not."""
     if not re.fullmatch("[0-9a-f]{32}", written["save_id"]):
         raise ValueError("its save_id is none")
-    _expect(str, written["name"], written["byteorder"], written["torch"], *written["extras"])
+    _expect(str, written["name"], written["byteorder"], written["torch"])
     _expect(int, written["world_size"])
     _expect(float, written["time"], *filter(None, [written["loss"]]))
     _expect(bool, written["after_finite_step"])
@@ -111,10 +111,10 @@ def _check(written: dict[str, Any]) -> None:
                 raise ValueError("a vector has no dtype")
             if "format" in kind:
                 _expect(str, kind["format"])
-                _expect(list, kind["layouts"])
-            for ranges in kind.get("layouts", []):
-                for start, local, length in ranges:
-                    _expect(int, start, local, length)
+    for extra in written["extras"].values():
+        _expect(int, *extra["shape"])
+        (dtype,) = extra["dtypes"]
+        _expect(str, dtype)
     for name, stored in written["files"].items():
         if "/" in name or name.startswith("."):
             raise ValueError(f"{name!r} is not a file of a checkpoint")

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardopt.checkpoint.flat import chunks_of
+from shardopt.checkpoint.manifest import EXTRA
+from shardopt.checkpoint.ranges import by_range
 from shardopt.slices import Slice, local_tensor
 
 
 @torch.no_grad()
 def not_finite(slices: Sequence[Slice]) -> list[str]:
-    """Each slice that has an infinite value or a NaN, with their number; buffers may (a mask of -inf).
+    """Each slice that has an infinite value or a NaN, with their number; buffers and extras may (a mask of -inf).
 
     One pass over the memory: a sum is finite only if every term is. (A block format has a scale of NaN for a block that
     holds such a value.)
     """
-    held = [s for s in slices if s.kind != "buffer" and s.layout.ranges and s.tensors[-1].is_floating_point()]
+    may = ("buffer", EXTRA)
+    held = [s for s in slices if s.kind not in may and s.layout.ranges and s.tensors[-1].is_floating_point()]
     sums = [_sum(local_tensor(s.tensors[-1])) for s in held]
     found = []
     for s, suspicious in zip(held, _suspicious(sums), strict=True):
@@ -30,9 +32,8 @@ def not_finite(slices: Sequence[Slice]) -> list[str]:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    if tensor.dtype.itemsize == 1:  # torch does not add 8-bit floats
-        tensor = tensor.float()
-    return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    # torch does not add 8-bit floats. It adds 16-bit ones in fp32, and 50 times as fast as when asked for an fp32 sum.
+    return (tensor.float() if tensor.dtype.itemsize == 1 else tensor).sum()
 
 
 def _suspicious(sums: list[Tensor]) -> list[bool]:
@@ -43,5 +44,4 @@ def _suspicious(sums: list[Tensor]) -> list[bool]:
 
 
 def _count(s: Slice) -> int:
-    parts = [s.tensors[-1]] if s.format is not None else list(chunks_of(s.layout, s.tensors[0]).values())
-    return sum(int((~local_tensor(part).isfinite()).sum()) for part in parts)
+    return sum(int((~part.tensors[-1].isfinite()).sum()) for part in by_range(s))

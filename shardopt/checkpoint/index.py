@@ -1,26 +1,33 @@
-"""The index of a checkpoint's data files, as JSON: DCP's own is a pickle, and reading one runs what it says."""
+"""The index of a checkpoint: which elements lie where in the data files. Numbers alone; names are in the document."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
-from shardopt.checkpoint.blocks import DamagedError, FileRecord, check_content, check_file, reading
+from shardopt.checkpoint import manifest
+from shardopt.checkpoint.blocks import (
+    ALIGN,
+    HEADER,
+    DamagedError,
+    FileRecord,
+    Wanted,
+    check_file,
+    read_file,
+    write_file,
+)
 from shardopt.checkpoint.document import INDEX, records_of
-from shardopt.checkpoint.storage import Place, Written
+from shardopt.checkpoint.manifest import Entry, dtype_name, vector_key
+from shardopt.checkpoint.ranges import Ints, gaps
+from shardopt.errors import InputError, few
+from shardopt.optim.precision import BLOCK, FORMATS
+from shardopt.optim.schema import format_of
+from shardopt.slices import Range
 
 DTYPES = {
     name: getattr(torch, name)
@@ -30,29 +37,65 @@ DTYPES = {
         "complex64", "complex128",
     )
 }  # fmt: skip
+SCALE = torch.float32
+_COLUMNS = 5
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+class Sizes(NamedTuple):
+    """Of tensors, by number."""
+
+    numel: Ints
+    itemsize: Ints
+    in_blocks: np.ndarray[Any, np.dtype[np.bool_]]
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> Sizes:
+        return cls(
+            np.array([math.prod(e.shape) for e in entries], dtype=np.int64),
+            np.array([DTYPES[e.dtypes[0]].itemsize for e in entries], dtype=np.int64),
+            np.array([e.format is not None for e in entries], dtype=bool),
+        )
+
+    def spans(self, tensor: Ints, length: Ints) -> Ints:
+        """Bytes that elements of tensors take in a file, with their scales, up to where the next may begin."""
+        scales = np.where(self.in_blocks[tensor], -(-length // BLOCK) * SCALE.itemsize, 0)
+        return _aligned(length * self.itemsize[tensor]) + _aligned(scales)
 
 
 class StoredTensor(NamedTuple):
     """A tensor in the data files."""
 
-    dtype: torch.dtype
-    size: torch.Size
-    chunks: np.ndarray[Any, np.dtype[np.int64]]
-    """[chunks, 4]: first element of the flattened tensor, elements, number of the file, first byte in it."""
+    entry: Entry
+    chunks: Ints
+    """[chunks, 4], sorted: first element of the flattened tensor, elements, number of the file, first byte in it. In a
+    block format the codes lie there, and their scales after them (see `scales_at`)."""
+
+    def overlapping(self, r: Range) -> Ints:
+        """The chunks that have elements of `r`."""
+        starts = self.chunks[:, 0]
+        first = np.searchsorted(starts, r.global_start, side="right") - 1
+        return self.chunks[first : np.searchsorted(starts, r.global_start + r.length)]
 
 
 class Index(NamedTuple):
-    """The tensors of a checkpoint by key, and the files that they lie in."""
+    """The tensors of a checkpoint, and the files that they lie in."""
 
     save_id: str
     records: dict[str, FileRecord]
     """Of the data files."""
-    files: list[str]
-    tensors: dict[str, StoredTensor]
+    tensors: dict[tuple[str, str], StoredTensor]
+    """By name and kind."""
+
+    @classmethod
+    def of(cls, document: dict[str, Any], table: Ints) -> Index:
+        """From a document and the content of INDEX, both checked (see `read_table`)."""
+        entries = manifest.entries_of(document["checkpoint"])
+        ends = np.searchsorted(table[:, 0], np.arange(len(entries) + 1))
+        tensors = {
+            key: StoredTensor(entry, table[ends[i] : ends[i + 1], 1:]) for i, (key, entry) in enumerate(entries.items())
+        }
+        records = {name: record for name, record in records_of(document).items() if name != INDEX}
+        return cls(document["checkpoint"]["save_id"], records, tensors)
 
     def check_files(self, folder: Path, names: Iterable[str]) -> None:
         """Check that data files are there, of this save and with their sizes; their content is not read.
@@ -63,78 +106,114 @@ class Index(NamedTuple):
         for name in names:
             check_file(folder / name, self.save_id, self.records[name], [])
 
-    def metadata(self, keys: Iterable[str]) -> Metadata:
-        """Some of the tensors, as DCP's readers want them."""
-        entries: dict[str, Any] = {}
-        places: dict[MetadataIndex, Any] = {}
-        for key in keys:
-            dtype, size, chunks = self.tensors[key]
-            described = []
-            for start, length, file, byte in chunks.tolist():
-                # Only vectors are in several chunks.
-                offsets, sizes = ([start], [length]) if len(size) == 1 else ([0] * len(size), size)
-                chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-                described.append(chunk)
-                places[MetadataIndex(key, chunk.offsets)] = Place(self.files[file], byte)
-            entries[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, described)
-        return Metadata(entries, storage_data=places)
+    def nbytes(self, name: str, kind: str) -> int:
+        """Bytes of a tensor's data."""
+        entry, chunks = self.tensors[name, kind]
+        scales = -(-chunks[:, 1] // BLOCK) * SCALE.itemsize if entry.format is not None else 0
+        return int((chunks[:, 1] * DTYPES[entry.dtypes[0]].itemsize + scales).sum())
+
+    def read(self, folder: Path, wanted: Iterable[tuple[int, Wanted]]) -> None:
+        """Read from data files, given by number, into the targets; raises as `blocks.read_file`."""
+        files: dict[int, list[Wanted]] = {}
+        for file, one in wanted:
+            files.setdefault(file, []).append(one)
+        for file in sorted(files):
+            name = data_file(file)
+            read_file(folder / name, self.save_id, self.records[name], files[file])
 
 
-def index_content(save_id: str, written: list[Written], metadata: Metadata) -> bytes:
-    """The index of what all ranks wrote: {key: [dtype, size, a flat list of `StoredTensor.chunks`]}."""
-    tensors: dict[str, list[Any]] = {
-        key: [dtype_name(tensor.properties.dtype), list(tensor.size), []]  # type: ignore[union-attr]
-        for key, tensor in metadata.state_dict_metadata.items()
-    }
-    for number, file in enumerate(written):
-        for key, start, length, byte in file.chunks:
-            tensors[key][2] += [start, length, number, byte]
-    content = {"save_id": save_id, "files": [file.file for file in written], "tensors": tensors}
-    return json.dumps(content, separators=(",", ":")).encode()
+def data_file(number: int) -> str:
+    """The file that rank `number` has written."""
+    return f"rank-{number:05d}.data"
+
+
+def scales_at(byte: int, codes: int, dtype: torch.dtype) -> int:
+    """The first byte of the scales of `codes` codes that lie at `byte`."""
+    return byte + int(_aligned(np.int64(codes * dtype.itemsize)))
+
+
+def _aligned(bytes_: Any) -> Any:
+    return -(-bytes_ // ALIGN) * ALIGN
+
+
+def write_index(folder: Path, save_id: str, table: Ints) -> FileRecord:
+    """Write a plan's index, on the disk when this returns; its record."""
+    return write_file(folder / INDEX, save_id, [torch.from_numpy(table).view(-1)])
 
 
 def read_index(folder: Path, document: dict[str, Any]) -> Index:
-    """The index in `folder`, of the save and the files that its document names.
+    """The index in `folder`, of the save that its document names; see `read_table`."""
+    return Index.of(document, read_table(folder, document))
+
+
+def read_table(folder: Path, document: dict[str, Any]) -> Ints:
+    """The content of INDEX, checked against the document: [chunks, 5], number of the tensor and `StoredTensor.chunks`.
 
     Raises:
-        DamagedError: it is missing, is not what was written, or does not fit the files.
-        InputError: it cannot be read.
+        DamagedError: it is missing, is not what was written, or does not fit the document.
+        InputError: it cannot be read, or a format is not known.
     """
-    path, records, save_id = folder / INDEX, records_of(document), document["checkpoint"]["save_id"]
-    with reading(path):
-        content = path.read_bytes()
-    check_content(path, content, records.pop(INDEX))
+    path, records, written = folder / INDEX, records_of(document), document["checkpoint"]
+    record = records[INDEX]
     try:
-        read = json.loads(content)
-        if read["save_id"] != save_id:
-            raise ValueError("it is of another save than the document")
-        files = read["files"]
-        for name in files:
-            if name not in records:
-                raise ValueError(f"{name!r} is not a data file of this checkpoint")
-        sizes = np.array([records[name].size for name in files], dtype=np.int64)
-        tensors = {key: _stored(key, entry, sizes) for key, entry in read["tensors"].items()}
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError, OverflowError) as error:
-        raise DamagedError(f"{path} is refused: {error if isinstance(error, ValueError) else repr(error)}") from error
-    return Index(save_id, records, files, tensors)
+        if record.size < HEADER or (record.size - HEADER) % (8 * _COLUMNS):
+            raise ValueError(f"{record.size} bytes are no table")
+        content = torch.empty((record.size - HEADER) // 8, dtype=torch.int64)
+        read_file(path, written["save_id"], record, [Wanted(HEADER, torch.int64, content)])
+        table = content.view(-1, _COLUMNS).numpy()
+        entries = list(manifest.entries_of(written).values())
+        for entry in entries:
+            _check_entry(folder, entry)
+        _check(table, entries, records)
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise DamagedError(f"{path} is refused: {error if type(error) is ValueError else repr(error)}") from error
+    return table
 
 
-def _stored(key: str, entry: list[Any], file_sizes: np.ndarray[Any, Any]) -> StoredTensor:
-    """An entry of the index, checked against the sizes of the files."""
-    dtype, size, flat = entry
-    for number in size:
-        if type(number) is not int or number < 0:
-            raise ValueError(f"a count was expected, not {number!r}")
-    chunks = np.array(flat or np.empty(0, np.int64)).reshape(-1, 4)
-    if chunks.dtype != np.int64 or (chunks < 0).any():
-        raise ValueError(f"{key!r} has chunks that are no counts")
-    itemsize, numel = DTYPES[dtype].itemsize, math.prod(size)
-    start, length, file, byte = chunks.T
-    # Divided, since a product may not fit into 64 bits.
-    if (start > numel).any() or (length > numel - start).any() or (file >= len(file_sizes)).any():
-        raise ValueError(f"{key!r} has a chunk beyond its end, or in no file")
-    if (byte % itemsize).any() or (length > (file_sizes[file] - byte) // itemsize).any():
-        raise ValueError(f"{key!r} has a chunk without its data")
-    if len(size) != 1 and chunks[:, :2].tolist() != [[0, numel]]:
-        raise ValueError(f"{key!r} is not whole")
-    return StoredTensor(DTYPES[dtype], torch.Size(size), chunks)
+def _check_entry(folder: Path, entry: Entry) -> None:
+    if entry.format is not None and list(entry.dtypes) != _dtypes_of(entry.kind, entry.format):
+        key = vector_key(entry.name, entry.kind)
+        raise InputError(f"{folder}: {key} is not in a known format, but in {entry.format!r}")
+
+
+def _dtypes_of(kind: str, name: str) -> list[str]:
+    """Of the codes and scales of a block format; empty where there is none of this name."""
+    return [dtype_name(format_of(kind, name).dtype(torch.float32)), dtype_name(SCALE)] if name in FORMATS else []
+
+
+def _check(table: Ints, entries: Sequence[Entry], records: dict[str, FileRecord]) -> None:
+    """Raise ValueError where the table does not hold every element once, or names data that no file has."""
+    tensor, start, length, file, byte = table.T
+    if (table < 0).any() or (tensor >= len(entries)).any() or (length == 0).any():
+        raise ValueError("it has numbers that are no counts, or of no tensor")
+    sizes = Sizes.of(entries)
+    # Divided or subtracted, since a product or a sum may not fit into 64 bits.
+    numel, itemsize, in_blocks = (column[tensor] for column in sizes)
+    if (start > numel).any() or (length > numel - start).any():
+        raise ValueError("it has a chunk beyond its tensor's end")
+    if ((np.diff(tensor) < 0) | ((np.diff(tensor) == 0) & (np.diff(start) <= 0))).any():
+        raise ValueError("its chunks are not in order")
+    if errors := gaps(sizes.numel, tensor, start, length):
+        named = (f"{vector_key(entries[n].name, entries[n].kind)}: {error}" for n, error in errors.items())
+        raise ValueError("incomplete: " + few(named))
+    numbers, which = np.unique(file, return_inverse=True)
+    for number in numbers.tolist():
+        if data_file(number) not in records:
+            raise ValueError(f"{data_file(number)} is not a data file of this checkpoint")
+    size = np.array([records[data_file(number)].size for number in numbers.tolist()], dtype=np.int64)[which]
+    if (
+        (byte % ALIGN).any()
+        or (byte < HEADER).any()
+        or (byte > size).any()
+        or (length > (size - byte) // itemsize).any()
+    ):
+        raise ValueError("it has a chunk without its data")
+    scales = byte + _aligned(length * itemsize)
+    if (in_blocks & (-(-length // BLOCK) * SCALE.itemsize > size - scales)).any():
+        raise ValueError("it has a chunk without its scales")
+    by_file = np.argsort(file, kind="stable")
+    file, begin, end = file[by_file], byte[by_file], (byte + sizes.spans(tensor, length))[by_file]
+    if ((file[1:] == file[:-1]) & (begin[1:] < end[:-1])).any():
+        raise ValueError("it has chunks that lie over each other")

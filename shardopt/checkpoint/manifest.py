@@ -1,136 +1,198 @@
-"""The manifest: what all ranks together hold, in the form that a checkpoint's document keeps.
-
-Every rank describes its slices; rank 0 puts the descriptions together and refuses gaps and contradictions.
-"""
+"""What a rank holds, described without its values, and the descriptions of all ranks put together."""
 
 from __future__ import annotations
 
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from shardopt.checkpoint.flat import chunks_of, coverage_error, few
-from shardopt.checkpoint.index import dtype_name
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardopt.checkpoint.ranges import Ints, by_range
 from shardopt.errors import InputError
-from shardopt.slices import Layout, Range, Slice, local_tensor
+from shardopt.slices import Layout, Slice, local_tensor
 
-PARTS = ("codes", "scales")  # of a block format, in the order of Slice.tensors
+EXTRA = "/extra"
+"""The kind of a tensor of the caller's, which belongs to no parameter."""
+
+StepCounts = dict[str, dict[str, int | float]]  # by parameter name
 
 
-class Described(NamedTuple):
-    """One slice of one rank without its values."""
+class Entry(NamedTuple):
+    """A tensor without its values: a parameter's kind, or an extra."""
 
+    name: str
+    kind: str
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
-    format: str | None  # name of a block format
-    ranges: tuple[Range, ...]
+    format: str | None  # name of a block format, whose dtypes are of codes and scales
+
+    @property
+    def stored_as(self) -> str:
+        """The block format, or else the dtype."""
+        return self.format or self.dtypes[0]
 
 
-Descriptions = dict[tuple[str, str], Described]  # by parameter name and kind
-StepCounts = dict[str, dict[str, int | float]]  # by parameter name
-Parameters = dict[str, dict[str, Any]]  # as in the document, see document.read_document
+Entries = Mapping[tuple[str, str], Entry]  # by name and kind
 
 
-def stored_as(entry: dict[str, Any]) -> str:
-    """The block format, or else the dtype, of a kind in the document."""
-    return entry.get("format") or entry["dtypes"][0]
+class Description(NamedTuple):
+    """What one rank holds. At 1,024 ranks rank 0 gets as many of them, so they are compressed."""
+
+    table: bytes
+    """JSON of its entries."""
+    chunks: bytes
+    """Three rows of int64, one column for each range in the order of `file_order`: number of the entry in the table,
+    first element, elements."""
+
+    def columns(self) -> Ints:
+        return np.frombuffer(zlib.decompress(self.chunks), dtype=np.int64).reshape(3, -1)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def vector_key(name: str, kind: str) -> str:
     return f"{name}/{kind}"
 
 
-def block_keys(name: str, kind: str, ranges: tuple[Range, ...]) -> list[str]:
-    """Keys of the codes and scales of one layout; equal layouts (replicas) share them."""
-    where = ",".join(f"{start}:{local}:{length}" for start, local, length in ranges)
-    return [f"{name}/{kind}.{part}@{where}" for part in PARTS]
+def file_order(key: tuple[str, str]) -> tuple[str, str]:
+    """Tensors lie in the files, and have numbers, by kind and then by name: so all weights are together."""
+    name, kind = key
+    return kind, name
 
 
-def extra_key(key: str) -> str:
-    return f"/extras/{key}"  # a parameter's key does not begin with a slash
+def extras_as_slices(extras: Mapping[str, Tensor]) -> list[Slice]:
+    return [Slice(key, EXTRA, Layout.whole(key, t.shape), (t.detach(),)) for key, t in extras.items()]
 
 
-def describe(slices: list[Slice]) -> Descriptions:
-    """The slices of this rank without their values.
+def table_of(slices: Sequence[Slice]) -> bytes:
+    """The entries of this rank, in the order of the slices.
 
     Raises:
         ValueError: two slices of the same name and kind.
         InputError: a tensor on the meta device, which holds no values.
     """
-    described: Descriptions = {}
+    entries: dict[tuple[str, str], list[Any]] = {}
     for s in slices:
-        if (s.name, s.kind) in described:
+        if (s.name, s.kind) in entries:
             raise ValueError(f"{vector_key(s.name, s.kind)!r} is given twice")
         if any(local_tensor(t).is_meta for t in s.tensors):
             raise InputError(f"{vector_key(s.name, s.kind)} is on the meta device: give the model its memory first")
-        dtypes = tuple(dtype_name(t.dtype) for t in s.tensors)
-        described[s.name, s.kind] = Described(s.layout.shape, dtypes, s.format, s.layout.ranges)
-    return described
+        entries[s.name, s.kind] = [s.name, s.kind, s.layout.shape, [dtype_name(t.dtype) for t in s.tensors], s.format]
+    return zlib.compress(json.dumps(list(entries.values())).encode(), 1)
 
 
-def merge(ranks: list[Descriptions]) -> Parameters:
-    """The slices of all ranks, in the document's form.
-
-    Raises:
-        ValueError: ranks disagree about a shape, a dtype or a format.
-    """
-    parameters: Parameters = {}
-    for (name, kind), here in (pair for described in ranks for pair in described.items()):
-        parameter = parameters.setdefault(name, {"shape": list(here.shape), "kinds": {}})
-        in_blocks = {} if here.format is None else {"format": here.format, "layouts": []}
-        stored = parameter["kinds"].setdefault(kind, {"dtypes": list(here.dtypes), **in_blocks})
-        known = parameter["shape"], stored["dtypes"], stored.get("format")
-        other = list(here.shape), list(here.dtypes), here.format
-        if known != other:
-            raise ValueError(f"{vector_key(name, kind)}: ranks disagree, {known} on one and {other} on another")
-        if here.format is not None:
-            layouts = stored["layouts"]
-            as_lists = [list(r) for r in here.ranges]
-            if as_lists and as_lists not in layouts:
-                layouts.append(as_lists)
-    return parameters
+def describe(slices: Sequence[Slice]) -> tuple[Description, list[Slice]]:
+    """The slices of this rank, and each range of them in the order of files."""
+    table = table_of(slices)
+    order = sorted(range(len(slices)), key=lambda i: file_order((slices[i].name, slices[i].kind)))
+    chunks, columns = [], []
+    for number in order:
+        for chunk in by_range(slices[number]):
+            (r,) = chunk.layout.ranges
+            chunks.append(chunk)
+            columns.append((number, r.global_start, r.length))
+    rows = np.array(columns, dtype=np.int64).reshape(-1, 3).T
+    return Description(table, zlib.compress(rows.tobytes(), 1)), chunks
 
 
-def first_weights(slices: list[Slice]) -> dict[str, dict[str, Any]]:
-    """The first element of each range of the weights held here, as text (NaN too), by its name and place."""
-    chunks = ((s.name, chunks_of(s.layout, s.tensors[0])) for s in slices if s.kind == "weight")
-    return {f"{n}[{at}]": {"weight": repr(c[0].item())} for n, parts in chunks for at, c in parts.items()}
+def read_table(table: bytes) -> list[Entry]:
+    """What `table_of` made."""
+    return [
+        Entry(name, kind, tuple(shape), tuple(dtypes), fmt)
+        for name, kind, shape, dtypes, fmt in json.loads(zlib.decompress(table))
+    ]
 
 
-def merge_equal(ranks: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The step counts, or first weights, of all ranks, each of which may know its own parameters only.
+def merge(tables: Iterable[list[Entry]]) -> dict[tuple[str, str], Entry]:
+    """The entries of all ranks.
 
     Raises:
-        InputError: ranks disagree about a parameter that several hold.
+        InputError: ranks disagree about a shape, a dtype or a format.
     """
-    together: dict[str, dict[str, Any]] = {}
-    for name, values in (pair for rank in ranks for pair in rank.items()):
-        if together.setdefault(name, values) != values:
+    together: dict[tuple[str, str], Entry] = {}
+    shapes: dict[tuple[str, bool], tuple[int, ...]] = {}
+    for entry in (entry for table in tables for entry in table):
+        known = together.setdefault((entry.name, entry.kind), entry)
+        known = known._replace(shape=shapes.setdefault((entry.name, entry.kind == EXTRA), known.shape))
+        if known != entry:
             raise InputError(
-                f"{name}: ranks disagree, {together[name]} on one and {values} on another: replicas must be equal "
-                f"(is DistributedDataParallel missing?)"
+                f"{vector_key(entry.name, entry.kind)}: ranks disagree, {_facts(known)} on one and {_facts(entry)} on "
+                f"another"
             )
     return together
 
 
-def check_coverage(parameters: Parameters, chunks: dict[str, set[tuple[int, int]]]) -> None:
-    """Check that every element of every slice is there exactly once.
+def _facts(entry: Entry) -> str:
+    return f"{list(entry.shape)} in {entry.stored_as}"
 
-    Args:
-        parameters: as in the document.
-        chunks: (start, length) pairs by vector key.
+
+def parameters_of(entries: Entries) -> dict[str, dict[str, Any]]:
+    """The document's "parameters", see document.read_document."""
+    parameters: dict[str, dict[str, Any]] = {}
+    for (name, kind), entry in entries.items():
+        if kind != EXTRA:
+            parameter = parameters.setdefault(name, {"shape": list(entry.shape), "kinds": {}})
+            in_blocks = {} if entry.format is None else {"format": entry.format}
+            parameter["kinds"][kind] = {"dtypes": list(entry.dtypes), **in_blocks}
+    return parameters
+
+
+def extras_of(entries: Entries) -> dict[str, dict[str, Any]]:
+    """The document's "extras"."""
+    kept = sorted(entry for (_, kind), entry in entries.items() if kind == EXTRA)
+    return {entry.name: {"shape": list(entry.shape), "dtypes": list(entry.dtypes)} for entry in kept}
+
+
+def entries_of(written: Mapping[str, Any]) -> dict[tuple[str, str], Entry]:
+    """The entries that a document names, in the order of files: an entry's position is its number in the index."""
+    entries = [
+        Entry(name, kind, tuple(parameter["shape"]), tuple(stored["dtypes"]), stored.get("format"))
+        for name, parameter in written["parameters"].items()
+        for kind, stored in parameter["kinds"].items()
+    ]
+    entries += [Entry(k, EXTRA, tuple(e["shape"]), tuple(e["dtypes"]), None) for k, e in written["extras"].items()]
+    return {(e.name, e.kind): e for e in sorted(entries, key=lambda e: file_order((e.name, e.kind)))}
+
+
+def pack_counts(counts: StepCounts) -> bytes:
+    return zlib.compress(json.dumps(counts).encode(), 1)
+
+
+def merge_counts(packed: Iterable[bytes]) -> StepCounts:
+    """The step counts of all ranks, each of which may know its own parameters only.
 
     Raises:
-        ValueError: an element is missing or there twice.
+        InputError: ranks disagree about a parameter that several hold.
     """
-    errors = {}
-    for name, parameter in parameters.items():
-        numel = Layout.whole(name, parameter["shape"]).numel
-        for kind, stored in parameter["kinds"].items():
-            key = vector_key(name, kind)
-            if "format" not in stored:
-                held = chunks.get(key, set())
-            else:
-                held = {(r[0], r[2]) for ranges in stored["layouts"] for r in ranges}
-            if error := coverage_error(numel, held):
-                errors[key] = error
-    if errors:
-        raise ValueError("incomplete: " + few(f"{key}: {error}" for key, error in errors.items()))
+    together: StepCounts = {}
+    for counts in map(json.loads, map(zlib.decompress, dict.fromkeys(packed))):
+        for name, values in counts.items():
+            if together.setdefault(name, values) != values:
+                raise unequal(name, together[name], values)
+    return together
+
+
+def unequal(what: str, one: object, another: object) -> InputError:
+    """Replicas that differ."""
+    return InputError(
+        f"{what}: ranks disagree, {one} on one and {another} on another: replicas must be equal "
+        f"(is DistributedDataParallel missing?)"
+    )
+
+
+def first_bits(chunks: Sequence[Slice]) -> Ints:
+    """The bits of the first element of each range of the weights held here."""
+    firsts = [c.tensors[0][:1].view(torch.uint8)[:8] for c in chunks if c.kind == "weight"]
+    bits = np.zeros((len(firsts), 8), dtype=np.uint8)
+    if firsts:
+        sizes = np.array([t.numel() for t in firsts])
+        # One copy from a GPU, not one for each.
+        joined = torch.cat([t.to(firsts[0].device) for t in firsts]).cpu().numpy()
+        bits[np.arange(8) < sizes[:, None]] = joined
+    return bits.view(np.int64).reshape(-1)

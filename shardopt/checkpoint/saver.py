@@ -17,7 +17,7 @@ from torch import Tensor
 from shardopt.checkpoint import folders
 from shardopt.checkpoint.document import read_document
 from shardopt.checkpoint.keep import Keep
-from shardopt.checkpoint.saving import prepare
+from shardopt.checkpoint.saving import Kept, prepare
 from shardopt.distributed import Ranks
 from shardopt.engines.state import ShardedState
 from shardopt.errors import InputError
@@ -30,8 +30,8 @@ class Saver:
         root: for instance runs/x/checkpoints.
         keep: which checkpoints stay, or how many; an older one is deleted only when a newer one is complete.
         ranks: all of them make a Saver, and call its methods together.
-        asynchronous: `save` returns once the slices are copied to the CPU; an error of the background write
-            is raised by the next `save`, `wait` or `close`.
+        asynchronous: `save` returns once what this rank writes is copied to memory that the Saver keeps (pinned where a
+            GPU is); an error of the background write is raised by the next `save`, `wait` or `close`.
         allow_nonfinite: see the function `save`.
 
     As a context manager it is closed at the end of the block; after an exception without waiting for a save in the
@@ -55,6 +55,7 @@ class Saver:
         self._cleaned = False
         self._known: dict[Path, dict[str, Any]] = {}  # of complete checkpoints, on rank 0
         self._pending: Future[None] | None = None
+        self._kept = Kept()
 
         def check() -> None:
             if not isinstance(keep, int | Keep):
@@ -96,6 +97,7 @@ class Saver:
         folder = folders.step_folder(self.root, step)
         write = prepare(
             folder, state, document or {}, extras or {},
+            kept=self._kept,
             group=self._group,
             after=lambda: self._delete_old(folder),
             copy=self.asynchronous,

@@ -1,4 +1,4 @@
-"""Write slices with torch.distributed.checkpoint."""
+"""Write slices: every rank its part, in a file of its own, as rank 0 has planned it."""
 
 from __future__ import annotations
 
@@ -7,41 +7,33 @@ import json
 import sys
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
 
-from shardopt.checkpoint import folders, manifest
+from shardopt.checkpoint import blocks, folders, manifest, planning
 from shardopt.checkpoint.blocks import FileRecord
-from shardopt.checkpoint.document import FORMAT, INDEX, write_bytes, write_document
+from shardopt.checkpoint.document import FORMAT, INDEX, write_document
 from shardopt.checkpoint.finite import not_finite
-from shardopt.checkpoint.flat import FlatShard, chunks_of, few
-from shardopt.checkpoint.index import index_content
-from shardopt.checkpoint.storage import Writer, Written
-from shardopt.distributed import Ranks
+from shardopt.checkpoint.index import data_file, write_index
+from shardopt.checkpoint.manifest import Description
+from shardopt.checkpoint.planning import Plan, Share
+from shardopt.checkpoint.ranges import Ints, part
+from shardopt.checkpoint.staging import Staging
+from shardopt.distributed import Ranks, all_gather_objects
 from shardopt.engines.state import ShardedState, refused_steps, require_state
-from shardopt.errors import InputError, NonFiniteError
+from shardopt.errors import InputError, NonFiniteError, few
 from shardopt.optim import states
-from shardopt.slices import Slice, local_tensor
+from shardopt.slices import Slice
 
-# Writing alone is meant where there is no process group. A filter for the whole process, because the warning
-# may come from the background thread, where warnings cannot be caught without touching other threads.
-warnings.filterwarnings(
-    "ignore", message="torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to"
-)
+T = TypeVar("T")
 
 
 def save(
@@ -81,10 +73,39 @@ def save(
         NonFiniteError: such values, on every rank; nothing is written.
         InputError: the folder cannot be written, on every rank; the disk is full; the state was loaded by half.
         InputError: replicas (DDP) whose weights or step counts differ; a document that is not JSON.
-        ValueError: an element that no rank holds, ranks that disagree about shapes or dtypes.
-            (On the other ranks a RuntimeError that quotes it, where one rank alone found it.)
+        InputError: an element that no rank holds, ranks that disagree about shapes or dtypes.
     """
-    prepare(Path(folder), state, document or {}, extras or {}, allow_nonfinite=allow_nonfinite)()
+    prepare(Path(folder), state, document or {}, extras or {}, kept=Kept(), allow_nonfinite=allow_nonfinite)()
+
+
+@dataclass
+class Kept:
+    """What stays from one save to the next: the plan, while no rank holds anything else, and the memory of the copy."""
+
+    described: Description | None = None
+    share: Share = None
+    plan: Plan | None = None
+    """On rank 0."""
+    staging: Staging = field(default_factory=Staging)
+
+    def agree(self, described: Description, ranks: Ranks) -> None:
+        """Make a new plan if any rank holds something else than at the save before. A collective."""
+        if not ranks.any(self.described != described):
+            return
+        self.staging.clear()
+        descriptions = ranks.gather_to_main(described)
+        plan, shares = ranks.together(lambda: planning.make_plan(descriptions) if descriptions else (None, None))
+        self.share = ranks.scatter_from_main(shares)
+        self.described, self.plan = described, plan
+
+
+class Report(NamedTuple):
+    """What one rank tells rank 0 at every save."""
+
+    counts: bytes
+    """See `manifest.pack_counts`."""
+    firsts: Ints | None
+    """See `manifest.first_bits`."""
 
 
 def prepare(
@@ -93,64 +114,82 @@ def prepare(
     document: Mapping[str, Any],
     extras: Mapping[str, Tensor],
     *,
+    kept: Kept,
     group: dist.ProcessGroup | None = None,
     after: Callable[[], None] = lambda: None,
     copy: bool = False,
     allow_nonfinite: bool = False,
     facts: Mapping[str, Any] = MappingProxyType({"loss": None, "after_finite_step": True}),
 ) -> Callable[[], None]:
-    """Check and describe what is to be saved, and copy it if asked to. A collective, as is what it returns: the write.
+    """Check and plan what is to be saved, and copy it if asked to. A collective, as is what it returns: the write.
 
     Args:
+        kept: of the save before, for the next.
         facts: what else the document has under "checkpoint".
         group: the ranks, for the collectives of the write; None is all of them.
         after: called on rank 0 when the checkpoint is complete.
     """
     require_state(state)
-    ranks, partial, began = state.ranks, folders.partial_of(folder), time.time()
+    ranks, began = state.ranks, time.time()
 
-    def describe() -> tuple[list[Slice], _SavePlanner, list[dict[str, Any]], dict[str, Any]]:
+    def describe() -> tuple[Description, list[Slice], Report, dict[str, Any]]:
         if (reason := refused_steps(state.optimizer)) is not None:
             raise InputError(f"there is nothing to save: {reason}")
         state.init()
         # Buffers need not agree (BatchNorm's under DDP), so rank 0's are written whole.
         slices = [s for s in state.slices() if s.kind != "buffer" or ranks.is_main]
-        planner = _SavePlanner(manifest.describe(slices), state.step_counts(), manifest.first_weights(slices))
-        if "checkpoint" in document:
-            raise ValueError('the document has a key "checkpoint", which is ours')
-        for key, value in document.items():  # better now, on this line, than in the background
-            try:
-                json.dumps({key: value}, allow_nan=False)
-            except (TypeError, ValueError) as error:
-                raise InputError(f"document[{key!r}]: {error}") from error
-        # A copy: a caller may count on in the same dict while this is written in the background.
-        return slices, planner, states.group_settings(state.inner), deepcopy(dict(document))
+        described, chunks = manifest.describe(slices + manifest.extras_as_slices(extras))
+        groups = {"groups": states.group_settings(state.inner)}
+        report = Report(manifest.pack_counts(state.step_counts()), manifest.first_bits(chunks))
+        return described, chunks, report, {**_checked(document), "checkpoint": groups}
 
-    slices, planner, groups, kept = ranks.together(describe)
-    bad = [] if allow_nonfinite else sorted(set(itertools.chain(*ranks.gather(not_finite(slices)))))
-    if bad:
-        raise NonFiniteError(f"checkpoint {folder} is not written: {few(bad)}")
+    described, chunks, report, content = ranks.together(describe)
+    kept.agree(described, ranks)
+    if kept.share is None:  # no replicas, whose first elements could differ
+        report = report._replace(firsts=None)
+    reports = ranks.gather_to_main(report)
 
-    def begin() -> dict[str, Tensor]:
+    def compare() -> manifest.StepCounts:
+        """On rank 0: what replicas have must be equal."""
+        if reports is None or kept.plan is None:
+            return {}
+        if kept.plan.replicas is not None:
+            kept.plan.replicas.check([r.firsts for r in reports if r.firsts is not None])
+        return manifest.merge_counts(r.counts for r in reports)
+
+    step_counts = ranks.together(compare)
+    mine = chunks if kept.share is None else [part(chunks[i], begin, n) for i, begin, n in kept.share.tolist()]
+    if not allow_nonfinite:
+        bad = set(itertools.chain(*ranks.gather(ranks.together(lambda: not_finite(mine)))))
+        if bad:
+            raise NonFiniteError(f"checkpoint {folder} is not written: {few(bad)}")
+
+    def begin() -> list[Tensor]:
         if ranks.is_main:
             folders.begin(folder)
-        return _tensors(slices, extras, copy=copy)
+        tensors = [t for s in mine for t in s.tensors]
+        return [kept.staging.copy(tensors)] if copy and tensors else tensors
 
     tensors = ranks.together(begin)
     save_id = ranks.from_main(uuid.uuid4().hex)
+    plan, partial = kept.plan, folders.partial_of(folder)
 
-    def publish(written: list[Written], metadata: Metadata) -> None:
-        for file in written:
-            path = partial / file.file
-            if not path.is_file() or path.stat().st_size != file.record.size:
+    def write_own() -> FileRecord | None:
+        if not tensors:
+            return None
+        partial.mkdir(parents=True, exist_ok=True)
+        return blocks.write_file(partial / data_file(ranks.rank), save_id, tensors)
+
+    def publish(plan: Plan, files: dict[str, FileRecord]) -> None:
+        for name, record in files.items():
+            path = partial / name
+            if not path.is_file() or path.stat().st_size != record.size:
                 raise InputError(
                     f"{path}, written by another rank, is not there: run.dir must be on a file system "
                     f"that all nodes share"
                 )
-        index = index_content(save_id, written, metadata)
-        write_bytes(partial / INDEX, index)
-        records = {INDEX: FileRecord.of(index), **{file.file: file.record for file in written}}
-        described = {
+        records = {INDEX: write_index(partial, save_id, plan.table), **files}
+        content["checkpoint"] |= {
             "format": FORMAT,
             "save_id": save_id,
             "name": folders.final_name(folder.name),
@@ -159,90 +198,65 @@ def prepare(
             "torch": torch.__version__,
             "byteorder": sys.byteorder,
             "world_size": ranks.world_size,
-            "parameters": planner.parameters,
-            "step_counts": planner.step_counts,
-            "groups": groups,
-            "extras": planner.extras,
+            "parameters": plan.parameters,
+            "step_counts": step_counts,
+            "extras": plan.extras,
             "files": {name: record._asdict() for name, record in records.items()},
         }
-        write_document(partial, {**kept, "checkpoint": described})
+        write_document(partial, content)
         folders.publish(partial, folder, folders.is_complete)
         after()
 
-    writer = Writer(partial, ranks.rank, save_id, publish)
-
     def write() -> None:
-        try:
-            dcp.save(
-                tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=not ranks.distributed
-            )
-        except CheckpointException as error:
-            _give_up(folder, error, ranks)
+        records = _on_all(write_own, folder, ranks, group)
+        files = {data_file(rank): record for rank, record in enumerate(records) if record is not None}
+        _on_all(lambda: publish(plan, files) if plan is not None else None, folder, ranks, group)
 
     return write
 
 
-def _tensors(slices: list[Slice], extras: Mapping[str, Tensor], copy: bool) -> dict[str, Tensor]:
-    """The tensors that DCP is to write. With `copy`, tensors of its own on the CPU."""
-
-    def staged(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", copy=True) if copy else tensor.detach()
-
-    tensors: dict[str, Tensor] = {}
-    for s in slices:
-        parts = tuple(local_tensor(t) for t in s.tensors)
-        if s.layout.ranges and s.format is None:
-            chunks = {start: staged(c) for start, c in chunks_of(s.layout, parts[0]).items()}
-            tensors[manifest.vector_key(s.name, s.kind)] = FlatShard(s.layout.numel, parts[0].dtype, chunks)
-        elif s.layout.ranges:
-            for key, part in zip(manifest.block_keys(s.name, s.kind, s.layout.ranges), parts, strict=True):
-                tensors[key] = staged(part.reshape(-1))  # a rank may hold the same range in another shape
-    tensors.update((manifest.extra_key(key), staged(tensor)) for key, tensor in extras.items())
-    return tensors
+def _checked(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy, since a caller may count on in the same dict while this is written in the background."""
+    if "checkpoint" in document:
+        raise ValueError('the document has a key "checkpoint", which is ours')
+    for key, value in document.items():  # better now, on this line, than in the background
+        try:
+            json.dumps({key: value}, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"document[{key!r}]: {error}") from error
+    return deepcopy(dict(document))
 
 
-class _SavePlanner(DefaultSavePlanner):
-    """Also sends every rank's descriptions to rank 0, which puts them together and refuses a gap."""
+def _on_all(action: Callable[[], T], folder: Path, ranks: Ranks, group: dist.ProcessGroup | None) -> list[T]:
+    """Run `action` on every rank. A collective.
 
-    def __init__(self, described: manifest.Descriptions, *by_name: dict[str, dict[str, Any]]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.described, self.by_name = described, by_name
-        self.step_counts: manifest.StepCounts = {}
-        self.parameters: manifest.Parameters = {}
-        self.extras: list[str] = []
+    Returns:
+        What it returned, by rank.
 
-    def create_local_plan(self) -> SavePlan:
-        return replace(super().create_local_plan(), planner_data=(self.described, *self.by_name))
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        self.parameters = manifest.merge([plan.planner_data[0] for plan in all_plans])
-        self.step_counts, _ = (manifest.merge_equal([p.planner_data[i] for p in all_plans]) for i in (1, 2))
-        # DCP looks for gaps itself, but not when a rank writes alone, and it names bounds without ranges.
-        chunks: dict[str, set[tuple[int, int]]] = {}
-        for item in (item for plan in all_plans for item in plan.items):
-            if len(item.tensor_data.size) == 1:  # type: ignore[union-attr]
-                chunk = item.tensor_data.chunk  # type: ignore[union-attr]
-                chunks.setdefault(item.index.fqn, set()).add((chunk.offsets[0], chunk.sizes[0]))
-        manifest.check_coverage(self.parameters, chunks)
-        plans, metadata = super().create_global_plan([replace(plan, planner_data=None) for plan in all_plans])
-        keys, prefix = metadata.state_dict_metadata, manifest.extra_key("")
-        self.extras = sorted(key.removeprefix(prefix) for key in keys if key.startswith(prefix))
-        return plans, metadata
-
-
-def _give_up(folder: Path, error: CheckpointException, ranks: Ranks) -> NoReturn:
-    """Raise DCP's error, which every rank has, as what it was where it arose; drop what was written."""
+    Raises:
+        InputError, RuntimeError: the first rank's error, on all; what was written for `folder` is deleted then.
+    """
+    error: BaseException | None = None
+    failure: tuple[type[InputError | RuntimeError], str] | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except BaseException as e:  # Ctrl-C too, since the others wait for this rank
+        error = e
+        if isinstance(e, OSError):
+            told = f"cannot write checkpoint {folder} (rank {ranks.rank}: {e}); free some space or change run.dir"
+            failure = InputError, told
+        elif isinstance(e, InputError):
+            failure = InputError, str(e)
+        else:
+            failure = RuntimeError, f"checkpoint {folder} was not written: rank {ranks.rank}: {type(e).__name__}: {e}"
+    world = group if group is not None or not ranks.distributed else dist.group.WORLD
+    results = all_gather_objects((failure, result), world)
+    first = next((told for told, _ in results if told is not None), None)
+    if first is None:
+        return cast(list[T], [result for _, result in results])
     if ranks.is_main:
         folders.abandon(folder)
-    rank, (cause, _) = min(error.failures.items())
-    if isinstance(cause, OSError):
-        raise InputError(
-            f"cannot write checkpoint {folder} (rank {rank}: {cause}); free some space or change run.dir"
-        ) from error
-    if isinstance(cause, InputError):
-        raise InputError(str(cause)) from error
-    if isinstance(cause, ValueError):
-        raise ValueError(f"checkpoint {folder}: {cause}") from error
-    if not isinstance(cause, Exception):  # Ctrl-C
-        raise cause
-    raise RuntimeError(f"checkpoint {folder} was not written: rank {rank}: {type(cause).__name__}: {cause}") from error
+    if error is not None and not isinstance(error, Exception):
+        raise error
+    raise first[0](first[1]) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardopt.checkpoint import folders, manifest
-from shardopt.checkpoint.document import DOCUMENT
-from shardopt.checkpoint.index import DTYPES
-from shardopt.checkpoint.loading import check_stored, fill, open_checkpoint, recode, tensor_keys
+from shardopt.checkpoint import folders
+from shardopt.checkpoint.document import DOCUMENT, read_document
+from shardopt.checkpoint.index import DTYPES, read_index
+from shardopt.checkpoint.loading import read_slices
 from shardopt.errors import InputError
 from shardopt.slices import Layout, Slice
 
@@ -92,9 +91,9 @@ class Stored:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.document, self._index = open_checkpoint(self.folder)
-        self.parameters: manifest.Parameters = self.document["checkpoint"]["parameters"]
-        check_stored(self.folder, self.parameters, self._index)
+        self.document = read_document(self.folder)
+        self._index = read_index(self.folder, self.document)
+        self.parameters: dict[str, dict[str, Any]] = self.document["checkpoint"]["parameters"]
 
     @property
     def keys(self) -> list[tuple[str, str]]:
@@ -113,8 +112,7 @@ class Stored:
 
     def bytes(self, name: str, kind: str) -> int:
         """Bytes of a tensor's data as it is stored."""
-        keys = tensor_keys(name, kind, self.parameters[name])
-        return sum(math.prod(entry.size) * entry.dtype.itemsize for entry in map(self._index.tensors.__getitem__, keys))
+        return self._index.nbytes(name, kind)
 
     def read(self, name: str, kind: str, into: Tensor | None = None) -> Tensor:
         """A whole tensor in its own shape, on the CPU; bits as they are stored, a block format as fp32.
@@ -122,13 +120,10 @@ class Stored:
         Args:
             into: where to put it, a contiguous tensor of that shape and dtype; by default a new one.
         """
-        shape, entry = self.parameters[name]["shape"], self.parameters[name]["kinds"][kind]
+        shape = self.parameters[name]["shape"]
         into = torch.empty(shape, dtype=self.dtype(name, kind)) if into is None else into
-        flat = into.view(-1)
-        if "format" in entry:
-            recode(self.folder, self._index, entry, Slice(name, kind, Layout.whole(name, shape), (flat,)))
-        elif flat.numel():
-            fill(self.folder, self._index, {manifest.vector_key(name, kind): flat})
+        whole = Slice(name, kind, Layout.whole(name, shape), (into,))
+        read_slices(self.folder, self._index, self._index.tensors, [whole])
         return into
 
     def weights(self, averaged: bool = False) -> Iterator[tuple[str, Tensor]]:

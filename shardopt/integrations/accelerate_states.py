@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shardopt import checkpoint
-from shardopt.checkpoint.flat import few
 from shardopt.checkpoint.stored import SLICES
 from shardopt.distributed import Ranks
-from shardopt.errors import InputError
+from shardopt.errors import InputError, few
 from shardopt.integrations.hosted import ZeroAdEMAMix
 
 

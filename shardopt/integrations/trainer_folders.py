@@ -31,11 +31,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from shardopt import checkpoint
 from shardopt.checkpoint.blocks import BLOCK, DamagedError, FileRecord, reading
 from shardopt.checkpoint.document import DOCUMENT
-from shardopt.checkpoint.flat import few
 from shardopt.checkpoint.folders import sync, write_json
 from shardopt.checkpoint.stored import SLICES
 from shardopt.distributed import Ranks
-from shardopt.errors import InputError
+from shardopt.errors import InputError, few
 from shardopt.slices import named_parameters, persistent_buffers
 
 FILES = "shardopt-files.json"

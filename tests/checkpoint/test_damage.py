@@ -167,9 +167,9 @@ def test_a_disk_in_trouble_is_an_error_and_nothing_is_set_aside(
 
 def test_a_checkpoint_of_another_version_is_refused_and_not_set_aside(tmp_path: Path) -> None:
     _save_both(0, 1, tmp_path)
-    (tmp_path / NEW / "checkpoint.json").write_text('{"checkpoint": {"format": 3}}')
+    (tmp_path / NEW / "checkpoint.json").write_text('{"checkpoint": {"format": 4}}')
     for latest in (checkpoint.latest, lambda root: checkpoint.latest_intact(root, made.ranks_here())):
-        with pytest.raises(InputError, match="has checkpoint format 3, this shardopt reads format 4"):
+        with pytest.raises(InputError, match="has checkpoint format 4, this shardopt reads format 5"):
             latest(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [OLD, NEW]
 

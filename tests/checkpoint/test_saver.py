@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from shardopt import checkpoint
-from shardopt.checkpoint import Saver, folders, saving
+from shardopt.checkpoint import Saver, blocks, folders
 from shardopt.errors import InputError
 from shardopt.slices import Layout, Slice
 from tests.checkpoint import made
@@ -75,20 +75,19 @@ def test_the_background_writes_what_was_there_at_the_call(tmp_path: Path) -> Non
     assert checkpoint.load_extras(root / "step-00000003", ["rng"])["rng"].tolist() == [1, 2]
 
 
-class _Held(saving.Writer):
-    """Writes when told to."""
+def _hold(monkeypatch: pytest.MonkeyPatch, gate: Path) -> None:
+    """Data are written when told to."""
 
-    gate: Path
-
-    def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        while not self.gate.exists():
+    def write_file(*arguments: Any, write: Any = blocks.write_file) -> Any:
+        while not gate.exists():
             time.sleep(0.01)
-        return super().write_data(*args, **kwargs)
+        return write(*arguments)
+
+    monkeypatch.setattr(blocks, "write_file", write_file)
 
 
 def test_saving_returns_before_the_disk_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "Writer", _Held)
-    monkeypatch.setattr(_Held, "gate", tmp_path / "gate", raising=False)
+    _hold(monkeypatch, tmp_path / "gate")
     root = tmp_path / "root"
     saver = Saver(root, 1, made.ranks_here(), asynchronous=True)
     given, tensor = _slice(1)
@@ -105,8 +104,7 @@ def test_saving_returns_before_the_disk_has_it(tmp_path: Path, monkeypatch: pyte
 def test_an_exception_does_not_wait_for_a_save_in_the_background(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "Writer", _Held)
-    monkeypatch.setattr(_Held, "gate", tmp_path / "gate", raising=False)
+    _hold(monkeypatch, tmp_path / "gate")
     root = tmp_path / "root"
     ranks = dataclasses.replace(made.ranks_here(), timeout=timedelta(seconds=0.2))
 
@@ -299,7 +297,7 @@ def _killed_writing(rank: int, world_size: int, root: Path) -> None:
     saver.save(1, made.State(made.slices(made.rows, rank, world_size), saver.ranks))
     saver.wait()
     if rank == 1:
-        saving.Writer.write_data = lambda *_: _die()  # type: ignore[assignment,method-assign]
+        blocks.write_file = lambda *_: _die()  # type: ignore[assignment]
     saver.save(2, made.State(made.slices(made.rows, rank, world_size), saver.ranks))
     saver.wait()
 

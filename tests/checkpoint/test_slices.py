@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardopt import AdEMAMix, checkpoint
-from shardopt.checkpoint import folders, manifest
+from shardopt.checkpoint import folders, planning
 from shardopt.checkpoint.index import read_index
 from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError
@@ -54,7 +54,7 @@ def test_the_document_says_what_was_written(tmp_path: Path) -> None:
     document = checkpoint.read_document(tmp_path / "a")
     assert document["config"] == {"lr": 1e-3}
     written = document["checkpoint"]
-    assert (written["format"], written["torch"]) == (4, torch.__version__)
+    assert (written["format"], written["torch"]) == (5, torch.__version__)
     assert {name: tuple(p["shape"]) for name, p in written["parameters"].items()} == made.SHAPES
     kinds = written["parameters"]["norm.weight"]["kinds"]
     assert kinds == {
@@ -66,7 +66,7 @@ def test_replicas_are_written_once_and_by_turns(tmp_path: Path) -> None:
     on_ranks(2, made.save, tmp_path / "a", made.whole)
     index = read_index(tmp_path / "a", checkpoint.read_document(tmp_path / "a"))
     assert all(len(t.chunks) == 1 for t in index.tensors.values())
-    assert {index.files[t.chunks[0, 2]] for t in index.tensors.values()} == {"rank-00000.data", "rank-00001.data"}
+    assert {t.chunks[0, 2] for t in index.tensors.values()} == {0, 1}
 
 
 def _save_fsdp(rank: int, world_size: int, folder: Path) -> dict[str, Tensor]:
@@ -120,7 +120,8 @@ def test_extras_are_read_by_key_and_absent_ones_left_out(tmp_path: Path) -> None
         "both": (torch.bool, True),
     }
     extras = checkpoint.read_document(tmp_path / "a")["checkpoint"]["extras"]
-    assert extras == ["both", "rng/rank-00000", "rng/rank-00001"]
+    assert list(extras) == ["both", "rng/rank-00000", "rng/rank-00001"]
+    assert extras["both"] == {"shape": [], "dtypes": ["bool"]}
 
 
 def test_a_parameter_without_elements_is_kept(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def _refused(rank: int, world_size: int, folder: Path, cut: made.Cut, skip_rank:
 
 def test_a_gap_is_not_saved(tmp_path: Path) -> None:
     on_ranks(3, _refused, tmp_path / "a", made.flat, 1, "elements .* are held by no rank")
-    # Alone, where DCP's own check does not look.
+    # Alone, too.
     layout = Layout.contiguous("w", (10,), 0, 9)
     with pytest.raises(ValueError, match="w/m1: elements 9 to 10 of 10 are held by no rank"):
         checkpoint.save(tmp_path / "a", made.State([Slice("w", "m1", layout, (torch.ones(9),))], made.ranks_here()))
@@ -293,7 +294,7 @@ def test_convert_changes_the_dtype(tmp_path: Path) -> None:
 def test_a_stored_gap_is_found_before_anything_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout.contiguous("w", (10,), 0, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "check_coverage", lambda *_: None)
+        patch.setattr(planning, "check_coverage", lambda *_: None)
         checkpoint.save(tmp_path / "a", made.State([Slice("w", "m1", layout, (torch.ones(6),))], made.ranks_here()))
     assert folders.is_complete(tmp_path / "a")
     live = torch.full((10,), 7.0)
@@ -353,6 +354,21 @@ def _load_blocks(rank: int, world_size: int, folder: Path, fmt: str, pieces: int
 def test_a_block_format_is_exact_on_its_layout(tmp_path: Path, fmt: str, pieces: int) -> None:
     on_ranks(2, _save_blocks, tmp_path / "a", fmt, pieces)
     on_ranks(2, _load_blocks, tmp_path / "a", fmt, pieces, True)
+
+
+def _replicas_in_blocks(rank: int, world_size: int, folder: Path, fmt: str) -> list[int]:
+    layout, here = Layout.whole("w", tuple(NUMBERS.shape)), made.ranks_here(rank, world_size)
+    live, expected = _blocks(fmt, layout, filled=False), _blocks(fmt, layout, filled=True)
+    checkpoint.save(folder, made.State([expected], here))
+    checkpoint.load(folder, made.State([live], here))
+    assert all(torch.equal(a, b) for a, b in zip(live.tensors, expected.tensors, strict=True))
+    index = read_index(folder, checkpoint.read_document(folder))
+    return index.tensors["w", "m2"].chunks[:, 2].tolist()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_replicas_of_a_block_format_are_shared_out_and_exact(tmp_path: Path, fmt: str) -> None:
+    assert on_ranks(3, _replicas_in_blocks, tmp_path / "a", fmt)[0] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

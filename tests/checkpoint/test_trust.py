@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import warnings
@@ -10,16 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 from shardopt import checkpoint
-from shardopt.checkpoint import DamagedError, saving
-from shardopt.checkpoint.blocks import FileRecord
+from shardopt.checkpoint import DamagedError
 from shardopt.checkpoint.document import INDEX, write_document
-from shardopt.checkpoint.index import read_index
+from shardopt.checkpoint.index import read_table, write_index
 from shardopt.errors import InputError
+from shardopt.slices import Layout, Slice
 from tests.checkpoint import made
 
 
@@ -39,7 +39,7 @@ def _load_refused(folder: Path, reason: str) -> None:
 
 
 def test_reading_unpickles_nothing_of_the_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.json", "index.json", "rank-00000.data"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.json", "index.bin", "rank-00000.data"]
 
     class Runs:
         def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -50,8 +50,8 @@ def test_reading_unpickles_nothing_of_the_index(folder: Path, monkeypatch: pytes
     live = made.slices(made.whole, filled=False)
     checkpoint.load(folder, made.State(live, made.ranks_here()))
     assert made.wrong(live) == []
-    (folder / "index.json").write_bytes(content)
-    _load_refused(folder, "index.json is damaged: ")
+    (folder / "index.bin").write_bytes(content)
+    _load_refused(folder, "index.bin is damaged: ")
     assert not (folder / "ran").exists()
     pickle.loads(content)
     assert (folder / "ran").exists()  # the trap works
@@ -68,117 +68,108 @@ def test_nothing_that_is_read_is_a_pickle(folder: Path, monkeypatch: pytest.Monk
     assert made.wrong(live) == []
 
 
-def test_the_index_is_what_dcp_would_write(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-
-    def keep(writer: Any, metadata: Any, results: Any) -> None:
-        found.append(metadata)
-        finish(writer, metadata, results)
-
-    finish = saving.Writer.finish
-    monkeypatch.setattr(saving.Writer, "finish", keep)
-    made.save(0, 1, tmp_path / "b", made.whole)
-    index = read_index(tmp_path / "b", checkpoint.read_document(tmp_path / "b"))
-    assert index.metadata(index.tensors).state_dict_metadata == found[0].state_dict_metadata
-
-
-def _seal(folder: Path, index: bytes | None = None, change: Callable[[Any], None] = lambda _: None) -> None:
-    """Put another index, and a changed document, into a checkpoint, with the checksums that they should have."""
+def _seal(folder: Path, change: Callable[[Any], None] = lambda _: None) -> None:
+    """Change a document, and give it the checksum that it should have."""
     document = checkpoint.read_document(folder)
-    if index is not None:
-        (folder / INDEX).write_bytes(index)
-        document["checkpoint"]["files"][INDEX] = FileRecord.of(index)._asdict()
     change(document["checkpoint"])
     write_document(folder, document)
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("", "Expecting value"),
-        ("[]", "indices must be integers"),
-        ('{"save_id": "SAVE_ID", "files": [], "tensors": {"w": {}}}', "not enough values to unpack"),
-        ('{"save_id": "SAVE_ID", "files": [], "tensors": {"w": ["object", [1], []]}}', "KeyError"),
-        ('{"save_id": "SAVE_ID", "files": [], "tensors": {"w": [[], [1], []]}}', "unhashable"),
-        ('{"save_id": "SAVE_ID", "files": [], "tensors": {"w": ["float32", [true], []]}}', "was expected, not True"),
-        ('{"save_id": "SAVE_ID", "files": [], "tensors": {"w": ["float32", [1e9], []]}}', "a count was expected"),
-        ('{"save_id": "0", "files": [], "tensors": {}}', "of another save than the document"),
-        ("[" * 10**6, "RecursionError"),
-    ],
-)  # fmt: skip
-def test_a_crafted_index_is_refused(folder: Path, content: str, reason: str) -> None:
-    save_id = checkpoint.read_document(folder)["checkpoint"]["save_id"]
-    _seal(folder, content.replace("SAVE_ID", save_id).encode())
-    _load_refused(folder, "index.json is refused: .*" + reason)
+Table = Any  # [chunks, 5] of int64
 
 
-Index = dict[str, Any]
+def _rewrite(folder: Path, change: Callable[[Table], Table | None]) -> None:
+    """Put a changed index into a checkpoint, with the checksums that it should have."""
+    document = checkpoint.read_document(folder)
+    table = read_table(folder, document).copy()
+    changed = change(table)
+    record = write_index(folder, document["checkpoint"]["save_id"], table if changed is None else changed)
+    _seal(folder, lambda written: written["files"].update({INDEX: record._asdict()}))
 
 
-def _rewrite(folder: Path, change: Callable[[Index], None]) -> None:
-    index = json.loads((folder / INDEX).read_text())
-    change(index)
-    _seal(folder, json.dumps(index).encode())
+def _place(**changed: int) -> Callable[[Table], None]:
+    """Change the chunk of embed.weight/weight, the second last by name of the last kind."""
 
-
-def _place(**changed: int) -> Callable[[Index], None]:
-    def change(index: Index) -> None:
-        (flat,) = (t[2] for key, t in index["tensors"].items() if key == "embed.weight/weight")
-        for number, name in enumerate(("start", "length", "file", "byte")):
-            flat[number] = changed.get(name, flat[number])
+    def change(table: Table) -> None:
+        (row,) = (row for row in table if row[2] == 52 and row[0] == 8)
+        for number, name in enumerate(("tensor", "start", "length", "file", "byte")):
+            row[number] = changed.get(name, row[number])
 
     return change
-
-
-def _elsewhere(index: Index) -> None:
-    index["files"] = ["../../etc/passwd"]
-
-
-def _huge(index: Index) -> None:
-    index["tensors"]["embed.weight/weight"][1] = [10**30]
-
-
-def _fraction(index: Index) -> None:
-    index["tensors"]["embed.weight/weight"][2][0] = 0.5
-
-
-def _other_dtype(index: Index) -> None:
-    next(iter(index["tensors"].values()))[0] = "uint8"
-
-
-def _drop_entry(index: Index) -> None:
-    index["tensors"].popitem()
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_elsewhere, "is not a data file of this checkpoint"),
-        (_place(file=1), "beyond its end, or in no file"),
-        (_place(byte=-64), "chunks that are no counts"),
-        (_place(length=-1), "chunks that are no counts"),
-        (_place(start=2**70), "chunks that are no counts"),
-        (_fraction, "chunks that are no counts"),
-        (_place(length=53), "beyond its end, or in no file"),
-        (_place(byte=10**9), "has a chunk without its data"),
+        (_place(file=1), "rank-00001.data is not a data file of this checkpoint"),
+        (_place(file=10**12), "is not a data file of this checkpoint"),
+        (_place(byte=-64), "numbers that are no counts"),
+        (_place(length=-1), "numbers that are no counts"),
+        (_place(length=0), "numbers that are no counts"),
+        (_place(tensor=12), "or of no tensor"),
+        (_place(length=53), "beyond its tensor's end"),
+        (_place(start=2**63 - 1), "beyond its tensor's end"),
+        (_place(start=1), "beyond its tensor's end"),
+        (_place(start=1, length=51), "embed.weight/weight: elements 0 to 1 of 52 are held by no rank"),
+        (_place(byte=2**63 - 64), "has a chunk without its data"),
+        (_place(byte=0), "has a chunk without its data"),
         (_place(byte=130), "has a chunk without its data"),
-        (_huge, "OverflowError|beyond its end"),
+        (_place(byte=128), "has chunks that lie over each other"),
+        (lambda table: table[:-1], "norm.weight/weight: elements 0 to 1 of 1 are held by no rank"),
+        (lambda table: table[::-1].copy(), "its chunks are not in order"),
+        (lambda table: np.repeat(table, 2, axis=0), "its chunks are not in order"),
+        (lambda table: table[:, :4].copy(), "bytes are no table"),
+        (lambda table: table[:0], "elements 0 to 52 of 52 are held by no rank"),
     ],
 )  # fmt: skip
-def test_an_index_that_does_not_fit_its_files_is_refused(
-    folder: Path, change: Callable[[Index], None], reason: str
+def test_an_index_that_does_not_fit_its_document_or_files_is_refused(
+    folder: Path, change: Callable[[Table], Table | None], reason: str
 ) -> None:
     _rewrite(folder, change)
+    _load_refused(folder, "index.bin is refused: .*" + reason)
+
+
+def test_scales_beyond_the_end_of_their_file_are_refused(tmp_path: Path) -> None:
+    codes, scales = torch.ones(257, dtype=torch.int8), torch.ones(3)
+    held = [Slice("w", "m1", Layout.whole("w", (257,)), (codes, scales), "block8")]
+    checkpoint.save(tmp_path / "a", made.State(held, made.ranks_here()))
+    table = read_table(tmp_path / "a", checkpoint.read_document(tmp_path / "a"))
+    assert table.tolist() == [[0, 0, 257, 0, 128]]
+    _rewrite(tmp_path / "a", lambda table: table + np.array([0, 0, 0, 0, 64]))
+    with pytest.raises(DamagedError, match="has a chunk without its scales"):
+        checkpoint.load(tmp_path / "a", made.State(held, made.ranks_here()))
+
+
+def _other_dtype(written: Any) -> None:
+    written["parameters"]["embed.weight"]["kinds"]["weight"]["dtypes"] = ["float64"]
+
+
+def _unknown_dtype(written: Any) -> None:
+    written["parameters"]["embed.weight"]["kinds"]["weight"]["dtypes"] = ["object"]
+
+
+def _without_a_kind(written: Any) -> None:
+    written["parameters"]["embed.weight"]["kinds"].popitem()
+
+
+def _huge(written: Any) -> None:
+    written["parameters"]["embed.weight"]["shape"] = [10**30]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_other_dtype, "has chunks that lie over each other"),
+        (_unknown_dtype, "KeyError"),
+        (_without_a_kind, "refused"),
+        (_huge, "OverflowError"),
+    ],
+)
+def test_a_document_that_its_index_does_not_fit_is_refused(
+    folder: Path, change: Callable[[Any], None], reason: str
+) -> None:
+    _seal(folder, change)
     _load_refused(folder, reason)
-
-
-@pytest.mark.parametrize("change", [_other_dtype, _drop_entry])
-def test_an_index_that_does_not_fit_its_document_is_refused(folder: Path, change: Callable[[Index], None]) -> None:
-    _rewrite(folder, change)
-    live = made.slices(made.whole, filled=False)
-    with pytest.raises(InputError, match="is not there with the dtype that its document names"):
-        checkpoint.load(folder, made.State(live, made.ranks_here()))
-    assert all((s.tensors[0] == 7).all() for s in live)
 
 
 def test_a_truncated_data_file_is_refused_before_anything_is_touched(folder: Path) -> None:
@@ -196,9 +187,9 @@ def test_a_truncated_data_file_is_refused_before_anything_is_touched(folder: Pat
     [
         ("{", "is not the document of a shardopt checkpoint"),
         ("[]", "is not the document of a shardopt checkpoint"),
-        ('{"checkpoint": {"format": 1}}', "has checkpoint format 1, this shardopt reads format 4"),
-        ('{"checkpoint": {"format": 4}}', "is damaged: it has no checksum"),
-        ('{"crc32": "00000000",\n"checkpoint": {"format": 4}}', "is damaged, or was edited: its checksum is another"),
+        ('{"checkpoint": {"format": 1}}', "has checkpoint format 1, this shardopt reads format 5"),
+        ('{"checkpoint": {"format": 5}}', "is damaged: it has no checksum"),
+        ('{"crc32": "00000000",\n"checkpoint": {"format": 5}}', "is damaged, or was edited: its checksum is another"),
     ],
 )
 def test_another_document_is_refused(folder: Path, content: str, reason: str) -> None:
@@ -217,11 +208,12 @@ def test_another_document_is_refused(folder: Path, content: str, reason: str) ->
         {"step_counts": {"w": {"step": "3"}}},
         {"step_counts": {"w": {"step": True}}},
         {"files": {}},
-        {"files": {"index.json": {"size": "3", "crc32": ""}}},
-        {"files": {"../index.json": {"size": 0, "crc32": ""}}},
+        {"files": {"index.bin": {"size": "3", "crc32": ""}}},
+        {"files": {"../index.bin": {"size": 0, "crc32": ""}}},
         {"save_id": 3},
         {"world_size": -1},
         {"extras": None},
+        {"extras": {"rng": {"shape": [3], "dtypes": []}}},
         {"byteorder": 1},
     ],
     ids=str,

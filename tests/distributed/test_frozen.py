@@ -15,7 +15,7 @@ from tests.pretrain import tiny
 # Rank 1 does something else than the others, in the step or in the background save that begins after step 3.
 HANGS = """
 import os, signal, sys, time
-from shardopt.checkpoint import saving
+from shardopt.checkpoint import blocks
 from shardopt.pretrain import step
 
 def elsewhere():
@@ -24,7 +24,7 @@ def elsewhere():
 what = {"stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP), "elsewhere": elsewhere}[sys.argv.pop()]
 where = sys.argv.pop()
 if os.environ["RANK"] == "1":
-    loss, write = step.token_loss_sum, saving.Writer.write_data
+    loss, write = step.token_loss_sum, blocks.write_file
     steps = []
 
     def in_step(*arguments):
@@ -39,7 +39,7 @@ if os.environ["RANK"] == "1":
 
     step.token_loss_sum = in_step
     if where == "save":
-        saving.Writer.write_data = in_save
+        blocks.write_file = in_save
 from shardopt.cli import main
 sys.exit(main())
 """

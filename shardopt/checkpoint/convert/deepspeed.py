@@ -22,8 +22,7 @@ from torch import Tensor
 
 from shardopt.checkpoint.convert.state import ADAMW, Scratch, TrainingState, Whole, check_zip, is_alone
 from shardopt.checkpoint.convert.state_dict import load
-from shardopt.checkpoint.flat import few
-from shardopt.errors import InputError
+from shardopt.errors import InputError, few
 from shardopt.optim import schema
 from shardopt.slices import canonical_name
 

@@ -15,8 +15,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shardopt.checkpoint.flat import few
-from shardopt.errors import InputError, MissingExtraError
+from shardopt.errors import InputError, MissingExtraError, few
 from shardopt.optim.from_adamw import SETTINGS, STATE_FROM_ADAMW, settings_from_adamw
 from shardopt.optim.precision import join_fp32
 

@@ -14,6 +14,7 @@ import io
 import math
 import pickle
 import re
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from shardopt.checkpoint.convert.state import Scratch, TrainingState, Whole, check_zip
 from shardopt.errors import InputError
 from shardopt.slices import canonical_name
+
+# One process is meant.
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to"
+)
 
 _METADATA = ".metadata"
 _DATA_FILE = re.compile(r"__\d+_\d+\.distcp")

@@ -17,10 +17,9 @@ from shardopt.checkpoint.convert.state import Scratch, TrainingState, Whole, rea
 from shardopt.checkpoint.convert.state_dict import from_state_dict, load, to_state_dict
 from shardopt.checkpoint.document import DOCUMENT
 from shardopt.checkpoint.export import INDEX, WHOLE, export_safetensors, model_files
-from shardopt.checkpoint.flat import few
 from shardopt.checkpoint.stored import SLICES
 from shardopt.distributed import Ranks
-from shardopt.errors import InputError, MissingExtraError
+from shardopt.errors import InputError, MissingExtraError, few
 from shardopt.slices import named_parameters, persistent_buffers
 
 _OPTIMIZER, _SCHEDULER, _STATE = "optimizer.pt", "scheduler.pt", "trainer_state.json"

@@ -1,6 +1,6 @@
 import pytest
 
-from shardopt.checkpoint.flat import coverage_error
+from shardopt.checkpoint.ranges import coverage_error
 
 
 @pytest.mark.parametrize(
