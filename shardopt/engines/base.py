@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardopt.distributed import Ranks
+from shardopt.engines.compile import CompileName, compile_forward
 from shardopt.engines.state import ModuleState, ShardedState
 from shardopt.errors import InputError
 from shardopt.optim.registry import OptimizerSpec
@@ -47,6 +48,7 @@ class EngineInputs:
         initialise: gives the (sharded) model storage and its first weights, in place.
         optimizer: class, hyper-parameters and parameter groups.
         blocks: the transformer blocks, in forward order (FSDP2 shards each).
+        compile: run torch.compile on the forward of each block, or of the whole model.
     """
 
     ranks: Ranks
@@ -54,6 +56,7 @@ class EngineInputs:
     initialise: Callable[[nn.Module], None]
     optimizer: OptimizerSpec
     blocks: list[nn.Module]
+    compile: CompileName = "none"
 
 
 class Engine(abc.ABC):
@@ -114,6 +117,7 @@ class ModuleEngine(Engine):
     def __init__(self, inputs: EngineInputs, compute_dtype: DtypeName) -> None:
         self.state = self.state_class(inputs.optimizer.build(inputs.model), inputs.model, inputs.ranks)
         autocast_forward(inputs.model, inputs.ranks.device, compute_dtype)
+        compile_forward(inputs.compile, inputs.model, inputs.blocks)
 
     def backward(self, loss: Tensor) -> None:
         # DDP and FSDP2 average over ranks; the engine's contract is a sum.

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shardopt.engines.base import Engine, EngineInputs, compute_dtype
+from shardopt.engines.compile import compile_forward
 from shardopt.engines.deepspeed.config import DeepspeedConfig, check_state_dtype
 from shardopt.engines.deepspeed.layouts import Flat
 from shardopt.engines.deepspeed.state import COUNTS, DeepspeedState
@@ -48,6 +49,7 @@ class DeepspeedEngine(Engine):
                 self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=merged)
         except (ValueError, AssertionError) as error:
             raise InputError(f"engine.config: DeepSpeed refuses this configuration: {error}") from error
+        compile_forward(inputs.compile, model, inputs.blocks)
         self.model = self._deepspeed
         self.state = DeepspeedState(self.model, optimizer, model, ranks)
         self.state.fill_groups()

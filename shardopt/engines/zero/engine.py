@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from shardopt.distributed import Ranks
 from shardopt.engines.base import Config, DtypeName, Engine, EngineInputs, autocast_forward, replicated_mesh
+from shardopt.engines.compile import compile_forward
 from shardopt.engines.state import ShardedState
 from shardopt.engines.zero.groups import check_settings
 from shardopt.engines.zero.optimizer import ZeroOptimizer
@@ -109,12 +110,14 @@ class ZeroEngine(Engine):
             reduce_dtype=config.reduce_dtype,
             process_group=replicated_mesh(ranks, config.replicate) if config.replicate > 1 else None,
             model=self.model,
-            overlap_gather=inputs.blocks,
+            # A compiled forward would take the hooks that wait in it for constants.
+            overlap_gather=inputs.blocks if inputs.compile == "none" else (),
             **spec.kwargs,
         )
         optimizer.reducer.scale = 1.0  # the engine's gradients are sums
         self.state = ZeroState(optimizer, ranks)
         autocast_forward(self.model, ranks.device, config.compute_dtype)
+        compile_forward(inputs.compile, self.model, inputs.blocks, config.bucket_mb * 2**20)
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         return self.state.optimizer.accumulate(last)

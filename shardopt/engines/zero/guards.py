@@ -24,6 +24,7 @@ class Hook:
     def __init__(self, method: Callable[..., None], *args: Any) -> None:
         self.method, self.args = weakref.WeakMethod(method), args
 
+    @torch.compiler.disable  # torch.compile would do it once, as it traces
     def __call__(self, *_: Any) -> None:
         if (method := self.method()) is not None:
             method(*self.args)
