@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from shardopt import engines
 from shardopt.checkpoint.keep import Keep
 from shardopt.engines import EngineConfig, FsdpConfig
+from shardopt.engines.compile import CompileName
 from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import registry
 from shardopt.pretrain.data.config import DataConfig, holds_tokenizer
@@ -88,6 +89,8 @@ class TrainConfig(Section):
     """Largest L2 norm of the whole gradient; null for none."""
     activation_checkpointing: bool = False
     """Recompute the activations of each block in backward (non-reentrant)."""
+    compile: CompileName = "none"
+    """torch.compile of each block, or of the whole model; the first step then takes a minute or more."""
     loss_chunks: int = Field(1, ge=1)
     """Chunks of the sequence in which logits and loss are made, each again in backward: 16 hold a sixteenth of the
     logits at a time."""
@@ -228,8 +231,9 @@ class Config(Section):
 # What may differ between a run and its resumption; everything else changes what the run computes.
 MAY_CHANGE = (
     "run.dir", "run.resume", "run.device", "run.timeout_minutes", "engine", "train.micro_batch",
-    "train.activation_checkpointing", "train.loss_chunks", "train.max_nonfinite_steps", "eval", "checkpoint",
-    "tracking", "data.cache", "data.tokenizer.trust_remote_code", "model.attention", "model.trust_remote_code",
+    "train.activation_checkpointing", "train.compile", "train.loss_chunks", "train.max_nonfinite_steps", "eval",
+    "checkpoint", "tracking", "data.cache", "data.tokenizer.trust_remote_code", "model.attention",
+    "model.trust_remote_code",
 )  # fmt: skip
 
 

@@ -103,6 +103,7 @@ class Run:
                 initialise=lambda m: model.initialise(m, ranks.device, config.run.seed, config.model.path),
                 optimizer=spec,
                 blocks=model.blocks_of(meta),
+                compile=config.train.compile,
             ),
         )
         stack.callback(self.engine.close)
