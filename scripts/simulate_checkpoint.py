@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from shardopt.checkpoint import loading, manifest, planning
 from shardopt.checkpoint.blocks import BLOCK, HEADER, FileRecord
-from shardopt.checkpoint.document import FORMAT, INDEX, read_document, write_document
+from shardopt.checkpoint.document import FORMAT, index_file, read_document, write_document
 from shardopt.checkpoint.index import Index, Sizes, data_file, read_table, write_index
 from shardopt.slices import Layout, Slice
 
@@ -160,10 +160,12 @@ def simulate(model: str, engine: str, ranks: int, root: Path) -> Row:
     sizes = Sizes.of(sorted(entries, key=lambda e: manifest.file_order((e.name, e.kind))))
     ends = np.zeros(ranks, dtype=np.int64)
     np.maximum.at(ends, plan.table[:, 3], plan.table[:, 4] + sizes.spans(plan.table[:, 0], plan.table[:, 2]))
-    records = {data_file(r): FileRecord(int(end), "0" * 8 * -(-int(end) // BLOCK)) for r, end in enumerate(ends) if end}
+    records = {
+        data_file(r, ""): FileRecord(int(end), "0" * 8 * -(-int(end) // BLOCK)) for r, end in enumerate(ends) if end
+    }
 
     def write() -> None:
-        files = {INDEX: write_index(root, "0" * 32, plan.table), **records}
+        files = {index_file(""): write_index(root / index_file(""), "0" * 32, plan.table), **records}
         written = {
             "format": FORMAT, "save_id": "0" * 32, "name": "simulated", "time": 0.0, "loss": None,
             "after_finite_step": True, "torch": torch.__version__, "byteorder": sys.byteorder, "world_size": ranks,

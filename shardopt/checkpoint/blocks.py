@@ -9,18 +9,20 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from shardopt.checkpoint.store import Read, asking, is_local, opened, upload
 from shardopt.errors import InputError
 
 T = TypeVar("T")
 
 BLOCK = 4 * 2**20  # bytes; a reader of a few elements reads and checks this much
+_REQUESTS = 16  # to a store at a time, each of which waits for the network most of the while
 ALIGN = 64  # bytes; every tensor begins at a multiple, so that no element lies in two blocks
 # zlib's crc32 makes 4.3 GB/s and xxh3 24 GB/s on one core, where writing makes 1.5: not worth a dependency.
 HEADER = 128  # bytes of a data file before its first tensor
@@ -67,7 +69,8 @@ class Wanted(NamedTuple):
 
 
 def write_file(path: Path, save_id: str, tensors: Sequence[Tensor]) -> FileRecord:
-    """Write the bytes of `tensors`, on any device, after a header with the save's id; on the disk when this returns.
+    """Write the bytes of `tensors`, on any device, after a header with the save's id; on the disk, or in the store,
+    when this returns.
 
     They lie there as `places` says, from `HEADER` on.
     """
@@ -79,24 +82,35 @@ def write_file(path: Path, save_id: str, tensors: Sequence[Tensor]) -> FileRecor
         for block, at, piece in _cut(start, part):
             blocks[block].append((at, piece))
 
+    def content_of(number: int) -> memoryview:
+        length = min(BLOCK, end - number * BLOCK)
+        pieces = blocks[number]
+        if len(pieces) == 1 and pieces[0][1].numel() == length:
+            block = pieces[0][1].cpu()
+        else:
+            block = torch.zeros(length, dtype=torch.uint8)
+            for at, piece in pieces:
+                block[at : at + piece.numel()].copy_(piece)
+        return memoryview(block.numpy().data)
+
+    if not is_local(path):
+        sums = []
+        with upload(path) as file:
+            for content in map(content_of, range(len(blocks))):
+                file.write(content)
+                sums.append(_crc(content))
+        return FileRecord(end, "".join(sums))
+
     with path.open("wb", buffering=0) as file:
 
         def write(number: int) -> str:
-            length = min(BLOCK, end - number * BLOCK)
-            pieces = blocks[number]
-            if len(pieces) == 1 and pieces[0][1].numel() == length:
-                block = pieces[0][1].cpu()
-            else:
-                block = torch.zeros(length, dtype=torch.uint8)
-                for at, piece in pieces:
-                    block[at : at + piece.numel()].copy_(piece)
-            content = memoryview(block.numpy().data)
+            content = content_of(number)
             done = 0
-            while done < length:
+            while done < len(content):
                 done += os.pwrite(file.fileno(), content[done:], number * BLOCK + done)
             return _crc(content)
 
-        crc32 = "".join(_in_threads(write, range(len(blocks))))
+        crc32 = "".join(_in_threads(write, range(len(blocks)), path))
         os.fsync(file.fileno())
     return FileRecord(end, crc32)
 
@@ -118,21 +132,21 @@ def read_file(path: Path, save_id: str, record: FileRecord, wanted: Iterable[Wan
     for start, dtype, target in wanted:
         for block, at, piece in _cut(start, target.view(-1), dtype.itemsize):
             blocks.setdefault(block, []).append((at, dtype, piece))
-    with _opened(path, save_id, record) as descriptor:
+    with _opened(path, save_id, record) as read_bytes:
 
         def read(number: int) -> None:
-            content = _block(path, descriptor, record, number)
+            content = _block(path, read_bytes, record, number)
             for at, dtype, piece in blocks[number]:
                 stored = torch.frombuffer(content, dtype=torch.uint8, count=piece.numel() * dtype.itemsize, offset=at)
                 piece.copy_(stored.view(dtype))
 
-        _in_threads(read, sorted(blocks))
+        _in_threads(read, sorted(blocks), path)
 
 
 def check_file(path: Path, save_id: str, record: FileRecord, blocks: Iterable[int]) -> None:
     """Check the size, the header and some blocks of a file that `write_file` wrote; raises as `read_file`."""
-    with _opened(path, save_id, record) as descriptor:
-        _in_threads(lambda number: len(_block(path, descriptor, record, number)), blocks)
+    with _opened(path, save_id, record) as read_bytes:
+        _in_threads(lambda number: len(_block(path, read_bytes, record, number)), blocks, path)
 
 
 def check_content(path: Path, content: bytes, record: FileRecord) -> None:
@@ -145,9 +159,10 @@ def check_content(path: Path, content: bytes, record: FileRecord) -> None:
 def reading(path: Path) -> Iterator[None]:
     """Tell a file that is missing (damage) from one that cannot be read now (a disk or network in trouble)."""
     try:
-        yield
+        with asking(path):
+            yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise DamagedError(f"{path} is missing ({error.strerror})") from error
+        raise DamagedError(f"{path} is missing ({error.strerror or error})") from error
     except OSError as error:
         raise InputError(
             f"cannot read {path}: {error.strerror or error}. The disk or the network may be in trouble, so this is "
@@ -156,34 +171,29 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path, save_id: str, record: FileRecord) -> Iterator[int]:
-    with reading(path):
-        descriptor = os.open(path, os.O_RDONLY)
-    try:
+def _opened(path: Path, save_id: str, record: FileRecord) -> Iterator[Read]:
+    """How to read a file, of which the size and the header are as they must be."""
+    with ExitStack() as stack:
         with reading(path):
-            size, header = os.fstat(descriptor).st_size, os.pread(descriptor, HEADER, 0)
+            size, read = stack.enter_context(opened(path))
         if size != record.size:
             raise DamagedError(f"{path} is damaged: it has {size} bytes, and was written with {record.size}")
+        with reading(path):
+            header = read(0, HEADER)
         if header != _header(path.name, save_id):
             raise DamagedError(f"{path} is of another save, or damaged: its header is not of this checkpoint")
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        yield read
 
 
-def _block(path: Path, descriptor: int, record: FileRecord, number: int) -> bytearray:
+def _block(path: Path, read: Read, record: FileRecord, number: int) -> bytearray:
     """A block that was read and checked."""
-    start = number * BLOCK
-    content = bytearray(min(BLOCK, record.size - start))
-    done = 0
+    start, end = number * BLOCK, min(number * BLOCK + BLOCK, record.size)
     with reading(path):
-        while done < len(content):
-            count = os.preadv(descriptor, [memoryview(content)[done:]], start + done)
-            if count == 0:
-                raise DamagedError(f"{path} is damaged: it was cut short while it was read")
-            done += count
+        content = read(start, end)
+    if len(content) < end - start:
+        raise DamagedError(f"{path} is damaged: it was cut short while it was read")
     if _crc(content) != record.crc32[8 * number : 8 * number + 8]:
-        raise DamagedError(f"{path} is damaged: bytes {start} to {start + len(content)} do not have their checksum")
+        raise DamagedError(f"{path} is damaged: bytes {start} to {end} do not have their checksum")
     return content
 
 
@@ -206,8 +216,9 @@ def _crc(content: bytes | bytearray | memoryview) -> str:
     return f"{zlib.crc32(content):08x}"
 
 
-def _in_threads(function: Callable[[int], T], numbers: Iterable[int]) -> list[T]:
-    """The results in order, worked out by this thread and one more; or the first error."""
+def _in_threads(function: Callable[[int], T], numbers: Iterable[int], path: Path) -> list[T]:
+    """The results in order, worked out by this thread and others, as many as the place of `path` serves at a time; or
+    the first error."""
     todo = deque(enumerate(numbers))
     results: list[T | None] = [None] * len(todo)
     errors: list[BaseException] = []
@@ -216,7 +227,7 @@ def _in_threads(function: Callable[[int], T], numbers: Iterable[int]) -> list[T]
         while todo and not errors:
             try:
                 at, number = todo.popleft()
-            except IndexError:  # the other thread was faster
+            except IndexError:  # another thread was faster
                 return
             try:
                 results[at] = function(number)
@@ -224,11 +235,12 @@ def _in_threads(function: Callable[[int], T], numbers: Iterable[int]) -> list[T]
                 errors.append(error)
 
     # Not an executor, which takes no work any more when the interpreter ends and a save is still being written.
-    helper = threading.Thread(target=work, name="checkpoint-blocks") if len(todo) > 1 else None
-    if helper is not None:
+    count = min(2 if is_local(path) else _REQUESTS, len(todo)) - 1
+    helpers = [threading.Thread(target=work, name="checkpoint-blocks") for _ in range(count)]
+    for helper in helpers:
         helper.start()
     work()
-    if helper is not None:
+    for helper in helpers:
         helper.join()
     if errors:
         raise errors[0]

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from shardopt.checkpoint.blocks import DamagedError, FileRecord, reading
+from shardopt.checkpoint.store import as_folder, is_local, put
 from shardopt.errors import InputError
 
 DOCUMENT = "checkpoint.json"
-INDEX = "index.bin"
 FORMAT = 5
 
 # The first line has a checksum of all that follows; the whole is JSON.
@@ -34,7 +34,7 @@ def read_document(folder: str | Path) -> dict[str, Any]:
         DamagedError: it is missing or is not what was written.
         InputError: it cannot be read, or is of another version.
     """
-    path = Path(folder) / DOCUMENT
+    path = as_folder(folder) / DOCUMENT
     try:
         with reading(path):
             content = path.read_bytes()
@@ -71,13 +71,32 @@ def write_document(folder: Path, document: dict[str, Any]) -> None:
     write_bytes(folder / DOCUMENT, b'{"crc32": "%s",\n' % _crc(rest) + rest)
 
 
+def infix_for(folder: Path, save_id: str) -> str:
+    """What is in the names of the files of a new save: in a store its id, since they are written beside those of the
+    save before, which stay until the document is exchanged."""
+    return "" if is_local(folder) else f"-{save_id}"
+
+
+def infix_of(document: dict[str, Any]) -> str:
+    """What is in the names of a checkpoint's files, wherever it lies now; see `infix_for`."""
+    written = document["checkpoint"]
+    return "" if index_file("") in written["files"] else f"-{written['save_id']}"
+
+
+def index_file(infix: str) -> str:
+    return f"index{infix}.bin"
+
+
 def records_of(document: dict[str, Any]) -> dict[str, FileRecord]:
     """What the files beside a checked document must be."""
     return {name: FileRecord(**stored) for name, stored in document["checkpoint"]["files"].items()}
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, on the disk when this returns."""
+    """Write a file, on the disk when this returns; in a store by one request, so that it is there whole or not."""
+    if not is_local(path):
+        put(path, content)
+        return
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -119,8 +138,8 @@ def _check(written: dict[str, Any]) -> None:
         if "/" in name or name.startswith("."):
             raise ValueError(f"{name!r} is not a file of a checkpoint")
         FileRecord.parse(stored)
-    if INDEX not in written["files"]:
-        raise ValueError(f"it names no {INDEX}")
+    if index_file(infix_of({"checkpoint": written})) not in written["files"]:
+        raise ValueError("it names no index")
 
 
 def _expect(kind: type, *values: Any) -> None:

@@ -1,11 +1,15 @@
-"""Checkpoint folders: written aside, renamed when whole, recognised, replaced and cleaned up.
+"""Checkpoint folders: written, recognised, replaced and cleaned up, whatever is killed when.
 
-A folder under its final name is always whole, whatever was killed when: it gets that name by one rename after
+On this machine's file systems a folder under its final name is always whole: it gets that name by one rename after
 every byte is on the disk, and it loses it by one rename before anything in it is deleted.
 
     .NAME.partial     being written, or left by a run that died
     .NAME.previous    what NAME held before, for the moment between two renames
     .NAME.deleting    on its way out
+
+A store (`store`) has no rename. There a folder is a checkpoint from the moment its document is put, which names its
+files, until the document is deleted, which is done first. Files have the save's id in their names, so that those of two
+saves lie beside each other while one replaces the other; what no document names is left by a run that died.
 """
 
 from __future__ import annotations
@@ -20,13 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from shardopt.checkpoint.blocks import DamagedError, reading
-from shardopt.checkpoint.document import read_document, records_of, write_bytes
+from shardopt.checkpoint.document import DOCUMENT, read_document, records_of, write_bytes
+from shardopt.checkpoint.store import as_folder, delete, exists, is_local, listing, move
 from shardopt.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 _ASIDE = re.compile(r"\.(.+)\.(partial|previous|deleting)")
 _STEP = re.compile(r"(?:step-(\d+)|\.step-(\d+)\.previous)")
+_TRAINERS_STEP = re.compile(r"checkpoint-(\d+)")
+_OF_A_SAVE = re.compile(r".+-[0-9a-f]{32}\.\w+")  # see document.name_in
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -37,6 +44,12 @@ def step_of(name: str) -> int | None:
     """The step in the name of a checkpoint's folder; None where it is another name."""
     match = _STEP.fullmatch(name)
     return int(match[1] or match[2]) if match else None
+
+
+def trainers_step_of(name: str) -> int | None:
+    """The step in the name of a checkpoint folder of HF Trainer; None where it is another name."""
+    match = _TRAINERS_STEP.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def final_name(name: str) -> str:
@@ -60,24 +73,29 @@ def _incomplete(folder: Path) -> DamagedError | None:
         InputError: the folder cannot be read now, or is of another version.
     """
     try:
-        for name, record in records_of(read_document(folder)).items():
-            with reading(folder / name):
-                if (folder / name).stat().st_size != record.size:
-                    raise DamagedError(f"{folder / name} is damaged: it has another size")
+        records = records_of(read_document(folder))
+        with reading(folder):
+            there = listing(folder)
+        for name, record in records.items():
+            if name not in there:
+                raise DamagedError(f"{folder / name} is missing")
+            if there[name] != record.size:
+                raise DamagedError(f"{folder / name} is damaged: it has another size")
     except DamagedError as error:
         return error
     return None
 
 
 def step_folders(root: Path) -> dict[int, Path]:
-    """Everything under `root` that has the name of a checkpoint, by its step, newest first."""
+    """Everything under `root` that has the name of a checkpoint, by its step, newest first; in a store what has a
+    document, too."""
     found: dict[int, Path] = {}
     with reading(root):
-        names = sorted(root.iterdir()) if root.is_dir() else []
-    # Sorted by name, ".step-….previous" comes before "step-…", which then takes its place.
-    for folder in names:
-        if (step := step_of(folder.name)) is not None:
-            found[step] = folder
+        # Sorted by name, ".step-….previous" comes before "step-…", which then takes its place.
+        for name in sorted(listing(root)):
+            step = step_of(name)
+            if step is not None and (is_local(root) or exists(root / name / DOCUMENT)):
+                found[step] = root / name
     return dict(sorted(found.items(), reverse=True))
 
 
@@ -96,56 +114,96 @@ def latest(root: str | Path) -> Path | None:
     Raises:
         InputError: the disk cannot be read now, or a newer checkpoint is of another version.
     """
-    return next((folder for folder in step_folders(Path(root)).values() if _incomplete(folder) is None), None)
+    return next((folder for folder in step_folders(as_folder(root)).values() if _incomplete(folder) is None), None)
 
 
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, so that its step can be written again; its new name."""
     name = folder.name.removeprefix(".").removesuffix(".previous")
     aside = folder.with_name(f"{name}.damaged")
-    while aside.exists():
+    while exists(aside):
         aside = aside.with_name(aside.name + "-again")
-    return folder.rename(aside)
+    if is_local(folder):
+        return folder.rename(aside)
+    # The document last: without one, the files that a process which dies here has not moved would be cleaned up.
+    for file in sorted(listing(folder), key=lambda file: file == DOCUMENT):
+        move(folder / file, aside / file)
+    return aside
 
 
 def partial_of(folder: Path) -> Path:
-    """The folder to write in before it gets the name `folder`."""
-    return _aside(folder, "partial")
+    """The folder to write in before it gets the name `folder`; in a store `folder` itself."""
+    return _aside(folder, "partial") if is_local(folder) else folder
+
+
+def check_writable(root: Path) -> None:
+    """Raise InputError where no checkpoint can be written under `root`."""
+    if is_local(root):
+        begin(root / "probe").rmdir()
+        return
+    try:
+        write_bytes(root / ".probe", b"")
+        delete(root / ".probe")
+    except OSError as error:
+        raise _unwritable(root, error) from error
 
 
 def begin(folder: Path) -> Path:
-    """Make `partial_of(folder)`, new and empty, and return it.
+    """Make `partial_of(folder)`, new and empty, and return it; in a store there is nothing to make.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: it cannot be made, or a folder of a store holds something else.
     """
     partial = partial_of(folder)
+    if not is_local(folder):
+        with reading(folder):
+            there = listing(folder)
+        strangers = [name for name in there if name != DOCUMENT and not _OF_A_SAVE.fullmatch(name)]
+        if strangers or (DOCUMENT in there and _incomplete(folder) is not None):
+            raise _occupied(folder)
+        return partial
     try:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot write to {folder.parent}: {error.strerror}; change run.dir") from error
+        raise _unwritable(folder.parent, error) from error
     return partial
+
+
+def _unwritable(root: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write to {root}: {error.strerror or error}; name another folder (for a run: run.dir)")
+
+
+def _occupied(folder: Path) -> InputError:
+    return InputError(f"{folder} holds something else: move it away, or choose another folder")
 
 
 def abandon(folder: Path) -> None:
     """Delete what was being written for `folder`, after a failure that is being raised."""
-    shutil.rmtree(partial_of(folder), ignore_errors=True)
+    if is_local(folder):
+        shutil.rmtree(partial_of(folder), ignore_errors=True)
+    else:
+        _sweep(folder)
 
 
 def publish(partial: Path, folder: Path, replaceable: Callable[[Path], bool]) -> None:
     """Give `partial`, whose files are synced, the name `folder`; what had that name is deleted after that.
 
+    In a store the document, put last, has made it complete already, and the files of the save before are deleted.
+
     Raises:
         InputError: `folder` holds something that is not `replaceable`.
     """
+    if not is_local(folder):
+        _sweep(folder)
+        return
     sync(partial)
     previous = _aside(folder, "previous")
     if folder.exists():
         if any(folder.iterdir()):
             if not replaceable(folder):
-                raise InputError(f"{folder} holds something else: move it away, or choose another folder")
+                raise _occupied(folder)
             if previous.exists():
                 shutil.rmtree(previous)
             folder.rename(previous)
@@ -159,6 +217,15 @@ def publish(partial: Path, folder: Path, replaceable: Callable[[Path], bool]) ->
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint; killed halfway, nothing that looks complete is left."""
+    if not is_local(folder):
+        try:
+            delete(folder / DOCUMENT)
+            delete(folder)
+        except FileNotFoundError:  # the document was all
+            pass
+        except OSError as error:
+            _warn_of(folder, error)
+        return
     doomed = _aside(folder, "deleting")
     if doomed.exists():
         _delete(doomed)
@@ -182,8 +249,30 @@ def _warn_of(folder: Path, error: OSError) -> None:
     logger.warning("%s cannot be deleted (%s), which is tried again later", folder, error.strerror or error)
 
 
+def _sweep(folder: Path) -> None:
+    """Delete the files of saves, in a folder of a store, that its document does not name; all where it has none.
+
+    What cannot be told or deleted now stays, with a warning, for the next time.
+    """
+    try:
+        there = listing(folder)
+        named = records_of(read_document(folder)) if DOCUMENT in there else {}
+        for name in there:
+            if _OF_A_SAVE.fullmatch(name) and name not in named:
+                delete(folder / name)
+    except InputError as error:  # a document that cannot be read, or is damaged, which is not for us to say
+        logger.warning("%s is not cleaned up: %s", folder, error)
+    except OSError as error:
+        _warn_of(folder, error)
+
+
 def clean(root: Path) -> None:
     """Put `root` in order after a run that died: leftovers go, one caught mid-replacement comes back."""
+    if not is_local(root):
+        for name in listing(root):
+            if step_of(name) is not None:
+                _sweep(root / name)
+        return
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         match = _ASIDE.fullmatch(folder.name)
         if not match or not _STEP.fullmatch(match[1]):
@@ -196,7 +285,7 @@ def clean(root: Path) -> None:
 
 def prune(root: Path, checkpoints: Iterable[Path]) -> None:
     """Delete these checkpoints under `root`, and what could not be deleted before; a failure is a warning."""
-    for leftover in sorted(root.glob(".step-*.deleting")):
+    for leftover in sorted(root.glob(".step-*.deleting")) if is_local(root) else []:
         _delete(leftover)
     for folder in checkpoints:
         remove(folder)

@@ -21,7 +21,7 @@ from shardopt.checkpoint.blocks import (
     read_file,
     write_file,
 )
-from shardopt.checkpoint.document import INDEX, records_of
+from shardopt.checkpoint.document import index_file, infix_of, records_of
 from shardopt.checkpoint.manifest import Entry, dtype_name, vector_key
 from shardopt.checkpoint.ranges import Ints, gaps
 from shardopt.errors import InputError, few
@@ -81,6 +81,8 @@ class Index(NamedTuple):
     """The tensors of a checkpoint, and the files that they lie in."""
 
     save_id: str
+    infix: str
+    """Of its files' names: see `document.infix_of`."""
     records: dict[str, FileRecord]
     """Of the data files."""
     tensors: dict[tuple[str, str], StoredTensor]
@@ -88,14 +90,15 @@ class Index(NamedTuple):
 
     @classmethod
     def of(cls, document: dict[str, Any], table: Ints) -> Index:
-        """From a document and the content of INDEX, both checked (see `read_table`)."""
+        """From a document and the content of its index, both checked (see `read_table`)."""
         entries = manifest.entries_of(document["checkpoint"])
         ends = np.searchsorted(table[:, 0], np.arange(len(entries) + 1))
         tensors = {
             key: StoredTensor(entry, table[ends[i] : ends[i + 1], 1:]) for i, (key, entry) in enumerate(entries.items())
         }
-        records = {name: record for name, record in records_of(document).items() if name != INDEX}
-        return cls(document["checkpoint"]["save_id"], records, tensors)
+        infix, records = infix_of(document), records_of(document)
+        del records[index_file(infix)]
+        return cls(document["checkpoint"]["save_id"], infix, records, tensors)
 
     def check_files(self, folder: Path, names: Iterable[str]) -> None:
         """Check that data files are there, of this save and with their sizes; their content is not read.
@@ -118,13 +121,13 @@ class Index(NamedTuple):
         for file, one in wanted:
             files.setdefault(file, []).append(one)
         for file in sorted(files):
-            name = data_file(file)
+            name = data_file(file, self.infix)
             read_file(folder / name, self.save_id, self.records[name], files[file])
 
 
-def data_file(number: int) -> str:
-    """The file that rank `number` has written."""
-    return f"rank-{number:05d}.data"
+def data_file(number: int, infix: str) -> str:
+    """The file that rank `number` has written; see `document.infix_of`."""
+    return f"rank-{number:05d}{infix}.data"
 
 
 def scales_at(byte: int, codes: int, dtype: torch.dtype) -> int:
@@ -136,9 +139,9 @@ def _aligned(bytes_: Any) -> Any:
     return -(-bytes_ // ALIGN) * ALIGN
 
 
-def write_index(folder: Path, save_id: str, table: Ints) -> FileRecord:
+def write_index(path: Path, save_id: str, table: Ints) -> FileRecord:
     """Write a plan's index, on the disk when this returns; its record."""
-    return write_file(folder / INDEX, save_id, [torch.from_numpy(table).view(-1)])
+    return write_file(path, save_id, [torch.from_numpy(table).view(-1)])
 
 
 def read_index(folder: Path, document: dict[str, Any]) -> Index:
@@ -147,14 +150,14 @@ def read_index(folder: Path, document: dict[str, Any]) -> Index:
 
 
 def read_table(folder: Path, document: dict[str, Any]) -> Ints:
-    """The content of INDEX, checked against the document: [chunks, 5], number of the tensor and `StoredTensor.chunks`.
+    """The index, checked against the document: [chunks, 5], number of the tensor and `StoredTensor.chunks`.
 
     Raises:
         DamagedError: it is missing, is not what was written, or does not fit the document.
         InputError: it cannot be read, or a format is not known.
     """
-    path, records, written = folder / INDEX, records_of(document), document["checkpoint"]
-    record = records[INDEX]
+    infix, records, written = infix_of(document), records_of(document), document["checkpoint"]
+    path, record = folder / index_file(infix), records[index_file(infix)]
     try:
         if record.size < HEADER or (record.size - HEADER) % (8 * _COLUMNS):
             raise ValueError(f"{record.size} bytes are no table")
@@ -164,7 +167,7 @@ def read_table(folder: Path, document: dict[str, Any]) -> Ints:
         entries = list(manifest.entries_of(written).values())
         for entry in entries:
             _check_entry(folder, entry)
-        _check(table, entries, records)
+        _check(table, entries, records, infix)
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, OverflowError) as error:
@@ -183,7 +186,7 @@ def _dtypes_of(kind: str, name: str) -> list[str]:
     return [dtype_name(format_of(kind, name).dtype(torch.float32)), dtype_name(SCALE)] if name in FORMATS else []
 
 
-def _check(table: Ints, entries: Sequence[Entry], records: dict[str, FileRecord]) -> None:
+def _check(table: Ints, entries: Sequence[Entry], records: dict[str, FileRecord], infix: str) -> None:
     """Raise ValueError where the table does not hold every element once, or names data that no file has."""
     tensor, start, length, file, byte = table.T
     if (table < 0).any() or (tensor >= len(entries)).any() or (length == 0).any():
@@ -200,9 +203,9 @@ def _check(table: Ints, entries: Sequence[Entry], records: dict[str, FileRecord]
         raise ValueError("incomplete: " + few(named))
     numbers, which = np.unique(file, return_inverse=True)
     for number in numbers.tolist():
-        if data_file(number) not in records:
-            raise ValueError(f"{data_file(number)} is not a data file of this checkpoint")
-    size = np.array([records[data_file(number)].size for number in numbers.tolist()], dtype=np.int64)[which]
+        if data_file(number, infix) not in records:
+            raise ValueError(f"{data_file(number, infix)} is not a data file of this checkpoint")
+    size = np.array([records[data_file(number, infix)].size for number in numbers.tolist()], dtype=np.int64)[which]
     if (
         (byte % ALIGN).any()
         or (byte < HEADER).any()

@@ -16,6 +16,7 @@ from shardopt.checkpoint.document import read_document
 from shardopt.checkpoint.index import DTYPES, SCALE, Index, StoredTensor, read_index, read_table, scales_at
 from shardopt.checkpoint.manifest import EXTRA, Entries, vector_key
 from shardopt.checkpoint.ranges import overlap, packed, same_blocks
+from shardopt.checkpoint.store import as_folder
 from shardopt.engines.state import ShardedState, require_state
 from shardopt.errors import InputError, few
 from shardopt.optim import states
@@ -68,7 +69,7 @@ def load(
             what to change.
     """
     require_state(state)
-    folder, ranks = Path(folder), state.ranks
+    folder, ranks = as_folder(folder), state.ranks
 
     def read() -> tuple[dict[str, Any], Any] | None:
         """Rank 0 reads and checks the document and the index; the others get what they say."""
@@ -121,7 +122,7 @@ def load_extras(folder: str | Path, keys: Iterable[str]) -> dict[str, Tensor]:
     Raises:
         InputError: not a checkpoint that can be read.
     """
-    folder = Path(folder)
+    folder = as_folder(folder)
     index = read_index(folder, read_document(folder))
     found: dict[str, Tensor] = {}
     for key in keys:

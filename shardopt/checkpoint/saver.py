@@ -18,6 +18,7 @@ from shardopt.checkpoint import folders
 from shardopt.checkpoint.document import read_document
 from shardopt.checkpoint.keep import Keep
 from shardopt.checkpoint.saving import Kept, prepare
+from shardopt.checkpoint.store import as_folder
 from shardopt.distributed import Ranks
 from shardopt.engines.state import ShardedState
 from shardopt.errors import InputError
@@ -50,7 +51,7 @@ class Saver:
         *,
         allow_nonfinite: bool = False,
     ) -> None:
-        self.root, self.ranks, self.asynchronous = Path(root), ranks, asynchronous
+        self.root, self.ranks, self.asynchronous = as_folder(root), ranks, asynchronous
         self.allow_nonfinite = allow_nonfinite
         self._cleaned = False
         self._known: dict[Path, dict[str, Any]] = {}  # of complete checkpoints, on rank 0
@@ -62,7 +63,7 @@ class Saver:
                 raise InputError(f"keep must be a number of checkpoints or a checkpoint.Keep, got {keep!r}")
             self.keep = Keep(keep) if isinstance(keep, int) else keep
             if ranks.is_main:
-                folders.begin(self.root / "probe").rmdir()
+                folders.check_writable(self.root)
 
         ranks.together(check)
         # The background thread's collectives must not mix with the training's.

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from shardopt.checkpoint import blocks, folders, manifest, planning
 from shardopt.checkpoint.blocks import FileRecord
-from shardopt.checkpoint.document import FORMAT, INDEX, write_document
+from shardopt.checkpoint.document import FORMAT, index_file, infix_for, write_document
 from shardopt.checkpoint.finite import not_finite
 from shardopt.checkpoint.index import data_file, write_index
 from shardopt.checkpoint.manifest import Description
 from shardopt.checkpoint.planning import Plan, Share
 from shardopt.checkpoint.ranges import Ints, part
 from shardopt.checkpoint.staging import Staging
+from shardopt.checkpoint.store import as_folder, is_local
 from shardopt.distributed import Ranks, all_gather_objects
 from shardopt.engines.state import ShardedState, refused_steps, require_state
 from shardopt.errors import InputError, NonFiniteError, few
@@ -75,7 +76,7 @@ def save(
         InputError: replicas (DDP) whose weights or step counts differ; a document that is not JSON.
         InputError: an element that no rank holds, ranks that disagree about shapes or dtypes.
     """
-    prepare(Path(folder), state, document or {}, extras or {}, kept=Kept(), allow_nonfinite=allow_nonfinite)()
+    prepare(as_folder(folder), state, document or {}, extras or {}, kept=Kept(), allow_nonfinite=allow_nonfinite)()
 
 
 @dataclass
@@ -172,23 +173,25 @@ def prepare(
 
     tensors = ranks.together(begin)
     save_id = ranks.from_main(uuid.uuid4().hex)
-    plan, partial = kept.plan, folders.partial_of(folder)
+    plan, partial, infix = kept.plan, folders.partial_of(folder), infix_for(folder, save_id)
 
     def write_own() -> FileRecord | None:
         if not tensors:
             return None
-        partial.mkdir(parents=True, exist_ok=True)
-        return blocks.write_file(partial / data_file(ranks.rank), save_id, tensors)
+        if is_local(partial):
+            partial.mkdir(parents=True, exist_ok=True)
+        return blocks.write_file(partial / data_file(ranks.rank, infix), save_id, tensors)
 
     def publish(plan: Plan, files: dict[str, FileRecord]) -> None:
         for name, record in files.items():
             path = partial / name
             if not path.is_file() or path.stat().st_size != record.size:
                 raise InputError(
-                    f"{path}, written by another rank, is not there: run.dir must be on a file system "
-                    f"that all nodes share"
+                    f"{path}, written by another rank, is not there: the folder (run.dir, of a run) must be on a file "
+                    f"system that all nodes share"
                 )
-        records = {INDEX: write_index(partial, save_id, plan.table), **files}
+        index = index_file(infix)
+        records = {index: write_index(partial / index, save_id, plan.table), **files}
         content["checkpoint"] |= {
             "format": FORMAT,
             "save_id": save_id,
@@ -209,7 +212,7 @@ def prepare(
 
     def write() -> None:
         records = _on_all(write_own, folder, ranks, group)
-        files = {data_file(rank): record for rank, record in enumerate(records) if record is not None}
+        files = {data_file(rank, infix): record for rank, record in enumerate(records) if record is not None}
         _on_all(lambda: publish(plan, files) if plan is not None else None, folder, ranks, group)
 
     return write
@@ -244,8 +247,8 @@ def _on_all(action: Callable[[], T], folder: Path, ranks: Ranks, group: dist.Pro
     except BaseException as e:  # Ctrl-C too, since the others wait for this rank
         error = e
         if isinstance(e, OSError):
-            told = f"cannot write checkpoint {folder} (rank {ranks.rank}: {e}); free some space or change run.dir"
-            failure = InputError, told
+            advice = "free some space, or name another folder (for a run: run.dir)"
+            failure = InputError, f"cannot write checkpoint {folder} (rank {ranks.rank}: {e}); {advice}"
         elif isinstance(e, InputError):
             failure = InputError, str(e)
         else:

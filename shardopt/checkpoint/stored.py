@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,31 @@ import torch
 from torch import Tensor
 
 from shardopt.checkpoint import folders
+from shardopt.checkpoint.blocks import reading
 from shardopt.checkpoint.document import DOCUMENT, read_document
 from shardopt.checkpoint.index import DTYPES, read_index
 from shardopt.checkpoint.loading import read_slices
+from shardopt.checkpoint.store import as_folder, exists, is_local, listing
 from shardopt.errors import InputError
 from shardopt.slices import Layout, Slice
 
 SLICES = "shardopt"
 """The folder in an HF Trainer's checkpoint-N that holds every rank's slices."""
 
-_STEP = re.compile(r"(?:step|checkpoint)-(\d+)")
-
 
 def step_of(folder: Path) -> int | None:
     """The step in the name of a checkpoint's folder, ours or an HF Trainer's."""
-    match = _STEP.fullmatch(folder.parent.name if folder.name == SLICES else folder.name)
-    return int(match[1]) if match else None
+    if folder.name == SLICES:
+        return folders.trainers_step_of(folder.parent.name)
+    return folders.step_of(folder.name)
 
 
 def root_of(path: Path) -> Path | None:
     """The folder of a run's checkpoints: of a run, or of itself; None where `path` is no such folder."""
     for root in (path / "checkpoints", path):
-        if root.is_dir() and any(_STEP.fullmatch(child.name) for child in root.iterdir()):
+        with reading(root):
+            names = listing(root)
+        if any(folders.step_of(name) is not None or folders.trainers_step_of(name) is not None for name in names):
             return root
     return None
 
@@ -40,8 +42,11 @@ def root_of(path: Path) -> Path | None:
 def complete_in(root: Path) -> dict[int, Path]:
     """The complete checkpoints under `root` by their step, oldest first; those of HF Trainer too."""
     found = {step: folder for folder in folders.complete_steps(root) if (step := step_of(folder)) is not None}
-    for folder in root.glob(f"checkpoint-*/{SLICES}"):
-        if folders.is_complete(folder) and (step := step_of(folder)) is not None:
+    with reading(root):
+        names = listing(root)
+    for name in names:
+        step, folder = folders.trainers_step_of(name), root / name / SLICES
+        if step is not None and folders.is_complete(folder):
             found[step] = folder
     return dict(sorted(found.items()))
 
@@ -52,11 +57,13 @@ def locate(path: str | Path, step: int | None = None) -> Path:
     Raises:
         InputError: there is none; the message lists the steps there are.
     """
-    path = Path(path)
-    if not path.is_dir():
+    path = as_folder(path)
+    with reading(path):
+        there = listing(path)
+    if not there and not (is_local(path) and path.is_dir()):
         raise InputError(f"{path} is not a folder: give a run's folder, such as runs/NAME, or a checkpoint's")
     for folder in (path, path / SLICES):
-        if (folder / DOCUMENT).exists():
+        if exists(folder / DOCUMENT):
             if step is not None and step != step_of(folder):
                 raise InputError(f"--step {step}: {path} is one checkpoint already; give its run's folder, or no step")
             return folder
@@ -90,7 +97,7 @@ class Stored:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = as_folder(folder)
         self.document = read_document(self.folder)
         self._index = read_index(self.folder, self.document)
         self.parameters: dict[str, dict[str, Any]] = self.document["checkpoint"]["parameters"]

@@ -11,6 +11,7 @@ from shardopt.checkpoint import folders
 from shardopt.checkpoint.blocks import DamagedError, FileRecord, check_file, reading
 from shardopt.checkpoint.document import read_document
 from shardopt.checkpoint.index import read_index
+from shardopt.checkpoint.store import as_folder, exists
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 
@@ -32,7 +33,7 @@ def latest_intact(root: str | Path, ranks: Ranks, warn: Callable[[str], None] = 
         InputError: a file cannot be read now (which is not taken for damage), or one is of another version; on every
             rank, and nothing is renamed.
     """
-    root = Path(root)
+    root = as_folder(root)
 
     def newest() -> str | None:
         return next((folder.name for folder in folders.step_folders(root).values()), None) if ranks.is_main else None
@@ -64,7 +65,7 @@ def find_damage(folder: str | Path, ranks: Ranks) -> str | None:
     Raises:
         InputError: a file cannot be read now, or the checkpoint is of another version; on every rank.
     """
-    folder = Path(folder)
+    folder = as_folder(folder)
 
     def survey() -> tuple[str, dict[str, FileRecord]] | None:
         """Rank 0 reads the document and the index, and sees that all data files are there."""
@@ -92,10 +93,10 @@ def find_damage(folder: str | Path, ranks: Ranks) -> str | None:
             mine.setdefault(name, []).append(number)
         for name, numbers in mine.items():
             with reading(folder / name):
-                if not (folder / name).exists():
+                if not exists(folder / name):
                     raise InputError(
-                        f"rank {ranks.rank} does not see {folder / name}, which rank 0 sees: run.dir must be on a file "
-                        f"system that all nodes share"
+                        f"rank {ranks.rank} does not see {folder / name}, which rank 0 sees: the folder (run.dir, of a "
+                        f"run) must be on a file system that all nodes share"
                     )
             check_file(folder / name, save_id, records[name], numbers)
 

@@ -129,7 +129,7 @@ def test_the_ranks_share_the_checks_and_all_know_what_one_found(tmp_path: Path) 
 def _elsewhere(rank: int, world_size: int, root: Path) -> None:
     """Rank 1 looks at a disk of its own, as where nodes share no file system."""
     made.save(rank, world_size, root / "shared" / OLD, made.flat)
-    with pytest.raises(InputError, match=r"run\.dir must be on a file system that all nodes share"):
+    with pytest.raises(InputError, match=r"run\.dir, of a run\) must be on a file system that all nodes share"):
         checkpoint.latest_intact(root / ("shared" if rank == 0 else "mine"), made.ranks_here(rank, world_size))
 
 

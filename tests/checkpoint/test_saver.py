@@ -261,9 +261,11 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all(tmp_path: Path, asynchronous
 
 def _unwritable(rank: int, world_size: int, root: Path) -> None:
     ranks = made.ranks_here(rank, world_size)
-    with pytest.raises(InputError, match=r"cannot write to .*Not a directory; change run.dir"):
+    with pytest.raises(
+        InputError, match=r"cannot write to .*Not a directory; name another folder \(for a run: run\.dir\)"
+    ):
         Saver(root, 1, ranks, asynchronous=True)
-    with pytest.raises(InputError, match=r"change run.dir"):
+    with pytest.raises(InputError, match=r"for a run: run\.dir"):
         checkpoint.save(root / "step-00000001", made.State([], ranks))
     with pytest.raises(InputError, match=r"checkpoint.keep must be at least 1, got 0"):
         Saver(root.parent.parent / "good", 0, ranks, asynchronous=True)
@@ -279,7 +281,7 @@ def _alone(rank: int, world_size: int, root: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             patch.setattr(folders, "partial_of", lambda folder: root / "mine")
-        with pytest.raises(InputError, match=r"run.dir must be on a file system that all nodes share"):
+        with pytest.raises(InputError, match=r"run\.dir, of a run\) must be on a file system that all nodes share"):
             made.save(rank, world_size, root / "a", made.rows)
 
 

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 from shardopt import checkpoint
 from shardopt.checkpoint import DamagedError
-from shardopt.checkpoint.document import INDEX, write_document
+from shardopt.checkpoint.document import index_file, write_document
 from shardopt.checkpoint.index import read_table, write_index
 from shardopt.errors import InputError
 from shardopt.slices import Layout, Slice
@@ -83,8 +83,10 @@ def _rewrite(folder: Path, change: Callable[[Table], Table | None]) -> None:
     document = checkpoint.read_document(folder)
     table = read_table(folder, document).copy()
     changed = change(table)
-    record = write_index(folder, document["checkpoint"]["save_id"], table if changed is None else changed)
-    _seal(folder, lambda written: written["files"].update({INDEX: record._asdict()}))
+    record = write_index(
+        folder / index_file(""), document["checkpoint"]["save_id"], table if changed is None else changed
+    )
+    _seal(folder, lambda written: written["files"].update({index_file(""): record._asdict()}))
 
 
 def _place(**changed: int) -> Callable[[Table], None]:

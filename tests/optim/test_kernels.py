@@ -323,25 +323,6 @@ def test_fp16_without_float16_in_the_compiler(fresh_kernels, monkeypatch, tmp_pa
     assert moments[0][~number].isnan().all()
 
 
-@pytest.mark.parametrize("narrower", ["-U__AVX512BW__", "-U__AVX512BW__ -U__AVX2__"])
-def test_narrower_vectors_have_the_bits_of_torch(narrower, fresh_kernels, monkeypatch, tmp_path):
-    """As the source is compiled for processors without these instructions."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", f"gcc {narrower}")
-    for state, (weight, master) in itertools.product(STATES, WEIGHTS):
-        options = {
-            "state_dtype": state,
-            "master_weights": master,
-            "weight": weight,
-            "sizes": (1, 700),
-            "weight_ema": 0.9,
-        }
-        assert_same(run("c", **options), run("torch", **options))
-    layout = Layout.contiguous("p0", (3 << 32,), (1 << 33) - 301, 601)  # the keys change among these
-    options = {"sizes": (601,), "layouts": [layout], "state_dtype": {"m2": "bf16", "nu": "block8"}}
-    assert_same(run("c", **options), run("torch", **options))
-
-
 def test_compiler_flags_choose_the_library(quick_build, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "gcc")

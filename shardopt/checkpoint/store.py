@@ -1,0 +1,179 @@
+"""Folders on this machine, or by URL in a store that fsspec knows: s3://, gs://, memory://, …
+
+A local folder is a `Path`. One in a store is a `UPath`, which has a Path's interface; what must tell "not there" from
+"cannot be asked now", or is one request to the store, is done by the functions here. Stores are not asked to rename.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import unquote, urlsplit
+
+from shardopt.errors import InputError, MissingExtraError
+
+Read = Callable[[int, int], bytearray]
+"""The bytes of a file from one place to another; fewer where it ends before."""
+
+_LOCAL = ("file", "local")
+
+
+def as_folder(path: str | Path) -> Path:
+    """`path` as a folder (or file): on this machine, or in a store where it is a URL or a UPath of one.
+
+    A UPath's storage options (an endpoint, keys) are kept; fsspec's configuration and environment hold for the others.
+
+    Raises:
+        InputError: fsspec does not know the URL's protocol, or the package for it is not installed.
+        MissingExtraError: universal_pathlib is not installed.
+    """
+    url = str(path)
+    protocol, there, rest = url.partition("://")
+    if not there:
+        return Path(path)
+    if protocol in _LOCAL:
+        return Path(unquote(urlsplit(url).path) if rest.startswith("/") else rest)
+    try:
+        from upath import UPath
+    except ImportError as error:
+        raise MissingExtraError("universal_pathlib", "fsspec") from error
+    # A listing that is kept would show this process what others wrote only later.
+    options = {**getattr(path, "storage_options", {}), "use_listings_cache": False}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="UPath .* not explicitly implemented")
+            folder = UPath(url, **options)
+        _ = folder.fs
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{url}: {error}") from error
+    return cast(Path, folder)
+
+
+def is_local(path: Path) -> bool:
+    """Whether renames are atomic and files are synced, as this machine's file systems do."""
+    return isinstance(path, Path)
+
+
+@contextmanager
+def asking(path: Path) -> Iterator[None]:
+    """Around a request to a store: its client's own exceptions become OSErrors, as those of a disk are."""
+    try:
+        yield
+    except (OSError, InputError):
+        raise
+    except Exception as error:
+        if is_local(path):
+            raise
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def listing(folder: Path) -> dict[str, int | None]:
+    """The names in a folder, with the size in bytes of each file and None for what is no file; none where there is
+    no such folder.
+
+    Raises:
+        OSError: it cannot be read now.
+    """
+    if is_local(folder):
+        there = folder.iterdir() if folder.is_dir() else ()
+        return {path.name: path.stat().st_size if path.is_file() else None for path in there}
+    fs, own = _of(folder)
+    with asking(folder):
+        try:
+            found = fs.ls(own, detail=True)
+        except FileNotFoundError:
+            return {}
+    entries = {info["name"].rstrip("/"): info for info in found}
+    return {
+        name.rpartition("/")[2]: info["size"] if info["type"] == "file" else None
+        for name, info in entries.items()
+        if name.strip("/") != own.strip("/")  # the marker that some programs put in the place of a folder
+    }
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder. (UPath's own says no, too, where it cannot ask.)"""
+    if is_local(path):
+        return path.exists()
+    fs, own = _of(path)
+    with asking(path):
+        try:
+            fs.info(own)
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a file of a store in one request: readers see all of it, or what was there before."""
+    fs, own = _of(path)
+    with asking(path):
+        fs.makedirs(own.rpartition("/")[0], exist_ok=True)
+        fs.pipe_file(own, content)
+
+
+def put_file(source: Path, path: Path) -> None:
+    """Copy a local file into a store."""
+    fs, own = _of(path)
+    with asking(path):
+        fs.makedirs(own.rpartition("/")[0], exist_ok=True)
+        fs.put_file(str(source), own)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[int, Read]]:
+    """The size of a file in bytes, and how to read it, which several threads may do at a time.
+
+    Raises:
+        Exception: whatever the store's client raises: see `asking`.
+    """
+    if not is_local(path):
+        fs, own = _of(path)
+        yield fs.size(own), lambda start, end: bytearray(fs.cat_file(own, start=start, end=end))
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+
+    def read(start: int, end: int) -> bytearray:
+        content, done = bytearray(end - start), 0
+        while count := os.preadv(descriptor, [memoryview(content)[done:]], start + done):
+            done += count
+        return content[:done]
+
+    try:
+        yield os.fstat(descriptor).st_size, read
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def upload(path: Path) -> Iterator[Any]:
+    """A file of a store, written in order and there (in most stores) once the block has ended."""
+    fs, own = _of(path)
+    with asking(path):
+        fs.makedirs(own.rpartition("/")[0], exist_ok=True)
+        with fs.open(own, "wb") as file:
+            yield file
+
+
+def move(path: Path, target: Path) -> None:
+    """Copy a file to another name in the same store, then delete it."""
+    fs, own = _of(path)
+    with asking(path):
+        fs.cp_file(own, _of(target)[1])
+        fs.rm_file(own)
+
+
+def delete(path: Path) -> None:
+    """Delete a file of a store, or a folder with all that is in it."""
+    fs, own = _of(path)
+    with asking(path):
+        fs.rm(own, recursive=True)
+
+
+def _of(path: Path) -> tuple[Any, str]:
+    """The file system, and the path as it wants it."""
+    return cast(Any, path).fs, cast(Any, path).path
