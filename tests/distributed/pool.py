@@ -22,7 +22,10 @@ dead for the bodies after them.
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
+import os
+import sys
 import tempfile
 import time
 import traceback
@@ -47,8 +50,6 @@ class RankError(AssertionError):
 
 
 def _serve(rank: int, world_size: int, folder: str, connection: Any, group_timeout: float, kept: bool) -> None:
-    import os
-
     import torch
     import torch.distributed as dist
 
@@ -65,6 +66,7 @@ def _serve(rank: int, world_size: int, folder: str, connection: Any, group_timeo
     )
     environment = dict(os.environ)
     group = dist.group.WORLD if kept else None
+    modules = 0
     while True:
         try:
             job = connection.recv()
@@ -75,6 +77,10 @@ def _serve(rank: int, world_size: int, folder: str, connection: Any, group_timeo
                 dist.destroy_process_group()
             return
         body, args, kwargs = job
+        if len(sys.modules) != modules:  # else each collection looks through them, and DeepSpeed asks for many
+            gc.collect()
+            gc.freeze()
+            modules = len(sys.modules)
         try:
             torch.manual_seed(0)
             reply = (True, body(rank, world_size, *args, **kwargs))
@@ -101,9 +107,13 @@ class Pool:
             self.connections.append(ours)
             self.processes.append(process)
 
-    def run(self, body: Callable[..., Any], args: tuple, kwargs: dict, timeout: float) -> list[tuple[bool, Any]]:
+    def begin(self, body: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Start `body` on every rank and wait for none."""
         for connection in self.connections:
             connection.send((body, args, kwargs))
+
+    def run(self, body: Callable[..., Any], args: tuple, kwargs: dict, timeout: float) -> list[tuple[bool, Any]]:
+        self.begin(body, *args, **kwargs)
         deadline = time.monotonic() + timeout
         replies: list[tuple[bool, Any]] = []
         for connection in self.connections:
@@ -158,6 +168,22 @@ def on_ranks(
     if failed:
         raise RankError("\n".join(failed))
     return [result for _, result in replies]
+
+
+def _command(arguments: list[str], output: Path) -> None:
+    with output.open("wb") as file:
+        for standard in (1, 2):
+            os.dup2(file.fileno(), standard)
+    from shardopt.cli import main
+
+    sys.exit(main(arguments))
+
+
+def command(arguments: list[str], output: Path) -> multiprocessing.process.BaseProcess:
+    """`shardopt ARGUMENTS`, started in a process of its own as the ranks of a pool are; it prints to `output`."""
+    process = _context.Process(target=_command, args=(arguments, output))
+    process.start()
+    return process
 
 
 def scratch() -> Path:
