@@ -21,4 +21,4 @@ part install prepare dev
 part lint .venv/bin/ruff check .
 part format .venv/bin/ruff format --check .
 part types .venv/bin/mypy
-part tests .venv/bin/python -m pytest -n 2 --dist loadfile "${tier[@]}" "$@"
+part tests .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15 "${tier[@]}" "$@"

@@ -28,7 +28,7 @@ from shardopt.pretrain.metrics import read_metrics
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
 
-STEPS = 30
+STEPS = 20
 SMALL = {"zero_optimization": {"sub_group_size": 300, "stage3_param_persistence_threshold": 20}}
 ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
 

@@ -23,7 +23,7 @@ from shardopt.pretrain.metrics import Tracker, read_metrics
 from tests.distributed.pool import Pool, command, on_ranks
 from tests.pretrain import tiny
 
-STEPS = 50
+STEPS = 30
 
 
 def losses(folder, name="tiny"):
