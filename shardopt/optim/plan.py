@@ -335,10 +335,17 @@ class Plan:
                     f"the weight or gradient of {entry.name} is not contiguous: capturable=True needs them to be, call "
                     f".contiguous() on them, or set capturable=False"
                 )
-            alone = i if i in self._strided else None
+            alone = i if i in self._strided and not entry.kernel.takes_strides else None
             members.setdefault((entry.kernel.name, device, captured, alone), []).append(i)
         self._tables = [
-            Table(indices, [self.entries[i] for i in indices], self.groups, captured, alone is not None)
+            Table(
+                indices,
+                [self.entries[i] for i in indices],
+                self.groups,
+                captured,
+                strided=alone is not None,
+                shaped=[n for n, i in enumerate(indices) if i in self._strided and alone is None],
+            )
             for (_, _, captured, alone), indices in members.items()
         ]
         owners = np.array([i for _, i in self._labels])

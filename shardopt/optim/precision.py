@@ -225,9 +225,11 @@ class _Block8(_InBlocks):
         scale.copy_(largest * (1.0 / steps))
         inverse = torch.where(scale >= torch.finfo(torch.float32).tiny, 1.0 / scale, 0.0)
         x = values * _per_element(inverse, values)
-        uniform = bits.float() * 2.0**-16
         if self.signed:
-            return torch.floor(x + uniform).clamp(-127.0, 127.0)
+            # between 256 and 512 an ulp is 2^-15: less the bits of 384, the sum's are a number of steps of that size
+            steps_of_2_15 = (x + 384.0).view(torch.int32) - 0x43C00000
+            return ((2 * steps_of_2_15 + bits) >> 16).clamp(-127, 127)
+        uniform = bits.float() * 2.0**-16
         below = torch.floor(square_root(x))
         # between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself
         above = (x - below * below) > uniform * (2.0 * below + 1.0)

@@ -241,6 +241,8 @@ SEGMENT = np.dtype(
     # what a captured step computes its scalars from, on the device
     + [(name, np.float64) for name in ("alpha_final", "beta3_final", "alpha_warmup", "beta3_warmup")]
     + [(name, np.uint64) for name in ("step_pointer", "schedule_pointer", "lr_pointer")]
+    # where a weight or gradient is not laid out in order (kernels/__init__.py)
+    + [("weight_shape", np.uint64), ("grad_shape", np.uint64), ("local", np.int64)]
     + [(name, np.uint8) for name in KINDS],
     align=True,
 )

@@ -44,7 +44,9 @@ def run(kernel: str, *, weight=torch.float32, grad=None, steps=2, sizes=SIZES, l
     return [{"weight": p.detach()} | {k: v for k, v in optimizer.state[p].items() if k != "step"} for p in params]
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a, b) -> bool:
+    if not isinstance(a, torch.Tensor):
+        return a == b
     return a.dtype == b.dtype and np.array_equal(*(t.contiguous().view(-1).view(torch.uint8).numpy() for t in (a, b)))
 
 
@@ -196,11 +198,50 @@ def test_strided_weights_are_copied_in_parts(monkeypatch):
     weight, grad = torch.randn(70, 90), torch.randn(70, 90)
     for transposed in (False, True):
         param = torch.nn.Parameter(weight.t().contiguous().t() if transposed else weight.clone())
-        optimizer = shardopt.AdEMAMix([("p", param)], state_dtype="bf16")
+        optimizer = shardopt.AdEMAMix([("p", param)], state_dtype="bf16", kernel="torch")
         param.grad = grad.clone()
         optimizer.step()
         outcomes.append([{"weight": param.detach(), "nu": optimizer.state[param]["nu"]}])
     assert_same(*outcomes)
+
+
+LAID_OUT = {
+    "in order": lambda x: x.clone(),
+    "transposed": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    "permuted": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    "with gaps": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "rows with gaps": lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
+}
+
+
+@pytest.mark.parametrize(
+    ("weight", "master"), [(torch.float32, None), (torch.bfloat16, "split"), (torch.float16, "fp32")]
+)
+@pytest.mark.parametrize("state", ["bf16", "block8"])
+def test_any_strides_in_one_table_give_the_numbers_of_contiguous_tensors(state, weight, master):
+    """The layout of a gradient is another at the second step, and a range does not begin with the tensor."""
+    torch.manual_seed(0)
+    shape = (7, 6, 33)
+    values, grads = torch.randn(shape).to(weight), torch.randn(2, *shape).to(weight)
+    layout = Layout("p", (9001,), (Range(40, 5, 700), Range(2001, 900, 301)))
+    pairs = list(itertools.product(LAID_OUT, repeat=2))
+    params = [torch.nn.Parameter(LAID_OUT[of_weight](values)) for of_weight, _ in pairs]
+    optimizer = shardopt.AdEMAMix(
+        [{"params": [(str(i), p)]} for i, p in enumerate(params)], state_dtype=state, master_weights=master
+    )
+    for param in params:
+        optimizer.set_layout(param, layout)
+    for step in range(2):
+        for param, (_, of_grad) in zip(params, pairs, strict=True):
+            laid_out = [*LAID_OUT][([*LAID_OUT].index(of_grad) + step) % len(LAID_OUT)]
+            param.grad = LAID_OUT[laid_out](grads[step])
+        optimizer.step()
+    assert len(optimizer._plan._tables) == 1
+    for param in params[1:]:
+        assert_same(
+            [{"weight": params[0].detach(), **optimizer.state[params[0]]}],
+            [{"weight": param.detach(), **optimizer.state[param]}],
+        )
 
 
 def test_storage_that_moves_between_steps_is_noticed():
@@ -321,6 +362,25 @@ def test_fp16_without_float16_in_the_compiler(fresh_kernels, monkeypatch, tmp_pa
     number = ~every.isnan()
     assert same_bits(moments[0][number], moments[1][number])
     assert moments[0][~number].isnan().all()
+
+
+@pytest.mark.parametrize("narrower", ["-U__AVX512BW__", "-U__AVX512BW__ -U__AVX2__"])
+def test_narrower_vectors_have_the_bits_of_torch(narrower, fresh_kernels, monkeypatch, tmp_path):
+    """As the source is compiled for processors without these instructions."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", f"gcc {narrower}")
+    for state, (weight, master) in itertools.product(STATES, WEIGHTS):
+        options = {
+            "state_dtype": state,
+            "master_weights": master,
+            "weight": weight,
+            "sizes": (1, 700),
+            "weight_ema": 0.9,
+        }
+        assert_same(run("c", **options), run("torch", **options))
+    layout = Layout.contiguous("p0", (3 << 32,), (1 << 33) - 301, 601)  # the keys change among these
+    options = {"sizes": (601,), "layouts": [layout], "state_dtype": {"m2": "bf16", "nu": "block8"}}
+    assert_same(run("c", **options), run("torch", **options))
 
 
 def test_compiler_flags_choose_the_library(quick_build, monkeypatch, tmp_path):

@@ -102,6 +102,16 @@ def test_step_refuses_sparse_gradient_as_torch_does():
     refuses(optimizer, "does not support sparse gradients: the gradient of w is sparse", RuntimeError)
 
 
+def test_step_refuses_strided_gradient_that_was_freed_in_part():
+    """Its storage has room for as many elements as it has, but not for the last one's place."""
+    param, _, optimizer = stepped((4, 4))
+    wide = torch.ones(4, 8)
+    param.grad = wide[:, :4]
+    optimizer.step()
+    wide.untyped_storage().resize_(20 * 4)
+    refuses(optimizer, "the gradient of w reaches beyond the end of its storage")
+
+
 def test_step_waits_for_gradient_on_its_way():
     param, other, optimizer = stepped()
     twin, other_twin, plain = stepped()

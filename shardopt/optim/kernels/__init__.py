@@ -18,6 +18,9 @@ The optimizer hands a kernel one `Table` a step, with everything on one device:
 A kernel is an object with
     name        what `optimizer.kernel` shows
     refusal(weight)   why it cannot take this parameter (a clause for a message), or None
+    takes_strides     whether a weight and gradient may be laid out otherwise than in order. Their rows' pointers are
+                      then to the tensors' first elements, `weight_shape` and `grad_shape` to int64 numbers (that of
+                      the dimensions, then size and stride of each; else 0), `local` is the row's first element
     check(table)      raises InputError where `run` could not take a step now; nothing has been counted yet
     run(table)        one step, in place
 
@@ -52,6 +55,7 @@ __all__ = ["KERNELS", "Entry", "Kernel", "Table", "choose"]
 
 class Kernel(Protocol):
     name: str
+    takes_strides: bool = False
 
     def refusal(self, weight: Tensor) -> str | None:
         return None

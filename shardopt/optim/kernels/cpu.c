@@ -2,15 +2,154 @@
  *
  * The arithmetic is that of optim/reference.py, operation for operation, and the formats and random bits are those
  * of optim/precision.py. Compile with -ffp-contract=off: a contracted multiply-add rounds once where the reference
- * rounds twice. Plain C99 with pointers as 64-bit integers; the loops are written for the auto-vectoriser. */
+ * rounds twice. GNU C with pointers as 64-bit integers.
+ *
+ * `block` steps BLOCK elements, two vectors at a turn. With constants for types and formats it is a loop without branches,
+ * and so the common combinations are compiled. What bounds it is the number of vector instructions: 16-bit codes are
+ * rounded as 16-bit numbers, of which a vector holds twice as many. */
 /* In front of this file the compiler is given schema.c_header(): Segment, BLOCK, SCALARS and the codes of formats, types,
  * masters and flags. */
 #include <math.h>
 #include <string.h>
+#if defined __AVX2__ || defined __AVX512BW__
+#include <immintrin.h>
+#endif
 
-#define TILE 1024 /* elements that have their random bits drawn at a time */
-#define PART 256  /* elements of a tile in fp32: all of its tensors together fit the nearest cache */
 #define INLINE static inline __attribute__((always_inline))
+
+/* -- vectors: F of floats, U and I of 32-bit integers, W of 16-bit ones, M of truths ---------------------------- */
+
+#if defined __AVX512BW__ && defined __AVX512VL__
+#define LANES 16
+#elif defined __AVX2__
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define TURN (2 * LANES)
+typedef float F __attribute__((vector_size(4 * LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef uint16_t W __attribute__((vector_size(4 * LANES)));
+
+INLINE U load(const void *p) { U x; memcpy(&x, p, sizeof x); return x; }
+INLINE W load16(const void *p) { W x; memcpy(&x, p, sizeof x); return x; }
+INLINE void store(void *p, U x) { memcpy(p, &x, sizeof x); }
+
+/* least and most are the second argument where one of the two is a NaN.
+ * upper: the LANES 16-bit numbers from `first` (0 or LANES) on, of TURN that lie at p, each times 2^16.
+ * highs, lows: the upper, lower halves of two vectors' numbers. bytes: stores the lower bytes.
+ * carried: high, and one more where low + bits is 2^16 or more; to_bf16 only below the largest bf16: what is finite stays so,
+ * and so does a NaN, which arithmetic leaves quiet, with the topmost of its mantissa's bits set. */
+#if LANES == 16
+typedef __mmask16 M;
+INLINE U pick(M m, U a, U b) { return (U)_mm512_mask_blend_epi32(m, (__m512i)b, (__m512i)a); }
+INLINE M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+INLINE M below(U a, U b) { return _mm512_cmplt_epu32_mask((__m512i)a, (__m512i)b); }
+INLINE F least(F a, F b) { return _mm512_min_ps(a, b); }
+INLINE F most(F a, F b) { return _mm512_max_ps(a, b); }
+INLINE U larger(U a, U b) { return (U)_mm512_max_epu32((__m512i)a, (__m512i)b); }
+INLINE U smaller(U a, U b) { return (U)_mm512_min_epu32((__m512i)a, (__m512i)b); }
+INLINE uint32_t largest_of(U x) { return _mm512_reduce_max_epu32((__m512i)x); }
+INLINE F root(F x) { return _mm512_sqrt_ps(x); }
+INLINE F floor_of(F x) { return _mm512_floor_ps(x); }
+INLINE U upper(const uint16_t *p, int first) {
+    static const uint16_t order[2][32] = {
+        {0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15},
+        {0, 16, 0, 17, 0, 18, 0, 19, 0, 20, 0, 21, 0, 22, 0, 23, 0, 24, 0, 25, 0, 26, 0, 27, 0, 28, 0, 29, 0, 30, 0, 31}};
+    return (U)_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, (__m512i)load(order[first / LANES]), (__m512i)load(p));
+}
+INLINE F from_bytes(const void *p, int is_signed) {
+    const __m128i x = _mm_loadu_si128((const __m128i *)p);
+    return _mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32(x) : _mm512_cvtepu8_epi32(x));
+}
+INLINE W halves(U a, U b, int high) {
+    static const uint16_t order[2][32] = {
+        {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62},
+        {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63}};
+    return (W)_mm512_permutex2var_epi16((__m512i)a, (__m512i)load(order[high]), (__m512i)b);
+}
+INLINE W carried(W high, W low, W bits) {
+    const __mmask32 over = _mm512_cmplt_epu16_mask((__m512i)(W)(low + bits), (__m512i)bits);
+    return (W)_mm512_mask_add_epi16((__m512i)high, over, (__m512i)high, _mm512_set1_epi16(1));
+}
+INLINE W carried_to_bf16(W high, W low, W bits) {
+    const __mmask32 finite = _mm512_cmplt_epu16_mask((__m512i)(W)(high + high), _mm512_set1_epi16((short)0xFEFE));
+    const __mmask32 over = _mm512_mask_cmplt_epu16_mask(finite, (__m512i)(W)(low + bits), (__m512i)bits);
+    return (W)_mm512_mask_add_epi16((__m512i)high, over, (__m512i)high, _mm512_set1_epi16(1));
+}
+INLINE F pick_one(M m, F x) { return _mm512_mask_add_ps(x, m, x, _mm512_set1_ps(1.0f)); }
+INLINE W within127(W x) {
+    return (W)_mm512_max_epi16(_mm512_min_epi16((__m512i)x, _mm512_set1_epi16(127)), _mm512_set1_epi16(-127));
+}
+INLINE void bytes(void *p, W x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi16_epi8((__m512i)x)); }
+#else
+typedef I M;
+INLINE U pick(M m, U a, U b) { return ((U)m & a) | (~(U)m & b); }
+INLINE M less(F a, F b) { return a < b; }
+INLINE M below(U a, U b) { return a < b; }
+INLINE F least(F a, F b) { return (F)pick(a < b, (U)a, (U)b); }
+INLINE F most(F a, F b) { return (F)pick(a > b, (U)a, (U)b); }
+INLINE U larger(U a, U b) { return pick(a > b, a, b); }
+INLINE U smaller(U a, U b) { return pick(a < b, a, b); }
+INLINE uint32_t largest_of(U x) {
+    uint32_t found = 0;
+    for (int l = 0; l < LANES; l++) found = x[l] > found ? x[l] : found;
+    return found;
+}
+INLINE F pick_one(M m, F x) { return x + (F)((U)m & 0x3F800000u); }
+INLINE W within127(W x) {
+    typedef int16_t S __attribute__((vector_size(4 * LANES)));
+    const W over = (W)((S)x > 127), under = (W)((S)x < -127);
+    return (over & (uint16_t)127) | (under & (uint16_t)-127) | (~(over | under) & x);
+}
+INLINE W carried(W high, W low, W bits) { return high - (W)((W)(low + bits) < bits); }
+INLINE W carried_to_bf16(W high, W low, W bits) {
+    return high - ((W)((W)(low + bits) < bits) & (W)((W)(high + high) < (uint16_t)0xFEFE));
+}
+#if LANES == 8
+INLINE F root(F x) { return _mm256_sqrt_ps(x); }
+INLINE F floor_of(F x) { return _mm256_floor_ps(x); }
+INLINE U upper(const uint16_t *p, int first) {
+    return (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + first))) << 16;
+}
+INLINE F from_bytes(const void *p, int is_signed) {
+    const __m128i x = _mm_loadl_epi64((const __m128i *)p);
+    return _mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(x) : _mm256_cvtepu8_epi32(x));
+}
+INLINE W halves(U a, U b, int high) {
+    const __m256i x = (__m256i)(high ? a >> 16 : a & 0xFFFFu), y = (__m256i)(high ? b >> 16 : b & 0xFFFFu);
+    return (W)_mm256_permute4x64_epi64(_mm256_packus_epi32(x, y), 0xD8);
+}
+INLINE void bytes(void *p, W x) {
+    const __m256i low = (__m256i)(x & (uint16_t)0xFF), packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, low), 0x08);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
+}
+#else
+INLINE F root(F x) { F y; for (int l = 0; l < LANES; l++) y[l] = sqrtf(x[l]); return y; }
+INLINE F floor_of(F x) { F y; for (int l = 0; l < LANES; l++) y[l] = floorf(x[l]); return y; }
+INLINE U upper(const uint16_t *p, int first) { U y; for (int l = 0; l < LANES; l++) y[l] = (uint32_t)p[first + l] << 16; return y; }
+INLINE F from_bytes(const void *p, int is_signed) {
+    F y;
+    for (int l = 0; l < LANES; l++) y[l] = is_signed ? (float)((const int8_t *)p)[l] : (float)((const uint8_t *)p)[l];
+    return y;
+}
+INLINE W halves(U a, U b, int high) {
+    W y;
+    for (int l = 0; l < LANES; l++) y[l] = (uint16_t)(a[l] >> 16 * high), y[LANES + l] = (uint16_t)(b[l] >> 16 * high);
+    return y;
+}
+INLINE void bytes(void *p, W x) { for (int l = 0; l < TURN; l++) ((uint8_t *)p)[l] = (uint8_t)x[l]; }
+#endif
+#endif
+INLINE W highs(U a, U b) { return halves(a, b, 1); }
+INLINE W lows(U a, U b) { return halves(a, b, 0); }
+INLINE U all(uint32_t x) { return (U){0} + x; }
+INLINE F every(float x) { return (F){0} + x; }
+INLINE F choose(M m, F a, F b) { return (F)pick(m, (U)a, (U)b); }
+INLINE U to_integers(F x) { return (U)__builtin_convertvector(x, I); } /* towards zero */
+INLINE uint32_t to_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+INLINE float from_bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 
 /* -- random bits ---------------------------------------------------------------------------------------- */
 
@@ -24,83 +163,189 @@ static uint64_t mix64(uint64_t z) {
 #error "the halves of a random word lie in memory as on a little-endian machine"
 #endif
 
-/* A tile's random bits of each tensor that is rounded. Two elements share a word: the low half is the even one's. */
-typedef union { uint32_t words[TILE / 2 + 1]; uint16_t bits[TILE + 2]; } Random;
+/* A block's random bits of each tensor that is rounded. Two elements share a word: the low half is the even one's. */
+typedef union { uint32_t words[BLOCK / 2 + LANES]; uint16_t bits[BLOCK + TURN]; } Random;
 typedef struct {
-#define FIELD(key, bit, before, multiplier, after) Random key;
+#define FIELD(key, bit, before, multiplier, after) Random key __attribute__((aligned(64)));
     WORDS(FIELD)
 #undef FIELD
 } Randoms;
 
-INLINE uint32_t word(uint32_t x, int before, uint32_t multiplier, int after) {
-    x ^= x >> before;
-    x *= multiplier;
+INLINE U last_round(U x, int before, uint32_t multiplier, int after) {
+    x = (x ^ (x >> before)) * multiplier;
     return x ^ (x >> after);
 }
 
-/* The words of elements at .. at + n for the tensors of `which`. The bits of the first are number (start + at) & 1. */
-INLINE void fill(Randoms *r, const Segment *s, int64_t at, int n, int which) {
-    const uint64_t stream = mix64(s->key + (uint64_t)s->step * 0x9E3779B97F4A7C15ull);
-    const uint64_t begin = (uint64_t)(s->start + at) >> 1, end = ((uint64_t)(s->start + at + n) + 1) >> 1;
-    for (uint64_t number = begin; number < end;) {
-        const uint64_t change = ((number >> 32) + 1) << 32, until = change < end ? change : end;
-        const uint64_t keys = mix64(stream + (number >> 32) * 0xD1B54A32D192ED03ull);
-        const uint32_t a = (uint32_t)keys, b = (uint32_t)(keys >> 32), first = (uint32_t)begin;
-        for (int i = (int)(number - begin); i < (int)(until - begin); i++) {
-            uint32_t x = (first + (uint32_t)i) ^ a;
-            x = (x ^ (x >> 17)) * 0xED5AD4BBu;
-            x = ((x ^ (x >> 11)) + b) * 0xAC4C1B51u;
-#define FILL(key, bit, before, multiplier, after) if (which & bit) r->key.words[i] = word(x, before, multiplier, after);
-            WORDS(FILL)
+/* What the words of an element share: of LANES words from a number on, under the keys of its upper half. */
+INLINE U shared_rounds(U number, U a, U b) {
+    U x = number ^ a;
+    x = (x ^ (x >> 17)) * 0xED5AD4BBu;
+    return ((x ^ (x >> 11)) + b) * 0xAC4C1B51u;
+}
+
+INLINE U lanes_from(uint64_t first) {
+    U x;
+    for (int l = 0; l < LANES; l++) x[l] = (uint32_t)first + (uint32_t)l;
+    return x;
+}
+
+INLINE uint64_t keys_of(uint64_t stream, uint64_t number) { return mix64(stream + (number >> 32) * 0xD1B54A32D192ED03ull); }
+
+/* The words of a block for the tensors of `which`, wherever it begins: the bits of its first element are number index & 1. */
+static void fill(Randoms *r, uint64_t stream, uint64_t index, int n, int which) {
+    const uint64_t number = index >> 1, keys = keys_of(stream, number), next = keys_of(stream, number + (1ull << 32));
+    for (int i = 0; i <= n / 2; i += LANES) {
+        const U at = lanes_from(number + (uint64_t)i);
+        const M passed = below(at, all((uint32_t)number)); /* a multiple of 2^32, where the keys change */
+        const U a = pick(passed, all((uint32_t)next), all((uint32_t)keys));
+        const U b = pick(passed, all((uint32_t)(next >> 32)), all((uint32_t)(keys >> 32))), x = shared_rounds(at, a, b);
+#define FILL(key, bit, before, multiplier, after) if (which & bit) store(r->key.words + i, last_round(x, before, multiplier, after));
+        WORDS(FILL)
 #undef FILL
-        }
-        number = until;
     }
 }
 
-/* -- single values -------------------------------------------------------------------------------------- */
+/* -- values ---------------------------------------------------------------------------------------------- */
 
-INLINE uint32_t to_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-INLINE float from_bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
-INLINE float from_bf16(uint16_t u) { return from_bits((uint32_t)u << 16); }
+INLINE U magnitude(F x) { return (U)x & 0x7FFFFFFFu; }
 
-/* By random bits. What is finite stays so: past the largest bf16 it is cut off. So is a NaN, which arithmetic leaves quiet,
- * with the topmost of its mantissa's bits set. In 16-bit numbers, of which a vector holds twice as many. */
-INLINE uint16_t to_bf16(float x, uint16_t bits) {
-    const uint16_t high = (uint16_t)(to_bits(x) >> 16), twice = (uint16_t)(high + high);
-    const uint16_t sum = (uint16_t)((uint16_t)to_bits(x) + bits);
-    return (uint16_t)(sum < bits && twice < (uint16_t)0xFEFE ? high + 1 : high);
-}
-
-/* Half away from zero, which a split master can be joined to again. */
-INLINE uint16_t nearest_bf16(float x) {
-    const uint32_t raw = to_bits(x);
-    return (uint16_t)((raw & 0x7FFFFFFFu) > 0x7F800000u ? ((raw >> 16) | 0x40u) : (raw + 0x8000u) >> 16);
+/* To bf16, half away from zero, which a split master can be joined to again: above the lower halves. */
+INLINE U nearest_bf16(F x) {
+    return pick(below(all(0x7F800000u), magnitude(x)), (U)x | 0x400000u, (U)x + 0x8000u) & 0xFFFF0000u;
 }
 
 /* By integers: not every compiler has _Float16. Subnormals of fp16 are those of fp32, scaled. */
-INLINE float from_fp16(uint16_t h) {
-    const uint32_t sign = ((uint32_t)h & 0x8000u) << 16, magnitude = ((uint32_t)h & 0x7FFFu) << 13;
-    const uint32_t finite = to_bits(from_bits(magnitude) * 0x1p112f);
-    return from_bits(sign | (magnitude < 0x0F800000u ? finite : magnitude | 0x7F800000u));
+INLINE F from_fp16(U h) {
+    const U sign = (h & 0x8000u) << 16, size = (h & 0x7FFFu) << 13, finite = (U)((F)size * 0x1p112f);
+    return (F)(sign | pick(below(size, all(0x0F800000u)), finite, size | 0x7F800000u));
 }
 
 /* To nearest, ties to even. */
-INLINE uint16_t to_fp16(float x) {
-    const uint32_t raw = to_bits(x), magnitude = raw & 0x7FFFFFFFu;
-    const uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+INLINE U to_fp16(F x) {
+    const U size = magnitude(x), normal = (size - 0x38000000u + 0xFFFu + ((size >> 13) & 1u)) >> 13;
     /* below 2^-14 adding a half lets the hardware round to the multiples of fp16's least value */
-    const uint32_t small = to_bits(from_bits(magnitude) + 0.5f) - 0x3F000000u;
-    uint32_t code = magnitude < 0x38800000u ? small : normal;
-    code = magnitude >= 0x477FF000u ? 0x7C00u : code;
-    code = magnitude > 0x7F800000u ? 0x7E00u : code;
-    return (uint16_t)(code | ((raw >> 16) & 0x8000u));
+    const U small = (U)((F)size + 0.5f) - 0x3F000000u;
+    U code = pick(below(size, all(0x38800000u)), small, normal);
+    code = pick(below(size, all(0x477FF000u)), code, all(0x7C00u));
+    code = pick(below(all(0x7F800000u), size), all(0x7E00u), code);
+    return code | (((U)x >> 16) & 0x8000u);
+}
+
+/* Elements at + first .. of an array; `first` is 0 or LANES. */
+INLINE F load_value(const void *from, int at, int first, int type) {
+    if (type == FP32) return (F)load((const float *)from + at + first);
+    const U half = upper((const uint16_t *)from + at, first);
+    return type == BF16 ? (F)half : from_fp16(half >> 16);
 }
 
 /* A weight set to zero by hand leaves its old low half behind: below zero there is nothing to subtract from. */
-INLINE float joined(uint16_t high, int16_t low) {
-    const uint32_t raw = (uint32_t)high << 16;
-    return from_bits(((raw & 0x7FFFFFFFu) == 0) & (low < 0) ? raw : raw + (uint32_t)(int32_t)low);
+INLINE F joined(U high, U low) { /* both above lower halves */
+    const U whole = high + (U)((I)low >> 16);
+    return (F)pick(below(magnitude((F)high), low >> 31), high, whole);
+}
+
+/* -- state tensors ---------------------------------------------------------------------------------------- */
+
+/* A block of a state tensor: its codes and random bits, and in a block format its scale and, until that is known, its new
+ * values and the largest magnitude among them. */
+typedef struct {
+    float values[BLOCK] __attribute__((aligned(64)));
+    U largest;
+    void *codes;
+    float *scale;
+    const uint16_t *bits;
+    F by, further; /* what decodes: by one factor alone where the product of both is a number */
+    int twice;
+} State;
+
+INLINE void begin(State *s, int format) {
+    s->largest = all(0);
+    if (format < BLOCK16 || format > BLOCK8) return;
+    const float scale = *s->scale;
+    s->twice = format == BLOCK16 && !(scale <= 0x1p15f);
+    s->by = every(format == BLOCK8 ? scale : s->twice ? 0x1p112f : scale * 0x1p112f);
+    s->further = every(scale);
+}
+
+INLINE F decode(const State *s, int at, int first, int format, int is_nu) {
+    if (format <= BF16) return load_value(s->codes, at, first, format);
+    if (format == BLOCK16) {
+        const U code = upper((const uint16_t *)s->codes + at, first);
+        const F x = (F)(is_nu ? code >> 4 : (U)((I)code >> 4) & 0x87FFFFFFu) * s->by;
+        return s->twice ? x * s->further : x;
+    }
+    const F x = from_bytes((const uint8_t *)s->codes + at + first, !is_nu);
+    return is_nu ? x * x * s->by : x * s->by;
+}
+
+/* Two vectors of new values: into codes, or aside. */
+INLINE void encode(State *s, int at, F x, F y, W bits, int format, int is_nu) {
+    if (format == BF16) {
+        const W codes = carried_to_bf16(highs((U)x, (U)y), lows((U)x, (U)y), bits);
+        store((uint16_t *)s->codes + at, (U)codes);
+        return;
+    }
+    float *to = format == FP32 ? (float *)s->codes : s->values;
+    store(to + at, (U)x);
+    store(to + at + LANES, (U)y);
+    /* magnitudes order like their bits; a negative nu cannot be */
+    if (format != FP32) s->largest = larger(s->largest, is_nu ? larger((U)x, (U)y) : larger(magnitude(x), magnitude(y)));
+}
+
+/* fp32 whose upper halves are block16's code without its sign. */
+INLINE U scaled16(F x, F by, F further, int twice, int is_nu) {
+    F v = x * by;
+    if (twice) v = v * further;
+    U raw = is_nu ? (U)v : magnitude(v);
+    if (is_nu) raw = pick(less(every(0.0f), x), larger(raw, all(0x1000u)), raw); /* what is positive stays so */
+    return smaller(raw, all((is_nu ? 0xFFFFu : 0x7FFFu) << 12)) << 4;
+}
+
+/* block8's code of nu, a square root. Between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself. */
+INLINE U rooted8(F x, F inverse, const uint16_t *bits, int first) {
+    const F v = x * inverse, under = floor_of(root(v)), uniform = __builtin_convertvector((I)(upper(bits, first) >> 16), F);
+    F code = pick_one(less(uniform * (under * 0x1p-15f + 0x1p-16f), v - under * under), under);
+    code = least(code, every(255.0f));
+    return to_integers(choose(less(every(0.0f), x), most(code, every(1.0f)), code));
+}
+
+/* A block's codes in a block format, once its largest value is known. */
+INLINE void finish(State *s, int n, int format, int is_nu) {
+    if (format <= BF16) return;
+    const uint32_t largest = largest_of(s->largest);
+    if (largest >= 0x7F800000u) { /* a value that is not finite: the block reads as NaN, codes 0 under a scale of NaN */
+        memset(s->codes, 0, (size_t)n * (format == BLOCK16 ? 2 : 1));
+        *s->scale = from_bits(0x7FC00000u);
+        return;
+    }
+    if (format == BLOCK16) {
+        const uint32_t top = is_nu ? 31u : 15u, size = largest >> 23, exponent = size < top ? top : size > 253u ? 253u : size;
+        const float inverse = from_bits((254u - exponent + (top - 15u)) << 23);
+        const int twice = inverse < 0x1p-14f;
+        const F by = every(twice ? inverse : inverse * 0x1p-112f), further = every(0x1p-112f);
+        *s->scale = from_bits((exponent - (top - 15u)) << 23);
+        for (int at = 0; at < n; at += TURN) {
+            const F x = (F)load(s->values + at), y = (F)load(s->values + at + LANES);
+            const U a = scaled16(x, by, further, twice, is_nu), b = scaled16(y, by, further, twice, is_nu);
+            W codes = carried(highs(a, b), lows(a, b), load16(s->bits + at));
+            if (!is_nu) codes |= highs((U)x, (U)y) & (uint16_t)0x8000;
+            store((uint16_t *)s->codes + at, (U)codes);
+        }
+        return;
+    }
+    const float scale = from_bits(largest) * (is_nu ? (float)(1.0 / (255.0 * 255.0)) : (float)(1.0 / 127.0));
+    const F inverse = every(scale >= 0x1p-126f ? 1.0f / scale : 0.0f);
+    *s->scale = scale;
+    for (int at = 0; at < n; at += TURN) {
+        const F x = (F)load(s->values + at), y = (F)load(s->values + at + LANES);
+        W codes;
+        if (is_nu) codes = lows(rooted8(x, inverse, s->bits + at, 0), rooted8(y, inverse, s->bits + at, LANES));
+        else { /* between 256 and 512 an ulp is 2^-15: twice the bits less those of 384 are multiples of 2^-16 */
+            const U a = ((U)(x * inverse + 384.0f) - 0x43C00000u) << 1, b = ((U)(y * inverse + 384.0f) - 0x43C00000u) << 1;
+            codes = within127(carried(highs(a, b), lows(a, b), load16(s->bits + at)));
+        }
+        bytes((uint8_t *)s->codes + at, codes);
+    }
 }
 
 /* -- the update ----------------------------------------------------------------------------------------- */
@@ -109,7 +354,8 @@ typedef struct {
 #define FIELD(name) float name;
     SCALARS(FIELD)
 #undef FIELD
-    float rate1, rate2, rate3, sign;
+    float rate1, rate2, rate3;
+    uint64_t stream;
 } Scalars;
 
 static Scalars scalars_of(const Segment *s) {
@@ -120,299 +366,236 @@ static Scalars scalars_of(const Segment *s) {
     c.rate1 = (float)(1.0 - s->beta1);
     c.rate2 = (float)(1.0 - s->beta2);
     c.rate3 = (float)(1.0 - s->beta3);
-    c.sign = (s->flags & MAXIMIZE) ? -1.0f : 1.0f;
+    c.stream = mix64(s->key + (uint64_t)s->step * 0x9E3779B97F4A7C15ull);
     return c;
 }
 
 /* reference.average: from the side of the larger share */
-INLINE float average(float x, float new, float beta, float rate, int any_beta) {
+INLINE F average(F x, F new, float beta, float rate, int any_beta) {
     return any_beta && beta < 0.5f ? new + (x - new) * beta : x + (new - x) * rate;
 }
 
-INLINE float second_moment(float nu, float g, const Scalars *c, int yogi, int any_beta) {
-    float squared = g * g;
-    squared = squared > 0x1p127f ? 0x1p127f : squared; /* reference.LARGEST_SQUARE */
-    if (yogi) {
-        float d = nu - squared, by = squared * c->rate2;
-        return nu - (d > 0.0f ? by : d < 0.0f ? -by : 0.0f);
-    }
-    return average(nu, squared, c->beta2, c->rate2, any_beta);
+INLINE F second_moment(F nu, F g, const Scalars *c, int yogi, int any_beta) {
+    const F squared = least(every(0x1p127f), g * g); /* reference.LARGEST_SQUARE */
+    if (!yogi) return average(nu, squared, c->beta2, c->rate2, any_beta);
+    const F d = nu - squared, zero = every(0.0f);
+    const F sign = choose(less(zero, d), every(1.0f), choose(less(d, zero), every(-1.0f), zero));
+    return nu - sign * (squared * c->rate2);
 }
 
-INLINE float moved(float w, float m1, float m2, float nu, const Scalars *c) {
-    float u = (m1 * c->bias_correction1 + m2 * c->alpha) / (sqrtf(nu * c->bias_correction2 + c->eps_root) + c->eps);
+INLINE F moved(F w, F m1, F m2, F nu, const Scalars *c) {
+    const F u = (m1 * c->bias_correction1 + m2 * c->alpha) / (root(nu * c->bias_correction2 + c->eps_root) + c->eps);
     return w - (u + w * c->weight_decay) * c->lr;
 }
 
-/* -- the common formats, one fused loop each -------------------------------------------------------------- */
+typedef struct { /* what a row's loop depends on: types and formats, and what is usual where it is 0 */
+    int weight, grad, master, m1, m2, nu, weight_ema, yogi, maximize, stays, any_beta, aside;
+} Kind;
 
-INLINE void fused(const Segment *s, int64_t from, int n, int weight_type, int master, int grad_type, int format) {
-    const Scalars c = scalars_of(s);
-    const int rounds_state = format == BF16, rounds_weight = weight_type == BF16 && master == NO_MASTER;
-    const int which = (rounds_state ? M1_BITS | M2_BITS | NU_BITS : 0) | (rounds_weight ? WEIGHT_BITS : 0);
-    const int odd = (int)((s->start + from) & 1);
+static Kind kind_of(const Segment *s) {
+    return (Kind){s->weight_type, s->grad_type, s->master_kind, s->m1_format, s->m2_format, s->nu_format, s->weight_ema_format,
+        (s->flags & YOGI) != 0, (s->flags & MAXIMIZE) != 0, s->lr == 0.0, s->beta1 < 0.5 || s->beta2 < 0.5 || s->beta3 < 0.5, 0};
+}
+
+typedef struct { /* where elements of a row lie */
+    void *weight, *master;
+    const void *grad;
+    void *codes[4];
+    float *scale[4];
+    uint64_t index; /* of the first in the whole parameter */
+} Place;
+
+#define SIZE(code) ((code) == NONE ? 0 : (code) == FP32 ? 4 : (code) == BLOCK8 ? 1 : 2)
+#define MASTER_SIZE(kind) ((kind) == FP32_MASTER ? 4 : (kind) == SPLIT_MASTER ? 2 : 0)
+
+INLINE Place place_of(const Segment *s, const Kind k, int64_t at) {
+#define AT(field, size) ((char *)(uintptr_t)s->field + at * (size))
+#define SCALE(field) ((float *)(uintptr_t)s->field + at / BLOCK)
+    return (Place){AT(weight, SIZE(k.weight)), AT(master, MASTER_SIZE(k.master)), AT(grad, SIZE(k.grad)),
+        {AT(m1, SIZE(k.m1)), AT(m2, SIZE(k.m2)), AT(nu, SIZE(k.nu)), AT(weight_ema, SIZE(k.weight_ema))},
+        {SCALE(m1_scale), SCALE(m2_scale), SCALE(nu_scale), SCALE(weight_ema_scale)}, (uint64_t)(s->start + at)};
+#undef AT
+#undef SCALE
+}
+
+/* n elements from the start of a block on, n a multiple of TURN. */
+INLINE void block(const Place p, const Scalars c, int n, const Kind k) {
+    const int rounds_weight = k.weight == BF16 && k.master == NO_MASTER && !k.stays;
+    const int which = (k.m1 > FP32 ? M1_BITS : 0) | (k.m2 > FP32 ? M2_BITS : 0) | (k.nu > FP32 ? NU_BITS : 0)
+        | (k.weight_ema > FP32 ? WEIGHT_EMA_BITS : 0) | (rounds_weight ? WEIGHT_BITS : 0);
     Randoms r;
-    if (which) fill(&r, s, from, n, which);
-    float *restrict wf = (float *)(uintptr_t)s->weight + from;
-    uint16_t *restrict wh = (uint16_t *)(uintptr_t)s->weight + from;
-    float *restrict master32 = (float *)(uintptr_t)s->master + from;
-    int16_t *restrict low = (int16_t *)(uintptr_t)s->master + from;
-    const float *restrict gf = (const float *)(uintptr_t)s->grad + from;
-    const uint16_t *restrict gh = (const uint16_t *)(uintptr_t)s->grad + from;
-    float *restrict m1f = (float *)(uintptr_t)s->m1 + from, *restrict m2f = (float *)(uintptr_t)s->m2 + from;
-    float *restrict nuf = (float *)(uintptr_t)s->nu + from;
-    uint16_t *restrict m1h = (uint16_t *)(uintptr_t)s->m1 + from, *restrict m2h = (uint16_t *)(uintptr_t)s->m2 + from;
-    uint16_t *restrict nuh = (uint16_t *)(uintptr_t)s->nu + from;
-    const uint16_t *restrict m1r = r.m1.bits + odd, *restrict m2r = r.m2.bits + odd, *restrict nur = r.nu.bits + odd;
-    const uint16_t *restrict wr = r.weight.bits + odd;
-#pragma GCC ivdep
-    for (int i = 0; i < n; i++) {
-        float g = (grad_type == FP32 ? gf[i] : from_bf16(gh[i])) * c.sign, w;
-        if (master == FP32_MASTER) w = master32[i];
-        else if (master == SPLIT_MASTER) w = joined(wh[i], low[i]);
-        else w = weight_type == FP32 ? wf[i] : from_bf16(wh[i]);
-        float m1 = format == FP32 ? m1f[i] : from_bf16(m1h[i]);
-        float m2 = format == FP32 ? m2f[i] : from_bf16(m2h[i]);
-        float nu = format == FP32 ? nuf[i] : from_bf16(nuh[i]);
-        m1 = average(m1, g, c.beta1, c.rate1, 0);
-        m2 = average(m2, g, c.beta3, c.rate3, 0);
-        nu = second_moment(nu, g, &c, 0, 0);
-        w = moved(w, m1, m2, nu, &c);
-        if (format == FP32) {
-            m1f[i] = m1;
-            m2f[i] = m2;
-            nuf[i] = nu;
-        } else {
-            m1h[i] = to_bf16(m1, m1r[i]);
-            m2h[i] = to_bf16(m2, m2r[i]);
-            nuh[i] = to_bf16(nu, nur[i]);
-        }
-        if (weight_type == FP32) wf[i] = w;
-        else if (rounds_weight) wh[i] = to_bf16(w, wr[i]);
-        else {
-            uint16_t high = nearest_bf16(w);
-            wh[i] = high;
-            if (master == FP32_MASTER) master32[i] = w;
-            else low[i] = (int16_t)(uint16_t)(to_bits(w) - ((uint32_t)high << 16));
-        }
-    }
-}
-
-/* -- every other combination: tiles in fp32 --------------------------------------------------------------- */
-
-static void load_values(float *restrict out, const void *from, int64_t at, int n, int type) {
-    const uint16_t *restrict p = (const uint16_t *)from + at;
-    if (type == FP32) memcpy(out, (const float *)from + at, (size_t)n * 4);
-    else if (type == BF16) for (int i = 0; i < n; i++) out[i] = from_bf16(p[i]);
-    else for (int i = 0; i < n; i++) out[i] = from_fp16(p[i]);
-}
-
-static void load_state(float *restrict out, uint64_t codes, uint64_t scales, int64_t at, int n, int format, int is_nu) {
-    const float *restrict scale = (const float *)(uintptr_t)scales + at / BLOCK;
-    if (format == BLOCK16) {
-        const uint16_t *restrict p = (const uint16_t *)(uintptr_t)codes + at;
-        const uint32_t mask = is_nu ? 0xFFFFu : 0x7FFFu;
-        for (int from = 0; from < n; from += BLOCK) {
-            const float by = scale[from / BLOCK];
-            const int to = from + BLOCK < n ? from + BLOCK : n;
-            for (int i = from; i < to; i++) {
-                float x = from_bits((p[i] & mask) << 12) * 0x1p112f * by;
-                out[i] = !is_nu && (p[i] & 0x8000u) ? -x : x;
+    const int odd = k.aside ? (int)(p.index & 1) : 0;
+    const uint64_t keys = keys_of(c.stream, p.index >> 1);
+    const U a = all((uint32_t)keys), b = all((uint32_t)(keys >> 32));
+    U number = lanes_from(p.index >> 1);
+    if (k.aside) fill(&r, c.stream, p.index, n, which);
+    State m1s, m2s, nus, emas;
+#define BEGIN(state, number, key)                                                                                    \
+    state.codes = p.codes[number], state.scale = p.scale[number], state.bits = r.key.bits + odd, begin(&state, k.key);
+    BEGIN(m1s, 0, m1) BEGIN(m2s, 1, m2) BEGIN(nus, 2, nu) BEGIN(emas, 3, weight_ema)
+#undef BEGIN
+#pragma GCC unroll 1
+    for (int at = 0; at < n; at += TURN, number += LANES) {
+#define NOTHING(key, bit, before, multiplier, after) W key##_bits = {0};
+        WORDS(NOTHING)
+#undef NOTHING
+        if (which) {
+            const U x = shared_rounds(number, a, b);
+#define BITS(key, bit, before, multiplier, after)                                                                       \
+            if (which & bit) {                                                                                          \
+                key##_bits = k.aside ? load16(r.key.bits + odd + at) : (W)last_round(x, before, multiplier, after);        \
+                if (!k.aside && k.key > BF16) store(r.key.bits + at, (U)key##_bits);                                     \
             }
+            WORDS(BITS)
+#undef BITS
         }
-    } else if (format == BLOCK8) {
-        const int8_t *restrict p = (const int8_t *)(uintptr_t)codes + at;
-        const uint8_t *restrict q = (const uint8_t *)p;
-        for (int from = 0; from < n; from += BLOCK) {
-            const float by = scale[from / BLOCK];
-            const int to = from + BLOCK < n ? from + BLOCK : n;
-            if (is_nu) for (int i = from; i < to; i++) out[i] = (float)q[i] * (float)q[i] * by;
-            else for (int i = from; i < to; i++) out[i] = (float)p[i] * by;
+        F w[2], m1[2], m2[2], nu[2], ema[2];
+        for (int v = 0; v < 2; v++) {
+            const int first = v * LANES;
+            F g = load_value(p.grad, at, first, k.grad);
+            if (k.maximize) g = -g;
+            w[v] = k.master == FP32_MASTER ? (F)load((const float *)p.master + at + first)
+                : load_value(p.weight, at, first, k.weight);
+            if (k.master == SPLIT_MASTER) w[v] = joined((U)w[v], upper((const uint16_t *)p.master + at, first));
+            m1[v] = g;
+            if (k.m1 != NONE) m1[v] = average(decode(&m1s, at, first, k.m1, 0), g, c.beta1, c.rate1, k.any_beta);
+            m2[v] = average(decode(&m2s, at, first, k.m2, 0), g, c.beta3, c.rate3, k.any_beta);
+            nu[v] = second_moment(decode(&nus, at, first, k.nu, 1), g, &c, k.yogi, k.any_beta);
+            if (!k.stays) w[v] = moved(w[v], m1[v], m2[v], nu[v], &c);
+            if (k.weight_ema == NONE) continue;
+            ema[v] = decode(&emas, at, first, k.weight_ema, 0);
+            ema[v] = ema[v] + (w[v] - ema[v]) * c.weight_ema_rate;
         }
-    } else load_values(out, (const void *)(uintptr_t)codes, at, n, format);
-}
-
-static float largest_of(const float *restrict x, int n) {
-    uint32_t largest = 0; /* magnitudes order like their bits, and integers have a vector maximum */
-    for (int i = 0; i < n; i++) {
-        const uint32_t a = to_bits(x[i]) & 0x7FFFFFFFu;
-        largest = a > largest ? a : largest;
-    }
-    return from_bits(largest);
-}
-
-/* A block with a value that is not finite reads as NaN: codes 0 under a scale of NaN. */
-INLINE int nonfinite(float largest, void *codes, size_t bytes, float *scale) {
-    if (to_bits(largest) < 0x7F800000u) return 0;
-    memset(codes, 0, bytes);
-    *scale = from_bits(0x7FC00000u);
-    return 1;
-}
-
-/* One block each: x into codes, by the random bits `r`. */
-INLINE void block16(uint16_t *restrict p, float *scale, const float *restrict x, const uint16_t *restrict r, int n,
-                    int is_nu) {
-    const uint32_t top = is_nu ? 31u : 15u, limit = is_nu ? 0xFFFFu : 0x7FFFu;
-    const float most = largest_of(x, n);
-    if (nonfinite(most, p, (size_t)n * 2, scale)) return;
-    uint32_t exponent = to_bits(most) >> 23;
-    exponent = exponent < top ? top : exponent > 253u ? 253u : exponent;
-    const float inverse = from_bits((254u - exponent + (top - 15u)) << 23);
-    *scale = from_bits((exponent - (top - 15u)) << 23);
-    for (int i = 0; i < n; i++) {
-        const uint32_t raw = to_bits(x[i] * inverse * 0x1p-112f);
-        uint32_t code = ((raw & 0x7FFFFFFFu) + (uint32_t)(r[i] >> 4)) >> 12;
-        code = code > limit ? limit : code;
-        if (is_nu) code = (code == 0) & (x[i] > 0.0f) ? 1u : code;
-        else code |= (raw >> 16) & 0x8000u;
-        p[i] = (uint16_t)code;
-    }
-}
-
-INLINE void block8(uint8_t *restrict p, float *scale, const float *restrict x, const uint16_t *restrict r, int n,
-                   int is_nu) {
-    const float most = largest_of(x, n);
-    if (nonfinite(most, p, (size_t)n, scale)) return;
-    const float by = most * (is_nu ? (float)(1.0 / (255.0 * 255.0)) : (float)(1.0 / 127.0));
-    const float inverse = by >= 0x1p-126f ? 1.0f / by : 0.0f;
-    *scale = by;
-    for (int i = 0; i < n; i++) {
-        const float uniform = (float)r[i] * 0x1p-16f, v = x[i] * inverse;
-        float code;
-        if (is_nu) {
-            const float below = floorf(sqrtf(v));
-            code = below + (v - below * below > uniform * (2.0f * below + 1.0f) ? 1.0f : 0.0f);
-            code = code < 255.0f ? code : 255.0f;
-            code = (code == 0.0f) & (x[i] > 0.0f) ? 1.0f : code;
-        } else {
-            code = floorf(v + uniform);
-            code = code < 127.0f ? code : 127.0f;
-            code = code > -127.0f ? code : -127.0f;
+        if (k.m1 != NONE) encode(&m1s, at, m1[0], m1[1], m1_bits, k.m1, 0);
+        encode(&m2s, at, m2[0], m2[1], m2_bits, k.m2, 0);
+        encode(&nus, at, nu[0], nu[1], nu_bits, k.nu, 1);
+        if (k.weight_ema != NONE) encode(&emas, at, ema[0], ema[1], weight_ema_bits, k.weight_ema, 0);
+        if (k.stays) continue;
+        const U x = (U)w[0], y = (U)w[1];
+        if (k.weight == FP32 || k.master == FP32_MASTER) {
+            float *to = (float *)(k.weight == FP32 ? p.weight : p.master) + at;
+            store(to, x);
+            store(to + LANES, y);
         }
-        p[i] = (uint8_t)(int32_t)code;
-    }
-}
-
-static void store_state(const float *restrict x, uint64_t codes, uint64_t scales, int64_t at, int n, int format, int is_nu,
-                        const uint16_t *restrict r) {
-    float *scale = (float *)(uintptr_t)scales + at / BLOCK;
-    if (format == FP32) memcpy((float *)(uintptr_t)codes + at, x, (size_t)n * 4);
-    else if (format == BF16) {
-        uint16_t *restrict p = (uint16_t *)(uintptr_t)codes + at;
-        for (int i = 0; i < n; i++) p[i] = to_bf16(x[i], r[i]);
-    } else {
-        for (int from = 0; from < n; from += BLOCK, scale++) {
-            const int count = from + BLOCK < n ? BLOCK : n - from;
-            uint16_t *p16 = (uint16_t *)(uintptr_t)codes + at + from;
-            uint8_t *p8 = (uint8_t *)(uintptr_t)codes + at + from;
-            /* with constants for what varies, so that each loop is compiled by itself */
-            if (format == BLOCK16 && is_nu) block16(p16, scale, x + from, r + from, count, 1);
-            else if (format == BLOCK16) block16(p16, scale, x + from, r + from, count, 0);
-            else if (is_nu) block8(p8, scale, x + from, r + from, count, 1);
-            else block8(p8, scale, x + from, r + from, count, 0);
+        if (k.weight == FP32) continue;
+        W codes;
+        if (k.weight != BF16) codes = lows(to_fp16(w[0]), to_fp16(w[1]));
+        else if (rounds_weight) codes = carried_to_bf16(highs(x, y), lows(x, y), weight_bits);
+        else {
+            const U a = nearest_bf16(w[0]), b = nearest_bf16(w[1]);
+            codes = highs(a, b);
+            if (k.master == SPLIT_MASTER) store((uint16_t *)p.master + at, (U)lows(x - a, y - b));
         }
+        store((uint16_t *)p.weight + at, (U)codes);
     }
+    if (k.m1 != NONE) finish(&m1s, n, k.m1, 0);
+    finish(&m2s, n, k.m2, 0);
+    finish(&nus, n, k.nu, 1);
+    if (k.weight_ema != NONE) finish(&emas, n, k.weight_ema, 0);
 }
 
-/* `fill` with constants for `which`: state of three rounded tensors in one pass, others one by one. */
-static void draw(Randoms *r, const Segment *s, int64_t at, int n, int which) {
-    const int common = M1_BITS | M2_BITS | NU_BITS;
-    if ((which & common) == common) {
-        fill(r, s, at, n, common);
-        which &= ~common;
-    }
-#define ONE(key, bit, before, multiplier, after) if (which & bit) fill(r, s, at, n, bit);
-    WORDS(ONE)
-#undef ONE
+/* -- rows ------------------------------------------------------------------------------------------------- */
+
+/* The elements at .. end of a row, whole blocks. */
+INLINE void blocks(const Segment *row, const Scalars *scalars, const Kind k, int64_t at, int64_t end) {
+    const Segment s = *row;
+    const Scalars c = *scalars;
+    for (; at < end; at += BLOCK) block(place_of(&s, k, at), c, BLOCK, k);
 }
 
-/* The update of a part in place; with constants for the flags it is one loop of vectors. */
-INLINE void update(float *restrict w, const float *restrict g, float *restrict m1, float *restrict m2,
-                   float *restrict nu, int n, const Scalars *s, int has_m1, int yogi, int moves, int any_beta) {
-    const Scalars c = *s;
-    for (int i = 0; i < n; i++) {
-        const float gi = g[i] * c.sign, fast = has_m1 ? average(m1[i], gi, c.beta1, c.rate1, any_beta) : gi;
-        if (has_m1) m1[i] = fast;
-        m2[i] = average(m2[i], gi, c.beta3, c.rate3, any_beta);
-        nu[i] = second_moment(nu[i], gi, &c, yogi, any_beta);
-        if (moves) w[i] = moved(w[i], fast, m2[i], nu[i], &c);
+typedef void Blocks(const Segment *, const Scalars *, const Kind *, int64_t, int64_t);
+
+static void any(const Segment *s, const Scalars *c, const Kind *k, int64_t at, int64_t end) { blocks(s, c, *k, at, end); }
+
+static __attribute__((noinline)) void some(const Place *p, const Scalars *c, const Kind *k, int n) { block(*p, *c, n, *k); }
+
+/* The common combinations: weights W with master M, gradients G, state F. */
+#define STATES(X, W, M, G) X(W, M, G, FP32) X(W, M, G, BF16) X(W, M, G, BLOCK16) X(W, M, G, BLOCK8)
+#define COMMON(X)                                                                                                    \
+    STATES(X, FP32, NO_MASTER, FP32) STATES(X, BF16, NO_MASTER, BF16) STATES(X, BF16, FP32_MASTER, BF16)              \
+    STATES(X, BF16, SPLIT_MASTER, BF16) X(BF16, NO_MASTER, FP32, BF16) X(BF16, FP32_MASTER, FP32, BF16)               \
+    X(BF16, SPLIT_MASTER, FP32, BF16)
+#define DEFINE(W, M, G, F)                                                                                          \
+    static void blocks_##W##_##M##_##G##_##F(const Segment *s, const Scalars *c, const Kind *k, int64_t at, int64_t end) { \
+        (void)k;                                                                                                    \
+        blocks(s, c, (Kind){W, G, M, F, F, F, NONE, 0, 0, 0, 0, 0}, at, end);                                          \
+    }
+COMMON(DEFINE)
+#undef DEFINE
+
+static Blocks *blocks_of(const Kind *k) {
+    if (k->m1 != k->m2 || k->m1 != k->nu || k->weight_ema != NONE || k->yogi || k->maximize || k->stays || k->any_beta || k->aside) return any;
+#define FIND(W, M, G, F) if (k->weight == W && k->master == M && k->grad == G && k->m1 == F) return blocks_##W##_##M##_##G##_##F;
+    COMMON(FIND)
+#undef FIND
+    return any;
+}
+
+/* Copies n elements of `size` bytes, from number `at` on in the order of their indices, between an array and a tensor that
+ * is laid out otherwise; `shape` is the number of its dimensions (at most 64), then the size and stride of each. */
+static void walk(char *tensor, char *array, const int64_t *shape, int64_t at, int n, size_t size, int into_tensor) {
+    const int last = (int)shape[0] - 1;
+    const int64_t *sizes = shape + 1, *strides = shape + 2;
+    int64_t index[64], offset = 0;
+    for (int d = last; d >= 0; at /= sizes[2 * d], d--) {
+        index[d] = at % sizes[2 * d];
+        offset += index[d] * strides[2 * d];
+    }
+    while (n > 0) {
+        const int64_t left = sizes[2 * last] - index[last], stride = strides[2 * last];
+        const int run = left < n ? (int)left : n;
+#define COPY(type)                                                                                                  \
+        for (int i = 0; i < run; i++) {                                                                             \
+            type *element = (type *)tensor + offset + i * stride, *slot = (type *)array + i;                        \
+            if (into_tensor) *element = *slot;                                                                      \
+            else *slot = *element;                                                                                  \
+        }
+        if (size == 4) COPY(uint32_t) else COPY(uint16_t)
+#undef COPY
+        array += (size_t)run * size, n -= run, index[last] += run, offset += run * stride;
+        for (int d = last; d > 0 && index[d] == sizes[2 * d]; d--) {
+            offset += strides[2 * (d - 1)] - index[d] * strides[2 * d];
+            index[d] = 0, index[d - 1]++;
+        }
     }
 }
 
-static void tiled(const Segment *s, int64_t from, int64_t n) {
-    const Scalars c = scalars_of(s);
-    void *weight = (void *)(uintptr_t)s->weight, *master = (void *)(uintptr_t)s->master;
-    const int yogi = (s->flags & YOGI) != 0, has_m1 = s->m1_format != NONE, moves = s->lr != 0.0;
-    float w[PART], g[PART], m1[PART], m2[PART], nu[PART], weight_ema[PART];
-    const int which = (s->m1_format > FP32 ? M1_BITS : 0) | (s->m2_format > FP32 ? M2_BITS : 0)
-        | (s->nu_format > FP32 ? NU_BITS : 0) | (s->weight_ema_format > FP32 ? WEIGHT_EMA_BITS : 0)
-        | (s->weight_type == BF16 && s->master_kind == NO_MASTER ? WEIGHT_BITS : 0);
-    const int common = has_m1 && !yogi && moves && s->beta1 >= 0.5 && s->beta2 >= 0.5 && s->beta3 >= 0.5;
-    const int odd = (int)((s->start + from) & 1); /* parts are of an even length */
-    Randoms r;
-    for (int64_t at = from; at < from + n; at += PART) {
-        const int count = (int)(from + n - at < PART ? from + n - at : PART);
-        draw(&r, s, at, count, which);
-        if (s->master_kind == FP32_MASTER) load_values(w, master, at, count, FP32);
-        else if (s->master_kind == SPLIT_MASTER) {
-            const uint16_t *high = (const uint16_t *)weight + at;
-            const int16_t *low = (const int16_t *)master + at;
-            for (int i = 0; i < count; i++) w[i] = joined(high[i], low[i]);
-        } else load_values(w, weight, at, count, s->weight_type);
-        load_values(g, (const void *)(uintptr_t)s->grad, at, count, s->grad_type);
-        if (has_m1) load_state(m1, s->m1, s->m1_scale, at, count, s->m1_format, 0);
-        load_state(m2, s->m2, s->m2_scale, at, count, s->m2_format, 0);
-        load_state(nu, s->nu, s->nu_scale, at, count, s->nu_format, 1);
-        if (common) update(w, g, m1, m2, nu, count, &c, 1, 0, 1, 0);
-        else if (yogi) update(w, g, m1, m2, nu, count, &c, has_m1, 1, moves, 1);
-        else update(w, g, m1, m2, nu, count, &c, has_m1, 0, moves, 1);
-        if (s->weight_ema_format != NONE) {
-            load_state(weight_ema, s->weight_ema, s->weight_ema_scale, at, count, s->weight_ema_format, 0);
-            for (int i = 0; i < count; i++) weight_ema[i] = weight_ema[i] + (w[i] - weight_ema[i]) * c.weight_ema_rate;
-            store_state(weight_ema, s->weight_ema, s->weight_ema_scale, at, count, s->weight_ema_format, 0,
-                        r.weight_ema.bits + odd);
-        }
-        if (has_m1) store_state(m1, s->m1, s->m1_scale, at, count, s->m1_format, 0, r.m1.bits + odd);
-        store_state(m2, s->m2, s->m2_scale, at, count, s->m2_format, 0, r.m2.bits + odd);
-        store_state(nu, s->nu, s->nu_scale, at, count, s->nu_format, 1, r.nu.bits + odd);
-        if (!moves) continue;
-        if (s->master_kind == FP32_MASTER) memcpy((float *)master + at, w, (size_t)count * 4);
-        if (s->weight_type == FP32) memcpy((float *)weight + at, w, (size_t)count * 4);
-        else if (s->weight_type == BF16) {
-            uint16_t *high = (uint16_t *)weight + at;
-            int16_t *low = (int16_t *)master + at;
-            if (s->master_kind == NO_MASTER) for (int i = 0; i < count; i++) high[i] = to_bf16(w[i], r.weight.bits[odd + i]);
-            else for (int i = 0; i < count; i++) high[i] = nearest_bf16(w[i]);
-            if (s->master_kind == SPLIT_MASTER)
-                for (int i = 0; i < count; i++) low[i] = (int16_t)(uint16_t)(to_bits(w[i]) - ((uint32_t)high[i] << 16));
-        } else {
-            uint16_t *half = (uint16_t *)weight + at;
-            for (int i = 0; i < count; i++) half[i] = to_fp16(w[i]);
-        }
+/* At most a block, in copies: less than one, or of tensors that are not laid out in order. Behind the end of the copies
+ * the last element is repeated, which changes no block's largest value. */
+static void part(const Segment *s, const Scalars *c, const Kind *k, int64_t at, int n) {
+    uint64_t copies[7][BLOCK / 2] __attribute__((aligned(64)));
+    const Place p = place_of(s, *k, at);
+    void *const tensors[7] = {(void *)(uintptr_t)p.grad, p.weight, p.master, p.codes[0], p.codes[1], p.codes[2], p.codes[3]};
+    const int sizes[7] = {SIZE(k->grad), SIZE(k->weight), MASTER_SIZE(k->master), SIZE(k->m1), SIZE(k->m2), SIZE(k->nu),
+        SIZE(k->weight_ema)};
+    const int64_t *shapes[7] = {(const int64_t *)(uintptr_t)s->grad_shape, (const int64_t *)(uintptr_t)s->weight_shape};
+    char *const starts[2] = {(char *)(uintptr_t)s->grad, (char *)(uintptr_t)s->weight};
+    const int whole = (n + TURN - 1) / TURN * TURN;
+    for (int t = 0; t < 7; t++) {
+        const size_t size = (size_t)sizes[t];
+        char *copy = (char *)copies[t];
+        if (!size) continue;
+        if (shapes[t]) walk(starts[t], copy, shapes[t], s->local + at, n, size, 0);
+        else memcpy(copy, tensors[t], (size_t)n * size);
+        for (int i = n; i < whole; i++) memcpy(copy + (size_t)i * size, copy + (size_t)(n - 1) * size, size);
+    }
+    const Place here = {copies[1], copies[2], copies[0], {copies[3], copies[4], copies[5], copies[6]},
+        {p.scale[0], p.scale[1], p.scale[2], p.scale[3]}, p.index};
+    some(&here, c, k, whole);
+    for (int t = k->stays ? 3 : 1; t < 7; t++) {
+        if (shapes[t]) walk(starts[t], (char *)copies[t], shapes[t], s->local + at, n, (size_t)sizes[t], 1);
+        else if (sizes[t]) memcpy(tensors[t], copies[t], (size_t)(n * sizes[t]));
     }
 }
 
 static void chunk(const Segment *s, int64_t from, int64_t n) {
-    const int f = s->m1_format;
-    const int plain = (f == FP32 || f == BF16) && s->m2_format == f && s->nu_format == f && s->weight_ema_format == NONE
-        && !(s->flags & YOGI) && s->lr != 0.0 && s->beta1 >= 0.5 && s->beta2 >= 0.5 && s->beta3 >= 0.5;
-    const int rounds = f == BF16 || (s->weight_type == BF16 && s->master_kind == NO_MASTER);
-    const int64_t part = rounds ? TILE : n;
-#define CASE(W, M, G, F)                                                                                     \
-    if (plain && s->weight_type == W && s->master_kind == M && s->grad_type == G && f == F) {                \
-        for (int64_t at = from; at < from + n; at += part)                                                   \
-            fused(s, at, (int)(from + n - at < part ? from + n - at : part), W, M, G, F);                    \
-        return;                                                                                              \
-    }
-    CASE(FP32, NO_MASTER, FP32, FP32)
-    CASE(FP32, NO_MASTER, FP32, BF16)
-#define GRADIENTS(M) CASE(BF16, M, BF16, FP32) CASE(BF16, M, BF16, BF16) CASE(BF16, M, FP32, FP32) CASE(BF16, M, FP32, BF16)
-    GRADIENTS(NO_MASTER)
-    GRADIENTS(FP32_MASTER)
-    GRADIENTS(SPLIT_MASTER)
-#undef GRADIENTS
-#undef CASE
-    tiled(s, from, n);
+    Kind k = kind_of(s);
+    const Scalars c = scalars_of(s);
+    const uint64_t first = (uint64_t)(s->start + from), last = first + (uint64_t)n + TURN;
+    k.aside = (first & 1) || first >> 33 != last >> 33; /* words that begin in the middle, or change their keys */
+    const int64_t end = from + n, whole = s->weight_shape ? from : from + n / BLOCK * BLOCK;
+    if (whole > from) blocks_of(&k)(s, &c, &k, from, whole);
+    for (int64_t at = whole; at < end; at += BLOCK) part(s, &c, &k, at, end - at < BLOCK ? (int)(end - at) : BLOCK);
 }
 
 /* Segment i takes chunks ends[i - 1] .. ends[i], each of `chunk_length` elements (a multiple of BLOCK). */

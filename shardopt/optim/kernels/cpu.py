@@ -36,6 +36,7 @@ class CpuKernel(Kernel):
     """Raises InputError where there is no C compiler; the message says so."""
 
     name = "c"
+    takes_strides = True
 
     def __init__(self) -> None:
         library, (pointer, number) = _load(), (ctypes.c_void_p, ctypes.c_int64)

@@ -88,6 +88,16 @@ def check_storage(tensor: Tensor, device: torch.device, what: str) -> None:
         )
 
 
+def check_reach(tensor: Tensor, what: str) -> None:
+    """
+    Raises:
+        InputError: the last of its elements lies behind the end of its storage; `what` is its name.
+    """
+    last = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise InputError(f"{what} reaches beyond the end of its storage: it was freed in part")
+
+
 def _ask(tensor: Tensor | None) -> tuple[int, int, int]:
     """The column of one tensor, in Python."""
     if tensor is None:

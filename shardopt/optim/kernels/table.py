@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from shardopt.errors import InputError
 from shardopt.optim import precision, schema
+from shardopt.optim.kernels.facts import check_reach
 from shardopt.optim.precision import Format, blocks
 from shardopt.optim.schema import Scalars
 from shardopt.slices import Layout, name_key
@@ -104,6 +106,17 @@ def pointed(entry: Entry) -> list[tuple[str, Tensor]]:
     return [(key, tensor) for key, tensor in entry.tensors.items() if key in _COLUMN_OF]
 
 
+def collapsed(tensor: Tensor) -> list[tuple[int, int]]:
+    """Size and stride of each dimension, those that can be gone through as one together."""
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = dims[-1][0] * size, stride
+        elif size != 1:
+            dims.append((size, stride))
+    return dims or [(1, 1)]
+
+
 class Table:
     """
     Args:
@@ -112,6 +125,7 @@ class Table:
         groups: the optimizer's parameter groups.
         capturable: the kernel computes the scalars on the device, from the counts and schedules there.
         strided: its one weight or gradient is not contiguous: checked as others, and stepped in contiguous copies.
+        shaped: numbers of its entries whose weights or gradients are not contiguous, for a kernel that takes strides.
     """
 
     def __init__(
@@ -121,11 +135,14 @@ class Table:
         groups: Sequence[Mapping[str, Any]],
         capturable: bool,
         strided: bool = False,
+        shaped: Sequence[int] = (),
     ) -> None:
         ranges = [(i, name, tile) for i, entry in enumerate(entries) for name, tile in entry.ranges()]
         self.device = entries[0].param.device
         self.indices, self.entries, self.capturable, self.strided = indices, entries, capturable, strided
         self.kernel = entries[0].kernel
+        self._shaped: dict[int, Any] = dict.fromkeys(shaped)  # entries, and what their shapes were written for
+        self._shapes: dict[tuple[int, str], np.ndarray] = {}  # what the rows point to
         self.columns = np.arange(0)  # of the plan's facts that are about these entries
         self.learning_rates: list[float | Tensor] = []  # of a capturable table's entries
         self.captured = False  # whether a CUDA graph holds a step of this table
@@ -140,6 +157,9 @@ class Table:
         self.row_entry = owner = np.array([i for i, _, _ in ranges], dtype=np.int64)
         columns = np.array([tile for _, _, tile in ranges], dtype=np.int64).reshape(-1, 4).T
         rows["start"], self.row_local, self.row_block, rows["length"] = columns
+        rows["local"] = self.row_local
+        # where shapes are, addresses are of the tensors' first elements
+        self._from_start = np.where(np.isin(owner, list(shaped)), 0, self.row_local)
         self.weights: list[Tensor] = []
         self.grads: list[Tensor | None] = []
         self.cache: dict[str, Any] = {}
@@ -174,7 +194,7 @@ class Table:
             parts.append((rows * _WORDS + column, owner[rows], first * np.array(sizes, dtype=np.int64)[owner[rows]]))
         whole = np.arange(len(self.rows)) * _WORDS
         size = np.array([entry.param.dtype.itemsize for entry in self.entries], dtype=np.int64)
-        parts.append((whole + _NAMES.index("weight"), weights, self.row_local * size[self.row_entry]))
+        parts.append((whole + _NAMES.index("weight"), weights, self._from_start * size[self.row_entry]))
         parts.append((whole + _NAMES.index("grad"), grads, np.zeros_like(self.row_local)))  # by `point`
         self._places, self._owner, self._offsets = (np.concatenate(column) for column in zip(*parts, strict=True))
         self._types: list[torch.dtype | None] = []
@@ -198,8 +218,30 @@ class Table:
             codes = [schema.NONE if t is None else schema.TYPES[t] for t in types]
             self.rows["grad_type"] = np.array(codes, dtype=np.uint8)[owner]
             sizes = np.array([0 if t is None else t.itemsize for t in types], dtype=np.int64)
-            self._offsets[len(self._offsets) - len(owner) :] = sizes[owner] * self.row_local
+            self._offsets[len(self._offsets) - len(owner) :] = sizes[owner] * self._from_start
         self._words[self._places] = addresses[self._owner] + self._offsets
+        for i in self._shaped:
+            self._place_shapes(i)
+
+    def _place_shapes(self, index: int) -> None:
+        """Let an entry's rows point to the shapes of its weight and gradient, where these are not those of last time.
+
+        Raises:
+            InputError: a tensor that reaches beyond its storage.
+        """
+        pair = {"weight_shape": self.weights[index], "grad_shape": self.grads[index]}
+        tensors = {key: tensor for key, tensor in pair.items() if tensor is not None}
+        now = [(t.shape, t.stride(), t.storage_offset(), t.untyped_storage().nbytes()) for t in tensors.values()]
+        if now == self._shaped[index]:
+            return
+        for key, tensor in tensors.items():
+            check_reach(
+                tensor, f"the {'weight' if key == 'weight_shape' else 'gradient of'} {self.entries[index].name}"
+            )
+            dims = collapsed(tensor)
+            numbers = self._shapes[index, key] = np.array([len(dims), *chain.from_iterable(dims)], dtype=np.int64)
+            self.rows[key][self.row_entry == index] = numbers.ctypes.data
+        self._shaped[index] = now
 
     def set_scalars(self, places: np.ndarray, scalars: Sequence[Scalars], steps: np.ndarray) -> None:
         """Give each row its scalars and step.

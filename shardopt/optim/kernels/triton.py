@@ -287,9 +287,9 @@ def _write_state(
             scale = largest.to(tl.float32, bitcast=True) * PER_STEP
             inverse = tl.where(scale >= 2.0**-126, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 0.0)
             y = x * inverse[:, None]
-            uniform = bits.to(tl.int32).to(tl.float32) * (2.0**-16)
-            # tl.floor takes subnormals for zeros on a GPU: integers cut instead, held in their range before
             if IS_NU:
+                uniform = bits.to(tl.int32).to(tl.float32) * (2.0**-16)
+                # tl.floor takes subnormals for zeros on a GPU: integers cut instead, held in their range before
                 root = tl.sqrt_rn(y)
                 below = tl.where(root < 256.0, root, 256.0).to(tl.int32).to(tl.float32)
                 # between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself
@@ -299,13 +299,12 @@ def _write_state(
                 code = tl.where(wrong[:, None], 0.0, code)
                 _write(at, tl.uint8, code.to(tl.int32).to(tl.uint8), block, left, offsets, ALIGNED, FULL)
             else:
-                code = y + uniform
-                code = tl.where(code < 127.0, code, 127.0)
-                code = tl.where(code > -127.0, code, -127.0)
-                code = tl.where(wrong[:, None], 0.0, code)
-                cut = code.to(tl.int32)
-                cut -= (cut.to(tl.float32) > code).to(tl.int32)
-                _write(at, tl.int8, cut.to(tl.int8), block, left, offsets, ALIGNED, FULL)
+                code = ((y + 384.0).to(tl.int32, bitcast=True) - 0x43C00000) * 2 + bits.to(
+                    tl.int32
+                )  # precision._Block8
+                code = tl.minimum(tl.maximum(code >> 16, -127), 127)
+                code = tl.where(wrong[:, None], 0, code)
+                _write(at, tl.int8, code.to(tl.int8), block, left, offsets, ALIGNED, FULL)
         scale = tl.where(wrong, float("nan"), scale)
         scales = tl.load(row + _word(NAME + "_scale"))
         _write(scales, tl.float32, scale, *_of_scales(block, left, offsets), False, FULL)
