@@ -502,6 +502,7 @@ class _Launch(NamedTuple):
 
 class TritonKernel:
     name = "triton"
+    takes_strides = False
 
     def refusal(self, weight: Tensor) -> str | None:
         wanted = "cpu" if _INTERPRETED else "cuda"
