@@ -11,6 +11,9 @@
 `--engines` takes names, or sections as YAML: fsdp ddp "{name: zero, stage: 1}". A random kill comes while the ranks
 start, between two steps or in a save (which all happen in the background), as chance has it.
 
+The jobs are torchrun's agent and its ranks, forked from this process, which has imported everything: a start takes a
+second instead of ten. `signals` starts the commands themselves.
+
 One line of JSON for each engine, then a table of what was done, where. The exit status is 1 if a run started again at a
 step before its newest complete checkpoint, took more restarts than there were kills, waited for a frozen rank for more
 than 30 s beyond run.timeout_minutes or did not name it, or ended with other weights or other losses, to the bit.
@@ -31,8 +34,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +44,26 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "scripts"))
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process with threads cannot be forked
 
-from struck_rank import OF_A_SAVE, OF_A_STEP, ON_RANK_0, Strike  # noqa: E402
+# For the ranks, as are engines and loop below.
+import torch.distributed.run  # noqa: E402, F401
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
+from scripts import struck_rank  # noqa: E402
+from scripts.forked import Forked, torchrun  # noqa: E402
+from scripts.struck_rank import OF_A_SAVE, OF_A_STEP, ON_RANK_0, Notes, Strike  # noqa: E402
 from shardopt import checkpoint  # noqa: E402
+from shardopt.engines import ddp, fsdp, single, zero  # noqa: E402, F401
+from shardopt.pretrain import loop  # noqa: E402, F401
 from shardopt.pretrain.metrics import read_metrics  # noqa: E402
 
-# A start takes some seconds: this many of the kills come in it.
-_IN_THE_START = 0.3
+# This many of the kills come in the start, and so many seconds it takes.
+_IN_THE_START, _START = 0.3, 2.0
 _LONGEST_START = 240.0
 _LONGEST_END = 300.0
 # Of the frozen runs: long enough for ranks that start at different moments on a busy machine.
-_TIMEOUT_MINUTES = 0.4
+_TIMEOUT_MINUTES = 0.2
 _GRACE = 30.0
 
 
@@ -95,9 +105,9 @@ class Run:
     ranks: int
     settings: dict[str, Any]
     max_restarts: int = 0
-    starter: str = "torchrun"
+    starter: str = ""  # a command of `COMMANDS`; none forks
     strikes: list[Strike] = field(default_factory=list)  # one for each attempt of the job that is started next
-    job: subprocess.Popen[bytes] | None = None
+    job: Forked | subprocess.Popen[bytes] | None = None
     done: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     newest: int = 0  # step of the newest complete checkpoint that was seen
@@ -110,44 +120,47 @@ class Run:
     def log(self) -> Path:
         return self.folder / f"{self.name}.log"
 
+    @property
+    def notes(self) -> Notes:
+        return Notes(self.folder / f"{self.name}.notes")
+
     def start(self) -> None:
         path = self.folder / f"{self.name}.yaml"
         path.write_text(yaml.safe_dump(self.settings))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks)]
-        commands: dict[str, list[str]] = {
-            "torchrun": [*torchrun, "--max-restarts", str(self.max_restarts), str(ROOT / "scripts" / "struck_rank.py")],
-            "shardopt": [sys.executable, "-m", "shardopt", "pretrain", "--nproc-per-node", str(self.ranks)],
-            "sbatch": ["bash", str(ROOT / "launch" / "slurm.sbatch")],
-        }
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STRUCK": str(self.events_path)}
-        environment["STRIKES"] = json.dumps([asdict(strike) for strike in self.strikes])
-        if self.starter == "sbatch":
-            environment |= stubs_of_slurm(self.folder, self.ranks)
         with self.log.open("ab") as log:
-            self.job = subprocess.Popen(
-                [*commands[self.starter], str(path)], env=environment, stdout=log, stderr=log, cwd=self.folder
-            )
+            if not self.starter:
+                self.job = Forked(lambda: self._agent(path), log.fileno())
+                return
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            if self.starter == "sbatch":
+                environment |= stubs_of_slurm(self.folder, self.ranks)
+            command = [
+                part.format(python=sys.executable, root=ROOT, ranks=self.ranks) for part in COMMANDS[self.starter]
+            ]
+            self.job = psutil.Popen([*command, str(path)], env=environment, stdout=log, stderr=log, cwd=self.folder)
 
-    @property
-    def events_path(self) -> Path:
-        return self.folder / f"{self.name}.struck"
+    def _agent(self, path: Path) -> None:
+        command = [
+            "--standalone",
+            "--nproc-per-node",
+            str(self.ranks),
+            "--max-restarts",
+            str(self.max_restarts),
+            "rank",
+        ]
+        torchrun(command, lambda _: struck_rank.main(str(path), self.strikes, self.notes))
 
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        """What struck_rank.py has noted."""
-        lines = self.events_path.read_text().splitlines() if self.events_path.exists() else []
-        return [event for event in map(json.loads, lines) if event["event"] == kind]
+    def ended(self) -> bool:
+        return self.job is None or self.job.poll() is not None
 
-    def workers(self, attempt: int = 0) -> list[psutil.Process]:
-        """The ranks of that attempt of the job, or a later one; empty where they are not all there."""
-        found = []
-        for process in psutil.Process(self.job.pid).children(recursive=True) if self.job is not None else []:
-            try:
-                environment = process.environ()
-            except psutil.Error:
-                continue
-            if "LOCAL_RANK" in environment and int(environment["TORCHELASTIC_RESTART_COUNT"]) >= attempt:
-                found.append(process)
-        return found if len(found) >= self.ranks else []
+    def workers(self, attempt: int = 0) -> list[dict[str, Any]]:
+        """The notes of the ranks of the newest attempt, if it is that one or a later one and they are all there."""
+        assert self.job is not None
+        began = psutil.Process(self.job.pid).create_time()
+        notes = [note for note in self.notes.read("rank") if note["time"] >= began and note["attempt"] >= attempt]
+        newest = max((note["attempt"] for note in notes), default=0)
+        found = [note for note in notes if note["attempt"] == newest and psutil.pid_exists(note["pid"])]
+        return found if len(found) == self.ranks else []
 
     def step(self) -> int:
         path = self.here / "metrics.jsonl"
@@ -158,7 +171,7 @@ class Run:
         """Whether `ready()` came true before the job ended, or before the longest start was over."""
         deadline = time.monotonic() + _LONGEST_START
         while not ready():
-            if self.job is None or self.job.poll() is not None:
+            if self.ended():
                 return False
             if time.monotonic() > deadline:
                 self.faults.append(f"nothing within {_LONGEST_START:g} s after {self.done.total()} faults")
@@ -170,7 +183,7 @@ class Run:
         """The job's status when it ends; None, and a fault, where it had to be killed."""
         assert self.job is not None
         try:
-            return self.job.wait(timeout=seconds)
+            return self.job.wait(seconds)
         except subprocess.TimeoutExpired:
             self.faults.append(f"still there {seconds:g} s after {self.done.total()} faults, see {self.log}")
             self.kill_all()
@@ -183,17 +196,12 @@ class Run:
         self.newest = max(newest, self.newest)
 
     def kill_all(self) -> None:
-        assert self.job is not None
-        try:
-            job = psutil.Process(self.job.pid)
-            processes = [job, *job.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            processes = []
-        for process in processes:
-            try:
+        if self.job is None or self.ended():
+            return
+        job = psutil.Process(self.job.pid)
+        for process in [job, *job.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
         self.job.wait()
 
     def finish(self, whole: Run, started: bool = False, losses: bool = True) -> None:
@@ -204,7 +212,7 @@ class Run:
             losses: compare the losses too.
         """
         if not started:
-            self.strikes, self.starter = [], "torchrun"
+            self.strikes, self.starter = [], ""
             self.start()
         status = self.end(600)
         if status != 0:
@@ -217,7 +225,7 @@ class Run:
 
     def check_starts(self) -> None:
         """No attempt may begin before the newest checkpoint that was complete when the one before was struck."""
-        lines = sorted(self.events("began") + self.events("strike"), key=lambda event: event["time"])
+        lines = sorted(self.notes.read("began") + self.notes.read("strike"), key=lambda event: event["time"])
         newest = 0
         for event in lines:
             if event["event"] == "strike":
@@ -259,6 +267,14 @@ def stubs_of_slurm(folder: Path, ranks: int) -> dict[str, str]:
     }  # fmt: skip
 
 
+COMMANDS = {
+    "torchrun": "{python} -m torch.distributed.run --standalone --nproc-per-node {ranks} {root}/launch/pretrain.py "
+    "{config}",
+    "shardopt": "{python} -m shardopt pretrain --nproc-per-node {ranks} {config}",
+    "sbatch": "bash {root}/launch/slurm.sbatch {config}",
+}
+
+
 @dataclass
 class Lab:
     """Where the runs are, and what was asked for."""
@@ -275,13 +291,13 @@ class Lab:
     def runs(self, engine: str, steps: int, max_restarts: int = 0, **changes: Any) -> tuple[Run, Run]:
         """A run that has ended, undisturbed, and another that is to end as it did."""
         self.number += 1
-        ranks = 1 if engine == "single" else self.arguments.ranks
         pair = []
         for name, restarts in (("whole", 0), ("struck", max_restarts)):
             settings = config(self.folder, f"{name}-{self.number}", engine, steps)
             for key, value in changes.items():
                 section, _, name_of_key = key.partition("__")
                 settings[section][name_of_key] = value
+            ranks = self.arguments.ranks * settings["engine"].get("replicate", 1) if engine != "single" else 1
             pair.append(Run(self.folder, f"{name}-{self.number}", ranks, settings, restarts))
         whole, struck = pair
         whole.start()
@@ -299,7 +315,7 @@ def kill_at_random(run: Run, attempt: int, draw: random.Random, by_hand: bool) -
         return False
     began = run.step()
     if draw.random() < _IN_THE_START:
-        time.sleep(draw.uniform(0.0, 8.0))
+        time.sleep(draw.uniform(0.0, _START))
     else:  # at least one checkpoint further
         goal = max(began, run.newest) + draw.randint(5, 12)
         if not run.wait(lambda: run.step() >= goal):
@@ -313,10 +329,9 @@ def kill_at_random(run: Run, attempt: int, draw: random.Random, by_hand: bool) -
         workers = run.workers(attempt)
         if not workers:
             return False
-        seen = int(workers[0].environ()["TORCHELASTIC_RESTART_COUNT"])
-        if seen != attempt:
+        if workers[0]["attempt"] != attempt:
             run.faults.append(f"attempt {attempt} failed by itself")
-        draw.choice(workers).send_signal(signal.SIGKILL)
+        os.kill(draw.choice(workers)["pid"], signal.SIGKILL)
     run.done[phase] += 1
     run.note_checkpoint()
     return True
@@ -359,7 +374,7 @@ def in_phases(lab: Lab, engine: str, draw: random.Random) -> Run:
         run.strikes = strikes
         run.start()
         run.finish(whole, started=True)
-    for event in run.events("strike"):
+    for event in run.notes.read("strike"):
         run.done[event["phase"] + (" (all)" if event["do"] == "kill all" else "")] += 1
     if run.done.total() != len(strikes):
         run.faults.append(f"{run.done.total()} of {len(strikes)} kills came: an attempt failed by itself")
@@ -376,13 +391,13 @@ def frozen(lab: Lab, engine: str, draw: random.Random) -> Run:
     for phase in phases:
         # The store is torchrun's, so any rank may be the one.
         rank = 0 if phase in ON_RANK_0 else draw.randrange(run.ranks)
-        before, said = len(run.events("strike")), run.log.stat().st_size if run.log.exists() else 0
+        before, said = len(run.notes.read("strike")), run.log.stat().st_size if run.log.exists() else 0
         run.strikes = [Strike("stop", phase, rank, draw.randint(6, 9))]
         run.start()
-        if not run.wait(lambda count=before: len(run.events("strike")) > count):
+        if not run.wait(lambda count=before: len(run.notes.read("strike")) > count):
             run.faults.append(f"{phase}: not reached")
             continue
-        others = [w for w in run.workers() if w.environ()["RANK"] != str(rank)]
+        others = [psutil.Process(note["pid"]) for note in run.workers() if note["rank"] != rank]
         since = time.monotonic()
         _, waiting = psutil.wait_procs(others, timeout=60 * _TIMEOUT_MINUTES + _GRACE)
         seconds = time.monotonic() - since
@@ -418,9 +433,11 @@ def signals(lab: Lab, engine: str, draw: random.Random) -> Run:
             continue
         assert run.job is not None
         # slurm, and a terminal's Ctrl-C, reach every process; a shell that waits for srun is not among them.
-        everyone = run.starter == "sbatch" or number == signal.SIGINT
-        agents = psutil.Process(run.job.pid).children() if run.starter == "sbatch" else []
-        for process in [*(agents or [psutil.Process(run.job.pid)]), *(run.workers() if everyone else [])]:
+        job = psutil.Process(run.job.pid)
+        reached = [] if starter == "sbatch" else [job]
+        if starter == "sbatch" or number == signal.SIGINT:
+            reached += job.children(recursive=True)
+        for process in reached:
             process.send_signal(number)
         status = run.end()
         run.done[f"{number.name} {starter}"] += 1
@@ -471,16 +488,16 @@ def full(lab: Lab, engine: str, draw: random.Random) -> Run:
                 "loss.png",
             )
             run.strikes = [Strike("full", phase, 0, 0 if at_once else draw.randint(3, 6))]
-            count = len(run.events("strike"))
+            count = len(run.notes.read("strike"))
             run.start()
             if phase in _GOES_ON and phase != "loss.png":
-                if run.wait(lambda count=count: len(run.events("strike")) > count):
+                if run.wait(lambda count=count: len(run.notes.read("strike")) > count):
                     goal = run.step() + 3
                     if not run.wait(lambda goal=goal: run.step() >= goal):
                         run.faults.append(f"{phase}: the run ended by it, see {run.log}")
                 run.kill_all()
             status = run.end(600)
-            if len(run.events("strike")) == count:
+            if len(run.notes.read("strike")) == count:
                 run.faults.append(f"{phase}: not reached")
                 continue
             run.done[phase] += 1
@@ -539,17 +556,17 @@ CASES = {
 }  # fmt: skip
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--kills", type=int, default=20, help="per engine, at random")
     parser.add_argument("--engines", nargs="+", default=["fsdp"], help="names, or sections as YAML")
     parser.add_argument("--phases", nargs="+", help="of the cases that have phases; all by default")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2, help="of each replica, with an engine's replicate")
     parser.add_argument("--by-hand", action="store_true", help="kill torchrun too, and start the command again")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
     parser.add_argument("--keep", type=Path, help="a new folder for the runs and their logs, which stays")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     total: Counter[str] = Counter()
     failed = False
     with tempfile.TemporaryDirectory(prefix="shardopt-kills-") as scratch:
@@ -560,8 +577,7 @@ def main() -> int:
         for number, engine in enumerate(arguments.engines):
             began = time.monotonic()
             run = CASES[arguments.case](lab, engine, random.Random(arguments.seed + number))
-            if run.job is not None and run.job.poll() is None:
-                run.kill_all()
+            run.kill_all()
             seconds = round(time.monotonic() - began)
             report = {"case": arguments.case, "engine": engine, "done": dict(run.done), "seconds": seconds}
             print(json.dumps(report | {"count": run.done.total(), "faults": run.faults}), flush=True)

@@ -1,9 +1,4 @@
-"""What kill_runs.py starts with torchrun: launch/pretrain.py, and a fault that this process makes in itself.
-
-The environment variable STRIKES is a list with a `Strike` (as JSON) for each attempt of the job. What happens is
-appended to the file STRUCK, one JSON object a line: where an attempt began, and each strike with the newest complete
-checkpoint at that moment.
-"""
+"""A rank of kill_runs.py: `shardopt pretrain`, and a fault that this process makes in itself."""
 
 from __future__ import annotations
 
@@ -12,7 +7,6 @@ import importlib
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -73,16 +67,27 @@ class Strike:
     """Calls of the phase that are left in peace after them."""
 
 
-def note(**what: Any) -> None:
-    with Path(os.environ["STRUCK"]).open("a") as file:
-        file.write(json.dumps(what | {"time": time.time()}) + "\n")
+@dataclass
+class Notes:
+    """What happens in a job, one JSON object a line: each rank that starts, the step at which an attempt begins, and
+    each strike with the newest complete checkpoint at that moment."""
+
+    path: Path
+
+    def add(self, event: str, **what: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"event": event, **what, "time": time.time()}) + "\n")
+
+    def read(self, event: str) -> list[dict[str, Any]]:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [note for note in map(json.loads, lines) if note["event"] == event]
 
 
 class Striker:
     """Waits for a strike's moment, and makes it."""
 
-    def __init__(self, strike: Strike, folder: Path) -> None:
-        self.strike, self.folder = strike, folder
+    def __init__(self, strike: Strike, folder: Path, notes: Notes) -> None:
+        self.strike, self.folder, self.notes = strike, folder, notes
         self.steps = self.calls = 0
         self.done = False
 
@@ -111,7 +116,7 @@ class Striker:
         from shardopt import checkpoint
 
         newest = checkpoint.latest(self.folder / "checkpoints")
-        note(event="strike", newest=newest.name if newest else "", **asdict(self.strike))
+        self.notes.add("strike", newest=newest.name if newest else "", **asdict(self.strike))
         filler = self.folder.parent / "filler"
         if self.strike.do == "kill all":
             agent = psutil.Process(os.getppid())
@@ -180,16 +185,16 @@ def install(name: str, striker: Striker) -> None:
                     replace(f"{module.__name__}:{cls.__name__}.{what}", striker.wrap)
 
 
-def main() -> int:
+def main(config_file: str, strikes: list[Strike], notes: Notes) -> int:
+    """What each rank of a job runs: strike number i is for attempt number i of the job, if it is this rank's."""
     from shardopt.cli import main as shardopt
     from shardopt.pretrain import config, loop
 
-    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    rank = int(os.environ["RANK"])
-    strikes = [Strike(**strike) for strike in json.loads(os.environ["STRIKES"])]
+    attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+    notes.add("rank", rank=rank, attempt=attempt, pid=os.getpid())
     striker = None
     if attempt < len(strikes) and strikes[attempt].rank == rank:
-        striker = Striker(strikes[attempt], config.load(sys.argv[1]).folder)
+        striker = Striker(strikes[attempt], config.load(config_file).folder, notes)
         for name in PHASES[strikes[attempt].phase]:
             install(name, striker)
     advance = loop.Run.advance
@@ -198,15 +203,11 @@ def main() -> int:
     def counted(run: loop.Run, *arguments: Any) -> None:
         nonlocal began
         if not began and rank == 0:
-            note(event="began", step=run.progress.step)
+            notes.add("began", step=run.progress.step)
         began = True
         advance(run, *arguments)
         if striker is not None:
             striker.steps += 1
 
     loop.Run.advance = counted  # type: ignore[method-assign]
-    return shardopt(command="pretrain")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return shardopt([config_file], command="pretrain")

@@ -4,82 +4,74 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
-import subprocess
-import sys
+import time
 
 import pytest
 
+from tests.distributed.forked import Command
 from tests.pretrain import tiny
 
-# Rank 1 does something else than the others, in the step or in the background save that begins after step 3.
-HANGS = """
-import os, signal, sys, time
-from shardopt.checkpoint import blocks
-from shardopt.pretrain import step
 
 def elsewhere():
     time.sleep(60)
 
-what = {"stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP), "elsewhere": elsewhere}[sys.argv.pop()]
-where = sys.argv.pop()
-if os.environ["RANK"] == "1":
+
+def _rank(rank: int, port: int, config: str, where: str, what: str) -> int:
+    """Rank 1 does something else than the others, in the step or in the background save that begins after step 3."""
+    from shardopt.checkpoint import blocks
+    from shardopt.cli import main
+    from shardopt.pretrain import step
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    act = {"stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP), "elsewhere": elsewhere}[what]
     loss, write = step.token_loss_sum, blocks.write_file
     steps = []
 
     def in_step(*arguments):
         steps.append(1)
-        if where == "step" and len(steps) == 6:
-            what()
+        if len(steps) == 6:
+            act()
         return loss(*arguments)
 
     def in_save(*arguments):
-        what()
+        act()
         return write(*arguments)
 
-    step.token_loss_sum = in_step
-    if where == "save":
+    if rank == 1 and where == "step":
+        step.token_loss_sum = in_step
+    elif rank == 1:
         blocks.write_file = in_save
-from shardopt.cli import main
-sys.exit(main())
-"""
+    return main(["pretrain", config])
 
 
 @pytest.mark.parametrize(
     ("engine", "where", "what"),
     [
-        pytest.param("{name: fsdp}", "save", "stopped", marks=pytest.mark.slow),
+        ("{name: fsdp}", "save", "stopped"),
         ("{name: ddp}", "step", "elsewhere"),
         pytest.param("{name: zero, stage: 1}", "step", "stopped", marks=pytest.mark.slow),
     ],
 )
 def test_rank_that_does_not_answer_is_named_in_time_with_all_stacks(tmp_path, engine, where, what):
     tiny.corpus(tmp_path / "text")
-    script, config = tmp_path / "hangs.py", tmp_path / "config.yaml"
-    script.write_text(HANGS)
+    config = tmp_path / "config.yaml"
     changes = {"run__timeout_minutes": 0.1, "train__steps": 5000, "checkpoint__every": 3, "engine": engine}
     config.write_text(json.dumps(tiny.tree(tmp_path, **changes)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = []
-    for rank in range(2):
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, str(script), "pretrain", str(config), where, what],
-                env=os.environ | environment,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-        )  # fmt: skip
+        port = free.getsockname()[1]
+    ranks = [
+        Command(_rank, rank, port, str(config), where, what, output=tmp_path / f"rank-{rank}.log") for rank in range(2)
+    ]
     try:
         output, _ = ranks[0].communicate(timeout=120)
     finally:
         ranks[1].kill()
-    print(output)
     theirs, _ = ranks[1].communicate()
-    assert ranks[0].returncode == 1
+    assert ranks[0].returncode == 1, output
     # The first error comes before anything is closed, then who keeps it waiting.
     first = next(line for line in output.splitlines() if line.startswith("shardopt: rank 0: "))
     assert output.index(first) < output.index("Traceback (most recent call last)")

@@ -20,6 +20,7 @@ from shardopt.cli import main
 from shardopt.errors import InputError, NonFiniteError
 from shardopt.pretrain.loop import Run
 from shardopt.pretrain.metrics import Tracker, read_metrics
+from tests.distributed.forked import Command, pretrain
 from tests.distributed.pool import Pool, command, on_ranks
 from tests.pretrain import tiny
 
@@ -223,39 +224,35 @@ def test_a_stopped_worker_exits_with_status_zero(folder, number):
     assert "run it again to go on" in output.read_text()
 
 
-SLOW_DISK = """
-import os, time
-def fsync(descriptor, real=os.fsync):
-    if os.environ.get("RANK") == "0":
+def _slow_disk():
+    """For the first rank: each sync of a file takes a second."""
+    real = os.fsync
+
+    def fsync(descriptor):
         time.sleep(1.0)
-    real(descriptor)
-os.fsync = fsync
-"""
+        real(descriptor)
+
+    if os.environ["RANK"] == "0":
+        os.fsync = fsync
 
 
-@pytest.mark.slow
 def test_a_stop_has_time_for_its_checkpoint_or_ends_with_an_error(folder):
     name = "slow"
     config = folder / f"{name}.yaml"
     changes = {"train__steps": 3000, "checkpoint__every": 3000, "eval__every": 1, "run__timeout_minutes": 1}
     config.write_text(json.dumps(tiny.tree(folder, run__name=name, **changes)))
-    (folder / "slow-disk").mkdir()
-    (folder / "slow-disk" / "sitecustomize.py").write_text(SLOW_DISK)
-    path = os.pathsep.join([str(folder / "slow-disk"), os.environ.get("PYTHONPATH", ".")])
 
     def stopped(step, **environment):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "shardopt", "pretrain", "--nproc-per-node", "2", str(config)],
-            env=os.environ | {"PYTHONPATH": path} | environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        argv = ["pretrain", "--nproc-per-node", "2", str(config)]
+        output = folder / f"{name}-{step}.log"
+        process = Command(pretrain, argv, _slow_disk, output=output, **environment)
         wait_for_step(folder, name, step, process)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=90)
         return process.returncode, output
 
     status, output = stopped(2, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
-    assert status == 128 + signal.SIGTERM
+    assert status == 128 + signal.SIGTERM, output
     assert "SIGTERM ended the run before its checkpoint was complete (torchrun kills the ranks after 1 s" in output
     assert "there is none" in output
     status, output = stopped(3)
