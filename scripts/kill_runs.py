@@ -8,15 +8,16 @@
     python scripts/kill_runs.py full                          a disk that is full in each write (mounts a tmpfs: root)
     python scripts/kill_runs.py elastic                       4, then 2, then 3 ranks
 
-`--engines` takes names, or sections as YAML: fsdp ddp "{name: zero, stage: 1}". A random kill comes while the ranks
+`--engines` takes names, or sections as YAML: fsdp ddp "{name: zero, stage: 1}"; or `all`, which are ten. A random kill comes while the ranks
 start, between two steps or in a save (which all happen in the background), as chance has it.
 
 The jobs are torchrun's agent and its ranks, forked from this process, which has imported everything: a start takes a
 second instead of ten. `signals` starts the commands themselves.
 
 One line of JSON for each engine, then a table of what was done, where. The exit status is 1 if a run started again at a
-step before its newest complete checkpoint, took more restarts than there were kills, waited for a frozen rank for more
-than 30 s beyond run.timeout_minutes or did not name it, or ended with other weights or other losses, to the bit.
+step before its newest complete checkpoint, took more restarts than there were kills, took its next step (or waited for a
+frozen rank) more than run.timeout_minutes and 30 s after a fault, did not name the frozen rank, or ended with other weights
+or other losses, to the bit.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ from shardopt.engines import ddp, fsdp, single, zero  # noqa: E402, F401
 from shardopt.pretrain import loop  # noqa: E402, F401
 from shardopt.pretrain.metrics import read_metrics  # noqa: E402
 
+EVERY_ENGINE = [
+    "single", "ddp", "{name: zero, stage: 1}", "{name: zero, stage: 2}", "{name: zero, replicate: 2}", "fsdp",
+    "{name: fsdp, replicate: 2}", "{name: deepspeed, stage: 1}", "{name: deepspeed, stage: 2}",
+    "{name: deepspeed, stage: 3}",
+]  # fmt: skip
 # This many of the kills come in the start, and so many seconds it takes.
 _IN_THE_START, _START = 0.3, 2.0
 _LONGEST_START = 240.0
@@ -111,6 +117,7 @@ class Run:
     done: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     newest: int = 0  # step of the newest complete checkpoint that was seen
+    longest: float = 0.0  # seconds from a fault to the first step after it
 
     @property
     def here(self) -> Path:
@@ -224,14 +231,22 @@ class Run:
         self.check_starts()
 
     def check_starts(self) -> None:
-        """No attempt may begin before the newest checkpoint that was complete when the one before was struck."""
-        lines = sorted(self.notes.read("began") + self.notes.read("strike"), key=lambda event: event["time"])
+        """No attempt may begin before the newest checkpoint that was complete when the one before was struck, or long
+        after it was."""
         newest = 0
-        for event in lines:
-            if event["event"] == "strike":
-                newest = max(newest, int(event["newest"].rpartition("-")[2] or 0))
-            elif event["step"] < newest:
-                self.faults.append(f"began at step {event['step']}, and checkpoint {newest} was complete")
+        struck: float | None = None
+        for note in sorted(self.notes.read("began") + self.notes.read("strike"), key=lambda note: note["time"]):
+            if note["event"] == "strike":
+                newest = max(newest, int(note["newest"].rpartition("-")[2] or 0))
+                struck = note["time"] if struck is None else struck
+                continue
+            if note["step"] < newest:
+                self.faults.append(f"began at step {note['step']}, and checkpoint {newest} was complete")
+            if struck is not None:
+                self.longest = max(self.longest, note["time"] - struck)
+            struck = None
+        if self.longest > 60 * self.settings["run"]["timeout_minutes"] + _GRACE:
+            self.faults.append(f"{self.longest:.0f} s from a fault to the next attempt's first step")
 
     def weights(self) -> str:
         return hashlib.sha256((self.here / "export" / "model.safetensors").read_bytes()).hexdigest()
@@ -322,6 +337,8 @@ def kill_at_random(run: Run, attempt: int, draw: random.Random, by_hand: bool) -
             return False
         time.sleep(draw.uniform(0.0, 0.3))
     phase = "saving" if list(run.here.glob("checkpoints/.*")) else "training" if run.step() > began else "starting"
+    newest = checkpoint.latest(run.here / "checkpoints")
+    run.notes.add("strike", do="kill all" if by_hand else "kill", phase=phase, newest=newest.name if newest else "")
     if by_hand:
         run.kill_all()
         run.start()
@@ -560,7 +577,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--kills", type=int, default=20, help="per engine, at random")
-    parser.add_argument("--engines", nargs="+", default=["fsdp"], help="names, or sections as YAML")
+    parser.add_argument("--engines", nargs="+", default=["fsdp"], help="names, sections as YAML, or all")
     parser.add_argument("--phases", nargs="+", help="of the cases that have phases; all by default")
     parser.add_argument("--ranks", type=int, default=2, help="of each replica, with an engine's replicate")
     parser.add_argument("--by-hand", action="store_true", help="kill torchrun too, and start the command again")
@@ -574,12 +591,13 @@ def main(argv: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         corpus(folder / "text")
         lab = Lab(folder, arguments)
-        for number, engine in enumerate(arguments.engines):
+        for number, engine in enumerate(EVERY_ENGINE if arguments.engines == ["all"] else arguments.engines):
             began = time.monotonic()
             run = CASES[arguments.case](lab, engine, random.Random(arguments.seed + number))
             run.kill_all()
             seconds = round(time.monotonic() - began)
             report = {"case": arguments.case, "engine": engine, "done": dict(run.done), "seconds": seconds}
+            report["longest"] = round(run.longest, 1)
             print(json.dumps(report | {"count": run.done.total(), "faults": run.faults}), flush=True)
             failed = failed or bool(run.faults)
             total += run.done
