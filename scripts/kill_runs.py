@@ -8,16 +8,16 @@
     python scripts/kill_runs.py full                          a disk that is full in each write (mounts a tmpfs: root)
     python scripts/kill_runs.py elastic                       4, then 2, then 3 ranks
 
-`--engines` takes names, or sections as YAML: fsdp ddp "{name: zero, stage: 1}"; or `all`, which are ten. A random kill comes while the ranks
-start, between two steps or in a save (which all happen in the background), as chance has it.
+`--engines` takes names, or sections as YAML: fsdp ddp "{name: zero, stage: 1}"; or `all`, which are ten. A random kill
+comes while the ranks start, between two steps or in a save (which all happen in the background), as chance has it.
 
 The jobs are torchrun's agent and its ranks, forked from this process, which has imported everything: a start takes a
 second instead of ten. `signals` starts the commands themselves.
 
 One line of JSON for each engine, then a table of what was done, where. The exit status is 1 if a run started again at a
-step before its newest complete checkpoint, took more restarts than there were kills, took its next step (or waited for a
-frozen rank) more than run.timeout_minutes and 30 s after a fault, did not name the frozen rank, or ended with other weights
-or other losses, to the bit.
+step before its newest complete checkpoint, took more restarts than there were kills, took its next step (or waited for
+a frozen rank) more than run.timeout_minutes and 30 s after a fault, did not name the frozen rank, or ended with other
+weights or other losses, to the bit.
 """
 
 from __future__ import annotations

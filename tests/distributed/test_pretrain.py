@@ -237,29 +237,27 @@ def _slow_disk():
 
 
 def test_a_stop_has_time_for_its_checkpoint_or_ends_with_an_error(folder):
-    name = "slow"
-    config = folder / f"{name}.yaml"
     changes = {"train__steps": 3000, "checkpoint__every": 3000, "eval__every": 1, "run__timeout_minutes": 1}
-    config.write_text(json.dumps(tiny.tree(folder, run__name=name, **changes)))
 
-    def stopped(step, **environment):
+    def stopped(name, **environment):
+        config = folder / f"{name}.yaml"
+        config.write_text(json.dumps(tiny.tree(folder, run__name=name, **changes)))
         argv = ["pretrain", "--nproc-per-node", "2", str(config)]
-        output = folder / f"{name}-{step}.log"
-        process = Command(pretrain, argv, _slow_disk, output=output, **environment)
-        wait_for_step(folder, name, step, process)
+        process = Command(pretrain, argv, _slow_disk, output=folder / f"{name}.log", **environment)
+        wait_for_step(folder, name, 2, process)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=90)
         return process.returncode, output
 
-    status, output = stopped(2, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
+    status, output = stopped("too-slow", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
     assert status == 128 + signal.SIGTERM, output
     assert "SIGTERM ended the run before its checkpoint was complete (torchrun kills the ranks after 1 s" in output
     assert "there is none" in output
-    status, output = stopped(3)
+    status, output = stopped("slow")
     assert status == 0, output
     assert re.search(r"SIGTERM: saves step \d+ and stops; torchrun waits 90 s", output)
-    (saved,) = (folder / "runs" / name / "checkpoints").iterdir()
-    assert saved.name == f"step-{read_metrics(folder / 'runs' / name / 'metrics.jsonl')[-1]['step']:08d}"
+    (saved,) = (folder / "runs" / "slow" / "checkpoints").iterdir()
+    assert saved.name == f"step-{read_metrics(folder / 'runs' / 'slow' / 'metrics.jsonl')[-1]['step']:08d}"
     assert f"checkpoint     {saved}" in output
 
 
