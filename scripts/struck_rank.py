@@ -31,8 +31,9 @@ PHASES = {
         "torch.distributed:all_gather", "hook:all_gather",
     ],
     # of a save, in order
-    "copy": ["shardopt.checkpoint.staging:Staging.copy"],
+    "plan": ["shardopt.checkpoint.saving:Kept.agree"],
     "begin": ["shardopt.checkpoint.folders:begin"],
+    "copy": ["shardopt.checkpoint.staging:Staging.copy"],
     "data": ["shardopt.checkpoint.blocks:write_file"],
     "write": ["os:pwrite"],
     "sync": ["os:fsync"],
@@ -51,7 +52,7 @@ PHASES = {
     "loss.png": ["shardopt.pretrain.metrics:draw_loss"],
 }  # fmt: skip
 OF_A_STEP = ["forward", "backward", "reduce", "step", "gather"]
-OF_A_SAVE = ["copy", "begin", "data", "write", "sync", "index", "document", "publish", "prune", "delete"]
+OF_A_SAVE = ["plan", "begin", "copy", "data", "write", "sync", "index", "document", "publish", "prune", "delete"]
 ON_RANK_0 = {"begin", "index", "document", "publish", "prune", "delete"}
 
 

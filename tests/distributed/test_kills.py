@@ -19,7 +19,7 @@ def kill_runs(arguments):
         # In the middle of a backward, and before the rename that makes a checkpoint complete.
         (["phases", "--engines", "{name: zero, stage: 2}", "--phases", "backward", "publish"], 2),
         pytest.param(["random", "--kills", "2", "--engines", "fsdp"], 2, marks=pytest.mark.slow),
-        pytest.param(["phases", "--by-hand", "--engines", "ddp"], 14, marks=pytest.mark.slow),
+        pytest.param(["phases", "--by-hand", "--engines", "ddp"], 15, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_that_are_killed_and_restarted_end_as_if_they_had_not_been(tmp_path, arguments, count) -> None:
