@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import sys
 import time
 import uuid
@@ -29,17 +30,18 @@ from shardopt.checkpoint.ranges import Ints, part
 from shardopt.checkpoint.staging import Staging
 from shardopt.checkpoint.store import as_folder, is_local
 from shardopt.distributed import Ranks, all_gather_objects
-from shardopt.engines.state import ShardedState, refused_steps, require_state
+from shardopt.engines.state import Saveable, refused_steps, require_state
 from shardopt.errors import InputError, NonFiniteError, few
 from shardopt.optim import states
 from shardopt.slices import Slice
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def save(
     folder: str | Path,
-    state: ShardedState,
+    state: Saveable,
     document: Mapping[str, Any] | None = None,
     extras: Mapping[str, Tensor] | None = None,
     *,
@@ -111,7 +113,7 @@ class Report(NamedTuple):
 
 def prepare(
     folder: Path,
-    state: ShardedState,
+    state: Saveable,
     document: Mapping[str, Any],
     extras: Mapping[str, Tensor],
     *,
@@ -130,12 +132,18 @@ def prepare(
         group: the ranks, for the collectives of the write; None is all of them.
         after: called on rank 0 when the checkpoint is complete.
     """
-    require_state(state)
+    require_state(state, Saveable)
     ranks, began = state.ranks, time.time()
 
     def describe() -> tuple[Description, list[Slice], Report, dict[str, Any]]:
         if (reason := refused_steps(state.optimizer)) is not None:
             raise InputError(f"there is nothing to save: {reason}")
+        if ranks.is_main and state.holds_gradients():
+            logger.warning(
+                "checkpoint %s is saved between micro-batches, and keeps no gradients: those that no step has used are "
+                "lost to whoever goes on from it. Save after optimizer.step(), or repeat these micro-batches",
+                folder,
+            )
         state.init()
         # Buffers need not agree (BatchNorm's under DDP), so rank 0's are written whole.
         slices = [s for s in state.slices() if s.kind != "buffer" or ranks.is_main]

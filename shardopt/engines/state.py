@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,39 @@ from shardopt.optim import states
 from shardopt.slices import Layout, Slice, layout_of, local_tensor, named_parameters, persistent_buffers
 
 
-class ShardedState(abc.ABC):
+class Saveable(abc.ABC):
+    """What a checkpoint is written from: slices, and the numbers beside them.
+
+    Args:
+        optimizer: the settings of its groups are kept.
+        ranks: the processes; None takes those of the default process group.
+    """
+
+    def __init__(self, optimizer: Optimizer, ranks: Ranks | None = None) -> None:
+        self.optimizer, self.ranks = optimizer, ranks or Ranks.current()
+
+    @property
+    def inner(self) -> Any:
+        """The optimizer that keeps the state, where `optimizer` wraps one."""
+        return self.optimizer
+
+    def init(self) -> None:  # noqa: B027  there may be nothing
+        """Create what is not there yet."""
+
+    @abc.abstractmethod
+    def slices(self) -> list[Slice]:
+        """The weights, the buffers and the optimizer state held here, as the live tensors themselves."""
+
+    @abc.abstractmethod
+    def step_counts(self) -> dict[str, dict[str, int | float]]:
+        """Step counts and other numbers of the optimizer by parameter name, of the parameters held here."""
+
+    def holds_gradients(self) -> bool:
+        """True between micro-batches: there are gradients here that no step has used yet, which no checkpoint keeps."""
+        return False
+
+
+class ShardedState(Saveable):
     """The weights and the optimizer state that this process holds, and the few sums over all of them.
 
     Args:
@@ -41,8 +73,8 @@ class ShardedState(abc.ABC):
         model: nn.Module | None = None,
         trained_only: bool = False,
     ) -> None:
-        self.optimizer, self.ranks, self.model = optimizer, ranks or Ranks.current(), model
-        self.trained_only = trained_only
+        super().__init__(optimizer, ranks)
+        self.model, self.trained_only = model, trained_only
 
     # Different in each framework
 
@@ -75,7 +107,7 @@ class ShardedState(abc.ABC):
         """The elements that each parameter of the inner optimizer stands for."""
         return states.layouts_of(self.inner)
 
-    def refresh(self) -> None:  # noqa: B027  most frameworks derive nothing
+    def refresh(self) -> None:
         """Renew what derives from the weights, after they have been overwritten. A collective."""
 
     # The same for all
@@ -104,17 +136,11 @@ class ShardedState(abc.ABC):
         """`tensor` on the CPU of rank 0, and None elsewhere."""
         return tensor.cpu() if self.ranks.is_main else None
 
-    @property
-    def inner(self) -> Any:
-        """The optimizer that keeps the state, where `optimizer` wraps one."""
-        return self.optimizer
-
     def init(self) -> None:
         """Create the optimizer's state without counting a step; leave alone what is there."""
         states.init_state(self.inner)
 
     def step_counts(self) -> dict[str, dict[str, int | float]]:
-        """Step counts and other numbers of the optimizer by parameter name, of the parameters held here."""
         return states.step_counts(self.inner, self.layouts())
 
     def load_step_counts(self, counts: Mapping[str, Mapping[str, int | float]]) -> None:
@@ -208,6 +234,7 @@ class ModuleState(ShardedState):
             raise InputError(f"ModuleState takes an optimizer and its model, in this order: got {given}")
         super().__init__(optimizer, ranks, model, trained_only)
         self.refresh()
+        self._unused = UnusedGradients.of(optimizer, lambda: self._trained())
         # Now: while FSDP2 has a module gathered, its parameters are others than those that hold the shards.
         trained = set(self._trained())
         if trained.isdisjoint(model.parameters()):
@@ -227,6 +254,9 @@ class ModuleState(ShardedState):
 
     def clip_grad_norm(self, max_norm: float | None) -> float:
         return self._clip([local_tensor(p.grad) for p in self._trained() if p.grad is not None], max_norm)
+
+    def holds_gradients(self) -> bool:
+        return self._unused.are_there() or any(_unreduced(m) for m in self.model.modules() if isinstance(m, FSDPModule))
 
     def gradient_bytes(self) -> int:
         return sum(local_tensor(param).nbytes for param in self._trained())
@@ -251,9 +281,51 @@ class ModuleState(ShardedState):
                 module.reshard()
 
 
-def require_state(state: object) -> None:
-    """Raise InputError where `state` is no ShardedState."""
-    if not isinstance(state, ShardedState):
+def _unreduced(module: FSDPModule) -> bool:
+    """True where FSDP2 keeps whole gradients of earlier micro-batches (set_requires_gradient_sync), out of sight."""
+    groups: Any = getattr(module._get_fsdp_state(), "_fsdp_param_groups", ())  # torch has no public name for them
+    params = [param for group in groups for param in group.fsdp_params]
+    return any(
+        p.unsharded_accumulated_grad is not None
+        or getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None
+        for p in params
+    )
+
+
+class UnusedGradients:
+    """Tells gradients that a step has used, and that may stay until zero_grad, from those that wait for a step.
+
+    A step post-hook, which marks the gradients with the version that they have: whatever is added changes it.
+    """
+
+    def __init__(self, params: Callable[[], Iterable[Tensor]]) -> None:
+        self.params = params
+        self()  # nobody knows of those from before
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, params: Callable[[], Iterable[Tensor]]) -> UnusedGradients:
+        """That of `optimizer`, which has one only, however many look at it."""
+        known = [hook for hook in optimizer._optimizer_step_post_hooks.values() if isinstance(hook, cls)]
+        if not known:
+            optimizer.register_step_post_hook(made := cls(params))
+        return known[0] if known else made
+
+    def __call__(self, *_: Any) -> None:
+        for gradient in self._there():  # a DTensor's own version does not change with its shard's
+            gradient._shardopt_used = local_tensor(gradient)._version  # type: ignore[attr-defined]
+
+    def are_there(self) -> bool:
+        """True where a gradient that is not zero waits for a step."""
+        here = ((getattr(gradient, "_shardopt_used", None), local_tensor(gradient)) for gradient in self._there())
+        return any(used != local._version and bool(local.any()) for used, local in here)
+
+    def _there(self) -> Iterator[Tensor]:
+        return (param.grad for param in self.params() if param.grad is not None)
+
+
+def require_state(state: object, kind: type = ShardedState) -> None:
+    """Raise InputError where `state` is no ShardedState (or not of the more general `kind`)."""
+    if not isinstance(state, kind):
         given = type(state).__name__
         raise InputError(f"state is {given}: give a ShardedState, as engine.state or ModuleState(optimizer, model)")
 

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shardopt import AdEMAMix, checkpoint, cli
 from shardopt.checkpoint import convert as formats
 from shardopt.checkpoint.convert import convert
+from shardopt.checkpoint.convert.state import Scratch, Whole
 from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError
 
@@ -260,6 +261,19 @@ def test_a_full_disk_is_told_and_leaves_nothing(to, sources, tmp_path, capsys):
             assert run(capsys, sources / name, to, tmp_path)[0] == 0  # with room, in the same place
             for path in tmp_path.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_scratch_has_its_place_on_the_disk_before_it_is_mapped(tmp_path, monkeypatch):
+    mapped, from_file = [], torch.from_file
+
+    def spy(path, **kwargs):
+        mapped.append(Path(path).stat().st_blocks * 512)
+        return from_file(path, **kwargs)
+
+    monkeypatch.setattr(torch, "from_file", spy)
+    whole = Whole((5000,), torch.float32, lambda: torch.ones(5000))
+    assert torch.equal(Scratch(tmp_path).keep(whole), torch.ones(5000))
+    assert mapped[0] >= 4 * 5000  # else a full disk would be a SIGBUS in the copy
 
 
 def test_what_a_killed_conversion_left_is_in_nobodys_way(sources, tmp_path):

@@ -385,6 +385,7 @@ def _accumulated(rank, world_size):
         for i, size in enumerate((1.0, 2.0**-12, 2.0**-12)):
             with engine.accumulate(i == 2):
                 engine.backward(engine.model(torch.full((6,), size)).sum())
+            assert engine.state.holds_gradients() == (i < 2)  # a save would lose them
         norm = engine.clip_grad_norm(None)
         engine.step()
         engine.zero_grad()

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from shardopt.checkpoint.convert.state import Scratch, TrainingState, Whole
 from shardopt.checkpoint.document import DOCUMENT
 from shardopt.checkpoint.export import model_files
 from shardopt.checkpoint.saving import save
 from shardopt.checkpoint.stored import Stored, locate, root_of, step_of
-from shardopt.engines.state import ShardedState
+from shardopt.engines.state import Saveable
 from shardopt.slices import Layout, Slice
 
 NAME = "shardopt"
@@ -55,8 +53,8 @@ def write(path: Path, state: TrainingState, scratch: Scratch) -> None:
     save(path, _Held(held, state), {"step": state.step, "host": state.source})
 
 
-class _Held(ShardedState):
-    """Slices that lie in files, of no optimizer that could step."""
+class _Held(Saveable):
+    """Slices that lie in files, and an optimizer that only says their groups."""
 
     def __init__(self, held: list[Slice], state: TrainingState) -> None:
         named = [(name, torch.zeros(0)) for name in state.stateful] or [("none", torch.zeros(0))]
@@ -68,27 +66,8 @@ class _Held(ShardedState):
         super().__init__(torch.optim.Optimizer(cast(Any, groups or named), {}))
         self._held, self._counts = held, state.counts
 
-    def init(self) -> None:
-        """There is nothing that could be created."""
-
     def slices(self) -> list[Slice]:
         return self._held
 
     def step_counts(self) -> dict[str, dict[str, int | float]]:
         return self._counts
-
-    @property
-    def replicas(self) -> int:
-        return 1
-
-    def clip_grad_norm(self, max_norm: float | None) -> float:
-        raise NotImplementedError("a checkpoint has no gradients")
-
-    def gradient_bytes(self) -> int:
-        return 0
-
-    def weight_slices(self) -> list[Slice]:
-        return [s for s in self._held if s.kind == "weight"]
-
-    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        return ((s.name, s.tensors[0]) for s in self.weight_slices())

@@ -129,6 +129,9 @@ class DeepspeedState(ShardedState):
             return float("inf")  # DeepSpeed squares in fp32 and would skip the step
         return norm
 
+    def holds_gradients(self) -> bool:
+        return not self.stage.zero.is_gradient_accumulation_boundary()  # of the last backward
+
     def gradient_bytes(self) -> int:
         return self.stage.gradient_bytes()
 

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from shardopt.distributed import Ranks
 from shardopt.engines.base import Config, DtypeName, Engine, EngineInputs, autocast_forward, replicated_mesh
 from shardopt.engines.compile import compile_forward
-from shardopt.engines.state import ShardedState
+from shardopt.engines.state import ShardedState, UnusedGradients
 from shardopt.engines.zero.groups import check_settings
 from shardopt.engines.zero.optimizer import ZeroOptimizer
+from shardopt.engines.zero.round import RoundState
 from shardopt.errors import InputError
 from shardopt.optim import states
 from shardopt.slices import Layout, Slice, named_parameters
@@ -61,6 +62,8 @@ class ZeroState(ShardedState):
             given = type(optimizer).__name__
             raise InputError(f"ZeroState takes a ZeroOptimizer; that of {given} is ModuleState(optimizer, model)")
         super().__init__(optimizer, ranks, optimizer.model, trained_only)
+        trained = [p.param for p in optimizer.flat.parameters]
+        self._of_host = UnusedGradients.of(optimizer, lambda: trained) if optimizer.gradients == "host" else None
 
     @property
     def inner(self) -> Optimizer:
@@ -79,6 +82,10 @@ class ZeroState(ShardedState):
 
     def clip_grad_norm(self, max_norm: float | None) -> float:
         return self.optimizer.clip_grad_norm_(max_norm)
+
+    def holds_gradients(self) -> bool:
+        waiting = self.optimizer.round.state in (RoundState.ACCUMULATED, RoundState.REDUCED)
+        return waiting or (self._of_host is not None and self._of_host.are_there())
 
     def gradient_bytes(self) -> int:
         return self.optimizer.gradient_bytes()
