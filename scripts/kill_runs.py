@@ -141,10 +141,8 @@ class Run:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             if self.starter == "sbatch":
                 environment |= stubs_of_slurm(self.folder, self.ranks)
-            command = [
-                part.format(python=sys.executable, root=ROOT, ranks=self.ranks) for part in COMMANDS[self.starter]
-            ]
-            self.job = psutil.Popen([*command, str(path)], env=environment, stdout=log, stderr=log, cwd=self.folder)
+            command = COMMANDS[self.starter].format(python=sys.executable, root=ROOT, ranks=self.ranks, config=path)
+            self.job = subprocess.Popen(command.split(), env=environment, stdout=log, stderr=log, cwd=self.folder)
 
     def _agent(self, path: Path) -> None:
         command = [

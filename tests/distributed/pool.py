@@ -170,22 +170,6 @@ def on_ranks(
     return [result for _, result in replies]
 
 
-def _command(arguments: list[str], output: Path) -> None:
-    with output.open("wb") as file:
-        for standard in (1, 2):
-            os.dup2(file.fileno(), standard)
-    from shardopt.cli import main
-
-    sys.exit(main(arguments))
-
-
-def command(arguments: list[str], output: Path) -> multiprocessing.process.BaseProcess:
-    """`shardopt ARGUMENTS`, started in a process of its own as the ranks of a pool are; it prints to `output`."""
-    process = _context.Process(target=_command, args=(arguments, output))
-    process.start()
-    return process
-
-
 def scratch() -> Path:
     """A new folder that every rank process of this machine can reach."""
     return Path(tempfile.mkdtemp(prefix="shardopt-test-"))

@@ -21,7 +21,7 @@ from shardopt.errors import InputError, NonFiniteError
 from shardopt.pretrain.loop import Run
 from shardopt.pretrain.metrics import Tracker, read_metrics
 from tests.distributed.forked import Command, pretrain
-from tests.distributed.pool import Pool, command, on_ranks
+from tests.distributed.pool import Pool, on_ranks
 from tests.pretrain import tiny
 
 STEPS = 30
@@ -144,11 +144,11 @@ def torchrun(folder, name, *overrides, ranks=2, **changes):
 
 
 def wait_for_step(folder, name, step, process):
-    """Wait until `process`, of subprocess or multiprocessing, has done `step`."""
+    """Wait until `process`, a command or a rank of a pool, has done `step`."""
     path = folder / "runs" / name / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not path.exists() or len(read_metrics(path)) < step:
-        if isinstance(process, subprocess.Popen):
+        if isinstance(process, subprocess.Popen | Command):
             assert process.poll() is None, process.communicate()[0]
         else:
             assert process.is_alive()
@@ -213,15 +213,15 @@ def test_the_command_that_starts_ranks_stops_with_a_checkpoint_and_without_a_tra
 def test_a_stopped_worker_exits_with_status_zero(folder, number):
     """Without torchrun in between, whose own status after a signal is not ours to set."""
     name = f"alone-{number.name}"
-    config, output = folder / f"{name}.yaml", folder / f"{name}.txt"
+    config = folder / f"{name}.yaml"
     config.write_text(json.dumps(tiny.tree(folder, run__name=name, engine="{name: single}", train__steps=3000)))
-    process = command(["pretrain", str(config)], output)
+    process = Command(main, ["pretrain", str(config)], output=folder / f"{name}.log")
     wait_for_step(folder, name, 2, process)
-    os.kill(process.pid, number)
-    process.join(60)
-    assert process.exitcode == 0
-    assert f"stopped by {number.name}" in output.read_text()
-    assert "run it again to go on" in output.read_text()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert f"stopped by {number.name}" in output
+    assert "run it again to go on" in output
 
 
 def _slow_disk():
