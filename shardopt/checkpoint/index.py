@@ -23,8 +23,8 @@ from shardopt.checkpoint.blocks import (
 )
 from shardopt.checkpoint.document import index_file, infix_of, records_of
 from shardopt.checkpoint.manifest import Entry, dtype_name, vector_key
-from shardopt.checkpoint.ranges import Ints, gaps
-from shardopt.errors import InputError, few
+from shardopt.checkpoint.ranges import Ints
+from shardopt.errors import InputError
 from shardopt.optim.precision import BLOCK, FORMATS
 from shardopt.optim.schema import format_of
 from shardopt.slices import Range
@@ -198,9 +198,8 @@ def _check(table: Ints, entries: Sequence[Entry], records: dict[str, FileRecord]
         raise ValueError("it has a chunk beyond its tensor's end")
     if ((np.diff(tensor) < 0) | ((np.diff(tensor) == 0) & (np.diff(start) <= 0))).any():
         raise ValueError("its chunks are not in order")
-    if errors := gaps(sizes.numel, tensor, start, length):
-        named = (f"{vector_key(entries[n].name, entries[n].kind)}: {error}" for n, error in errors.items())
-        raise ValueError("incomplete: " + few(named))
+    if wrong := manifest.uncovered(entries, sizes.numel, tensor, start, length):
+        raise ValueError(wrong)
     numbers, which = np.unique(file, return_inverse=True)
     for number in numbers.tolist():
         if data_file(number, infix) not in records:

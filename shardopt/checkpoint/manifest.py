@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardopt.checkpoint.ranges import Ints, by_range
-from shardopt.errors import InputError
+from shardopt.checkpoint.ranges import Ints, by_range, gaps
+from shardopt.errors import InputError, few
 from shardopt.slices import Layout, Slice, local_tensor
 
 EXTRA = "/extra"
@@ -158,6 +158,13 @@ def entries_of(written: Mapping[str, Any]) -> dict[tuple[str, str], Entry]:
     ]
     entries += [Entry(k, EXTRA, tuple(e["shape"]), tuple(e["dtypes"]), None) for k, e in written["extras"].items()]
     return {(e.name, e.kind): e for e in sorted(entries, key=lambda e: file_order((e.name, e.kind)))}
+
+
+def uncovered(entries: Sequence[Entry], numel: Ints, tensor: Ints, start: Ints, length: Ints) -> str:
+    """Which tensors have elements that are not there exactly once; empty for none. Arguments: see `ranges.gaps`."""
+    errors = gaps(numel, tensor, start, length)
+    named = (f"{vector_key(entries[n].name, entries[n].kind)}: {error}" for n, error in errors.items())
+    return f"incomplete: {few(named)}" if errors else ""
 
 
 def pack_counts(counts: StepCounts) -> bytes:

@@ -12,9 +12,9 @@ import torch
 from shardopt.checkpoint import manifest
 from shardopt.checkpoint.blocks import HEADER
 from shardopt.checkpoint.index import DTYPES, Sizes
-from shardopt.checkpoint.manifest import Description, Entry, vector_key
-from shardopt.checkpoint.ranges import Ints, gaps
-from shardopt.errors import InputError, few
+from shardopt.checkpoint.manifest import Description, Entry
+from shardopt.checkpoint.ranges import Ints
+from shardopt.errors import InputError
 from shardopt.optim.precision import BLOCK
 
 Share = Ints | None
@@ -90,7 +90,8 @@ def make_plan(descriptions: Sequence[Description]) -> tuple[Plan, list[Share]]:
     is_new = np.ones(len(order), dtype=bool)
     is_new[1:] = (np.diff(tensor) != 0) | (np.diff(start) != 0) | (np.diff(length) != 0)
     once = np.flatnonzero(is_new)
-    check_coverage(entries, sizes, tensor[once], start[once], length[once])
+    if wrong := manifest.uncovered(entries, sizes.numel, tensor[once], start[once], length[once]):
+        raise InputError(wrong)
 
     if len(once) == len(order):
         source, begin, replicas = order, np.zeros_like(start), None
@@ -111,13 +112,6 @@ def make_plan(descriptions: Sequence[Description]) -> tuple[Plan, list[Share]]:
         shares.append(np.stack([row[mine], begin[mine], length[mine]], axis=1) if replicas is not None else None)
     table = np.stack([tensor, start, length, writer, byte], axis=1)
     return Plan(manifest.parameters_of(merged), manifest.extras_of(merged), table, replicas), shares
-
-
-def check_coverage(entries: Sequence[Entry], sizes: Sizes, tensor: Ints, start: Ints, length: Ints) -> None:
-    """Raise InputError where some element is not there exactly once; the arguments are those of `ranges.gaps`."""
-    if errors := gaps(sizes.numel, tensor, start, length):
-        named = (f"{vector_key(entries[n].name, entries[n].kind)}: {error}" for n, error in errors.items())
-        raise InputError("incomplete: " + few(named))
 
 
 def _deal(order: Ints, once: Ints, rank: Ints, length: Ints, itemsize: Ints) -> tuple[Ints, Ints, Ints, Ints]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardopt import AdEMAMix, checkpoint
-from shardopt.checkpoint import folders, planning
+from shardopt.checkpoint import folders, manifest
 from shardopt.checkpoint.index import read_index
 from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError
@@ -294,7 +294,7 @@ def test_convert_changes_the_dtype(tmp_path: Path) -> None:
 def test_a_stored_gap_is_found_before_anything_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout.contiguous("w", (10,), 0, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(planning, "check_coverage", lambda *_: None)
+        patch.setattr(manifest, "uncovered", lambda *_: "")
         checkpoint.save(tmp_path / "a", made.State([Slice("w", "m1", layout, (torch.ones(6),))], made.ranks_here()))
     assert folders.is_complete(tmp_path / "a")
     live = torch.full((10,), 7.0)
