@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,9 +64,21 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         return 130
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Collect no garbage: what modules make stays, and to look through all of it again and again takes a second."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # nor do collections look through it later
+        gc.enable()
+
+
 def _pretrain(arguments: argparse.Namespace) -> int:
     try:
-        from shardopt.pretrain import config as configuration
+        with _importing():
+            from shardopt.pretrain import config as configuration
     except ModuleNotFoundError as e:
         raise MissingExtraError(e.name or "a package", "pretrain") from e
     config = configuration.load(arguments.config, arguments.overrides)
@@ -74,7 +88,8 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.nproc_per_node is not None and "RANK" not in os.environ:
         return _start_ranks(arguments, config)
-    from shardopt.pretrain.loop import NonFiniteError, pretrain
+    with _importing():
+        from shardopt.pretrain.loop import NonFiniteError, pretrain
 
     try:
         pretrain(config)

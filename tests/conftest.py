@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 LONGEST = [
     "tests/test_readme.py",
     "tests/distributed/test_pretrain.py",
+    "tests/engines/test_compile.py",
     "tests/integrations/test_launch.py",
     "tests/distributed/test_kills.py",
     "tests/distributed/test_deepspeed.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
+
+from shardopt import cli
 
 ROOT = Path(__file__).parents[1]
 _LOADED = """
@@ -44,6 +47,15 @@ def test_a_config_is_read_without_what_only_its_run_needs(modules):
     heavy = {"transformers.modeling_utils", "torch._dynamo", "accelerate", "datasets", "matplotlib", "wandb"}
     assert "shardopt.pretrain.config" in modules[1]
     assert not heavy & set(modules[1])
+
+
+def test_imports_are_without_collections_which_go_on_after_them():
+    before = gc.get_freeze_count()
+    with cli._importing():
+        assert not gc.isenabled()
+        kept = [[] for _ in range(1000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + len(kept)
 
 
 def test_editable_install_is_found_from_the_folder_above_the_clone(tmp_path):

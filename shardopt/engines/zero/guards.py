@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from shardopt.errors import InputError
 
@@ -24,7 +25,7 @@ class Hook:
     def __init__(self, method: Callable[..., None], *args: Any) -> None:
         self.method, self.args = weakref.WeakMethod(method), args
 
-    @torch.compiler.disable  # torch.compile would do it once, as it traces
+    @_disable_dynamo  # torch.compile would do it once, as it traces; torch.compiler.disable imports it, for a second
     def __call__(self, *_: Any) -> None:
         if (method := self.method()) is not None:
             method(*self.args)
