@@ -24,6 +24,7 @@ import abc
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,34 +62,39 @@ def stream_key(base: int, step: int) -> int:
 
 
 def random_words(word: Word, stream: int, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """The 32-bit words first .. first + count of a tensor, as int64 in 0 .. 2^32 - 1."""
-    words = torch.empty(count, dtype=torch.int64, device=device)
+    """The 32-bit words first .. first + count of a tensor, as int32."""
+    words = torch.empty(count, dtype=torch.int32, device=device)
     done = 0
     while done < count:  # the keys change where the number passes a multiple of 2^32
         number = first + done
         some = min(count - done, (1 << 32) - (number & _MASK32))
         keys = mix64((stream + (number >> 32) * 0xD1B54A32D192ED03) & _MASK64)
-        low = number & _MASK32
-        x = torch.arange(low, low + some, dtype=torch.int64, device=device) ^ (keys & _MASK32)
-        x ^= x >> 17
-        x = (x * 0xED5AD4BB) & _MASK32
-        x ^= x >> 11
-        x = (x + (keys >> 32)) & _MASK32
-        x = (x * 0xAC4C1B51) & _MASK32
-        x ^= x >> word.before
-        x = (x * word.multiplier) & _MASK32
-        x ^= x >> word.after
-        words[done : done + some] = x
+        x = words[done : done + some]
+        x.copy_(torch.arange(number & _MASK32, (number & _MASK32) + some, device=device))
+        x.bitwise_xor_(_signed(keys & _MASK32))
+        _xor_shifted(x, 17).mul_(_signed(0xED5AD4BB))
+        _xor_shifted(x, 11).add_(_signed(keys >> 32)).mul_(_signed(0xAC4C1B51))
+        _xor_shifted(_xor_shifted(x, word.before).mul_(_signed(word.multiplier)), word.after)
         done += some
     return words
+
+
+def _signed(word: int) -> int:
+    """The int32 of the same bits."""
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def _xor_shifted(x: Tensor, by: int) -> Tensor:
+    """x ^= x >> by of int32 words, with zeros shifted in."""
+    return x.bitwise_xor_((x >> by).bitwise_and_(_MASK32 >> by))
 
 
 def random_bits(word: Word, base: int, step: int, start: int, length: int, device: torch.device | str) -> Tensor:
     """The 16 random bits (int32, 0 .. 65535) that round elements start .. start + length of one tensor."""
     first = start >> 1
     words = random_words(word, stream_key(base, step), first, ((start + length + 1) >> 1) - first, device)
-    halves = torch.stack([words & 0xFFFF, words >> 16], 1).view(-1)
-    return halves.narrow(0, start & 1, length).int()
+    halves = torch.stack([words & 0xFFFF, (words >> 16) & 0xFFFF], 1).view(-1)
+    return halves.narrow(0, start & 1, length)
 
 
 # -- formats ------------------------------------------------------------------------------------------------
@@ -294,8 +300,10 @@ def follow_weight(master: Tensor, weight: Tensor) -> None:
     torch.where((ours == weight) | (torchs == weight), master, weight, out=master)
 
 
-def square_root(x: Tensor) -> Tensor:
+def square_root(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Correctly rounded, which torch's own is not on a CPU with MKL (a fifth of the fp32 results are an ulp off)."""
+    out = torch.empty_like(x) if out is None else out
     if x.dtype == torch.float32 and x.device.type == "cpu":
-        return torch.sqrt(x.double()).float()
-    return torch.sqrt(x)
+        np.sqrt(x.detach().numpy(), out=out.numpy())
+        return out
+    return torch.sqrt(x, out=out)

@@ -149,7 +149,7 @@ class Table:
         self.rows = rows = np.zeros(len(ranges), dtype=schema.SEGMENT)
         # Views are made once: of a record numpy takes microseconds to make one.
         self._words = rows.view(np.int64).reshape(-1)
-        self._doubles = rows.view(np.float64).reshape(-1, _WORDS)[:, _DOUBLES]  # they lie side by side
+        self.doubles = rows.view(np.float64).reshape(-1, _WORDS)[:, _DOUBLES]  # they lie side by side
         self._steps = rows["step"]
         self._placed: np.ndarray | None = None  # what the rows' flags were last set for, and each row's place then
         self._flagged: list[tuple[Any, ...]] = []
@@ -256,7 +256,7 @@ class Table:
             self.rows["flags"] = np.where(of_row < 0, schema.SKIP, np.array(codes, dtype=np.uint8)[of_row])
             self._of_row = of_row
         self._steps[:] = steps[self._of_row]
-        self._doubles[:] = np.array([s[: len(schema.DOUBLES)] for s in scalars])[self._of_row]
+        self.doubles[:] = np.array([s[: len(schema.DOUBLES)] for s in scalars])[self._of_row]
 
     def describe_schedules(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Fill in what a captured kernel computes its scalars from (kernels/__init__.py).
