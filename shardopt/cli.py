@@ -153,7 +153,7 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
         except SignalException as e:  # torchrun has passed it on to the ranks, and they have ended
             if done.exists():
                 return 0
-            saved = latest(config.folder / "checkpoints")
+            saved = latest(config.store / "checkpoints")
             _say(
                 f"{e.sigval.name} ended the run before its checkpoint was complete (torchrun kills the ranks after "
                 f"{os.environ[SHUTDOWN_TIMEOUT]} s: {SHUTDOWN_TIMEOUT}, or run.timeout_minutes); "

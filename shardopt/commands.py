@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from shardopt.errors import InputError, MissingExtraError
 
@@ -33,30 +32,28 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     inspect = checkpoint.add_parser("inspect", help="say what is in a checkpoint, and who wrote it")
-    inspect.add_argument("path", type=Path, help="a checkpoint, or a run's folder for its newest")
+    inspect.add_argument("path", help="a checkpoint, or a run's folder for its newest")
     inspect.add_argument("--step", type=int, help="of a run's checkpoints; by default the newest")
     inspect.add_argument("--json", action="store_true", help="as JSON")
     inspect.add_argument("--verify", action="store_true", help="read all data too, and compare every checksum")
     inspect.set_defaults(run=_inspect)
 
     listing = checkpoint.add_parser("list", help="list a run's checkpoints")
-    listing.add_argument("path", type=Path, metavar="run", help="a run's folder, or that of its checkpoints")
+    listing.add_argument("path", metavar="run", help="a run's folder, or that of its checkpoints")
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=_list)
 
     convert = checkpoint.add_parser("convert", help="write a checkpoint in the format of another code, or read one")
-    convert.add_argument(
-        "source", type=Path, help="of any format: a checkpoint or run of shardopt, a .pt file, a folder"
-    )
-    convert.add_argument("target", type=Path, help="a new folder; a new .pt file for torch, paper, bitsandbytes")
+    convert.add_argument("source", help="of any format: a checkpoint or run of shardopt, a .pt file, a folder")
+    convert.add_argument("target", help="a new folder; a new .pt file for torch, paper, bitsandbytes")
     convert.add_argument("--to", choices=_TARGETS, default="shardopt", help="by default %(default)s")
     convert.add_argument("--optimizer", choices=["ademamix", "adamw"], help="make the state this optimizer's")
     convert.add_argument("--drop", action="append", default=[], metavar="KEY", help="leave this state or count out")
     convert.set_defaults(run=_convert)
 
     export = commands.add_parser("export", help="write a checkpoint's weights for transformers, without starting a job")
-    export.add_argument("source", type=Path, help="a run's folder, or a checkpoint")
-    export.add_argument("out", type=Path, nargs="?", help="a new folder; by default export-STEP in the run's folder")
+    export.add_argument("source", help="a run's folder, or a checkpoint")
+    export.add_argument("out", nargs="?", help="a new folder; by default export-STEP in the run's folder")
     export.add_argument("--to", choices=["safetensors"], default="safetensors", help="the format")
     export.add_argument("--dtype", choices=_DTYPES, help="of the weights; by default as in the checkpoint")
     export.add_argument("--averaged", action="store_true", help="the weight EMA in the place of the weights")
@@ -114,7 +111,11 @@ def _export(arguments: argparse.Namespace) -> int:
     out = arguments.out or folder.parent.parent / ("export" if step is None else f"export-{step}")
     dtype = getattr(torch, _DTYPES[arguments.dtype]) if arguments.dtype else None
     beside = export_checkpoint(folder, out, dtype=dtype, averaged=arguments.averaged)
-    print(
-        f"{folder} is exported to {out}" + ("" if beside else ", weights alone: its config and tokenizer are not known")
+    missing = (
+        ""
+        if "config.json" in beside
+        else ". The model's config is not known: write it there before you load it "
+        f"(model.config.save_pretrained({str(out)!r})), and the tokenizer, too"
     )
+    print(f"{folder} is exported to {out}{missing}")
     return 0

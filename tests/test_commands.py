@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardopt import checkpoint, cli
 from shardopt.checkpoint import inspect
+from shardopt.checkpoint.document import write_document
 from shardopt.checkpoint.stored import Stored
 from shardopt.slices import Layout, Slice
 from tests.checkpoint import made
@@ -135,7 +136,9 @@ def test_a_checkpoint_of_a_program_is_exported_without_config_and_says_so(tmp_pa
     made.save(0, 1, tmp_path / "a", made.flat)
     status, text, _ = say(capsys, "export", tmp_path / "a", tmp_path / "out")
     assert status == 0
-    assert "weights alone: its config and tokenizer are not known" in text
+    where = str(tmp_path / "out")
+    assert f"exported to {where}. The model's config is not known: write it there before you load it" in text
+    assert f"(model.config.save_pretrained({where!r}))" in text
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     for name, value in load_file(tmp_path / "out/model.safetensors").items():
         assert torch.equal(value.view(torch.int32), made.value(name, "weight").view(torch.int32))
@@ -228,7 +231,10 @@ def test_commands_of_the_documentation_run_as_they_stand(run, tmp_path, monkeypa
     """On a copy of a run, whose step 4 stands for theirs."""
     (tmp_path / "runs").mkdir()
     shutil.copytree(run, tmp_path / "runs/mine")
-    (tmp_path / "runs/mine/checkpoints/step-00000004").rename(tmp_path / "runs/mine/checkpoints/step-00000020")
+    theirs = (tmp_path / "runs/mine/checkpoints/step-00000004").rename(tmp_path / "runs/mine/checkpoints/step-00000020")
+    document = checkpoint.read_document(theirs)
+    document["checkpoint"]["name"] = theirs.name
+    write_document(theirs, document)
     monkeypatch.chdir(tmp_path)
     commands = [line for block in re.findall(r"```bash\n(.*?)```", DOCS, re.DOTALL) for line in block.splitlines()]
     assert len(commands) >= 3

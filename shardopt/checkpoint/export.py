@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor
 
 from shardopt.checkpoint import folders
+from shardopt.checkpoint.blocks import reading
 from shardopt.checkpoint.index import dtype_name
+from shardopt.checkpoint.store import as_folder, exists, is_local, listing
 from shardopt.checkpoint.stored import SLICES, Stored
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError, MissingExtraError
@@ -59,13 +60,26 @@ def export_safetensors(
         InputError: the folder cannot be written or holds something else; on every rank.
         MissingExtraError: safetensors is not installed.
     """
-    folder = Path(folder).absolute()  # a bare "export" has no parent to write beside
-    files = _Files(folders.partial_of(folder), max_file_bytes)
+    target = as_folder(folder)
+    with folders.made_here(target) as here:
+        _export(target, here, parameters, ranks, max_file_bytes, complete)
+
+
+def _export(
+    target: Path,
+    here: Path,
+    parameters: Iterator[tuple[str, Tensor | None]],
+    ranks: Ranks,
+    max_file_bytes: int,
+    complete: Callable[[Path], None] | None,
+) -> None:
+    """See `export_safetensors`; `here` is `target`, or in its place on this machine."""
+    files = _Files(folders.partial_of(here), max_file_bytes)
 
     def begin() -> None:
         _save_file()
         if ranks.is_main:
-            folders.begin(folder)
+            folders.begin(here)
 
     ranks.together(begin)
     failure: Exception | None = None
@@ -91,11 +105,11 @@ def export_safetensors(
             for path in files.folder.rglob("*"):
                 if path.is_file():
                     folders.sync(path)
-            folders.publish(files.folder, folder, _is_export)
+            folders.publish(files.folder, here if is_local(target) else target, _is_export)
         except OSError as error:
-            raise InputError(f"cannot write {folder}: {error}") from error
+            raise InputError(f"cannot write {target}: {error}") from error
         finally:
-            folders.abandon(folder)  # nothing is left to abandon where it has its name
+            folders.abandon(here)  # nothing is left to abandon where it has its name
 
     ranks.together(end)
 
@@ -150,7 +164,7 @@ class _Files:
 
 
 def export_checkpoint(
-    folder: Path, out: Path, *, dtype: torch.dtype | None = None, averaged: bool = False
+    folder: str | Path, out: str | Path, *, dtype: torch.dtype | None = None, averaged: bool = False
 ) -> list[str]:
     """Write a checkpoint's weights and buffers for `from_pretrained`, one at a time; no job, no training data.
 
@@ -167,8 +181,9 @@ def export_checkpoint(
     Raises:
         InputError: `out` is there, the weights do not fit `dtype`, no weight EMA, no space.
     """
-    stored, kept = Stored(folder), model_files(folder)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    stored = Stored(folder)
+    kept, out = model_files(stored.folder), as_folder(out)
+    if exists(out) and not (is_local(out) and out.is_dir() and not listing(out)):
         raise InputError(f"{out} exists already: name another folder, or move it away")
 
     def parameters() -> Iterator[tuple[str, Tensor]]:
@@ -183,7 +198,7 @@ def export_checkpoint(
 
     def complete(target: Path) -> None:
         for path in kept:
-            shutil.copyfile(path, target / path.name)
+            (target / path.name).write_bytes(path.read_bytes())
         config = target / "config.json"
         if config.exists() and dtype is not None:
             described = json.loads(config.read_text(encoding="utf-8"))
@@ -192,16 +207,18 @@ def export_checkpoint(
     try:
         export_safetensors(out, parameters(), Ranks.current(), complete=complete)
     finally:
-        folders.abandon(out.absolute())
+        if is_local(out):
+            folders.abandon(out.absolute())
     return sorted(path.name for path in kept)
 
 
 def model_files(folder: Path) -> list[Path]:
     """Config and tokenizer: of the run that wrote the checkpoint, or those that HF Trainer put around it."""
-    if folder.name == SLICES:
-        return [path for path in sorted(folder.parent.iterdir()) if path.name.startswith(_OF_A_MODEL)]
-    kept = folder.parent.parent / MODEL
-    return sorted(path for path in kept.iterdir() if path.is_file()) if kept.is_dir() else []
+    trainers = folder.name == SLICES
+    kept = folder.parent if trainers else folder.parent.parent / MODEL
+    with reading(kept):
+        files = sorted(name for name, size in listing(kept).items() if size is not None)
+    return [kept / name for name in files if not trainers or name.startswith(_OF_A_MODEL)]
 
 
 def _save_file() -> Callable[..., None]:
@@ -213,4 +230,4 @@ def _save_file() -> Callable[..., None]:
 
 
 def _is_export(folder: Path) -> bool:
-    return (folder / WHOLE).is_file() or (folder / INDEX).is_file()
+    return not {WHOLE, INDEX}.isdisjoint(listing(folder))

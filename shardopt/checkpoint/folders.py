@@ -19,13 +19,15 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from shardopt.checkpoint.blocks import DamagedError, reading
 from shardopt.checkpoint.document import DOCUMENT, read_document, records_of, write_bytes
-from shardopt.checkpoint.store import as_folder, delete, exists, is_local, listing, move
+from shardopt.checkpoint.store import as_folder, delete, delete_all, exists, is_local, listing, move, put_file
 from shardopt.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 _ASIDE = re.compile(r"\.(.+)\.(partial|previous|deleting)")
 _STEP = re.compile(r"(?:step-(\d+)|\.step-(\d+)\.previous)")
 _TRAINERS_STEP = re.compile(r"checkpoint-(\d+)")
+_LAST = (DOCUMENT, "config.json", "model.safetensors.index.json")  # without which nobody takes a folder for whole
 _OF_A_SAVE = re.compile(r".+-[0-9a-f]{32}\.\w+")  # see document.name_in
 
 
@@ -67,16 +70,17 @@ def is_complete(folder: Path) -> bool:
 
 
 def _incomplete(folder: Path) -> DamagedError | None:
-    """What is missing in a checkpoint, as far as sizes of files tell.
+    """What is wrong with a checkpoint, as far as its name and the sizes of its files tell.
 
     Raises:
         InputError: the folder cannot be read now, or is of another version.
     """
     try:
-        records = records_of(read_document(folder))
+        document = read_document(folder)
+        check_name(folder, document)
         with reading(folder):
             there = listing(folder)
-        for name, record in records.items():
+        for name, record in records_of(document).items():
             if name not in there:
                 raise DamagedError(f"{folder / name} is missing")
             if there[name] != record.size:
@@ -84,6 +88,13 @@ def _incomplete(folder: Path) -> DamagedError | None:
     except DamagedError as error:
         return error
     return None
+
+
+def check_name(folder: Path, document: dict[str, Any]) -> None:
+    """Raise DamagedError where a checkpoint lies under the name of another step than it was saved as."""
+    saved_as = document["checkpoint"]["name"]
+    if step_of(folder.name) not in (None, step_of(saved_as)):
+        raise DamagedError(f"{folder} is not of the step in its name: it was saved as {saved_as}")
 
 
 def step_folders(root: Path) -> dict[int, Path]:
@@ -187,16 +198,31 @@ def abandon(folder: Path) -> None:
         _sweep(folder)
 
 
+@contextmanager
+def made_here(folder: Path) -> Iterator[Path]:
+    """`folder` itself or, in the place of one in a store, a temporary one of that name on this machine, from which
+    `publish` copies."""
+    if is_local(folder):
+        yield folder.absolute()
+        return
+    with TemporaryDirectory(prefix="shardopt-") as scratch:
+        yield Path(scratch) / folder.name
+
+
 def publish(partial: Path, folder: Path, replaceable: Callable[[Path], bool]) -> None:
     """Give `partial`, whose files are synced, the name `folder`; what had that name is deleted after that.
 
-    In a store the document, put last, has made it complete already, and the files of the save before are deleted.
+    In a store the document, put last, has made it complete already, and the files of the save before are deleted;
+    what was made on this machine is copied there, what makes it complete last.
 
     Raises:
         InputError: `folder` holds something that is not `replaceable`.
     """
     if not is_local(folder):
-        _sweep(folder)
+        if partial == folder:
+            _sweep(folder)
+        else:
+            _copy(partial, folder, replaceable)
         return
     sync(partial)
     previous = _aside(folder, "previous")
@@ -215,12 +241,30 @@ def publish(partial: Path, folder: Path, replaceable: Callable[[Path], bool]) ->
         _delete(previous)
 
 
+def _copy(source: Path, target: Path, replaceable: Callable[[Path], bool]) -> None:
+    """Copy a local file or folder into a store; while it is replaced, `target` lacks what makes it complete."""
+    if source.is_file():
+        put_file(source, target)
+        return
+    before = listing(target)
+    if before and not replaceable(target):
+        raise _occupied(target)
+    for name in _LAST:
+        if name in before:
+            delete(target / name)
+    files = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*")) if path.is_file()}
+    for name in sorted(files, key=lambda name: name in _LAST):
+        put_file(files[name], target / name)
+    for name in before.keys() - {name.partition("/")[0] for name in files} - set(_LAST):
+        delete(target / name)
+
+
 def remove(folder: Path) -> None:
     """Delete a checkpoint; killed halfway, nothing that looks complete is left."""
     if not is_local(folder):
         try:
             delete(folder / DOCUMENT)
-            delete(folder)
+            delete_all(folder)
         except FileNotFoundError:  # the document was all
             pass
         except OSError as error:

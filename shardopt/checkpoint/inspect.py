@@ -8,7 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from shardopt.checkpoint import folders
+from shardopt.checkpoint.blocks import reading
 from shardopt.checkpoint.document import DOCUMENT, read_document
+from shardopt.checkpoint.store import as_folder, exists, is_local, listing
 from shardopt.checkpoint.stored import Stored, complete_in, root_of, step_of
 from shardopt.errors import InputError
 
@@ -35,7 +38,8 @@ def describe(folder: Path) -> dict[str, Any]:
         row["elements"] += math.prod(stored.parameters[name]["shape"])
         row["bytes"] += stored.bytes(name, kind)
     counts = [int(entry["step"]) for entry in written["step_counts"].values() if "step" in entry]
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    with reading(folder):
+        files = {name: size for name, size in sorted(listing(folder).items()) if size is not None}
     return {
         "folder": str(folder),
         "step": step,
@@ -49,7 +53,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "engine": config.get("engine", {}).get("name") or document.get("host"),
         "ranks": written["world_size"],
         "torch": written["torch"],
-        "written": _time(folder / DOCUMENT),
+        "written": _time(written["time"]),
         "format": written["format"],
         "parameters": kinds.get("weight", {}).get("elements", 0),
         "kinds": kinds,
@@ -91,13 +95,13 @@ def as_text(what: dict[str, Any]) -> str:
     return "\n".join([*lines, *_table(rows, "<<>>>")])
 
 
-def list_run(run: Path) -> list[dict[str, Any]]:
+def list_run(run: str | Path) -> list[dict[str, Any]]:
     """Each checkpoint of a run by its step, and what else lies there: `complete`, or the reason why it is not.
 
     Raises:
         InputError: no folder with checkpoints.
     """
-    root = root_of(run)
+    root = root_of(run := as_folder(run))
     if root is None:
         raise InputError(f"{run} has no checkpoints: give a run's folder, such as runs/NAME")
     complete = complete_in(root)
@@ -106,10 +110,14 @@ def list_run(run: Path) -> list[dict[str, Any]]:
         what = describe(folder)
         rows.append({key: what[key] for key in ("folder", "step", "tokens", "engine", "ranks", "bytes", "written")})
         rows[-1] |= {"step": step, "status": "complete"}
-    known = {folder.parent if folder.parent != root else folder for folder in complete.values()}
-    for folder in sorted(child for child in root.iterdir() if child.is_dir() and child not in known):
-        total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        rows.append({"folder": str(folder), "bytes": total, "written": _time(folder), "status": _why(folder)})
+    known = {(folder.parent if folder.parent != root else folder).name for folder in complete.values()}
+    with reading(root):
+        for folder in (root / name for name, size in sorted(listing(root).items()) if size is None):
+            if folder.name not in known:
+                written = _time(folder.stat().st_mtime) if is_local(folder) else ""
+                rows.append(
+                    {"folder": str(folder), "bytes": _bytes(folder), "written": written, "status": _why(folder)}
+                )
     return rows
 
 
@@ -133,9 +141,15 @@ def size(number: float) -> str:
     return f"{number} B"
 
 
+def _bytes(folder: Path) -> int:
+    return sum(_bytes(folder / name) if size is None else size for name, size in listing(folder).items())
+
+
 def _why(folder: Path) -> str:
     if folder.name.endswith((".partial", ".deleting", ".previous")):
         return folder.name.rpartition(".")[2]
+    if not is_local(folder) and folders.step_of(folder.name) is not None and not exists(folder / DOCUMENT):
+        return "partial"
     try:
         read_document(folder)
     except InputError:
@@ -143,8 +157,8 @@ def _why(folder: Path) -> str:
     return "damaged"
 
 
-def _time(path: Path) -> str:
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _many(count: int, what: str) -> str:

@@ -168,9 +168,16 @@ def move(path: Path, target: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a file of a store, or a folder with all that is in it."""
+    """Delete a file of a store."""
     fs, own = _of(path)
     with asking(path):
+        fs.rm_file(own)
+
+
+def delete_all(folder: Path) -> None:
+    """Delete all that is in a folder of a store."""
+    fs, own = _of(folder)
+    with asking(folder):
         fs.rm(own, recursive=True)
 
 

@@ -99,6 +99,7 @@ class Stored:
     def __init__(self, folder: str | Path) -> None:
         self.folder = as_folder(folder)
         self.document = read_document(self.folder)
+        folders.check_name(self.folder, self.document)
         self._index = read_index(self.folder, self.document)
         self.parameters: dict[str, dict[str, Any]] = self.document["checkpoint"]["parameters"]
 

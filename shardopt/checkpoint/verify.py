@@ -72,9 +72,7 @@ def find_damage(folder: str | Path, ranks: Ranks) -> str | None:
         if not ranks.is_main:
             return None
         document = read_document(folder)
-        saved_as = document["checkpoint"]["name"]
-        if folders.step_of(folder.name) not in (None, folders.step_of(saved_as)):
-            raise DamagedError(f"{folder} is not of the step in its name: it was saved as {saved_as}")
+        folders.check_name(folder, document)
         index = read_index(folder, document)
         index.check_files(folder, index.records)
         return index.save_id, index.records

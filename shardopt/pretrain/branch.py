@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import Adam
 
 from shardopt import checkpoint
+from shardopt.checkpoint.store import as_folder
 from shardopt.checkpoint.stored import locate
 from shardopt.engines.state import ShardedState
 from shardopt.errors import InputError
@@ -68,9 +69,9 @@ def keep_source(recorded: Mapping[str, Any], config: Config) -> Config:
     began, given = recorded["run"].get("from"), config.run.source
     if began is None:
         return config
-    folder = Path(began).absolute()
+    folder = as_folder(began).absolute()
     same = given is None or given.absolute() in (folder, folder.parent, folder.parent.parent)
-    return _with_source(config, Path(began)) if same else config
+    return _with_source(config, as_folder(began)) if same else config
 
 
 def _with_source(config: Config, folder: Path) -> Config:

@@ -21,7 +21,7 @@ from shardopt.pretrain.data.config import DataConfig, holds_tokenizer
 from shardopt.pretrain.metrics import TrackingConfig
 from shardopt.pretrain.model import ModelConfig, transformers_config
 from shardopt.pretrain.schedule import ScheduleConfig
-from shardopt.pretrain.section import Section
+from shardopt.pretrain.section import Folder, Section
 from shardopt.pretrain.spikes import LossSpikeConfig
 from shardopt.pretrain.strict_yaml import Loader
 
@@ -32,18 +32,27 @@ class RunConfig(Section):
     name: str = Field("quickstart", pattern=r"^\w[\w.+-]*$")
     """The run's folder inside `dir`, and its name in W&B."""
     dir: Path = Path("runs")
-    """Folder of all runs."""
+    """Folder of all runs, on this machine or a file system that it sees."""
     seed: int = Field(0, ge=0)
     """Seeds the weights, the order of the data and stochastic rounding."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: go on from the newest checkpoint if there is one; never: refuse a folder with a run; must: refuse
     one without a checkpoint."""
-    source: Path | None = Field(None, alias="from")
-    """Begin with the weights and all state of this checkpoint of another run (a run folder: its newest)."""
+    source: Folder | None = Field(None, alias="from")
+    """Begin with the weights and all state of this checkpoint of another run (a run folder: its newest); or a URL."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs where torch sees any."""
     timeout_minutes: float = Field(10, gt=0)
     """Timeout of a collective and of a checkpoint's writing, after which the run fails."""
+
+    @field_validator("dir", mode="before")
+    @classmethod
+    def _here(cls, value: Any) -> Any:
+        if not isinstance(value, str | Path) and hasattr(value, "protocol"):
+            raise InputError(
+                f"run.dir: {value} is not on this machine: give it as checkpoint.dir, for checkpoints alone"
+            )
+        return value
 
 
 class OptimizerConfig(Section):
@@ -114,6 +123,9 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints to resume from, and the export of the trained model."""
 
+    dir: Folder | None = None
+    """Where the checkpoints, the export and the model's config go, in a folder with the run's name, instead of the run
+    folder; it may be a URL, such as s3://bucket/runs."""
     every: int = Field(100, ge=1)
     """Steps between checkpoints; there is always one after the last step and when the run is told to stop."""
     keep: int = Field(3, ge=1)
@@ -218,7 +230,13 @@ class Config(Section):
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         return self.run.dir / self.run.name
+
+    @property
+    def store(self) -> Path:
+        """Where checkpoints/, export/ and model/ lie: the run folder, unless `checkpoint.dir` says otherwise."""
+        return (self.checkpoint.dir or self.run.dir) / self.run.name
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, every default filled in; `Config.model_validate` of it gives this config again."""
@@ -241,7 +259,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
     """Old and new value of each key that differs and changes what is computed, of two `Config.as_dict()`."""
     a, b = _flat(old), _flat(new)
     keys = [k for k in a | b if a.get(k) != b.get(k)]
-    bound = [k for k in keys if not any(k == free or k.startswith(free + ".") for free in MAY_CHANGE)]
+    free = [k for k in keys if any(k == name or k.startswith(name + ".") for name in MAY_CHANGE)]
+    bound = [k for k in keys if k not in free or k == "checkpoint.dir"]  # elsewhere are other checkpoints
     return {k: (a.get(k), b.get(k)) for k in bound}
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import yaml
 
 from shardopt import checkpoint
+from shardopt.checkpoint.document import DOCUMENT
 from shardopt.checkpoint.stored import step_of
 from shardopt.errors import InputError
 from shardopt.pretrain import branch
 from shardopt.pretrain.config import Config, differences
 from shardopt.pretrain.lock import RunLock
+from shardopt.pretrain.progress import read_document
 
 # What config.yaml is written as; left by a process that was killed, or whose disk was full.
 _UNFINISHED = "config.tmp"
@@ -82,14 +84,20 @@ class RunFolder:
                 f"run.name: {self.path} exists, and holds no run of shardopt ({', '.join(sorted(strangers)[:3])}): "
                 f"choose another run.name or run.dir"
             )
-        begins = checkpoint.latest(self.path / "checkpoints") is None
+        elif (newest := checkpoint.latest(config.store / "checkpoints")) is not None:  # they lie elsewhere
+            config = self._check_same(newest / DOCUMENT, config)
+        begins = checkpoint.latest(config.store / "checkpoints") is None
         return branch.resolve(config) if begins and config.run.source is not None else config
 
     def _check_same(self, recorded: Path, config: Config) -> Config:
-        newest = checkpoint.latest(self.path / "checkpoints")
+        """`config`, which is of the same run as `recorded`: config.yaml, or the document of its newest checkpoint."""
+        newest = checkpoint.latest(config.store / "checkpoints")
         began = newest is not None or (self.path / "metrics.jsonl").exists()
         try:
-            old = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+            if recorded.name == DOCUMENT:
+                old = read_document(recorded.parent)["config"]
+            else:
+                old = yaml.safe_load(recorded.read_text(encoding="utf-8"))
             config = branch.keep_source(old, config) if began else config
             changed = differences(old, config.as_dict())
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as e:

@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from typing import Any, NoReturn
 
 from shardopt import checkpoint, engines
+from shardopt.checkpoint.folders import made_here, publish
+from shardopt.checkpoint.store import is_local
 from shardopt.distributed import Ranks
 from shardopt.engines.base import DTYPES, EngineInputs
 from shardopt.errors import InputError, NonFiniteError
@@ -74,7 +76,7 @@ class Run:
         if self.folder is not None:
             stack.callback(self.folder.release)
         self.config = config = ranks.from_main(self.folder.config if self.folder is not None else config)
-        resume_from = newest(config.folder, ranks, config.run.resume, self.report.warn)
+        resume_from = newest(config.store, ranks, config.run.resume, self.report.warn)
 
         weights = model.weight_files(config.model.path)
         self.train_data, self.holdout_data = data.prepare(
@@ -118,7 +120,7 @@ class Run:
         self.tokens_a_step = config.train.global_batch * config.data.block_size
         self.tokens_before = self.progress.tokens
 
-        root = config.folder / "checkpoints"
+        root = config.store / "checkpoints"
         saver = checkpoint.Saver(root, config.checkpoint.rules, ranks, config.checkpoint.asynchronous)
         self.saver = stack.enter_context(saver)
         self.tracker = ranks.together(
@@ -138,9 +140,11 @@ class Run:
 
     def _write_models_config(self) -> None:
         if self.ranks.is_main:
-            folder = self.config.folder / checkpoint.export.MODEL
-            with writing(folder):
-                self.model_files.write(folder)
+            folder = self.config.store / checkpoint.export.MODEL
+            with writing(folder), made_here(folder) as here:
+                self.model_files.write(here)
+                if not is_local(folder):
+                    publish(here, folder, lambda _: True)
 
     def _keep_folder(self) -> None:
         if self.folder is not None and not self.folder.keep(self.config):
@@ -311,6 +315,7 @@ class Run:
             "held-out text": f"{report.count(self.holdout_data.tokens)} tokens, {scored}",
             "weight EMA": f"decay {ema}; held-out loss, export and sample are of it" if ema is not None else None,
             "run folder": config.folder,
+            "checkpoints": root if (root := config.store) != config.folder else None,
             **self.origin,
         }
         self.report.start(config.run.name, facts, held, progress.step, branched=bool(self.origin))
@@ -322,7 +327,7 @@ class Run:
         export = sample = failure = None
         with engine.state.use_weight_ema():  # the weights that the held-out loss is of
             if finished and config.checkpoint.export:
-                export = config.folder / "export"
+                export = config.store / "export"
                 try:
                     self.model_files.export(export, engine.state, DTYPES[config.checkpoint.export_dtype])
                 except InputError as e:  # on every rank

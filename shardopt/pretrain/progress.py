@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from shardopt import checkpoint
+from shardopt.checkpoint.blocks import reading
 from shardopt.checkpoint.folders import complete_steps, step_folder
+from shardopt.checkpoint.store import listing
 from shardopt.distributed import Ranks
 from shardopt.engines.state import ShardedState
 from shardopt.errors import InputError
@@ -81,7 +84,12 @@ def newest(folder: Path, ranks: Ranks, resume: str, warn: Callable[[str], None])
     found = checkpoint.latest_intact(root, ranks, warn)
     if found is None and resume == "must":
         raise InputError(f"run.resume: must, but {folder} holds no complete checkpoint")
-    damaged = ranks.from_main(sorted(path.name for path in root.glob("step-*.damaged*")) if ranks.is_main else None)
+
+    def set_aside() -> list[str]:
+        with reading(root):
+            return sorted(name for name in listing(root) if re.fullmatch(r"step-\d+\.damaged.*", name))
+
+    damaged = ranks.from_main(ranks.together(lambda: set_aside() if ranks.is_main else None))
     if found is None and damaged:
         raise InputError(
             f"every checkpoint in {root} is damaged ({', '.join(damaged)}): to begin again at step 0, choose another "

@@ -7,7 +7,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, model_validator
+
+from shardopt.checkpoint.store import as_folder, is_local
+from shardopt.errors import InputError
+
+
+def _is_folder(value: Any) -> Path:
+    try:
+        value = _as_path(value) if isinstance(value, str) else value
+    except InputError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(value, Path) and not hasattr(value, "protocol"):
+        raise ValueError("should be a path or a URL")
+    return value
+
+
+Folder = Annotated[Path, PlainValidator(_is_folder), PlainSerializer(str)]
+"""A folder on this machine, or in a store by URL."""
+
+
+def _as_path(text: str) -> Path:
+    path = as_folder(text)
+    return path.expanduser() if is_local(path) else path
 
 
 class Section(BaseModel):
@@ -38,7 +60,7 @@ def _fit(annotation: Any, value: Any) -> Any:
     """`value` as the Python object that `annotation` wants, where YAML has another for it; else unchanged."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _fit(args[0], value)
+        return value if annotation == Folder else _fit(args[0], value)
     if origin in (Union, types.UnionType):
         # A string stays a string where the field takes strings: only then is the choice of a member unclear.
         if isinstance(value, str) and str in args:
@@ -52,7 +74,7 @@ def _fit(annotation: Any, value: Any) -> Any:
         return int(value)
     if isinstance(value, str):
         if annotation is Path:
-            return Path(value).expanduser()
+            return _as_path(value)
         if annotation is float:
             with suppress(ValueError):
                 return float(value)

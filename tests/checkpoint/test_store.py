@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from scripts import damage
-from shardopt import checkpoint
+from shardopt import AdEMAMix, checkpoint, cli
 from shardopt.checkpoint import DamagedError, Keep, Saver, blocks, folders
 from shardopt.checkpoint.document import DOCUMENT, records_of
+from shardopt.checkpoint.export import WHOLE
 from shardopt.checkpoint.store import as_folder, listing, put
+from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError, MissingExtraError
 from tests.checkpoint import made, objects
 from tests.distributed.pool import on_ranks
@@ -281,3 +286,79 @@ def test_a_url_that_cannot_work_says_what_to_do(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "upath", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'shardopt\[fsspec\]'"):
         checkpoint.latest("memory://x/y")
+
+
+def test_commands_take_urls(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def say(*arguments: str) -> tuple[int, str, str]:
+        status = cli.main(list(arguments))
+        return status, *capsys.readouterr()
+
+    run = url.removesuffix("/ck")
+    with Saver(f"{run}/checkpoints", 3, ALONE, asynchronous=False) as saver:
+        for step in (1, 2):
+            saver.save(step, _trained(), {"step": step})
+    folder = as_folder(run)
+    put(folder / "model" / "config.json", b"{}")
+    put(folder / "checkpoints" / "step-00000003" / f"rank-00000-{'0' * 32}.data", b"cut")
+    status, text, _ = say("checkpoint", "list", run)
+    assert status == 0
+    assert [line.split()[0] for line in text.splitlines()[1:]] == ["1", "2", "step-00000003"]
+    assert text.split()[-1] == "partial"
+    status, text, _ = say("checkpoint", "inspect", run, "--verify")
+    assert status == 0
+    assert "step        2" in text
+    assert "every checksum is right" in text
+    assert say("export", run, f"{run}/out", "--step", "1")[0] == 0
+    assert sorted(listing(folder / "out")) == ["config.json", "model.safetensors"]
+    assert "exists already" in say("export", run, f"{run}/out")[2]
+    assert say("export", run, str(tmp_path / "local"))[0] == 0
+    assert (tmp_path / "local" / "model.safetensors").read_bytes() == (folder / "out/model.safetensors").read_bytes()
+    places = (run, f"{run}/again", str(tmp_path / "x.pt"), f"{run}/y.pt")
+    for source, target in pairwise(places):
+        form = "torch" if ".pt" in target else "shardopt"
+        status, _, error = say("checkpoint", "convert", source, target, "--to", form)
+        assert status == 0, error
+    assert (folder / "y.pt").read_bytes() == (tmp_path / "x.pt").read_bytes()
+    there = say("checkpoint", "inspect", f"{run}/again", "--verify")[1]
+    assert "every checksum is right" in there
+    assert "copy it to this machine" in say("checkpoint", "convert", f"{run}/y.pt", str(tmp_path / "z"))[2]
+
+
+def _trained() -> ModuleState:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = AdEMAMix(model.named_parameters(), lr=1e-3)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return ModuleState(optimizer, model)
+
+
+def _export(url: str, value: float, max_file_bytes: int) -> None:
+    values = {name: torch.full((2,), value) for name in "abc"}
+    checkpoint.export_safetensors(
+        url, iter(values.items()), ALONE, max_file_bytes=max_file_bytes, complete=lambda f: (f / "config.json").touch()
+    )
+
+
+def test_an_export_that_is_replaced_is_never_taken_for_whole_meanwhile(tmp_path: Path) -> None:
+    whole: list[float] = []
+    for number in range(100):
+        folder = tmp_path / str(number)
+        _export(f"objects://{folder}", 1.0, 8)
+        asked = _strike(number, objects.WRITES, Killed())
+        with contextlib.suppress(Killed):
+            _export(f"objects://{folder}", 2.0, 2**30)
+        _spare()
+        names = {path.name for path in folder.iterdir()}
+        if "config.json" in names:  # without which it is no model
+            index = folder / "model.safetensors.index.json"
+            files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {WHOLE}
+            read = [value for file in files for value in load_file(folder / file).values()]
+            assert len(read) == 3
+            whole.append(read[0][0].item())
+            assert all((value == whole[-1]).all() for value in read)
+        if len(asked) <= number:
+            break
+    assert sorted(names) == ["config.json", WHOLE]
+    assert set(whole) == {1.0, 2.0}
+    assert 5 < number < 100

@@ -15,6 +15,7 @@ from shardopt.checkpoint import folders
 from shardopt.checkpoint.convert import deepspeed, native, state_dict, torchtitan, trainer
 from shardopt.checkpoint.convert.state import Scratch, TrainingState, reading
 from shardopt.checkpoint.inspect import size
+from shardopt.checkpoint.store import as_folder, exists, is_local
 from shardopt.errors import InputError, NonFiniteError, did_you_mean
 
 Write = Callable[[Path, TrainingState, Scratch], None]
@@ -37,8 +38,11 @@ def read(source: Path) -> TrainingState:
     Raises:
         InputError: it is in none of them, or damaged.
     """
-    if not source.exists():
-        raise InputError(f"{source} is not there")
+    with reading(source):
+        if not exists(source):
+            raise InputError(f"{source} is not there")
+    if not is_local(source) and not native.holds(source):
+        raise InputError(f"{source} is no checkpoint or run of shardopt: copy it to this machine, and convert that")
     for form in _SOURCES:
         if form.holds(source):
             try:
@@ -53,7 +57,12 @@ def read(source: Path) -> TrainingState:
 
 
 def convert(
-    source: Path, target: Path, to: str = native.NAME, *, optimizer: str | None = None, drop: Iterable[str] = ()
+    source: str | Path,
+    target: str | Path,
+    to: str = native.NAME,
+    *,
+    optimizer: str | None = None,
+    drop: Iterable[str] = (),
 ) -> TrainingState:
     """Write what `source` holds to `target`, bit for bit where the format keeps the dtype.
 
@@ -73,14 +82,27 @@ def convert(
     """
     if to not in TARGETS:
         raise InputError(f"there is no format {to!r}{did_you_mean(to, TARGETS)}; there are {', '.join(TARGETS)}")
-    if target.exists():
+    source, target = as_folder(source), as_folder(target)
+    with reading(target):
+        occupied = exists(target)
+    if occupied:
         raise InputError(f"{target} exists already: name another place, or move it away")
     if to in _FILES and target.suffix not in (".pt", ".pth"):
         raise InputError(f"{target}: {to} is a file, so name it .pt")
     if to not in _FILES and target.suffix in (".pt", ".pth"):
         raise InputError(f"{target}: {to} is a folder; for a file give --to {', --to '.join(_FILES)}")
     state = read(source).for_optimizer(optimizer).without(drop)
-    parent, partial_ = target.absolute().parent, folders.partial_of(target.absolute())
+    with folders.made_here(target) as here:
+        try:
+            _write(here, target, to, state)
+        except NonFiniteError as error:
+            raise InputError(f"{source} is not converted: {error}") from error
+    return state
+
+
+def _write(here: Path, target: Path, to: str, state: TrainingState) -> None:
+    """Write `target`, by way of a folder beside `here`: itself, or in its place on this machine."""
+    parent, partial_ = here.parent, folders.partial_of(here)
     try:
         parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(parent).free) < state.nbytes:
@@ -90,15 +112,14 @@ def convert(
             TARGETS[to](partial_, state, Scratch(Path(scratch)))
         for path in partial_.rglob("*"):
             folders.sync(path)
-        folders.publish(partial_, target.absolute(), lambda _: False)
-    except NonFiniteError as error:
-        raise InputError(f"{source} is not converted: {error}") from error
+        folders.publish(partial_, here if is_local(target) else target, lambda _: False)
+    except NonFiniteError:
+        raise
     except (OSError, RuntimeError, CheckpointException) as error:  # of a full disk, in Python's, torch's or DCP's words
         raise InputError(f"cannot write {target}: {' '.join(str(error).split())}") from error
     finally:
         with contextlib.suppress(OSError):  # the disk's first error is being raised
             _remove(partial_)
-    return state
 
 
 def _remove(path: Path) -> None:

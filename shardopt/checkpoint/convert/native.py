@@ -12,6 +12,7 @@ from shardopt.checkpoint.convert.state import Scratch, TrainingState, Whole
 from shardopt.checkpoint.document import DOCUMENT
 from shardopt.checkpoint.export import model_files
 from shardopt.checkpoint.saving import save
+from shardopt.checkpoint.store import exists
 from shardopt.checkpoint.stored import Stored, locate, root_of, step_of
 from shardopt.engines.state import Saveable
 from shardopt.slices import Layout, Slice
@@ -20,7 +21,7 @@ NAME = "shardopt"
 
 
 def holds(path: Path) -> bool:
-    return (path / DOCUMENT).is_file() or root_of(path) is not None
+    return exists(path / DOCUMENT) or root_of(path) is not None
 
 
 def read(path: Path) -> TrainingState:

@@ -1,0 +1,74 @@
+"""Runs whose checkpoints lie in a store: `checkpoint.dir` and `run.from` by URL."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shardopt import cli
+from shardopt.checkpoint import folders
+from shardopt.checkpoint.store import as_folder, listing
+from shardopt.errors import InputError
+from tests.checkpoint import objects
+from tests.pretrain import tiny
+
+
+def _run(folder: Path, **changes):
+    store = f"objects://{folder}/bucket"
+    settings = {"engine": "{name: single}", "checkpoint__every": 2, "checkpoint__export": "true"}
+    return tiny.run(0, 1, folder, **{"checkpoint__dir": store, **settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of a run of 6 steps, and what it exported."""
+    assert objects.Objects.protocol == "objects"
+    folder = tmp_path_factory.mktemp("store")
+    tiny.corpus(folder / "text")
+    result = _run(folder)
+    assert str(result.export) == f"objects://{folder}/bucket/tiny/export"
+    assert str(result.checkpoint) == f"objects://{folder}/bucket/tiny/checkpoints/step-00000006"
+    assert {path.name for path in (folder / "runs/tiny").iterdir()} >= {"config.yaml", "metrics.jsonl"}
+    assert not (folder / "runs/tiny/checkpoints").exists()
+    return folder, (folder / "bucket/tiny/export/model.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_from_its_store_on_another_machine(done):
+    folder, exported = done
+    store = as_folder(f"objects://{folder}/bucket/tiny")
+    assert list(listing(store)) == ["checkpoints", "export", "model"]
+    assert "config.json" in listing(store / "model")
+    folders.remove(store / "checkpoints/step-00000006")
+    shutil.rmtree(folder / "runs/tiny")
+    with pytest.raises(InputError, match=r"these keys differ:\n  optimizer\.lr"):
+        _run(folder, optimizer__lr=1e-4)
+    result = _run(folder)
+    assert result.tokens_before == 4 * 8 * 32
+    assert (folder / "bucket/tiny/export/model.safetensors").read_bytes() == exported
+
+
+def test_another_checkpoint_dir_is_another_run(done):
+    folder, _ = done
+    with pytest.raises(InputError, match=r"these keys differ:\n  checkpoint\.dir: "):
+        _run(folder, checkpoint__dir="memory://elsewhere")
+
+
+def test_a_run_begins_with_a_checkpoint_in_a_store(done, capsys):
+    folder, _ = done
+    source = f"objects://{folder}/bucket/tiny"
+    changes = {"run__name": "branch", "run__from": source, "train__steps": 8, "checkpoint__dir": "null"}
+    assert _run(folder, **changes).tokens_before == 6 * 8 * 32
+    recorded = (folder / "runs/branch/config.yaml").read_text()
+    assert f"from: {source}/checkpoints/step-00000006\n" in recorded
+    assert _run(folder, **changes).step == 8  # it still names the run that it began with
+    assert cli.main(["export", str(folder / "runs/branch"), f"{source}/exported"]) == 0
+    assert "model.safetensors" in listing(as_folder(f"{source}/exported"))
+
+
+def test_a_run_folder_by_url_names_the_key_to_use(tmp_path):
+    with pytest.raises(InputError, match=r"run\.dir: memory://x is not on this machine: give it as checkpoint\.dir"):
+        tiny.config(tmp_path, run__dir="memory://x")
+    with pytest.raises(InputError, match=r"checkpoint\.dir.* nosuch"):
+        tiny.config(tmp_path, checkpoint__dir="nosuch://x")
