@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from shardopt.errors import InputError
+from shardopt.errors import InputError, StorageError
 from shardopt.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -155,17 +155,18 @@ def raise_on_all_ranks(error: Exception | None, group: dist.ProcessGroup | None)
     """Raise on every rank of `group` (None: this process alone) if any of them has an error. A collective.
 
     Raises:
-        InputError: some rank's error is an InputError; its message.
+        InputError: some rank's error is an InputError; its message. (A StorageError stays one.)
         RuntimeError: another rank's error is something else. This rank's own error is raised as it is.
     """
-    mine = None if error is None else (isinstance(error, InputError), type(error).__name__, str(error))
+    told = next((kind for kind in (StorageError, InputError) if isinstance(error, kind)), None)
+    mine = None if error is None else (told, type(error).__name__, str(error))
     reports = all_gather_objects((dist.get_rank() if group is not None else 0, mine), group)
     if error is not None:
         raise error
     for rank, report in reports:
         if report is not None:
-            is_input, kind, message = report
-            raise InputError(message) if is_input else RuntimeError(f"rank {rank} failed: {kind}: {message}")
+            told, kind, message = report
+            raise told(message) if told else RuntimeError(f"rank {rank} failed: {kind}: {message}")
 
 
 def all_gather_objects(value: T, *groups: dist.ProcessGroup | None) -> list[T]:

@@ -12,6 +12,10 @@ class InputError(ValueError):
     """
 
 
+class StorageError(InputError):
+    """A disk, a network or a store cannot be written or read now; it may be later."""
+
+
 class NonFiniteError(RuntimeError):
     """Weights, optimizer state, losses or gradients are not finite, on every rank; the message says which."""
 

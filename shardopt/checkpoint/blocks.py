@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shardopt.checkpoint.store import Read, asking, is_local, opened, upload
-from shardopt.errors import InputError
+from shardopt.errors import InputError, StorageError
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ def read_file(path: Path, save_id: str, record: FileRecord, wanted: Iterable[Wan
 
     Raises:
         DamagedError: the file, or what was read of it, is not what was written.
-        InputError: it cannot be read.
+        StorageError: it cannot be read.
     """
     blocks: dict[int, list[tuple[int, torch.dtype, Tensor]]] = {}
     for start, dtype, target in wanted:
@@ -167,7 +167,7 @@ def reading(path: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DamagedError(f"{path} is missing ({error.strerror or error})") from error
     except OSError as error:
-        raise InputError(
+        raise StorageError(
             f"cannot read {path}: {error.strerror or error}. The disk or the network may be in trouble, so this is "
             f"not taken for damage, and nothing is changed: try again, or move the checkpoint away to go on without it"
         ) from error

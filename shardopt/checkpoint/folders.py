@@ -28,7 +28,7 @@ from typing import Any
 from shardopt.checkpoint.blocks import DamagedError, reading
 from shardopt.checkpoint.document import DOCUMENT, read_document, records_of, write_bytes
 from shardopt.checkpoint.store import as_folder, delete, delete_all, exists, is_local, listing, move, put_file
-from shardopt.errors import InputError
+from shardopt.errors import InputError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -182,8 +182,8 @@ def begin(folder: Path) -> Path:
     return partial
 
 
-def _unwritable(root: Path, error: OSError) -> InputError:
-    return InputError(f"cannot write to {root}: {error.strerror or error}; name another folder (for a run: run.dir)")
+def _unwritable(root: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot write to {root}: {error.strerror or error}; name another folder (for a run: run.dir)")
 
 
 def _occupied(folder: Path) -> InputError:
@@ -313,7 +313,9 @@ def _sweep(folder: Path) -> None:
 def clean(root: Path) -> None:
     """Put `root` in order after a run that died: leftovers go, one caught mid-replacement comes back."""
     if not is_local(root):
-        for name in listing(root):
+        with reading(root):
+            names = listing(root)
+        for name in names:
             if step_of(name) is not None:
                 _sweep(root / name)
         return

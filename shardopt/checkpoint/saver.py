@@ -5,9 +5,10 @@ from __future__ import annotations
 import atexit
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from shardopt.checkpoint.saving import Kept, prepare
 from shardopt.checkpoint.store import as_folder
 from shardopt.distributed import Ranks
 from shardopt.engines.state import ShardedState
-from shardopt.errors import InputError
+from shardopt.errors import InputError, StorageError
 
 
 class Saver:
@@ -56,6 +57,8 @@ class Saver:
         self._cleaned = False
         self._known: dict[Path, dict[str, Any]] = {}  # of complete checkpoints, on rank 0
         self._pending: Future[None] | None = None
+        self.failed = 0
+        """Saves that a disk or a store did not take, since the last one that is complete."""
         self._kept = Kept()
 
         def check() -> None:
@@ -91,22 +94,24 @@ class Saver:
             raise InputError(f"step must be a whole number >= 0, got {step!r}")
         self.wait()
         measured = float(loss) if loss is not None and math.isfinite(loss) else None
-        # Not at construction: a resuming run may still be reading one that was caught mid-replacement.
-        if not self._cleaned:
-            self.ranks.together(lambda: folders.clean(self.root) if self.ranks.is_main else None)
-            self._cleaned = True
         folder = folders.step_folder(self.root, step)
-        write = prepare(
-            folder, state, document or {}, extras or {},
-            kept=self._kept,
-            group=self._group,
-            after=lambda: self._delete_old(folder),
-            copy=self.asynchronous,
-            allow_nonfinite=self.allow_nonfinite,
-            facts={"loss": measured, "after_finite_step": after_finite_step},
-        )  # fmt: skip
+        with self._counted():
+            # Not at construction: a resuming run may still be reading one that was caught mid-replacement.
+            if not self._cleaned:
+                self.ranks.together(lambda: folders.clean(self.root) if self.ranks.is_main else None)
+                self._cleaned = True
+            write = prepare(
+                folder, state, document or {}, extras or {},
+                kept=self._kept,
+                group=self._group,
+                after=lambda: self._delete_old(folder),
+                copy=self.asynchronous,
+                allow_nonfinite=self.allow_nonfinite,
+                facts={"loss": measured, "after_finite_step": after_finite_step},
+            )  # fmt: skip
         if not self.asynchronous:
-            write()
+            with self._counted(done=True):
+                write()
             return
         pending: Future[None] = Future()
         self._pending = pending
@@ -126,7 +131,7 @@ class Saver:
         """Return when what was saved is complete on the disk.
 
         Raises:
-            InputError, RuntimeError: the background write failed, on every rank; said once.
+            StorageError, InputError, RuntimeError: the background write failed, on every rank; said once.
             RuntimeError: it takes longer than `ranks.timeout` from now.
         """
         atexit.unregister(self.wait)
@@ -140,7 +145,18 @@ class Saver:
                 f"disk, or another's, does not answer or is too slow"
             )
         self._thread.join()  # or a process that ends now may abort
-        pending.result()
+        with self._counted(done=True):
+            pending.result()
+
+    @contextmanager
+    def _counted(self, done: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except StorageError:
+            self.failed += 1
+            raise
+        if done:
+            self.failed = 0
 
     def _delete_old(self, written: Path) -> None:
         """Delete what need not stay; rank 0 alone, when `written` is complete."""

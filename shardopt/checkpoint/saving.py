@@ -31,7 +31,7 @@ from shardopt.checkpoint.staging import Staging
 from shardopt.checkpoint.store import as_folder, is_local
 from shardopt.distributed import Ranks, all_gather_objects
 from shardopt.engines.state import Saveable, refused_steps, require_state
-from shardopt.errors import InputError, NonFiniteError, few
+from shardopt.errors import InputError, NonFiniteError, StorageError, few
 from shardopt.optim import states
 from shardopt.slices import Slice
 
@@ -74,7 +74,8 @@ def save(
 
     Raises:
         NonFiniteError: such values, on every rank; nothing is written.
-        InputError: the folder cannot be written, on every rank; the disk is full; the state was loaded by half.
+        StorageError: the folder cannot be written, on every rank; the disk is full.
+        InputError: the folder holds something else; the state was loaded by half.
         InputError: replicas (DDP) whose weights or step counts differ; a document that is not JSON.
         InputError: an element that no rank holds, ranks that disagree about shapes or dtypes.
     """
@@ -191,6 +192,8 @@ def prepare(
         return blocks.write_file(partial / data_file(ranks.rank, infix), save_id, tensors)
 
     def publish(plan: Plan, files: dict[str, FileRecord]) -> None:
+        if is_local(partial) and not partial.is_dir():
+            raise StorageError(f"{partial} has been removed while it was written")
         for name, record in files.items():
             path = partial / name
             if not path.is_file() or path.stat().st_size != record.size:
@@ -245,10 +248,11 @@ def _on_all(action: Callable[[], T], folder: Path, ranks: Ranks, group: dist.Pro
         What it returned, by rank.
 
     Raises:
-        InputError, RuntimeError: the first rank's error, on all; what was written for `folder` is deleted then.
+        StorageError, InputError, RuntimeError: the first rank's error, on all; what was written for `folder` is deleted
+            then.
     """
     error: BaseException | None = None
-    failure: tuple[type[InputError | RuntimeError], str] | None = None
+    failure: tuple[type[Exception], str] | None = None
     result: T | None = None
     try:
         result = action()
@@ -256,9 +260,9 @@ def _on_all(action: Callable[[], T], folder: Path, ranks: Ranks, group: dist.Pro
         error = e
         if isinstance(e, OSError):
             advice = "free some space, or name another folder (for a run: run.dir)"
-            failure = InputError, f"cannot write checkpoint {folder} (rank {ranks.rank}: {e}); {advice}"
+            failure = StorageError, f"cannot write checkpoint {folder} (rank {ranks.rank}: {e}); {advice}"
         elif isinstance(e, InputError):
-            failure = InputError, str(e)
+            failure = StorageError if isinstance(e, StorageError) else InputError, str(e)
         else:
             failure = RuntimeError, f"checkpoint {folder} was not written: rank {ranks.rank}: {type(e).__name__}: {e}"
     world = group if group is not None or not ranks.distributed else dist.group.WORLD

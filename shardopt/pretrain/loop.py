@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NoReturn
 
 from shardopt import checkpoint, engines
@@ -13,7 +15,7 @@ from shardopt.checkpoint.folders import made_here, publish
 from shardopt.checkpoint.store import is_local
 from shardopt.distributed import Ranks
 from shardopt.engines.base import DTYPES, EngineInputs
-from shardopt.errors import InputError, NonFiniteError
+from shardopt.errors import InputError, NonFiniteError, StorageError
 from shardopt.pretrain import branch, data, model, report, rng
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.folder import RunFolder, writing
@@ -26,6 +28,8 @@ from shardopt.pretrain.schedule import lr_factor
 from shardopt.pretrain.scoring import HeldOut, generate, held_out, limits
 from shardopt.pretrain.signals import Stop, patience_of_torchrun, stop_signals
 from shardopt.pretrain.step import take_step
+
+_FAILED_SAVES = 3
 
 
 def pretrain(config: Config) -> Result:
@@ -234,7 +238,7 @@ class Run:
         guard = self.config.train.loss_spike
         if guard is None or not guard.is_spike(self.progress, self.losses[-1]):
             return False
-        self.saver.wait()
+        self._try(self.saver.wait)
         state, seed = self.engine.state, self.config.run.seed
         back = guard.rewind(self.progress, self.saver.root, state, self.train_data, seed, self.report.warn)
         if back is not None:
@@ -279,20 +283,36 @@ class Run:
         return metrics
 
     def _save(self, holdout: HeldOut | None = None) -> None:
+        self._try(self.saver.wait)
         self.ranks.together(self._keep_folder)
         document = self.progress.document(self.train_data, self.config.as_dict(), self.tracker.run_id)
+        save = partial(
+            self.saver.save,
+            self.progress.step,
+            self.engine.state,
+            document,
+            rng.capture(self.ranks.rank),
+            loss=holdout.loss if holdout else None,
+            after_finite_step=self.finite_since_save,
+        )
         try:
-            self.saver.save(
-                self.progress.step,
-                self.engine.state,
-                document,
-                rng.capture(self.ranks.rank),
-                loss=holdout.loss if holdout else None,
-                after_finite_step=self.finite_since_save,
-            )
+            self._try(save, last=self.stopped or self.progress.step == self.config.train.steps)
         except NonFiniteError as error:
             self._give_up(f"after step {self.progress.step}: {error}")
         self.finite_since_save = False
+
+    def _try(self, save: Callable[[], None], last: bool = False) -> None:
+        """Save, or wait for a save. Where the disk or the store does not take it the run goes on, unless it is the
+        last, or none of `_FAILED_SAVES` in a row was taken."""
+        try:
+            save()
+        except StorageError as error:
+            failed = self.saver.failed
+            if failed >= _FAILED_SAVES:
+                raise StorageError(f"{error}. The run ends, since {failed} saves in a row have failed") from error
+            if last:
+                raise
+            self.report.warn(f"{error}. The run goes on, and saves again later ({failed} in a row have failed)")
 
     def _give_up(self, reason: str) -> NoReturn:
         self.saver.wait()

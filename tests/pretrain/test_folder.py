@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from shardopt import checkpoint
-from shardopt.checkpoint import export
-from shardopt.errors import InputError
+from shardopt.checkpoint import blocks, export, saving
+from shardopt.errors import InputError, StorageError
 from shardopt.pretrain import lock, loop
 from shardopt.pretrain.lock import RunLock
 from shardopt.pretrain.model_files import ModelFiles
@@ -205,3 +205,51 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(t
     said = [record.getMessage() for record in caplog.records if record.name.startswith("shardopt.checkpoint")]
     assert said == [f"{failed[0]} cannot be deleted (Directory not empty), which is tried again later"]
     assert sorted(path.name for path in result.checkpoint.parent.iterdir()) == ["step-00000006", "step-00000008"]
+
+
+def test_a_folder_that_is_removed_while_it_is_saved_to_is_made_again_by_the_next_save(tmp_path, monkeypatch, capsys):
+    tiny.corpus(tmp_path / "text")
+    here, real, times = tmp_path / "runs" / "tiny", blocks.write_file, []
+
+    def removes(path, *arguments):
+        record = real(path, *arguments)
+        times.append(path)
+        if len(times) == 2:  # the data of step 4
+            shutil.rmtree(here)
+        return record
+
+    monkeypatch.setattr(blocks, "write_file", removes)
+    result = tiny.run(0, 1, tmp_path, **ALONE)
+    assert result.checkpoint == here / "checkpoints" / "step-00000006"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "has been removed while it was written. The run goes on, and saves again later (1 in a row" in said
+    assert f"somebody has removed {here}: it is made again" in said
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_run_ends_when_three_saves_in_a_row_fail_and_not_before(tmp_path, monkeypatch, capsys, asynchronous):
+    tiny.corpus(tmp_path / "text")
+    changes = ALONE | {"checkpoint__async": asynchronous, "checkpoint__every": 1, "train__steps": 9}
+    fails, real, tried = {2, 3, 5, 7, 8, 9}, saving.write_document, []
+
+    def full(folder, document):
+        tried.append(document["step"])
+        if document["step"] in fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(folder, document)
+
+    monkeypatch.setattr(saving, "write_document", full)
+    with pytest.raises(StorageError, match="Input/output error"):
+        tiny.run(0, 1, tmp_path, **changes)
+    assert tried == list(range(1, 10))
+    names = sorted(path.name for path in (tmp_path / "runs/tiny/checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000006"]
+    assert " ".join(capsys.readouterr().out.split()).count("The run goes on, and saves again later (2 in a row") == 2
+    fails.update(range(10))
+    with pytest.raises(StorageError, match=r"The run ends, since 3 saves in a row have failed"):
+        tiny.run(
+            0,
+            1,
+            tmp_path,
+            **changes | {"train__steps": 20, "schedule": "{name: constant, warmup: 2}", "run__name": "x"},
+        )
