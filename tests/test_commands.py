@@ -1,6 +1,7 @@
 """Commands for checkpoints, on those of a real run, in this process."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -107,6 +108,27 @@ def test_list_names_complete_checkpoints_by_step_and_what_else_lies_there(run, t
         assert "single, 1 rank" in text
     rows = json.loads(say(capsys, "checkpoint", "list", copy, "--json")[1])
     assert [row.get("tokens") for row in rows] == [2 * 8 * 32, 6 * 8 * 32, None, None]
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_noticed(run, tmp_path, capsys):
+    copy = shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    (copy / "step-00000004").rename(copy / "step-00000009")
+    text = say(capsys, "checkpoint", "list", copy)[1]
+    assert text.splitlines()[-1].split()[0] == "step-00000009"
+    assert text.split()[-1] == "damaged"
+    assert say(capsys, "checkpoint", "inspect", copy)[1].splitlines()[1] == "  step        6 of 6"
+    for command in (("checkpoint", "inspect"), ("export",)):
+        status, _, error = say(capsys, *command, copy / "step-00000009")
+        assert status == 2
+        assert "step-00000009 is not of the step in its name: it was saved as step-00000004" in error
+
+
+def test_the_time_of_a_checkpoint_is_that_of_the_save(run, tmp_path, capsys):
+    copy = shutil.copytree(run / "checkpoints/step-00000004", tmp_path / "step-00000004")
+    os.utime(copy / "checkpoint.json", (0, 0))
+    written = [json.loads(say(capsys, "checkpoint", "inspect", at, "--json")[1])["written"] for at in (copy, run)]
+    assert "1970" not in written[0]
+    assert written[0][:4] == written[1][:4]
 
 
 def test_averaged_export_of_the_last_step_is_the_runs_own_export(run, tmp_path, capsys):

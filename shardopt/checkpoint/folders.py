@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,10 @@ _STEP = re.compile(r"(?:step-(\d+)|\.step-(\d+)\.previous)")
 _TRAINERS_STEP = re.compile(r"checkpoint-(\d+)")
 _LAST = (DOCUMENT, "config.json", "model.safetensors.index.json")  # without which nobody takes a folder for whole
 _OF_A_SAVE = re.compile(r".+-[0-9a-f]{32}\.\w+")  # see document.name_in
+
+
+_writers: dict[Path, threading.Thread] = {}
+"""Who has begun to write a folder."""
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -150,7 +155,8 @@ def partial_of(folder: Path) -> Path:
 def check_writable(root: Path) -> None:
     """Raise InputError where no checkpoint can be written under `root`."""
     if is_local(root):
-        begin(root / "probe").rmdir()
+        begin(root / "probe")
+        abandon(root / "probe")
         return
     try:
         write_bytes(root / ".probe", b"")
@@ -163,23 +169,36 @@ def begin(folder: Path) -> Path:
     """Make `partial_of(folder)`, new and empty, and return it; in a store there is nothing to make.
 
     Raises:
-        InputError: it cannot be made, or a folder of a store holds something else.
+        StorageError: it cannot be made.
+        InputError: another thread is writing it, or a folder of a store holds something else.
     """
     partial = partial_of(folder)
+    writer = _writers.setdefault(folder, threading.current_thread())
+    if writer is not threading.current_thread() and writer.is_alive():
+        raise InputError(f"{folder} is being written by another thread of this process: save to it one after the other")
+    _writers[folder] = threading.current_thread()
+    try:
+        _begin(folder, partial)
+    except BaseException:
+        _writers.pop(folder, None)
+        raise
+    return partial
+
+
+def _begin(folder: Path, partial: Path) -> None:
     if not is_local(folder):
         with reading(folder):
             there = listing(folder)
         strangers = [name for name in there if name != DOCUMENT and not _OF_A_SAVE.fullmatch(name)]
         if strangers or (DOCUMENT in there and _incomplete(folder) is not None):
             raise _occupied(folder)
-        return partial
+        return
     try:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
     except OSError as error:
         raise _unwritable(folder.parent, error) from error
-    return partial
 
 
 def _unwritable(root: Path, error: OSError) -> StorageError:
@@ -196,6 +215,7 @@ def abandon(folder: Path) -> None:
         shutil.rmtree(partial_of(folder), ignore_errors=True)
     else:
         _sweep(folder)
+    _writers.pop(folder, None)
 
 
 @contextmanager
@@ -218,6 +238,13 @@ def publish(partial: Path, folder: Path, replaceable: Callable[[Path], bool]) ->
     Raises:
         InputError: `folder` holds something that is not `replaceable`.
     """
+    try:
+        _publish(partial, folder, replaceable)
+    finally:
+        _writers.pop(folder, None)
+
+
+def _publish(partial: Path, folder: Path, replaceable: Callable[[Path], bool]) -> None:
     if not is_local(folder):
         if partial == folder:
             _sweep(folder)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from shardopt import checkpoint
 from shardopt.checkpoint.blocks import BLOCK, DamagedError, FileRecord, reading
 from shardopt.checkpoint.document import DOCUMENT
-from shardopt.checkpoint.folders import sync, write_json
+from shardopt.checkpoint.folders import sync, trainers_step_of, write_json
 from shardopt.checkpoint.stored import SLICES
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError, few
@@ -41,7 +40,6 @@ FILES = "shardopt-files.json"
 """Sizes and checksums of all other files in a checkpoint-N; those of the slices' data are in their document."""
 
 SAVING, PREVIOUS, DELETING = "_saving", "_previous", "_deleting"
-_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _log = logging.getLogger(__name__)
 
 
@@ -130,7 +128,7 @@ def refuse_damage(folder: Path) -> None:
     ranks = Ranks.current()
     if (reason := find_damage(folder, ranks)) is None:
         return
-    older, _ = _newest_intact(folder.parent, ranks, below=_step_of(folder))
+    older, _ = _newest_intact(folder.parent, ranks, below=trainers_step_of(folder.name))
     raise InputError(f"{reason}. {f'Resume from {older}, which is whole' if older else 'No older one is whole'}")
 
 
@@ -195,15 +193,13 @@ def _newest_intact(run: Path, ranks: Ranks, below: int | None = None) -> tuple[P
     return None, reasons
 
 
-def _step_of(folder: Path) -> int | None:
-    """The step in the name of a checkpoint-N."""
-    match = _NAME.fullmatch(folder.name)
-    return int(match[1]) if match else None
-
-
 def _checkpoints(run: Path) -> dict[int, Path]:
     with reading(run):
-        there = {_step_of(folder): folder for folder in run.iterdir() if folder.is_dir()} if run.is_dir() else {}
+        there = (
+            {trainers_step_of(folder.name): folder for folder in run.iterdir() if folder.is_dir()}
+            if run.is_dir()
+            else {}
+        )
     return {step: folder for step, folder in there.items() if step is not None}
 
 

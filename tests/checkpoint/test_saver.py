@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -359,3 +360,40 @@ def test_killed_while_deleting_the_new_one_is_there(tmp_path: Path) -> None:
         on_ranks(1, _killed_deleting, tmp_path, fresh=True)
     assert _names(tmp_path) == [".step-00000001.deleting", "step-00000002", "step-00000003"]
     assert _number(tmp_path / "step-00000003") == 3
+
+
+def test_threads_that_save_to_one_folder_at_a_time_are_told(tmp_path: Path) -> None:
+    folder, said = tmp_path / "a", []
+    start = threading.Barrier(4)
+
+    def save() -> None:
+        start.wait()
+        try:
+            checkpoint.save(folder, made.State(_slice(1)[0], made.ranks_here()))
+        except InputError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=save) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(said) <= {f"{folder} is being written by another thread of this process: save to it one after the other"}
+    assert _number(folder) == 1
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        folders.begin(folder)
+        held.set()
+        release.wait()
+        folders.abandon(folder)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    with pytest.raises(InputError, match="another thread of this process"):
+        checkpoint.save(folder, made.State(_slice(2)[0], made.ranks_here()))
+    release.set()
+    thread.join()
+    checkpoint.save(folder, made.State(_slice(2)[0], made.ranks_here()))
+    assert _number(folder) == 2
