@@ -155,8 +155,8 @@ def partial_of(folder: Path) -> Path:
 def check_writable(root: Path) -> None:
     """Raise InputError where no checkpoint can be written under `root`."""
     if is_local(root):
-        begin(root / "probe")
-        abandon(root / "probe")
+        begin(root / "probe").rmdir()
+        del _writers[root / "probe"]
         return
     try:
         write_bytes(root / ".probe", b"")
