@@ -25,7 +25,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +94,20 @@ def ddp(shapes: Shapes, rank: int, ranks: int) -> Iterator[Layout]:
 ENGINES: dict[str, Callable[[Shapes, int, int], Iterator[Layout]]] = {"FSDP2": fsdp, "ZeRO": zero, "DDP": ddp}
 
 
-def slices_of(layouts: Iterator[Layout]) -> list[Slice]:
+def described(layouts: Sequence[Layout], table: bytes) -> manifest.Description:
+    """What `manifest.describe` makes of `slices_of(layouts)`, in less time."""
+    named = sorted(enumerate(layouts), key=lambda pair: pair[1].name)
+    columns = [
+        (len(KINDS) * number + KINDS.index(kind), r.global_start, r.length)
+        for kind in sorted(KINDS)
+        for number, layout in named
+        for r in layout.ranges
+    ]
+    rows = np.array(columns, dtype=np.int64).reshape(-1, 3).T
+    return manifest.Description(table, zlib.compress(rows.tobytes(), 1))
+
+
+def slices_of(layouts: Iterable[Layout]) -> list[Slice]:
     """With tensors of one number, which takes no memory."""
     number = torch.zeros(1)
     return [
@@ -133,11 +147,15 @@ def simulate(model: str, engine: str, ranks: int, root: Path) -> Row:
     shapes = shapes_of(model)
     manifest.describe(slices_of(ddp({"warm": (1,)}, 0, 1)))  # what is imported at the first call
     describe, descriptions = [], []
+    table = manifest.table_of(slices_of(ENGINES[engine](shapes, 0, ranks)))
     for rank in range(ranks):
-        held = slices_of(ENGINES[engine](shapes, rank, ranks))
-        seconds, (description, _) = timed(lambda held=held: manifest.describe(held))
-        describe.append(seconds)
-        descriptions.append(description)
+        layouts = list(ENGINES[engine](shapes, rank, ranks))
+        descriptions.append(described(layouts, table))
+        if rank % -(-ranks // 4) == 0:  # some of them as they would do it themselves
+            held = slices_of(layouts)
+            seconds, (description, _) = timed(lambda held=held: manifest.describe(held))
+            assert description == descriptions[-1]
+            describe.append(seconds)
     gathered = sum(len(pickle.dumps(description)) for description in descriptions)
     plan_seconds, (plan, shares) = timed(lambda: planning.make_plan(descriptions))
     scattered = sum(len(pickle.dumps(share)) for share in shares)
