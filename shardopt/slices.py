@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_ORDINARY = (Tensor, torch.nn.Parameter)  # most tensors: an import in a function is slow
 # Wrappers put these in front of, or inside, a parameter's fully qualified name.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -140,6 +141,8 @@ def name_key(name: str) -> int:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The part of `tensor` that this process holds: a DTensor's local tensor, an ordinary tensor itself."""
+    if type(tensor) in _ORDINARY:
+        return tensor
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

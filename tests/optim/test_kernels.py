@@ -83,6 +83,8 @@ def test_c_equals_torch_in_every_format(state, weight, master):
         {"maximize": True, "alpha_warmup": 7, "beta3_warmup": 9},
         {"weight_ema": 0.99, "state_dtype": {"m2": "bf16", "weight_ema": "bf16"}},
         {"weight_ema": 0.99, "state_dtype": "block8"},
+        {"weight_ema": 0.99, "state_dtype": "bf16"},
+        {"weight_ema": 0.99},
         {"eps_root": 1e-3, "eps": 0.0, "alpha": 0.0},
         {"lr": 0.0, "state_dtype": "bf16", "weight_ema": 0.9},
         {"grad": torch.bfloat16, "state_dtype": "bf16"},

@@ -509,23 +509,24 @@ static void any(const Segment *s, const Scalars *c, const Kind *k, int64_t at, i
 
 static __attribute__((noinline)) void some(const Place *p, const Scalars *c, const Kind *k, int n) { block(*p, *c, n, *k); }
 
-/* The common combinations: weights W with master M, gradients G, state F. */
-#define STATES(X, W, M, G) X(W, M, G, FP32) X(W, M, G, BF16) X(W, M, G, BLOCK16) X(W, M, G, BLOCK8)
+/* The common combinations: weights W with master M, gradients G, state F, an average of the weights E or none. */
+#define STATES(X, W, M, G) X(W, M, G, FP32, NONE) X(W, M, G, BF16, NONE) X(W, M, G, BLOCK16, NONE) X(W, M, G, BLOCK8, NONE)
 #define COMMON(X)                                                                                                    \
     STATES(X, FP32, NO_MASTER, FP32) STATES(X, BF16, NO_MASTER, BF16) STATES(X, BF16, FP32_MASTER, BF16)              \
-    STATES(X, BF16, SPLIT_MASTER, BF16) X(BF16, NO_MASTER, FP32, BF16) X(BF16, FP32_MASTER, FP32, BF16)               \
-    X(BF16, SPLIT_MASTER, FP32, BF16)
-#define DEFINE(W, M, G, F)                                                                                          \
-    static void blocks_##W##_##M##_##G##_##F(const Segment *s, const Scalars *c, const Kind *k, int64_t at, int64_t end) { \
-        (void)k;                                                                                                    \
-        blocks(s, c, (Kind){W, G, M, F, F, F, NONE, 0, 0, 0, 0, 0}, at, end);                                          \
+    STATES(X, BF16, SPLIT_MASTER, BF16) X(BF16, NO_MASTER, FP32, BF16, NONE) X(BF16, FP32_MASTER, FP32, BF16, NONE)   \
+    X(BF16, SPLIT_MASTER, FP32, BF16, NONE) X(FP32, NO_MASTER, FP32, FP32, FP32) X(FP32, NO_MASTER, FP32, BF16, BF16)
+#define DEFINE(W, M, G, F, E)                                                                                        \
+    static void blocks_##W##_##M##_##G##_##F##_##E(const Segment *s, const Scalars *c, const Kind *k, int64_t at, int64_t end) { \
+        (void)k;                                                                                                     \
+        blocks(s, c, (Kind){W, G, M, F, F, F, E, 0, 0, 0, 0, 0}, at, end);                                            \
     }
 COMMON(DEFINE)
 #undef DEFINE
 
 static Blocks *blocks_of(const Kind *k) {
-    if (k->m1 != k->m2 || k->m1 != k->nu || k->weight_ema != NONE || k->yogi || k->maximize || k->stays || k->any_beta || k->aside) return any;
-#define FIND(W, M, G, F) if (k->weight == W && k->master == M && k->grad == G && k->m1 == F) return blocks_##W##_##M##_##G##_##F;
+    if (k->m1 != k->m2 || k->m1 != k->nu || k->yogi || k->maximize || k->stays || k->any_beta || k->aside) return any;
+#define FIND(W, M, G, F, E)                                                                                          \
+    if (k->weight == W && k->master == M && k->grad == G && k->m1 == F && k->weight_ema == E) return blocks_##W##_##M##_##G##_##F##_##E;
     COMMON(FIND)
 #undef FIND
     return any;
@@ -577,7 +578,9 @@ static void part(const Segment *s, const Scalars *c, const Kind *k, int64_t at, 
         if (!size) continue;
         if (shapes[t]) walk(starts[t], copy, shapes[t], s->local + at, n, size, 0);
         else memcpy(copy, tensors[t], (size_t)n * size);
-        for (int i = n; i < whole; i++) memcpy(copy + (size_t)i * size, copy + (size_t)(n - 1) * size, size);
+#define REPEAT(type) for (int i = n; i < whole; i++) ((type *)copy)[i] = ((type *)copy)[n - 1];
+        if (size == 4) REPEAT(uint32_t) else if (size == 2) REPEAT(uint16_t) else REPEAT(uint8_t)
+#undef REPEAT
     }
     const Place here = {copies[1], copies[2], copies[0], {copies[3], copies[4], copies[5], copies[6]},
         {p.scale[0], p.scale[1], p.scale[2], p.scale[3]}, p.index};
