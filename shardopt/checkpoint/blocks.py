@@ -152,12 +152,6 @@ def check_file(path: Path, save_id: str, record: FileRecord, blocks: Iterable[in
         _in_threads(lambda number: len(_block(path, read_bytes, record, number)), blocks, path)
 
 
-def check_content(path: Path, content: bytes, record: FileRecord) -> None:
-    """Check the whole content of a file; DamagedError where it is another."""
-    if FileRecord.of(content) != record:
-        raise DamagedError(f"{path} is damaged: its size or checksum is not what was written")
-
-
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Tell a file that is missing (damage) from one that cannot be read now (a disk or network in trouble)."""
