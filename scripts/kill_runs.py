@@ -469,7 +469,7 @@ def signals(lab: Lab, engine: str, draw: random.Random) -> Run:
 # -------------------------------------------------------------------- full disks
 
 # Where the disk is full, and whether the run goes on.
-_GOES_ON = {"metrics", "loss.png"}
+_GOES_ON = {"data", "index", "document", "metrics", "loss.png"}
 _WRITES = [
     "cache", "meta of the cache", "config.yaml", "config of the model", "data", "index", "document", "metrics",
     "export", "loss.png",
