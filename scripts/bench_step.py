@@ -1,12 +1,11 @@
-"""Time of one optimizer step. Prints tables and draws docs/bench_step.png.
+"""Time of one step of AdEMAMix, against what its bytes alone take and against fused AdamW. Prints a table of targets.
 
-    python scripts/bench_step.py [--rounds 15] [--seconds 20] [--plot docs/bench_step.png] [--only NAME ...]
+    python scripts/bench_step.py [--rounds 15] [--seconds 10] [--elements 50000000]
 
-Everything runs in this one process. Each optimizer is timed in turn with fused AdamW, step by step, and the ratio is
-the median over such pairs (so that another job on the machine slows both alike). Three shapes: one tensor of 50M,
-500 tensors of 10,000, eight of 4096 x 4096 elements. "bytes" is what the update must move: weight and state read and
-written, gradient read. "bytes alone" are loops that add the gradient to so many tensors and compute nothing else: what
-the memory allows. "of copy" is the share of the bandwidth at which this machine copies 400 MB (`Tensor.copy_`).
+Everything runs in this one process, and what is compared takes turns, step by step, so that another job on the machine
+slows all alike: a ratio is the median over such turns, with the ratio of the minima beside it. "bytes alone" is a loop
+over the very bytes of the step (weight and state read and written, gradient read) that only adds: what the memory
+allows. Other optimizers: scripts/bench_peers.py.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,175 +27,37 @@ from torch import Tensor
 
 import shardopt
 
-SHAPES: dict[str, list[tuple[int, ...]]] = {
-    "1 x 50M": [(50_000_000,)],
-    "500 x 10k": [(10_000,)] * 500,
-    "8 x 4096 x 4096": [(4096, 4096)] * 8,
-}
 
-
-class AuthorsLoop(torch.optim.Optimizer):
-    """The paper's update as one writes it first: a Python loop over tensors, an operation at a time."""
-
-    def __init__(self, params: list[Tensor], lr: float = 1e-3, weight_decay: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        beta1, beta2, beta3, alpha, eps = 0.9, 0.999, 0.9999, 5.0, 1e-8
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, m1=torch.zeros_like(p), m2=torch.zeros_like(p), nu=torch.zeros_like(p))
-                state["step"] += 1
-                m1, m2, nu, t, g = state["m1"], state["m2"], state["nu"], state["step"], p.grad
-                m1.mul_(beta1).add_(g, alpha=1 - beta1)
-                m2.mul_(beta3).add_(g, alpha=1 - beta3)
-                nu.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                denominator = (nu / (1 - beta2**t)).sqrt().add_(eps)
-                update = (m1 / (1 - beta1**t)).add_(m2, alpha=alpha).div_(denominator)
-                p.add_(update.add_(p, alpha=group["weight_decay"]), alpha=-group["lr"])
-
-
-def compiled_step(params: list[Tensor]) -> Callable[[], None]:
-    """The same update as one torch.compile'd function over all tensors (20 s to compile)."""
-    states = [[torch.zeros_like(p) for _ in range(3)] for p in params]
-    count = torch.zeros(())
-
-    def update(ps: list[Tensor], gs: list[Tensor], ss: list[list[Tensor]], t: Tensor) -> None:
-        t.add_(1)
-        for p, g, (m1, m2, nu) in zip(ps, gs, ss, strict=True):
-            m1.mul_(0.9).add_(g, alpha=0.1)
-            m2.mul_(0.9999).add_(g, alpha=1e-4)
-            nu.mul_(0.999).addcmul_(g, g, value=1e-3)
-            u = (m1 / (1 - 0.9**t) + 5.0 * m2) / ((nu / (1 - 0.999**t)).sqrt() + 1e-8)
-            p.sub_(1e-3 * (u + 0.1 * p))
-
-    compiled = torch.compile(update)
-
-    @torch.no_grad()
-    def step() -> None:
-        compiled(params, [p.grad for p in params if p.grad is not None], states, count)
-
-    return step
-
-
-STREAM = """
-#include <stddef.h>
-void stream(const float *restrict g, float *restrict a, float *restrict b, float *restrict c, float *restrict d,
-            long n) {
-#pragma omp parallel for schedule(dynamic, 1)
-    for (long from = 0; from < n; from += 32768) {
-        const long to = from + 32768 < n ? from + 32768 : n;
-        if (d != NULL) {
-#pragma GCC ivdep
-            for (long i = from; i < to; i++) { const float x = g[i]; a[i] += x; b[i] += x; c[i] += x; d[i] += x; }
-        } else {
-#pragma GCC ivdep
-            for (long i = from; i < to; i++) { const float x = g[i]; a[i] += x; b[i] += x; c[i] += x; }
-        }
-    }
-}
-"""
-
-
-def streaming(written: int) -> Callable[[list[Tensor]], Callable[[], object]]:
-    """The bytes of a step and nothing else: reads a gradient, adds it to `written` (3 or 4) tensors. For the CPU."""
+def bytes_alone(read: int, changed: list[int]) -> Callable[[int], Callable[[], object]]:
+    """A loop on the CPU that reads elements of `read` bytes and adds them to arrays of elements of `changed` bytes."""
+    types = {1: "uint8_t", 2: "uint16_t", 4: "uint32_t"}
+    arrays = ", ".join(f"{types[size]} *restrict a{i}" for i, size in enumerate(changed))
+    adds = " ".join(f"a{i}[i] += ({types[size]})x;" for i, size in enumerate(changed))
+    source = f"""#include <stdint.h>
+    void stream(long n, const {types[read]} *restrict g, {arrays}) {{
+    #pragma omp parallel for schedule(dynamic, 1)
+        for (long from = 0; from < n; from += 32768) {{
+            const long to = from + 32768 < n ? from + 32768 : n;
+    #pragma GCC ivdep
+            for (long i = from; i < to; i++) {{ const {types[read]} x = g[i]; {adds} }}
+        }}
+    }}"""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "stream.c"
-        source.write_text(STREAM)
-        library = source.with_suffix(".so")
-        options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-        subprocess.run(["cc", *options, str(source), "-o", str(library)], check=True)
+        library = Path(folder) / "stream.so"
+        options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+        subprocess.run(["cc", *options], input=source, text=True, check=True)
         function = ctypes.CDLL(str(library)).stream
 
-    def build(params: list[Tensor]) -> Callable[[], None]:
-        calls = []
-        states = [[torch.zeros_like(p) for _ in range(written - 1)] for p in params]
-        for p, held in zip(params, states, strict=True):
-            assert p.grad is not None
-            pointers = [t.data_ptr() for t in (p.grad, p, *held)]
-            calls.append(
-                [ctypes.c_void_p(a) for a in (*pointers, *[None] * (4 - written))] + [ctypes.c_long(p.numel())]
-            )
-
-        def step(alive: object = states) -> None:
-            for call in calls:
-                function(*call)
-
-        return step
+    def build(count: int) -> Callable[[], object]:
+        held = [torch.zeros(count * size, dtype=torch.uint8) for size in (read, *changed)]
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in held]
+        return lambda alive=held: function(ctypes.c_long(count), *pointers)
 
     return build
 
 
-@dataclass
-class Contender:
-    name: str
-    build: Callable[[list[Tensor]], Callable[[], object]]
-    bytes_per_element: float
-    weight: torch.dtype = torch.float32
-    times: list[float] = field(default_factory=list)
-    base: list[float] = field(default_factory=list)  # of the fused AdamW beside it
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(a / b for a, b in zip(self.times, self.base, strict=True))
-
-
 def ours(**options: object) -> Callable[[list[Tensor]], Callable[[], object]]:
     return lambda params: shardopt.AdEMAMix(params, weight_decay=0.1, **options).step  # type: ignore[arg-type]
-
-
-def contenders(tensors: int, device: str) -> list[Contender]:
-    def adamw(**options: bool) -> Callable[[list[Tensor]], Callable[[], object]]:
-        return lambda params: torch.optim.AdamW(params, weight_decay=0.1, **options).step
-
-    def pytorch_optimizer(params: list[Tensor]) -> Callable[[], object]:
-        from pytorch_optimizer import AdEMAMix
-
-        return AdEMAMix(params, weight_decay=0.1, weight_decouple=True).step
-
-    def bitsandbytes(params: list[Tensor]) -> Callable[[], object]:
-        from bitsandbytes.optim import AdEMAMix
-
-        return AdEMAMix(params, weight_decay=0.1).step
-
-    bf16 = torch.bfloat16
-    found = [
-        Contender("torch AdamW fused", adamw(fused=True), 28),
-        Contender("torch AdamW foreach", adamw(foreach=True), 28),
-        Contender("shardopt fp32", ours(), 36),
-        Contender("shardopt bf16", ours(state_dtype="bf16"), 24),
-        Contender("shardopt block16", ours(state_dtype="block16"), 24.19),
-        Contender("shardopt block8", ours(state_dtype="block8"), 18.19),
-        Contender("shardopt bf16, bf16 weights", ours(state_dtype="bf16"), 18, bf16),
-        Contender("shardopt bf16, split master", ours(state_dtype="bf16", master_weights="split"), 22, bf16),
-        Contender("shardopt fp32, torch kernel", ours(kernel="torch"), 36),
-        Contender("authors' loop", lambda params: AuthorsLoop(params).step, 36),
-        Contender("pytorch-optimizer AdEMAMix", pytorch_optimizer, 36),
-        Contender("bitsandbytes AdEMAMix", bitsandbytes, 36),
-    ]
-    if tensors <= 8:  # 500 tensors take minutes to compile
-        found.insert(2, Contender("AdEMAMix, torch.compile", compiled_step, 36))
-        if device == "cpu":
-            found += [
-                Contender("bytes alone, 4 read, 3 written", streaming(3), 28),
-                Contender("bytes alone, 5 read, 4 written", streaming(4), 36),
-            ]
-    return found
-
-
-def copy_bandwidth(device: str) -> Callable[[], float]:
-    """Bytes read and written a second by a copy of 400 MB; call it again for another measurement."""
-    source, target = (torch.ones(100_000_000, device=device) for _ in range(2))
-
-    def measure() -> float:
-        start = now(device)
-        target.copy_(source)
-        return 2 * source.numel() * 4 / (now(device) - start)
-
-    return measure
 
 
 def now(device: str) -> float:
@@ -216,119 +76,175 @@ def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -
     return made
 
 
-def small_against_large(contender: Contender, rounds: int, device: str) -> float:
-    """Time an element of 500 small tensors over that of one large tensor, in turn, four steps at a time.
+@dataclass
+class Case:
+    """A kind of step over one large tensor, and its targets."""
 
-    The first of the four is not counted: it finds nothing in the cache, as it would between a forward and backward.
-    """
-    sides = []
-    for title in ("500 x 10k", "1 x 50M"):
-        params = parameters(SHAPES[title], contender.weight, device)
-        sides.append((contender.build(params), sum(p.numel() for p in params)))
-        sides[-1][0]()  # creates the state
-    ratios = []
-    for _ in range(rounds):
-        each = []
-        for step, elements in sides:
-            times = []
-            for _ in range(4):
-                begin = now(device)
-                step()
-                times.append(now(device) - begin)
-            each.append(statistics.median(times[1:]) / elements)
-        ratios.append(each[0] / each[1])
-    return statistics.median(ratios)
+    name: str
+    options: dict[str, object]
+    bytes_target: float
+    adamw_target: float | None = None
+    weight: torch.dtype = torch.float32
+    grad: torch.dtype | None = None
+
+    def params(self, elements: int) -> list[Tensor]:
+        (param,) = parameters([(elements,)], self.weight, "cpu")
+        if self.grad is not None:
+            value, param.grad = param.grad, None
+            param.grad_dtype = self.grad
+            param.grad = value.to(self.grad)  # type: ignore[union-attr]
+        return [param]
 
 
-def measure(
-    shapes: list[tuple[int, ...]], rounds: int, seconds: float, only: list[str], device: str
-) -> tuple[list[Contender], float]:
-    """Contenders with their times, and the median copy bandwidth in bytes a second."""
-    chosen = [c for c in contenders(len(shapes), device) if not only or any(word in c.name for word in only)]
-    copy = copy_bandwidth(device)
-    copies = [copy() for _ in range(3)]
-    for contender in chosen:
-        sets = {dtype: parameters(shapes, dtype, device) for dtype in {chosen[0].weight, contender.weight}}
-        try:
-            steps = [c.build(sets[c.weight]) for c in (chosen[0], contender)]
-            for step in steps * 2:  # creates the state, compiles
-                step()
-        except Exception as e:
-            warnings.warn(f"{contender.name} is left out: {type(e).__name__}: {str(e)[:200]}", stacklevel=1)
-            continue
-        start = time.perf_counter()
-        for number in range(rounds):
-            for times, step in zip((contender.base, contender.times), steps, strict=True):
-                begin = now(device)
-                step()
-                times.append(now(device) - begin)
-            if time.perf_counter() - start > seconds and number >= 2:
-                break
-        copies.append(copy())
-        del sets, steps
+BF16 = torch.bfloat16
+CASES = [
+    Case("fp32 state", {}, 1.05),
+    Case("bf16 state", {"state_dtype": "bf16"}, 1.05, 0.92),
+    Case("block16 state", {"state_dtype": "block16"}, 1.3, 1.0),
+    Case("block8 state", {"state_dtype": "block8"}, 1.3, 1.0),
+    Case("bf16 weights and state", {"state_dtype": "bf16"}, 1.1, weight=BF16),
+    Case("bf16 weights and state, fp32 gradients", {"state_dtype": "bf16"}, 1.1, weight=BF16, grad=torch.float32),
+    Case("the same, fp32 master", {"state_dtype": "bf16", "master_weights": "fp32"}, 1.1, weight=BF16),
+    Case("the same, split master", {"state_dtype": "bf16", "master_weights": "split"}, 1.1, weight=BF16),
+    Case("fp32 state and average", {"weight_ema": 0.99}, 1.3),
+    Case("bf16 state and average", {"state_dtype": "bf16", "weight_ema": 0.99}, 1.3),
+    Case("m1, nu fp32, m2 bf16", {"state_dtype": {"m2": "bf16"}}, 1.3),
+    Case("m1 bf16, m2 block16, nu block8", {"state_dtype": {"m1": "bf16", "m2": "block16", "nu": "block8"}}, 1.3),
+]
+
+
+def in_turn(steps: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each, taking turns, for about so long in all."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in [*steps.values()] * 2:  # creates state, warms up
+        step()
+    start = time.perf_counter()
+    for number in range(rounds):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - begin)
+        if time.perf_counter() - start > seconds and number >= 4:
+            break
+    return times
+
+
+def against(times: dict[str, list[float]], name: str, base: str, scale: float = 1.0) -> tuple[float, float]:
+    """Ratio of two in the median over turns, and of their minima."""
+    pairs = zip(times[name], times[base], strict=True)
+    return statistics.median(a / b for a, b in pairs) * scale, min(times[name]) / min(times[base]) * scale
+
+
+def verdict(what: str, found: tuple[float, float], target: float, unit: str = "") -> str:
+    met = "yes" if found[0] <= target else "no, but the minima" if found[1] <= target else "no"
+    return f"| {what} | {found[0]:.3g} ({found[1]:.3g}){unit} | {target:g}{unit} | {met} |"
+
+
+def large_steps(elements: int, rounds: int, seconds: float) -> None:
+    adamw = torch.optim.AdamW(parameters([(elements,)], torch.float32, "cpu"), fused=True, weight_decay=0.1)
+    for case in CASES:
+        (param,) = case.params(elements)
+        optimizer = shardopt.AdEMAMix([("w", param)], weight_decay=0.1, **case.options)  # type: ignore[arg-type]
+        optimizer.init_state()
+        tensors = [t for t in optimizer.state[param].values() if isinstance(t, Tensor) and t.numel() == elements]
+        assert param.grad is not None
+        sizes = [param.element_size(), *(t.element_size() for t in tensors)]
+        alone = bytes_alone(param.grad.element_size(), sizes)(elements)
+        times = in_turn({"ours": optimizer.step, "bytes": alone, "adamw": adamw.step}, rounds, seconds)
+        print(verdict(f"{case.name}: of its bytes alone", against(times, "ours", "bytes"), case.bytes_target))
+        ratio = against(times, "ours", "adamw")
+        if case.adamw_target is None:
+            print(f"| {case.name}: of fused AdamW | {ratio[0]:.3g} ({ratio[1]:.3g}) | | |", flush=True)
+        else:
+            print(verdict(f"{case.name}: of fused AdamW", ratio, case.adamw_target), flush=True)
+        del optimizer, alone, tensors, param
         gc.collect()
-    return [c for c in chosen if c.times], statistics.median(copies)
+    plain = shardopt.AdEMAMix(parameters([(elements // 5,)], torch.float32, "cpu"), kernel="torch")
+    times = in_turn({"ours": plain.step, "adamw": adamw.step}, rounds, seconds)
+    print(
+        verdict("without a compiler, fp32 state: of fused AdamW", against(times, "ours", "adamw", 5.0), 4.0), flush=True
+    )
 
 
-def table(title: str, shapes: list[tuple[int, ...]], found: list[Contender], copy: float) -> str:
-    elements = sum(torch.Size(shape).numel() for shape in shapes)
-    lines = [
-        f"### {title}: {max(len(c.times) for c in found)} rounds, copy {copy / 1e9:.1f} GB/s",
-        "",
-        f"| optimizer | ms | against {found[0].name} | ns per element | bytes per element | GB/s | of copy |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for c in found:
-        seconds = statistics.median(c.times)
-        rate = c.bytes_per_element * elements / seconds
-        lines.append(
-            f"| {c.name} | {seconds * 1e3:.2f} | {c.ratio:.2f} | {seconds / elements * 1e9:.3f} | "
-            f"{c.bytes_per_element:g} | {rate / 1e9:.1f} | {rate / copy:.0%} |"
+def small_steps(rounds: int) -> None:
+    """Where Python is the limit: microseconds of many tiny tensors, strides, and the first step."""
+
+    def ours(params: list[Tensor]) -> Callable[[], object]:
+        return shardopt.AdEMAMix([(str(i), p) for i, p in enumerate(params)]).step
+
+    def laid_out(memory_format: torch.memory_format) -> list[Tensor]:
+        params: list[Tensor] = []
+        for _ in range(10):
+            params.append(torch.nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=memory_format)))
+            params[-1].grad = torch.ones_like(params[-1])
+        return params
+
+    many, tiny = parameters([(16,)] * 500, torch.float32, "cpu"), parameters([(16,)] * 10, torch.float32, "cpu")
+    transposed: list[Tensor] = [torch.nn.Parameter(torch.randn(16, 18).t()) for _ in range(10)]
+    for param in transposed:
+        param.grad = torch.ones(18, 16)
+    steps = {
+        "500 tensors of 16": ours(many),
+        "its fused AdamW": torch.optim.AdamW(many, fused=True).step,
+        "10 tensors of 16": ours(tiny),
+        "its AdamW": torch.optim.AdamW(tiny, fused=True).step,
+        "contiguous": ours(laid_out(torch.contiguous_format)),
+        "channels_last": ours(laid_out(torch.channels_last)),
+        "transposed": ours(transposed),
+    }
+    times = in_turn(steps, 20 * rounds, 60.0)
+    for name, peer, target in (
+        ("500 tensors of 16", "its fused AdamW", 300.0),
+        ("10 tensors of 16", "its AdamW", 60.0),
+    ):
+        microseconds, adamw = ([f(times[k]) * 1e6 for f in (statistics.median, min)] for k in (name, peer))
+        row = f"{name} (fused AdamW: {adamw[0]:.0f} ({adamw[1]:.0f}) µs)"
+        print(verdict(row, (microseconds[0], microseconds[1]), target, " µs"))
+    for name in ("channels_last", "transposed"):
+        print(verdict(f"10 tiny {name} tensors: of contiguous ones", against(times, name, "contiguous"), 2.0))
+    first: dict[int, list[float]] = {2000: [], 4000: []}
+    for _ in range(5):
+        for count, found in first.items():
+            step = ours(parameters([(16,)] * count, torch.float32, "cpu"))
+            begin = time.perf_counter()
+            step()
+            found.append((time.perf_counter() - begin) * 1e3)
+    print(verdict("first step of 2,000 tensors", (statistics.median(first[2000]), min(first[2000])), 100.0, " ms"))
+    print(
+        verdict(
+            "first step of 4,000 tensors: of 2,000",
+            (*[f(first[4000]) / f(first[2000]) for f in (statistics.median, min)],),
+            2.2,
         )
-    return "\n".join(lines)
+    )
 
 
-def plot(results: dict[str, list[Contender]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(results), figsize=(6 * len(results), 5), squeeze=False)
-    for axis, (title, found) in zip(axes[0], results.items(), strict=True):
-        names, ratios = [c.name for c in found], [c.ratio for c in found]
-        axis.barh(names, ratios, color=["tab:orange" if "shardopt" in name else "tab:blue" for name in names])
-        axis.bar_label(axis.containers[0], fmt=" %.2f")
-        axis.axvline(1.0, color="black", linewidth=0.5)
-        axis.set(title=f"{title}, time of a step", xscale="log", xlabel=f"{found[0].name} = 1")
-        axis.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+def targets(elements: int, rounds: int, seconds: float) -> None:
+    print(f"{elements:,} elements in one tensor unless said; median over turns (of the minima)\n")
+    print("| | found | target | met |\n|---|---|---|---|")
+    large_steps(elements, rounds, seconds)
+    for state in ("fp32", "bf16"):
+        step, *large = (
+            ours(state_dtype=state)(parameters(s, torch.float32, "cpu")) for s in ([(10_000,)] * 500, [(elements,)])
+        )
+        times = in_turn({"small": step, "large": large[0]}, 4 * rounds, seconds)
+        ratio = against(times, "small", "large", elements / 5e6)
+        print(
+            verdict(f"500 tensors of 10k, {state} state: an element, of one of a large tensor", ratio, 1.25), flush=True
+        )
+    small_steps(rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=20, help="for each optimizer and shape, at most about")
-    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--only", nargs="*", default=[], help="contenders whose name holds one of these words")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--plot", type=Path, default=Path("docs/bench_step.png"))
+    parser.add_argument("--seconds", type=float, default=10, help="for each row of the table, at most about")
+    parser.add_argument("--elements", type=int, default=50_000_000, help="of the large tensor")
     arguments = parser.parse_args()
-    threads = torch.get_num_threads() if arguments.device == "cpu" else torch.cuda.get_device_name()
-    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {threads} threads or GPU\n")
-    results = {}
-    for title in arguments.shapes:
-        only = ["torch AdamW fused", *arguments.only] if arguments.only else []
-        found, copy = measure(SHAPES[title], arguments.rounds, arguments.seconds, only, arguments.device)
-        print(table(title, SHAPES[title], found, copy), end="\n\n", flush=True)
-        results[title] = found
-        gc.collect()
-    if {"1 x 50M", "500 x 10k"} <= set(results):
-        print("500 tensors of 10k against one of 50M, per element, in turn:")
-        for contender in [c for c in results["500 x 10k"] if c.name.startswith("shardopt")]:
-            print(f"  {contender.name}: {small_against_large(contender, arguments.rounds, arguments.device):.2f}")
-    plot(results, arguments.plot)
+    print(
+        f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads\n"
+    )
+    targets(arguments.elements, arguments.rounds, arguments.seconds)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ In the usual case its operations are done in place, on tiles that stay in the ca
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,26 +19,21 @@ from shardopt.optim.schema import FLAG_BITS, SKIP, WORDS, Scalars
 
 # Temporaries are tiles, never as large as a large parameter. Multiples of precision.BLOCK.
 _TILE = 1 << 22
-_EXACT = (
-    {torch.float32},
-    {torch.float64},
-)  # where weight, gradient and state are of the one dtype, nothing is converted
 _TILE_OF_A_THREAD = 1 << 15  # on a CPU: torch gives no thread less, and as much fits a core's cache
+_EXACT = ({torch.float32}, {torch.float64})  # where all is of one of these, nothing is converted
 
 
 class EagerKernel(Kernel):
     name = "torch"
 
+    @np.errstate(all="ignore")  # torch says nothing of infinities either
     def run(self, table: Table) -> None:
         size = _TILE_OF_A_THREAD * torch.get_num_threads() if table.device.type == "cpu" else _TILE
         temporaries = _Temporaries()
-        rows, places = table.rows, (table.row_entry, table.row_local, table.row_block)
-        fields = [
-            rows[name].tolist() for name in ("flags", "start", "length", "key", "step")
-        ]  # numpy's numbers are slow
-        for flags, start, length, key, step, doubles, owner, local, block in zip(
-            *fields, table.doubles.tolist(), *(place.tolist() for place in places), strict=True
-        ):
+        names = ("flags", "start", "length", "key", "step")
+        fields = [table.rows[name].tolist() for name in names]  # numpy's own numbers are slow
+        fields += [table.doubles.tolist(), table.row_entry.tolist(), table.row_local.tolist(), table.row_block.tolist()]
+        for flags, start, length, key, step, doubles, owner, local, block in zip(*fields, strict=True):
             if flags & SKIP:
                 continue
             entry, weight, grad = table.entries[owner], table.weights[owner], table.grads[owner]
@@ -43,25 +42,45 @@ class EagerKernel(Kernel):
             tensors = [weight, grad, *entry.tensors.values()]
             plain = [*entry.tensors] == ["m1", "m2", "nu"] and {t.dtype for t in tensors} in _EXACT
             if plain and _is_usual(scalars):
-                ranges = (tensor.view(-1).narrow(0, local, length) for tensor in tensors)
-                for w, g, m1, m2, nu in zip(*(tensor.split(size) for tensor in ranges), strict=True):
-                    _update_in_place(w, g, m1, m2, nu, scalars, temporaries.like(w))
+                # a part that one thread takes costs numpy half
+                ours = table.device.type == "cpu" and min(length, size) <= _TILE_OF_A_THREAD
+                whole = [t.detach().numpy() for t in tensors] if ours else tensors
+                flat = [t.reshape(-1)[local : local + length] for t in whole]
+                for done in range(0, length, size):
+                    parts = [t[done : done + size] for t in flat]
+                    _update_in_place(parts, scalars, temporaries.like(parts[0]), _NUMPY if ours else _TORCH)
                 continue
             for where in Tile(start, local, block, length).tiles(size):
                 _step(entry, weight, grad, (key, step), scalars, where, temporaries)
 
 
+class _Operations(NamedTuple):
+    """Of two arguments, a tensor and a tensor or number, into `out`; the root is of one."""
+
+    subtract: Callable[..., Any]
+    multiply: Callable[..., Any]
+    add: Callable[..., Any]
+    divide: Callable[..., Any]
+    smaller: Callable[..., Any]
+    root: Callable[..., Any]
+
+
+_TORCH = _Operations(torch.sub, torch.mul, torch.add, torch.div, torch.clamp_max, precision.square_root)
+_NUMPY = _Operations(np.subtract, np.multiply, np.add, np.divide, np.minimum, np.sqrt)
+
+
 class _Temporaries:
-    """Three tensors for each dtype, as large as the largest asked for."""
+    """Three arrays or tensors of each kind, as large as the largest asked for."""
 
     def __init__(self) -> None:
-        self._held: dict[torch.dtype, list[Tensor]] = {}
+        self._held: dict[Any, list[Any]] = {}
 
-    def like(self, tensor: Tensor) -> list[Tensor]:
-        held = self._held.get(tensor.dtype)
-        if held is None or held[0].numel() < tensor.numel():
-            held = self._held[tensor.dtype] = [torch.empty_like(tensor) for _ in range(3)]
-        return held if held[0].numel() == tensor.numel() else [t.narrow(0, 0, tensor.numel()) for t in held]
+    def like(self, x: Any) -> list[Any]:
+        kind, empty = (type(x), x.dtype), np.empty_like if isinstance(x, np.ndarray) else torch.empty_like
+        held = self._held.get(kind)
+        if held is None or len(held[0]) < len(x):
+            held = self._held[kind] = [empty(x) for _ in range(3)]
+        return held if len(held[0]) == len(x) else [t[: len(x)] for t in held]
 
 
 def _is_usual(s: Scalars) -> bool:
@@ -93,10 +112,8 @@ def _step(
     stored = {key: entry.stored(key, where) for key in entry.formats}
     state = {key: fmt.decode(*stored[key]).to(compute) for key, fmt in entry.formats.items()}
     if _is_usual(s) and state.keys() == {"m1", "m2", "nu"}:
-        moved = exact
-        _update_in_place(
-            exact, part(grad).to(compute), state["m1"], state["m2"], state["nu"], s, temporaries.like(exact)
-        )
+        moved, g = exact, part(grad).to(compute)
+        _update_in_place([moved, g, *(state[key] for key in ("m1", "m2", "nu"))], s, temporaries.like(moved), _TORCH)
     else:
         moved, state = reference.update(exact, part(grad).to(compute), state, s)
     for key, fmt in entry.formats.items():
@@ -117,22 +134,26 @@ def _step(
         weight.copy_(moved)
 
 
-def _update_in_place(
-    weight: Tensor, g: Tensor, m1: Tensor, m2: Tensor, nu: Tensor, s: Scalars, temporaries: list[Tensor]
-) -> None:
-    """reference.update in place, operation for operation, where no beta is below a half and the weight moves."""
+def _update_in_place(tensors: Sequence[Any], s: Scalars, temporaries: Sequence[Any], do: _Operations) -> None:
+    """reference.update in place, operation for operation, where no beta is below a half and the weight moves.
+
+    Args:
+        tensors: weight, gradient, m1, m2 and nu, of one dtype; of torch or of numpy, as the operations are.
+    """
+    weight, g, m1, m2, nu = tensors
     a, b, c = temporaries
     if s.maximize:
-        g = torch.neg(g, out=c)
+        g = do.multiply(g, -1.0, out=c)
     for x, beta in ((m1, s.beta1), (m2, s.beta3)):
-        x.add_(torch.sub(g, x, out=a).mul_(1.0 - beta))
-    torch.mul(g, g, out=a)
-    if a.dtype == torch.float32:
-        a.clamp_(max=reference.LARGEST_SQUARE)
-    nu.add_(a.sub_(nu).mul_(1.0 - s.beta2))
-    torch.mul(nu, s.bias_correction2, out=a)
+        do.add(x, do.multiply(do.subtract(g, x, out=a), 1.0 - beta, out=a), out=x)
+    do.multiply(g, g, out=a)
+    if a.dtype in (torch.float32, np.float32):
+        do.smaller(a, reference.LARGEST_SQUARE, out=a)
+    do.add(nu, do.multiply(do.subtract(a, nu, out=a), 1.0 - s.beta2, out=a), out=nu)
+    do.multiply(nu, s.bias_correction2, out=a)
     if s.eps_root:
-        a.add_(s.eps_root)
-    precision.square_root(a, out=a).add_(s.eps)
-    torch.mul(m1, s.bias_correction1, out=b).add_(torch.mul(m2, s.alpha, out=c)).div_(a)
-    weight.sub_(b.add_(torch.mul(weight, s.weight_decay, out=c)).mul_(s.lr))
+        do.add(a, s.eps_root, out=a)
+    do.add(do.root(a, out=a), s.eps, out=a)
+    do.add(do.multiply(m1, s.bias_correction1, out=b), do.multiply(m2, s.alpha, out=c), out=b)
+    do.add(do.divide(b, a, out=b), do.multiply(weight, s.weight_decay, out=c), out=b)
+    do.subtract(weight, do.multiply(b, s.lr, out=b), out=weight)
