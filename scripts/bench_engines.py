@@ -341,7 +341,9 @@ def report(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> No
         f"gloo, one thread each, {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}; median of "
         f"{arguments.rounds} bursts of {arguments.burst} steps, interleaved. Contenders that did not fit into memory "
         f"together ran in batches of {arguments.batch}: every ratio is against the baseline beside it, so compare "
-        f"ratios, not milliseconds. Made by scripts/bench_engines.py --batch {arguments.batch}"
+        f"ratios, not milliseconds. ZeRO's ranks read each other's memory, but for those by sockets: what remains "
+        f"where that is forbidden (kernel.yama.ptrace_scope above 0, some containers) and between hosts. Made by "
+        f"scripts/bench_engines.py --batch {arguments.batch}"
     )
     columns = ["engine + optimizer", "step, ms", "minimum, ms", "× baseline", "minima", "peak memory a rank, MB"]
     lines = [header, "", f"| {' | '.join(columns)} |", "|---" + "|--:" * (len(columns) - 1) + "|"]

@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one run of under ten minutes, with a short table at the end.
 
-    python scripts/gpu_check.py [bits] [graphs] [large] [speed] [tune] [nccl]      all of them without arguments
+    python scripts/gpu_check.py [bits] [graphs] [large] [speed] [tune] [zero] [nccl]      all of them without arguments
 
 bits    the compiled Triton kernel against the torch path on the CPU, for every format and option: the same bits,
         and so the same random ones; 500 tensors in one launch
@@ -8,6 +8,7 @@ graphs  replay N of a captured step against eager step N
 large   a tensor of more than 2^31 elements against its last piece alone (where 30 GB are free)
 speed   step times beside torch's AdamW and, where it is installed, bitsandbytes; GB/s against the copy bandwidth
 tune    the kernel with other block sizes and numbers of warps, to see whether the one chosen is the best
+zero    our ZeRO over NCCL on all GPUs there are: numbers, waits for the device, peak memory (scripts/gpu_zero.py)
 nccl    the quickstart on one GPU: FSDP2 in bf16 over NCCL (where transformers is installed)
 
 It ends with 1 if any check failed or there is no CUDA device. Speeds are reported, not judged: "step" is wall time of
@@ -358,6 +359,12 @@ def tune() -> list[Row]:
 # -- a run ---------------------------------------------------------------------------------------------------------
 
 
+def zero() -> list[Row]:
+    import gpu_zero
+
+    return gpu_zero.zero()
+
+
 def nccl() -> list[Row]:
     if not importlib.util.find_spec("transformers"):
         return [("NCCL quickstart", True, "NOT RUN: transformers is not installed")]
@@ -386,6 +393,7 @@ CHECKS: dict[str, Callable[[], list[Row]]] = {
     "large": large,
     "speed": speed,
     "tune": tune,
+    "zero": zero,
     "nccl": nccl,
 }
 

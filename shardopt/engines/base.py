@@ -32,7 +32,7 @@ class Config:
             value, choices = getattr(self, key), get_args(hint)
             if get_origin(hint) is Literal and value not in choices:
                 raise InputError(f"engine.{key}: {value!r} is not one of {', '.join(map(str, choices))}")
-            if key == "bucket_mb" and value <= 0:
+            if key == "bucket_mb" and value is not None and value <= 0:
                 raise InputError(f"engine.bucket_mb: {value} must be greater than 0")
             if key == "replicate" and value < 1:
                 raise InputError(f"engine.replicate: {value} must be at least 1")

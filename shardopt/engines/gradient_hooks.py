@@ -311,7 +311,9 @@ def _attach_to_ddp(hooks: list[GradientHook], target: DistributedDataParallel) -
         flat.chunk(comm.size)[comm.rank].copy_(reduced)
         comm.all_gather(flat)()
         buffer.copy_(flat[: buffer.numel()])
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        # With its device, so that who waits for it does so in the stream.
+        devices: list[int | str | torch.device] | None = [buffer.device] if buffer.device.type == "cuda" else None
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         future.set_result(buffer)
         return future
 

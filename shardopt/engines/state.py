@@ -331,14 +331,14 @@ def require_state(state: object, kind: type = ShardedState) -> None:
 
 
 @torch.no_grad()
-def sum_of_squares(tensors: Sequence[Tensor], norms: Sequence[Tensor] | None = None) -> float:
-    """Sum of the squares of all elements: fp32 within a tensor (`norms`, if known), double across tensors.
+def sum_of_squares(tensors: Sequence[Tensor]) -> float:
+    """Sum of the squares of all elements: fp32 within a tensor, double across tensors.
 
     Doubles throughout where that is not finite, since squares overflow in fp32 before the values do.
     """
     if not tensors:
         return 0.0
-    norms = torch._foreach_norm(list(tensors)) if norms is None else norms
+    norms = torch._foreach_norm(list(tensors))
     square = torch.stack([norm.double() for norm in norms]).square().sum().item()
     if not math.isfinite(square):
         wide = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]

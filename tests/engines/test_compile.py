@@ -14,6 +14,7 @@ from shardopt.distributed import Ranks
 from shardopt.engines import DdpConfig, DeepspeedConfig, FsdpConfig, SingleConfig, ZeroConfig, build
 from shardopt.engines import compile as compiling
 from shardopt.engines.base import EngineInputs
+from shardopt.engines.zero.transports import shared_memory
 from shardopt.errors import InputError
 from shardopt.optim import registry
 from shardopt.pretrain.model import blocks_of, initialise
@@ -86,6 +87,34 @@ def test_machine_without_a_compiler_is_refused_by_name(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"train\.compile: torch\.compile needs the C\+\+ compiler no-such-compiler"):
         engine(SingleConfig(), alone(), "blocks")
+
+
+def _overlapped(rank, world_size):
+    """Losses, plain and compiled, of a model whose layers wait for their own weights."""
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
+        with mock.patch.object(shared_memory, "_process_vm_readv", return_value=None):
+            optimizer = ZeroOptimizer(model, torch.optim.SGD, lr=0.1, bucket_mb=0.02, overlap_gather=list(model))
+        if compiled:
+            model.forward = torch.compile(model.forward, backend="aot_eager")
+        losses = []
+        for step in range(4):
+            loss = model(torch.ones(2, 64) * (1 + rank + step)).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        results.append(losses)
+        optimizer.close()
+    return results
+
+
+def test_compiled_model_waits_for_weights_in_flight_at_every_step():
+    for plain, compiled in on_ranks(2, _overlapped):
+        assert compiled == pytest.approx(plain, rel=1e-5)
+        assert len(set(plain)) == 4
 
 
 class Stack(nn.Module):

@@ -277,14 +277,14 @@ def test_fsdp_holds_what_it_says_between_micro_batches(changes, ranks, share, al
 
 
 class Experts(torch.nn.Module):
-    """Two linear layers, of which a forward uses one."""
+    """Two linear layers, of which a forward uses one, or both where `expert` is None."""
 
     def __init__(self):
         super().__init__()
         self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8, bias=False) for _ in range(2))
 
     def forward(self, x, expert):
-        return self.experts[expert](x)
+        return sum(e(x) for e in self.experts) if expert is None else self.experts[expert](x)
 
 
 @torch.no_grad()
@@ -313,6 +313,7 @@ def test_fsdp_sums_over_micro_batches_that_use_other_weights_or_refuses_them():
     assert on_ranks(2, _other_experts, FsdpConfig(), [0, 1])[0] == [[3.0], [6.0]]
     hybrid = FsdpConfig(replicate=2)
     assert on_ranks(4, _other_experts, hybrid, [1])[0] == [None, [total]]
+    assert on_ranks(4, _other_experts, hybrid, [None, None])[0] == [[3 * total]] * 2
     assert on_ranks(4, _other_experts, FsdpConfig(replicate=2, reduce_every="step"), [0, 1])[0] == [
         [total],
         [2 * total],

@@ -8,11 +8,12 @@ from typing import Any, SupportsFloat
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from shardopt.distributed import all_gather_objects
 from shardopt.engines.state import sum_of_squares
 from shardopt.engines.zero.reducer import Reducer
-from shardopt.engines.zero.transports import Communicator, PeerError
+from shardopt.engines.zero.transports import PeerError
 from shardopt.errors import InputError
 
 
@@ -26,9 +27,9 @@ class Agreement:
     With `from_host` the gradients are whole in `.grad`, reduced by some host.
     """
 
-    def __init__(self, reducer: Reducer, replicate: Communicator, from_host: bool) -> None:
-        self.reducer, self.flat, self.shard = reducer, reducer.flat, reducer.comm
-        self.replicate, self.from_host = replicate, from_host
+    def __init__(self, reducer: Reducer, from_host: bool) -> None:
+        self.reducer, self.flat, self.shard, self.replicate = reducer, reducer.flat, reducer.comm, reducer.replicate
+        self.from_host = from_host
         self.has_gradient: list[bool] = []  # on any rank, in registration order
         self.sample = 0.0  # of gradients from a host: the norm of some elements
         self.versions: list[Any] = []  # of `.grad`, as it was taken
@@ -43,21 +44,20 @@ class Agreement:
         take = self._take_from_host if self.from_host else self._refuse_second_reduction
         refusal = _attempt(refuse) or _attempt(take)
         self.versions = self._versions()
-        if replicas > 1:
-            for gradient in flat.gradients:
-                self.replicate.sum(gradient)
+        self.reducer.replicate_rest()
         error = _attempt(self._run_hooks) or refusal
         as_reduced = not self.from_host and replicas == 1 and not self.reducer.hooks
-        square = sum_of_squares(flat.gradients, self.reducer.norms if as_reduced else None)
-        # Replicas hold the same shards: each contributes an equal share of the norm.
+        norms = self.reducer.norms if as_reduced else torch._foreach_norm(flat.gradients)
         rates = [group.get("lr") for group in groups]
         alike = [self.sample, *(float(lr) if isinstance(lr, SupportsFloat) else 0.0 for lr in rates)]
         order: list[int] = []
         if learns := self.reducer.learns and not self.from_host:  # the first rank's
             order = self.reducer.filled if self.shard.rank == self.replicate.rank == 0 else [0] * len(flat.buckets)
-        mine = [square / replicas, error is not None, *self.reducer.present, *order, *alike, *(a * a for a in alike)]
-        agreed = torch.tensor(mine, dtype=torch.float64, device=flat.gradients[0].device)
-        total, failed, *sums = self.replicate.sum(self.shard.sum(agreed)).tolist()
+        mine = [error is not None, *self.reducer.present, *order, *alike, *(a * a for a in alike)]
+        total, failed, *sums = self._sums(norms, mine)
+        if not (failed or math.isfinite(total)):  # on all ranks alike; squares overflow in fp32 before the values do
+            wide = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in flat.gradients]
+            total, failed, *sums = self._sums(wide, mine)
         if failed:
             self._raise_on_all(error)
         self.has_gradient = [count > 0 for count in sums[: len(flat.parameters)]]
@@ -66,6 +66,19 @@ class Agreement:
         if math.isfinite(total):
             self._refuse_different(sums[-2 * len(alike) : -len(alike)], sums[-len(alike) :])
         return math.sqrt(total) if total >= 0 else math.nan
+
+    def _sums(self, norms: Sequence[Tensor], others: Sequence[float]) -> list[float]:
+        """Sums over all ranks of the squares of `norms`, together, and of each of `others`. A collective.
+
+        On a GPU this is where a step waits for the device, once.
+        """
+        # Replicas hold the same shards: each contributes an equal share of the norm.
+        square = torch.stack([norm.double() for norm in norms]).square().sum() / self.replicate.size
+        sent = torch.tensor(others, dtype=torch.float64)
+        if square.is_cuda:
+            sent = sent.pin_memory().to(square.device, non_blocking=True)
+        agreed = torch.cat([square.reshape(1), sent.to(square.device)])
+        return self.replicate.sum(self.shard.sum(agreed)).tolist()
 
     def _raise_on_all(self, error: Exception | None) -> None:
         mine = (dist.get_rank() if self.shard.group is not None else 0, repr(error) if error is not None else "")

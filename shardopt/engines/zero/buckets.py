@@ -23,6 +23,19 @@ _PART_ALIGNMENT = 16  # bytes
 _MESSAGE_BYTES = 64 * 1024
 
 
+def bucket_bytes(bucket_mb: float | None, depth: int, world_size: int, narrowing: float) -> float:
+    """Bytes of gradients of a bucket, of which `depth` together are two of `bucket_mb`.
+
+    Args:
+        bucket_mb: MiB; None is 25, and more where a rank's part on the wire would have less than 64 KiB.
+        depth: buckets that may be filling or in flight.
+        world_size: parts that a bucket is cut into.
+        narrowing: bytes of an element on the wire for each of a gradient's; 0.5 for fp32 sent in bf16.
+    """
+    size = (25 if bucket_mb is None else bucket_mb) * 2**20 * 2 / depth
+    return max(size, world_size * _MESSAGE_BYTES / narrowing) if bucket_mb is None else size
+
+
 @dataclass(frozen=True)
 class Member:
     """A whole parameter in a bucket; `index` counts in registration order, `offset` in elements."""

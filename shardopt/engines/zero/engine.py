@@ -29,8 +29,8 @@ class ZeroConfig(Config):
     name: Literal["zero"] = "zero"
     stage: Literal[1, 2] = 2
     """1 keeps whole gradients over micro-batches and reduces once a step; 2 reduces every micro-batch."""
-    bucket_mb: float = 25.0
-    """Size of a gradient bucket."""
+    bucket_mb: float | None = None
+    """Size of a gradient bucket; null: 25, and more from 100 ranks on, so that messages do not become short."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Gradients on the wire; sums are fp32 anyway."""
     replicate: int = 1
@@ -124,7 +124,7 @@ class ZeroEngine(Engine):
         optimizer.reducer.scale = 1.0  # the engine's gradients are sums
         self.state = ZeroState(optimizer, ranks)
         autocast_forward(self.model, ranks.device, config.compute_dtype)
-        compile_forward(inputs.compile, self.model, inputs.blocks, config.bucket_mb * 2**20)
+        compile_forward(inputs.compile, self.model, inputs.blocks, optimizer.reducer.piece_bytes)
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         return self.state.optimizer.accumulate(last)

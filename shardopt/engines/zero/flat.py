@@ -129,7 +129,8 @@ class FlatParameters:
         held = ((p.shard.detach(), state.get(p.shard, {}).get("master")) for p in self.parameters)
         pairs += [(w, master) for w, master in held if master is not None and w.dtype.itemsize <= 2]
         for weight, master in pairs:
-            if not torch.equal(master.to(weight.dtype), weight):
+            # On a GPU asking would stall the stream; what is alike stays as it is anyway.
+            if weight.is_cuda or not torch.equal(master.to(weight.dtype), weight):
                 follow_weight(master, weight)
 
 

@@ -23,11 +23,11 @@ from shardopt.slices import canonical_name, named_parameters
 Pairs = list[tuple[str, nn.Parameter]]
 
 
-def check_settings(prefix: str, *, stage: object, bucket_mb: float, reduce_dtype: object) -> None:
+def check_settings(prefix: str, *, stage: object, bucket_mb: float | None, reduce_dtype: object) -> None:
     """Raise InputError naming `prefix`KEY for a value that ZeRO does not take."""
     _refuse(
         (stage not in (1, 2), f"{prefix}stage: {stage!r} is not 1 or 2 (for stage 3 use the fsdp engine)"),
-        (not bucket_mb > 0, f"{prefix}bucket_mb: {bucket_mb} must be greater than 0"),
+        (bucket_mb is not None and not bucket_mb > 0, f"{prefix}bucket_mb: {bucket_mb} must be greater than 0"),
         (reduce_dtype not in DTYPES, f"{prefix}reduce_dtype: {reduce_dtype!r} is not one of fp32, bf16"),
     )
 

@@ -125,6 +125,7 @@ class MicroBatches:
         with self.round.during(RoundState.REDUCING, then=RoundState.ACCUMULATED):
             self.flat.verify()
             self.reducer.finish_round()
+        self.reducer.is_last = False
         self.round.unsent = False
 
     @contextmanager
@@ -133,6 +134,8 @@ class MicroBatches:
         current = self.round
         current.require("accumulate()", RoundState.IDLE, RoundState.ACCUMULATED, RoundState.GATHERING)
         current.state, current.last = RoundState.ACCUMULATING, last
+        # With several optimizers ranks may come by the buckets in orders of their own.
+        self.reducer.is_last = last and len(_open) == 1
         try:
             with current.failing():  # the other ranks wait for buckets that this one will never send
                 yield

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from shardopt.engines.base import DTYPES
 from shardopt.engines.zero import groups as given
 from shardopt.engines.zero.agreement import Agreement, NonFiniteGradientError
-from shardopt.engines.zero.buckets import fingerprint, lay_out
+from shardopt.engines.zero.buckets import bucket_bytes, fingerprint, lay_out
 from shardopt.engines.zero.flat import FlatParameters, WeightGather
 from shardopt.engines.zero.guards import Guards
 from shardopt.engines.zero.micro_batches import MicroBatches
@@ -53,7 +53,8 @@ class ZeroOptimizer(Optimizer):
         stage: 1 keeps this rank's gradients whole over micro-batches and reduces once, 2 reduces every micro-batch
             into the owned shard and keeps nothing else.
         bucket_mb: MiB of a bucket. Stage 2 holds gradients of twice the largest bucket besides its shard (all of a
-            backward, where the process has several of these optimizers).
+            backward, where the process has several of these optimizers). None: 25, and more from 100 ranks on,
+            so that a rank's part of what is sent has 64 KiB.
         reduce_dtype: "fp32" or "bf16" on the wire; sums are fp32 anyway. Narrower gradients travel as they are.
         process_group: the ranks to shard over; None is all of them. A two-dimensional DeviceMesh (replicate, shard)
             shards over its second dimension and keeps replicas over the first.
@@ -87,7 +88,7 @@ class ZeroOptimizer(Optimizer):
         optimizer_class: type[Optimizer],
         *,
         stage: Literal[1, 2] = 2,
-        bucket_mb: float = 25,
+        bucket_mb: float | None = None,
         reduce_dtype: Literal["fp32", "bf16"] = "fp32",
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         model: nn.Module | None = None,
@@ -106,9 +107,12 @@ class ZeroOptimizer(Optimizer):
         device = named[0][1].device
         shard_group, replica_group = process_groups
         world = dist.get_world_size(shard_group) if shard_group is not None else 1
-        self.buckets = lay_out([(n, tuple(p.shape), p.dtype) for n, p in named], world, bucket_mb * 2**20)
-        self._shard = communicator(shard_group, device, timeout, in_flight=len(self.buckets))
+        self._shard = communicator(shard_group, device, timeout, in_flight=len(named))
         replicate = communicator(replica_group, device, timeout)
+        widest = max(p.dtype.itemsize for _, p in named)
+        narrowing = min(1.0, DTYPES[reduce_dtype].itemsize / widest)
+        size = bucket_bytes(bucket_mb, self._shard.depth, world, narrowing)
+        self.buckets = lay_out([(n, tuple(p.shape), p.dtype) for n, p in named], world, size)
         with_masters = not hasattr(optimizer_class, "set_layout")
         self.flat = FlatParameters(named, self.buckets, self._shard.rank, with_masters)
         self.flat.start_alike(self.model, (replicate, self._shard))
@@ -123,14 +127,15 @@ class ZeroOptimizer(Optimizer):
             for param, layout in self.layouts.items():
                 self.inner.set_layout(param, layout)  # type: ignore[attr-defined]
 
-        self.reducer = Reducer(self.flat, self._shard, DTYPES[reduce_dtype], 1.0 / (world * replicate.size))
+        scale = 1.0 / (world * replicate.size)
+        self.reducer = Reducer(self.flat, self._shard, replicate, DTYPES[reduce_dtype], scale, size)
         self.round = Round()
         self._place = {"fingerprint": fingerprint(self.buckets), "rank": self._shard.rank}
         self._gather = WeightGather(self.flat, self._shard, self.round)
         weakref.finalize(self, self._gather.give_up).atexit = False
         from_host = gradients == "host"
         self._micro_batches = MicroBatches(self.reducer, self._gather, stage == 1, from_host)
-        self._agreement = Agreement(self.reducer, replicate, from_host)
+        self._agreement = Agreement(self.reducer, from_host)
         self._guards = Guards(self, self._micro_batches)
         self._overlaps = bool(overlap_gather) and self._shard.in_background
         if self._overlaps and self.model is not None:

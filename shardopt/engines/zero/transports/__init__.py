@@ -47,4 +47,4 @@ def communicator(
         # optimizers. A part of the ranks cannot make a group without the others (NCCL splits the communicator of all).
         patience = group._get_backend(device).options._timeout
         group = dist.new_group(timeout=patience, backend=backends[device.type])
-    return NativeCommunicator(group, timeout, channel)
+    return NativeCommunicator(group, timeout, channel, in_stream=device.type == "cuda")

@@ -135,6 +135,7 @@ class Communicator(abc.ABC):
         name: what ZeroOptimizer.transport shows.
         takes_messages: whether a part may be several messages; if not, the parts are consecutive in one flat bucket.
         in_background: whether data moves while nobody waits, so that waiting late pays.
+        depth: buckets that may be filling or in flight at a time.
         rank, size: this rank's place in the group, and the group's size.
         reduce_bytes, gather_bytes: what this rank has sent, by reduce-scatters and by all-gathers.
     """
@@ -142,6 +143,7 @@ class Communicator(abc.ABC):
     name: str
     takes_messages: bool
     in_background = True
+    depth = 2
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: timedelta | None = None, channel: int = 0) -> None:
         self.group, self.timeout, self.channel = group, timeout, channel
@@ -157,11 +159,21 @@ class Communicator(abc.ABC):
     def all_gather(self, flat: Tensor) -> Callable[[], None]:
         """Start filling `flat` in place, rank r's equal part from rank r; returns the function that waits for it."""
 
+    def exchanges(self, dtype: torch.dtype) -> bool:
+        """Whether a reduce-scatter of `dtype` receives every rank's part, to add them up here."""
+        return True
+
     def sum(self, values: Tensor) -> Tensor:
         """All-reduce a few values in place: their sum over ranks, the same bits on every rank."""
-        if self.size > 1:
-            self.wait(dist.all_reduce(values, group=self.group, async_op=True), "the agreement on gradients")
+        self.start_sum(values, "the agreement on gradients")()
         return values
+
+    def start_sum(self, values: Tensor, what: str) -> Callable[[], None]:
+        """Start `sum`; returns the function that waits for it."""
+        if self.size == 1:
+            return lambda: None
+        work = dist.all_reduce(values, group=self.group, async_op=True)
+        return lambda: self.wait(work, what)
 
     def wait(self, work: dist.Work | None, what: str) -> None:
         """Wait for `work`. Raises PeerError, which says `what` was being waited for, if it fails."""
