@@ -114,6 +114,7 @@ class Run:
     starter: str = ""  # a command of `COMMANDS`; none forks
     strikes: list[Strike] = field(default_factory=list)  # one for each attempt of the job that is started next
     job: Forked | subprocess.Popen[bytes] | None = None
+    began: float = 0.0  # when that was started
     done: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     newest: int = 0  # step of the newest complete checkpoint that was seen
@@ -134,6 +135,7 @@ class Run:
     def start(self) -> None:
         path = self.folder / f"{self.name}.yaml"
         path.write_text(yaml.safe_dump(self.settings))
+        self.began = time.time()
         with self.log.open("ab") as log:
             if not self.starter:
                 self.job = Forked(lambda: self._agent(path), log.fileno())
@@ -145,26 +147,17 @@ class Run:
             self.job = subprocess.Popen(command.split(), env=environment, stdout=log, stderr=log, cwd=self.folder)
 
     def _agent(self, path: Path) -> None:
-        command = [
-            "--standalone",
-            "--nproc-per-node",
-            str(self.ranks),
-            "--max-restarts",
-            str(self.max_restarts),
-            "rank",
-        ]
-        torchrun(command, lambda _: struck_rank.main(str(path), self.strikes, self.notes))
+        command = f"--standalone --nproc-per-node {self.ranks} --max-restarts {self.max_restarts} rank"
+        torchrun(command.split(), lambda _: struck_rank.main(str(path), self.strikes, self.notes))
 
     def ended(self) -> bool:
         return self.job is None or self.job.poll() is not None
 
     def workers(self, attempt: int = 0) -> list[dict[str, Any]]:
         """The notes of the ranks of the newest attempt, if it is that one or a later one and they are all there."""
-        assert self.job is not None
-        began = psutil.Process(self.job.pid).create_time()
-        notes = [note for note in self.notes.read("rank") if note["time"] >= began and note["attempt"] >= attempt]
-        newest = max((note["attempt"] for note in notes), default=0)
-        found = [note for note in notes if note["attempt"] == newest and psutil.pid_exists(note["pid"])]
+        ranks = [note for note in self.notes.read("rank") if note["time"] >= self.began and note["attempt"] >= attempt]
+        newest = max((note["attempt"] for note in ranks), default=0)
+        found = [note for note in ranks if note["attempt"] == newest and psutil.pid_exists(note["pid"])]
         return found if len(found) == self.ranks else []
 
     def step(self) -> int:
