@@ -462,7 +462,8 @@ def signals(lab: Lab, engine: str, draw: random.Random) -> Run:
 # -------------------------------------------------------------------- full disks
 
 # Where the disk is full, and whether the run goes on.
-_GOES_ON = {"data", "index", "document", "metrics", "loss.png"}
+_WHILE_IT_TRAINS = {"data", "index", "document", "metrics"}
+_GOES_ON = {*_WHILE_IT_TRAINS, "loss.png"}
 _WRITES = [
     "cache", "meta of the cache", "config.yaml", "config of the model", "data", "index", "document", "metrics",
     "export", "loss.png",
@@ -487,20 +488,12 @@ def full(lab: Lab, engine: str, draw: random.Random) -> Run:
         run.settings["run"]["dir"], run.settings["data"]["cache"] = str(disk / "runs"), str(disk / "cache")
         for phase in lab.phases(_WRITES, engine):
             said = run.log.stat().st_size if run.log.exists() else 0
-            at_once = phase in (
-                "cache",
-                "meta of the cache",
-                "config.yaml",
-                "config of the model",
-                "export",
-                "loss.png",
-            )
-            run.strikes = [Strike("full", phase, 0, 0 if at_once else draw.randint(3, 6))]
+            run.strikes = [Strike("full", phase, 0, draw.randint(3, 6) if phase in _WHILE_IT_TRAINS else 0)]
             count = len(run.notes.read("strike"))
             run.start()
-            if phase in _GOES_ON and phase != "loss.png":
+            if phase in _WHILE_IT_TRAINS:
                 if run.wait(lambda count=count: len(run.notes.read("strike")) > count):
-                    goal = run.step() + 3
+                    goal = run.step() + 6  # what a background save met is said at the next one
                     if not run.wait(lambda goal=goal: run.step() >= goal):
                         run.faults.append(f"{phase}: the run ended by it, see {run.log}")
                 run.kill_all()
@@ -514,7 +507,7 @@ def full(lab: Lab, engine: str, draw: random.Random) -> Run:
                 text = log.read().decode(errors="replace")
             if phase not in _GOES_ON and status == 0:
                 run.faults.append(f"{phase}: nothing came of it")
-            if phase not in _GOES_ON and "No space left on device" not in text:
+            if phase not in ("metrics", "loss.png") and "No space left on device" not in text:
                 run.faults.append(f"{phase}: the reason was not said, see {run.log}")
             run.note_checkpoint()
         run.finish(whole, losses=False)
