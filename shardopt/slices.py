@@ -157,6 +157,8 @@ def layout_of(param: Tensor, name: str) -> Layout:
     Raises:
         PlacementError: another placement (other dimensions, partial, strided, two sharded mesh dimensions).
     """
+    if type(param) in _ORDINARY:
+        return Layout.whole(name, param.shape)
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     placements = param.placements if isinstance(param, DTensor) else ()

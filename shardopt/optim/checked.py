@@ -323,10 +323,11 @@ def placed_like(param: Tensor, local: Tensor, *, per_shard: bool = False) -> Ten
         local: the local part of a tensor of `param`'s shape. With `per_shard`, a shard's own row, of shape (1, n) on
             every rank: the whole is then of shape (shards, n).
     """
+    if not hasattr(param, "placements"):
+        return local
     from torch.distributed.tensor import DTensor
 
-    if not isinstance(param, DTensor):
-        return local
+    assert isinstance(param, DTensor)
     shape = torch.Size([shards_of(param), local.shape[1]]) if per_shard else param.shape
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return DTensor.from_local(local, param.device_mesh, param.placements, run_check=False, shape=shape, stride=stride)

@@ -23,7 +23,7 @@ from torch.autograd.graph import increment_version
 
 from shardopt.errors import InputError
 from shardopt.optim.kernels import Entry, Table
-from shardopt.optim.kernels.facts import Facts, check_storage
+from shardopt.optim.kernels.facts import Facts, check_storage, has_room
 from shardopt.optim.kernels.table import pointed
 from shardopt.optim.precision import follow_weight
 from shardopt.optim.reference import scalars_of
@@ -221,7 +221,7 @@ class Plan:
                 check_storage(weight, device, f"the weight {entry.name}")
             elif self._known[1, column]:
                 return None
-            else:
+            elif not has_room(facts[1, column]):
                 check_storage(entry.tensors[key], device, f"state {key!r} of {entry.name}")
             grad = grads[i]
             if grad is None or (grad.is_contiguous() and weight.is_contiguous()):

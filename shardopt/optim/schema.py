@@ -67,11 +67,15 @@ def formats_of(state_dtype: StateDtype) -> dict[str, Format]:
     Raises:
         InputError: an unknown format or state key.
     """
-    given = state_dtype if isinstance(state_dtype, Mapping) else dict.fromkeys(ROUNDED, state_dtype)
-    return _formats(tuple(given.items()))
+    return _formats(tuple(state_dtype.items())) if isinstance(state_dtype, Mapping) else _formats_named(state_dtype)
 
 
 @cache  # asked for each parameter
+def _formats_named(name: str) -> dict[str, Format]:
+    return _formats(tuple(dict.fromkeys(ROUNDED, name).items()))
+
+
+@cache
 def _formats(items: tuple[tuple[str, str], ...]) -> dict[str, Format]:
     given = dict(items)
     if unknown := sorted(set(given) - set(ROUNDED)):
@@ -153,6 +157,9 @@ def learning_rate(name: str, value: Any) -> float | Tensor:
 
 
 def formats(name: str, value: Any) -> StateDtype:
+    for one in value.values() if isinstance(value, Mapping) else [value]:
+        if not isinstance(one, str):
+            raise InputError(f"{name} must be the name of a format (or a mapping to such), got {one!r}")
     formats_of(value)
     return dict(value) if isinstance(value, Mapping) else value
 

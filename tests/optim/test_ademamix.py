@@ -305,6 +305,7 @@ def test_refusals_move_nothing():
         ({"beta3_warmup": 2.5}, "beta3_warmup must be None or a whole number of steps >= 1, got 2.5"),
         ({"second_moment": "adamax"}, "second_moment must be 'adam' or 'yogi', got 'adamax'"),
         ({"maximize": 1}, "maximize must be True or False, got 1"),
+        ({"state_dtype": ["bf16"]}, r"state_dtype must be the name of a format .* got \['bf16'\]"),
         ({"state_dtype": "fp8"}, "state_dtype must be one of fp32, bf16, block16, block8 .* got 'fp8'"),
         (
             {"state_dtype": {"exp_avg": "bf16"}},

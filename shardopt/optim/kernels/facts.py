@@ -65,6 +65,11 @@ class Facts:
         return self._facts
 
 
+def has_room(kind: int) -> bool:
+    """True for the kind of a tensor that has storage for every element, where it was told by the shim."""
+    return kind > 0 and bool(kind >> 2 & 1)
+
+
 def has_storage(tensor: Tensor) -> bool:
     """True where the storage of `tensor` is there, with room for every element."""
     needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
