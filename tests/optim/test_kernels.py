@@ -168,6 +168,8 @@ def test_indices_beyond_32_bits_have_bits_of_their_own():
     assert_same(both[2], both[3])
     tiled = [run(k, sizes=(length,), layouts=[layout], state_dtype="block8", steps=2) for k in ("c", "torch")]
     assert_same(*tiled)
+    even = Layout.contiguous("p0", (3 << 32,), start + 1, length)  # words begin with the first element
+    assert_same(*(run(k, sizes=(length,), layouts=[even], state_dtype="bf16", steps=1) for k in ("c", "torch")))
     low = Layout.contiguous("p0", (3 << 32,), start - (1 << 32), length)
     other = run("c", sizes=(length,), layouts=[low], state_dtype="bf16", steps=2)
     assert not same_bits(other[0]["m2"], both[0][0]["m2"])
@@ -221,10 +223,10 @@ LAID_OUT = {
 )
 @pytest.mark.parametrize("state", ["bf16", "block8"])
 def test_any_strides_in_one_table_give_the_numbers_of_contiguous_tensors(state, weight, master):
-    """The layout of a gradient is another at the second step, and a range does not begin with the tensor."""
+    """The layout of a gradient is another at each step, and a range does not begin with the tensor."""
     torch.manual_seed(0)
     shape = (7, 6, 33)
-    values, grads = torch.randn(shape).to(weight), torch.randn(2, *shape).to(weight)
+    values, grads = torch.randn(shape).to(weight), torch.randn(3, *shape).to(weight)
     layout = Layout("p", (9001,), (Range(40, 5, 700), Range(2001, 900, 301)))
     pairs = list(itertools.product(LAID_OUT, repeat=2))
     params = [torch.nn.Parameter(LAID_OUT[of_weight](values)) for of_weight, _ in pairs]
@@ -233,9 +235,11 @@ def test_any_strides_in_one_table_give_the_numbers_of_contiguous_tensors(state, 
     )
     for param in params:
         optimizer.set_layout(param, layout)
-    for step in range(2):
+    for step in range(3):
         for param, (_, of_grad) in zip(params, pairs, strict=True):
-            laid_out = [*LAID_OUT][([*LAID_OUT].index(of_grad) + step) % len(LAID_OUT)]
+            laid_out = [*LAID_OUT][([*LAID_OUT].index(of_grad) + min(step, 1)) % len(LAID_OUT)]
+            if step == 2:  # the same tensors are strided as before, but otherwise
+                laid_out = {"transposed": "permuted", "permuted": "transposed"}.get(laid_out, laid_out)
             param.grad = LAID_OUT[laid_out](grads[step])
         optimizer.step()
     assert len(optimizer._plan._tables) == 1
