@@ -69,14 +69,14 @@ def sharded_ademamix(accelerator: Any, model: nn.Module, **kwargs: Any) -> Optim
     """
     spec = registry.spec("ademamix", **kwargs)
     optimizer = build(accelerator, model, spec.groups(named_parameters(model)), spec.kwargs)
-    if isinstance(optimizer, ZeroAdEMAMix):
-        follow_states(accelerator, optimizer)
+    if (host := host_of(accelerator)) != "single":  # whose own files hold everything
+        follow_states(accelerator, optimizer, host)
     return optimizer
 
 
 def build(
     accelerator: Any, model: nn.Module, groups: list[dict[str, Any]], kwargs: dict[str, Any], *, pointing: bool = False
-) -> Optimizer:
+) -> ZeroAdEMAMix | HostedAdEMAMix | DeepspeedAdEMAMix:
     """The optimizer for `accelerator`'s host over named groups.
 
     Args:

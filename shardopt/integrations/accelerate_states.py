@@ -1,7 +1,7 @@
-"""accelerate's save_state and load_state for an optimizer that is cut over the ranks of DDP.
+"""accelerate's save_state and load_state with every rank's slices: checked when they are loaded, for any world size.
 
-accelerate saves rank 0's optimizer alone, and takes parameters that are views of one bucket for copies of each other,
-of which its safetensors files keep the first.
+Under DDP accelerate saves rank 0's optimizer alone, and takes parameters that are views of one bucket for copies of
+each other, of which its safetensors files keep the first.
 """
 
 from __future__ import annotations
@@ -17,35 +17,59 @@ from torch import Tensor, nn
 from shardopt import checkpoint
 from shardopt.checkpoint.stored import SLICES
 from shardopt.distributed import Ranks
+from shardopt.engines.state import refuse_steps
 from shardopt.errors import InputError, few
-from shardopt.integrations.hosted import ZeroAdEMAMix
+from shardopt.integrations.hosted import DeepspeedAdEMAMix, HostedAdEMAMix, ZeroAdEMAMix
 
 
-def follow_states(accelerator: Any, optimizer: ZeroAdEMAMix) -> None:
+def follow_states(accelerator: Any, optimizer: ZeroAdEMAMix | HostedAdEMAMix | DeepspeedAdEMAMix, host: str) -> None:
     """Let `accelerator` save every rank's slices of `optimizer` with its states, load them, and save whole models."""
+    in_views = isinstance(optimizer, ZeroAdEMAMix)
     whole = accelerator.get_state_dict
 
     def get_state_dict(model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
         return _apart(whole(model, unwrap=unwrap))
 
     def before_save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        checkpoint.save(Path(folder) / SLICES, optimizer.sharded_state(), {"host": "ddp"})
+        checkpoint.save(Path(folder) / SLICES, optimizer.sharded_state(), {"host": host})
 
     def before_load(models: list[nn.Module], folder: str) -> None:
         slices = Path(folder) / SLICES
         if slices.is_dir():
             if (damage := checkpoint.find_damage(slices, Ranks.current())) is not None:
                 raise InputError(f"{damage}: load another state")
-            optimizer.slices_at = slices
+            if isinstance(optimizer, ZeroAdEMAMix):
+                optimizer.slices_at = slices
+            else:
+                _load_over(slices, optimizer)
+        if not in_views:
+            return
         files = [Path(folder) / f"{SAFE_MODEL_NAME}{f'_{i}' if i else ''}.safetensors" for i in range(len(models))]
         if all(file.exists() for file in files):
             for model, file in zip(models, files, strict=True):
                 _load(model, file)
             models.clear()  # done: accelerate would not read them into views
 
-    accelerator.get_state_dict = get_state_dict
+    if in_views:
+        accelerator.get_state_dict = get_state_dict
     accelerator.register_save_state_pre_hook(before_save)
     accelerator.register_load_state_pre_hook(before_load)
+
+
+def _load_over(slices: Path, optimizer: HostedAdEMAMix | DeepspeedAdEMAMix) -> None:
+    """Load the slices over what accelerate has loaded itself, which is the same unless the files are mixed."""
+    state = optimizer.sharded_state()
+
+    def steps() -> set[int | float]:
+        return {entry["step"] for entry in state.step_counts().values()}
+
+    here = steps() if isinstance(optimizer, HostedAdEMAMix) else None
+    checkpoint.load(slices, state)
+    if here is not None and here != steps():
+        there, beside = max(steps()), max(here)
+        mixed = f"{slices} is of step {there}, and the files beside it are of step {beside}: load another"
+        refuse_steps(optimizer, mixed)
+        raise InputError(mixed)
 
 
 def _apart(state: Mapping[str, Any]) -> dict[str, Any]:

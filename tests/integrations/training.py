@@ -136,21 +136,9 @@ def loop(
 ) -> dict[str, Any]:
     """Accelerate without Trainer: `begin` > 0 goes on from the slices of an earlier call."""
     new_job(alone=world_size == 1)
-    plugins: dict[str, Any] = {}
     micro = GLOBAL_BATCH // accumulate
-    if host == "fsdp":
-        plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        )
-    elif host.startswith("zero"):
-        no_inference_extension()
-        config = deepspeed_config(int(host.removeprefix("zero")), gradient_accumulation_steps=accumulate)
-        config["gradient_clipping"] = 0.5
-        plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config)
     with fsdp_on_cpu(host == "fsdp"):
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, **plugins)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, **plugins(host, accumulate))
         net = model()
         optimizer = sharded_ademamix(accelerator, net, lr=1e-2, alpha=2.0, alpha_warmup=6, weight_decay=0.1)
         batches = torch.utils.data.DataLoader(data(), batch_size=micro // world_size)
@@ -173,6 +161,23 @@ def loop(
         told["statistics"] = sharded_state(optimizer).statistics()
         told["parameters"] = {type(p).__name__ for p in net.parameters()}
     return told
+
+
+def plugins(host: str, accumulate: int = 1) -> dict[str, Any]:
+    """What an Accelerator is told of its host."""
+    if host == "fsdp":
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        )
+        return {"fsdp_plugin": plugin}
+    if host == "ddp":
+        return {}
+    no_inference_extension()
+    config = deepspeed_config(int(host.removeprefix("zero")), gradient_accumulation_steps=accumulate)
+    config["gradient_clipping"] = 0.5
+    return {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config)}
 
 
 def tell(trainer: Trainer) -> dict[str, Any]:
