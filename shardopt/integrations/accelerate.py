@@ -69,8 +69,7 @@ def sharded_ademamix(accelerator: Any, model: nn.Module, **kwargs: Any) -> Optim
     """
     spec = registry.spec("ademamix", **kwargs)
     optimizer = build(accelerator, model, spec.groups(named_parameters(model)), spec.kwargs)
-    if (host := host_of(accelerator)) != "single":  # whose own files hold everything
-        follow_states(accelerator, optimizer, host)
+    follow_states(accelerator, optimizer, host_of(accelerator))
     return optimizer
 
 

@@ -28,7 +28,7 @@ def follow_states(accelerator: Any, optimizer: ZeroAdEMAMix | HostedAdEMAMix | D
     whole = accelerator.get_state_dict
 
     def get_state_dict(model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
-        return _apart(whole(model, unwrap=unwrap))
+        return _apart(whole(model, unwrap=True))  # under the names that they have in one process, too
 
     def before_save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
         checkpoint.save(Path(folder) / SLICES, optimizer.sharded_state(), {"host": host})
@@ -38,7 +38,7 @@ def follow_states(accelerator: Any, optimizer: ZeroAdEMAMix | HostedAdEMAMix | D
         if slices.is_dir():
             if (damage := checkpoint.find_damage(slices, Ranks.current())) is not None:
                 raise InputError(f"{damage}: load another state")
-            if isinstance(optimizer, ZeroAdEMAMix):
+            if host in ("single", "ddp"):  # whose optimizer accelerate loads after this
                 optimizer.slices_at = slices
             else:
                 _load_over(slices, optimizer)
@@ -47,7 +47,7 @@ def follow_states(accelerator: Any, optimizer: ZeroAdEMAMix | HostedAdEMAMix | D
         files = [Path(folder) / f"{SAFE_MODEL_NAME}{f'_{i}' if i else ''}.safetensors" for i in range(len(models))]
         if all(file.exists() for file in files):
             for model, file in zip(models, files, strict=True):
-                _load(model, file)
+                _load(accelerator.unwrap_model(model), file)
             models.clear()  # done: accelerate would not read them into views
 
     if in_views:
@@ -56,7 +56,7 @@ def follow_states(accelerator: Any, optimizer: ZeroAdEMAMix | HostedAdEMAMix | D
     accelerator.register_load_state_pre_hook(before_load)
 
 
-def _load_over(slices: Path, optimizer: HostedAdEMAMix | DeepspeedAdEMAMix) -> None:
+def _load_over(slices: Path, optimizer: ZeroAdEMAMix | HostedAdEMAMix | DeepspeedAdEMAMix) -> None:
     """Load the slices over what accelerate has loaded itself, which is the same unless the files are mixed."""
     state = optimizer.sharded_state()
 

@@ -23,16 +23,46 @@ from shardopt.optim.ademamix import AdEMAMix
 _POINTER = "shardopt"
 
 
-class _Pointing:
-    """An optimizer whose state_dict is plain data, since its state is saved from every rank elsewhere.
+def _step(state: Mapping[Any, Mapping[str, Any]]) -> int:
+    return max((int(entry["step"]) for entry in state.values() if "step" in entry), default=0)
 
-    After such a state_dict has been loaded the optimizer will not step until `checkpoint.load` has brought the state.
-    """
+
+class _BesideSlices:
+    """An optimizer that a state_dict with slices beside it can be loaded into."""
 
     param_groups: list[dict[str, Any]]
     state: Any
     slices_at: Path | None = None
     """The checkpoint that goes with the next state_dict to be loaded, which then brings the state by itself."""
+
+    def _load_slices(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what lies beside `state_dict`; where nothing does, and it only stands for a state, refuse to step."""
+        assert isinstance(self, torch.optim.Optimizer)
+        folder, self.slices_at = self.slices_at, None
+        pointer = state_dict.get(_POINTER)
+        step = _step(state_dict["state"]) if pointer is None else pointer["step"]
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if "initial_lr" in group and "initial_lr" in saved:  # a scheduler's own file does not bring it
+                group["lr"] = saved["lr"]
+        if folder is not None:
+            checkpoint.load(folder, self.sharded_state())  # type: ignore[attr-defined]
+            if (loaded := _step(self.state)) != step:
+                mixed = f"{folder} is of step {loaded}, and the files beside it are of step {step}: load another"
+                refuse_steps(self, mixed)
+                raise InputError(mixed)
+        elif pointer is not None and step > 0:
+            refuse_steps(
+                self,
+                "the optimizer's state has not been loaded, only the file that stands for it: call "
+                "shardopt.checkpoint.load(folder, sharded_state(optimizer)) on every rank",
+            )
+
+
+class _Pointing(_BesideSlices):
+    """An optimizer whose state_dict is plain data, since its state is saved from every rank elsewhere.
+
+    After such a state_dict has been loaded the optimizer will not step until `checkpoint.load` has brought the state.
+    """
 
     def state_dict(self) -> dict[str, Any]:
         """The step count and the groups' hyper-parameters; no tensor."""
@@ -42,37 +72,23 @@ class _Pointing:
             lr: dict[str, Any] = {key: float(group[key]) for key in ("lr", "initial_lr") if key in group}
             groups.append({**group, **lr, "params": numbers})
             at += len(numbers)
-        step = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
-        return {"state": {}, "param_groups": groups, _POINTER: {"step": step}}
+        return {"state": {}, "param_groups": groups, _POINTER: {"step": _step(self.state)}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuse to step until the state comes; hyper-parameters are the program's, not the file's.
+        """Refuse to step until the state comes; hyper-parameters are the program's, but for a scheduler's lr.
 
         Raises:
             InputError: another optimizer's state, or one of another step than the slices beside it.
         """
-        if _POINTER not in state_dict:
+        if _POINTER not in state_dict and self.slices_at is None:
             raise InputError(
                 "this optimizer state was not saved by shardopt: start a new run from the checkpoint's weights, or "
                 "resume with the optimizer that wrote it"
             )
-        assert isinstance(self, torch.optim.Optimizer)
-        step, (folder, self.slices_at) = state_dict[_POINTER]["step"], (self.slices_at, None)
-        if folder is not None:
-            checkpoint.load(folder, self.sharded_state())  # type: ignore[attr-defined]
-            if (loaded := self.state_dict()[_POINTER]["step"]) != step:
-                mixed = f"{folder} is of step {loaded}, and the files beside it are of step {step}: load another"
-                refuse_steps(self, mixed)
-                raise InputError(mixed)
-        elif step > 0:
-            refuse_steps(
-                self,
-                "the optimizer's state has not been loaded, only the file that stands for it: call "
-                "shardopt.checkpoint.load(folder, sharded_state(optimizer)) on every rank",
-            )
+        self._load_slices(state_dict)
 
 
-class HostedAdEMAMix(AdEMAMix):
+class HostedAdEMAMix(_BesideSlices, AdEMAMix):
     """AdEMAMix on the module's own parameters, in one process or under FSDP2, which saves every rank's shards itself.
 
     As in all classes here, `groups` have (name, parameter) pairs, and `model` is the module before it is wrapped.
@@ -81,6 +97,12 @@ class HostedAdEMAMix(AdEMAMix):
     def __init__(self, groups: list[dict[str, Any]], model: nn.Module, **kwargs: Any) -> None:
         super().__init__(groups, **kwargs)
         self._model = model
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load this class's own state, or what DDP's ranks saved, with the slices beside it."""
+        if _POINTER not in state_dict:
+            super().load_state_dict(dict(state_dict))
+        self._load_slices(state_dict)
 
     def sharded_state(self) -> ShardedState:
         """The trained weights and the optimizer state that this process holds, once the host has placed them."""

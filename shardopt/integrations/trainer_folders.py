@@ -12,7 +12,6 @@ Uploads to the hub leave out what begins with "_"; for Trainer and get_last_chec
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,16 +27,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, load_sharded_check
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from shardopt import checkpoint
-from shardopt.checkpoint.blocks import BLOCK, DamagedError, FileRecord, reading
-from shardopt.checkpoint.document import DOCUMENT
-from shardopt.checkpoint.folders import sync, trainers_step_of, write_json
+from shardopt.checkpoint.blocks import DamagedError, reading
+from shardopt.checkpoint.folders import sync, trainers_step_of
 from shardopt.checkpoint.stored import SLICES
+from shardopt.checkpoint.trainer_files import check_files, write_checksums
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError, few
 from shardopt.slices import named_parameters, persistent_buffers
-
-FILES = "shardopt-files.json"
-"""Sizes and checksums of all other files in a checkpoint-N; those of the slices' data are in their document."""
 
 SAVING, PREVIOUS, DELETING = "_saving", "_previous", "_deleting"
 _log = logging.getLogger(__name__)
@@ -210,35 +206,13 @@ def _check(folder: Path, ranks: Ranks) -> None:
             f"{folder} has no {SLICES} folder: it was saved by another optimizer or with save_only_model. "
             f"Start a new run from its weights: from_pretrained({str(folder)!r}), without resume_from_checkpoint"
         )
-    if not (folder / FILES).exists():
-        return
-    with reading(folder / FILES):
-        content = (folder / FILES).read_bytes()
-    try:
-        records = {name: FileRecord.parse(stored) for name, stored in json.loads(content).items()}
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DamagedError(f"{folder / FILES} is damaged ({error!r})") from error
-    for name in sorted(records)[ranks.rank :: ranks.world_size]:
-        with reading(folder / name):
-            if _record_of(folder / name) != records[name]:
-                raise DamagedError(
-                    f"{folder / name} is damaged, or was edited: it is not what was written (to take Trainer's own "
-                    f"files as they are, delete {FILES})"
-                )
-
-
-def _record_of(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        crc32 = "".join(FileRecord.of(block).crc32 for block in iter(lambda: file.read(BLOCK), b""))
-    return FileRecord(path.stat().st_size, crc32)
+    check_files(folder, ranks)
 
 
 def _publish(partial: Path, folder: Path) -> None:
     """Give `partial` the name `folder`, with the checksums of all that is in it, once everything is on the disk."""
-    files = sorted(file for file in partial.rglob("*") if file.is_file())
-    own = [file for file in files if file.parent != partial / SLICES or file.name == DOCUMENT]
-    write_json(partial / FILES, {str(file.relative_to(partial)): _record_of(file)._asdict() for file in own})
-    for path in (*files, *(path for path in partial.rglob("*") if path.is_dir()), partial):
+    write_checksums(partial)
+    for path in (*partial.rglob("*"), partial):
         sync(path)
     if folder.exists():
         _move(folder, PREVIOUS)

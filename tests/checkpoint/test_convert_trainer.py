@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from shardopt.checkpoint.convert import convert
 from shardopt.checkpoint.stored import Stored
+from shardopt.errors import InputError
 from tests.checkpoint.test_convert import bits
 from tests.integrations import training
 
@@ -23,7 +24,9 @@ def _trainer(folder: Path, resume: Path | None, ademamix: bool) -> dict[str, Any
     from tests.integrations.hosts import new_job
 
     new_job(alone=True)
-    args = training.arguments(folder, 1, max_steps=4, save_steps=2, save_strategy="steps", logging_steps=1)
+    args = training.arguments(
+        folder, 1, max_steps=4, save_steps=2, save_strategy="steps", logging_steps=1, warmup_steps=1
+    )
     given: dict[str, Any] = {"optimizer_cls_and_kwargs": shardopt_optimizer(args, alpha=2.0)} if ademamix else {}
     trainer = Trainer(training.model(), args, train_dataset=training.data(), **given)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -57,3 +60,17 @@ def test_trainer_goes_on_from_a_converted_checkpoint_as_from_its_own(tmp_path, a
     assert bits(load_file(theirs / "model.safetensors")) == bits(
         load_file(tmp_path / "again/checkpoint-2/model.safetensors")
     )
+    if not ademamix:
+        return
+    assert convert(tmp_path / "theirs", tmp_path / "newest").source == "trainer"  # its own files are read, too
+    file = theirs / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.safetensors is damaged, or was edited"):
+        convert(theirs, tmp_path / "never")
+    (theirs / "shardopt-files.json").unlink()
+    file.unlink()  # as under FSDP2
+    with pytest.raises(InputError, match=r"has no model\.safetensors: .* Give .*/checkpoint-2/shardopt"):
+        convert(theirs, tmp_path / "never")
+    assert convert(theirs / "shardopt", tmp_path / "trained").source == "shardopt"

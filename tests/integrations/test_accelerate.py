@@ -77,14 +77,48 @@ def test_save_state_and_load_state_keep_every_ranks_state(host: str, tmp_path: P
             assert "is of step 2, and the files beside it are of step 1: load another" in told["refused"]
 
 
+@pytest.mark.parametrize("wrote", [1, 2])
+def test_load_state_between_one_process_and_ddp(wrote: int, tmp_path: Path) -> None:
+    saved = on_ranks(wrote, saved_by_accelerate, tmp_path, "ddp")
+    for told in on_ranks(3 - wrote, loaded_by_accelerate, tmp_path):
+        assert told["m2"] == pytest.approx(saved[0]["m2 at the save"], rel=1e-6)
+        assert told["lr"] == saved[0]["lr at the save"] == pytest.approx(1e-2 / (1 + wrote))
+        assert difference(saved[0]["weights"], told["weights"]) == 0.0
+    shutil.rmtree(tmp_path / "shardopt")
+    for told in on_ranks(3 - wrote, loaded_by_accelerate, tmp_path):
+        assert ("the optimizer's state has not been loaded" if wrote == 2 else "not saved by shardopt") in told
+
+
+def loaded_by_accelerate(rank: int, world_size: int, folder: Path) -> dict[str, Any] | str:
+    accelerator, net, optimizer, _ = prepared("ddp", alone=world_size == 1)
+    try:
+        accelerator.load_state(str(folder))
+        told = {"m2": whole_m2(optimizer), "lr": optimizer.param_groups[0]["lr"]}
+        told["weights"] = whole_weights(net)
+        accelerator.backward(net(**{key: value[None] for key, value in data()[0].items()}).loss)
+        optimizer.step()
+    except InputError as error:
+        return str(error)
+    return told
+
+
+def m2_held(optimizer: Any) -> float:
+    return sum(t.double().abs().sum().item() for t in tensors(hosts.sharded_state(optimizer).optimizer, "m2"))
+
+
+def whole_m2(optimizer: Any) -> float:
+    state = hosts.sharded_state(optimizer)
+    return sum(state.ranks.gather(m2_held(optimizer)))
+
+
 def loaded_from_slices(rank: int, world_size: int, folder: Path, host: str) -> dict[str, torch.Tensor]:
     with fsdp_on_cpu(host == "fsdp"):
-        _, net, optimizer = prepared(host, alone=world_size == 1 and host == "ddp")
+        _, net, optimizer, _ = prepared(host, alone=world_size == 1 and host == "ddp")
         checkpoint.load(folder, hosts.sharded_state(optimizer))
         return whole_weights(net)
 
 
-def prepared(host: str, *, alone: bool = False) -> tuple[Accelerator, Any, Any]:
+def prepared(host: str, *, alone: bool = False) -> tuple[Accelerator, Any, Any, Any]:
     new_job(alone=alone)
     given = plugins(host)
     if "deepspeed_plugin" in given:  # there is no loader that says it
@@ -92,28 +126,27 @@ def prepared(host: str, *, alone: bool = False) -> tuple[Accelerator, Any, Any]:
     accelerator = Accelerator(cpu=True, **given)
     net = model()
     optimizer = hosts.sharded_ademamix(accelerator, net, lr=1e-2)
-    net, optimizer = accelerator.prepare(net, optimizer)
-    return accelerator, net, optimizer
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    net, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
+    return accelerator, net, optimizer, scheduler
 
 
 def saved_by_accelerate(rank: int, world_size: int, folder: Path, host: str, slices: str = "whole") -> dict[str, Any]:
     with fsdp_on_cpu(host == "fsdp"):
-        return _saved_by_accelerate(rank, folder, host, slices)
+        return _saved_by_accelerate(rank, world_size, folder, host, slices)
 
 
-def _saved_by_accelerate(rank: int, folder: Path, host: str, slices: str) -> dict[str, Any]:
+def _saved_by_accelerate(rank: int, world_size: int, folder: Path, host: str, slices: str) -> dict[str, Any]:
     """One step, save_state, another step, load_state, the same other step again."""
-    accelerator, net, optimizer = prepared(host)
+    accelerator, net, optimizer, scheduler = prepared(host, alone=world_size == 1)
 
     def step(row: int) -> dict[str, torch.Tensor]:
         batch = {key: value[None] for key, value in data()[row].items()}
         accelerator.backward(net(**batch).loss)
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
         return whole_weights(net)
-
-    def m2() -> float:
-        return sum(t.double().abs().sum().item() for t in tensors(hosts.sharded_state(optimizer).optimizer, "m2"))
 
     step(rank)
     accelerator.save_state(str(folder))
@@ -124,7 +157,8 @@ def _saved_by_accelerate(rank: int, folder: Path, host: str, slices: str) -> dic
         told["saved by save_model"] = len(load_file(folder / "model" / "model.safetensors"))
     accelerator.wait_for_everyone()
     told["weights"] = at_save = whole_weights(net)
-    straight, sums = step(2 + rank), m2()
+    told["m2 at the save"], told["lr at the save"] = whole_m2(optimizer), optimizer.param_groups[0]["lr"]
+    straight, sums = step(2 + rank), m2_held(optimizer)
     told["lost"] = difference(at_save, straight)
     if slices == "of another step":
         checkpoint.save(folder / "shardopt", hosts.sharded_state(optimizer))
@@ -142,7 +176,7 @@ def _saved_by_accelerate(rank: int, folder: Path, host: str, slices: str) -> dic
         again = step(2 + rank)
     except InputError as error:
         return {"refused": str(error)}
-    return told | {"difference": difference(straight, again), "m2": (sums, m2())}
+    return told | {"difference": difference(straight, again), "m2": (sums, m2_held(optimizer))}
 
 
 def test_an_optimizer_of_anothers() -> None:

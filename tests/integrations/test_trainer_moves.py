@@ -31,9 +31,10 @@ from tests.integrations.training import (
 # With "best" turned around, the first checkpoint is the best one, and the last steps are undone.
 BEST = {
     "eval_strategy": "steps",
-    "eval_steps": 3,
+    "eval_steps": 2,
     "save_strategy": "steps",
-    "save_steps": 3,
+    "save_steps": 2,
+    "save_total_limit": 2,
     "load_best_model_at_end": True,
     "metric_for_best_model": "eval_loss",
     "greater_is_better": True,
@@ -55,29 +56,33 @@ def best_and_on(rank: int, world_size: int, folder: Path, host: str, **options: 
         told = {"best": tell(trainer), "counts": held.step_counts(), "folder": trainer.state.best_model_checkpoint}
         with held.use_weight_ema():
             told["ema"] = whole_weights(trainer.model_wrapped)
-        try:
-            trainer.args.load_best_model_at_end, trainer.args.save_strategy = False, SaveStrategy.NO
-            trainer.train()
-        except InputError as error:
-            told["refused"] = str(error)
-        told["after"] = tell(trainer)
+        if not host.startswith("zero"):  # under which Trainer itself trains once
+            try:
+                trainer.args.load_best_model_at_end, trainer.args.save_strategy = False, SaveStrategy.NO
+                trainer.train()
+            except InputError as error:
+                told["refused"] = str(error)
+            told["after"] = tell(trainer)
     del trainer, held
     new_job()
     gc.collect()
     return told
 
 
-@pytest.mark.parametrize("host", ["ddp", "fsdp"])
+@pytest.mark.parametrize("host", ["ddp", "fsdp", "zero2"])
 def test_the_best_models_averages_and_counts_come_back_with_it(host: str, tmp_path: Path) -> None:
     told = on_ranks(2, best_and_on, tmp_path, host)
-    best = Stored(tmp_path / "checkpoint-3" / "shardopt")
-    assert told[0]["folder"] == str(tmp_path / "checkpoint-3")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6"]  # not 4: rotated
+    best = Stored(tmp_path / "checkpoint-2" / "shardopt")
+    assert told[0]["folder"] == str(tmp_path / "checkpoint-2")
     for name, weight in told[0]["best"]["weights"].items():
         assert torch.equal(weight.view(-1), best.read(name, "weight").view(-1))
         assert torch.equal(told[0]["ema"][name].view(-1), best.read(name, "weight_ema").view(-1))
-    assert {count["step"] for count in told[0]["counts"].values()} == {3}
+    assert {count["step"] for count in told[0]["counts"].values()} == {2}
     m2 = sum(best.read(name, "m2").double().abs().sum().item() for name in best.parameters)
     assert sum(rank["best"]["sums"]["m2"] for rank in told) == pytest.approx(m2, rel=1e-6)
+    if host == "zero2":
+        return
     if host == "ddp":  # on CPU ranks accelerate copies the weights again, away from ZeRO's buckets
         assert "was moved or replaced after ZeroOptimizer was built" in told[0]["refused"]
         return

@@ -21,7 +21,9 @@ from shardopt.distributed import Ranks
 from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError
 from shardopt.optim import states
-from shardopt.pretrain import data, loop, model
+from shardopt.pretrain import data, loop, model, rng
+from shardopt.pretrain.branch import resolve
+from shardopt.pretrain.progress import Progress
 from shardopt.pretrain.schedule import lr_factor
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
@@ -147,6 +149,14 @@ def test_adamw_goes_on_as_ademamix_in_mid_run_as_by_hand(folder: Path) -> None:
         source = {"m1": "exp_avg", "nu": "exp_avg_sq", "weight_ema": "weight", "weight": "weight"}.get(kind)
         assert torch.equal(value, stored.read(name, source) if source else torch.zeros_like(value)), (name, kind)
 
+    kept = yaml.safe_load((folder / "runs" / "switched-now" / "branch.yaml").read_text())
+    assert kept["taken_over"] == ["weight", "m1 from exp_avg", "nu from exp_avg_sq"]
+    assert {"optimizer.name", "optimizer.weight_ema"} <= kept["changed"].keys()
+    assert "optimizer.state_dtype" not in kept["changed"]  # which AdamW has not, and nobody gave
+    plain = "{name: ademamix, lr: 3e-3, betas: [0, 0.95, 0.99], alpha_warmup: 8, beta3_warmup: 8}"
+    with begun(folder, "no-m1", "adamw", model__attention_dropout=0.0, optimizer=plain) as run:
+        assert {kind for _, kind in state_of(run)} == {"weight", "m2", "nu"}
+
 
 @pytest.mark.parametrize("dtype", ["bf16", "block8"])
 def test_another_state_dtype_is_the_state_rounded_once(folder: Path, dtype: str) -> None:
@@ -195,7 +205,8 @@ def test_another_batch_goes_on_at_the_next_sequence_and_so_does_its_resumption(f
     assert checkpoint.read_document(at(folder, "half", 10))["data"]["samples"] == 64
 
 
-def test_other_text_or_another_order_begins_at_its_beginning(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_other_text_or_another_order_begins_at_its_beginning(folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Progress, "of", lambda document, of=Progress.of: replace(of(document), rewinds=2))
     tiny.corpus(folder / "more", documents=30)
     both = f"[{{source: text, paths: {folder}/text}}, {{source: text, paths: {folder}/more, weight: 2}}]"
     for name, changes in (("mixture", {"data__sources": both}), ("order", {"run__seed": 1})):
@@ -203,8 +214,11 @@ def test_other_text_or_another_order_begins_at_its_beginning(folder: Path, capsy
         fresh, _ = data.prepare(config.data, tiny.ALONE, config.run.seed, 8)
         with begun(folder, name, "trunk", **changes) as run:
             assert torch.equal(run.train_data.batch(6, 0, 8), fresh.batch(0, 0, 8))
-            assert run.progress.tokens == 6 * 8 * 32
+            assert (run.progress.tokens, run.progress.rewinds) == (6 * 8 * 32, 0)
         assert re.search(r"text +begins at its beginning", capsys.readouterr().out)
+    drawn = torch.get_rng_state()
+    rng.seed_all(1, 0, 6)
+    assert torch.equal(drawn, torch.get_rng_state())
 
 
 def test_a_branch_goes_on_under_another_engine_and_number_of_ranks(folder: Path) -> None:
@@ -303,6 +317,11 @@ def test_what_cannot_be_taken_over_is_refused_saying_which_part(
     with pytest.raises(InputError, match=message):
         tiny.run(0, 1, folder, **{"run__name": "no", "run__from": at(folder, source, 6)} | TRUNK | changes)
     assert not (folder / "runs" / "no" / "checkpoints").exists()
+
+
+def test_another_optimizers_state_is_refused_before_anything_is_loaded(folder: Path) -> None:
+    with pytest.raises(InputError, match="cannot be taken over"):
+        resolve(tiny.config(folder, run__from=at(folder, "trunk", 6), **TRUNK | {"optimizer": "{name: adamw}"}))
 
 
 def test_the_tokenizer_of_the_run_is_the_one_that_the_refusal_names(folder: Path) -> None:

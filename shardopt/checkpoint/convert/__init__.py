@@ -16,6 +16,7 @@ from shardopt.checkpoint.convert import deepspeed, native, state_dict, torchtita
 from shardopt.checkpoint.convert.state import Scratch, TrainingState, reading
 from shardopt.checkpoint.inspect import size
 from shardopt.checkpoint.store import as_folder, exists, is_local
+from shardopt.checkpoint.stored import SLICES, locate
 from shardopt.errors import InputError, NonFiniteError, did_you_mean
 
 Write = Callable[[Path, TrainingState, Scratch], None]
@@ -43,6 +44,8 @@ def read(source: Path) -> TrainingState:
             raise InputError(f"{source} is not there")
     if not is_local(source) and not native.holds(source):
         raise InputError(f"{source} is no checkpoint or run of shardopt: copy it to this machine, and convert that")
+    if is_local(source) and native.holds(source) and (newest := locate(source)) != source and newest.name == SLICES:
+        source = newest.parent  # HF Trainer's, whose own files have what is not trained
     for form in _SOURCES:
         if form.holds(source):
             try:

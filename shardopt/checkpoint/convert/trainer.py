@@ -18,6 +18,7 @@ from shardopt.checkpoint.convert.state_dict import from_state_dict, load, to_sta
 from shardopt.checkpoint.document import DOCUMENT
 from shardopt.checkpoint.export import INDEX, WHOLE, export_safetensors, model_files
 from shardopt.checkpoint.stored import SLICES
+from shardopt.checkpoint.trainer_files import check_files
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError, MissingExtraError, few
 from shardopt.slices import named_parameters, persistent_buffers
@@ -26,11 +27,20 @@ _OPTIMIZER, _SCHEDULER, _STATE = "optimizer.pt", "scheduler.pt", "trainer_state.
 
 
 def holds(path: Path) -> bool:
-    return (path / WHOLE).is_file() or (path / INDEX).is_file()
+    return any((path / file).is_file() for file in (WHOLE, INDEX, f"{SLICES}/{DOCUMENT}"))
 
 
 def read(path: Path) -> TrainingState:
-    """Raises InputError where the optimizer's numbers cannot be told apart without the model's config.json."""
+    """Raises InputError where a file is not as Trainer wrote it, or where the optimizer's numbers cannot be told apart
+    without the model's config.json.
+    """
+    check_files(path, Ranks.current())
+    if not (path / WHOLE).is_file() and not (path / INDEX).is_file():
+        raise InputError(
+            f"{path} has no {WHOLE}: what HF Trainer and accelerate keep under FSDP2 or DeepSpeed is not read. Give "
+            f"{path / SLICES}, which has the trained weights and the optimizer's state; frozen weights and buffers are "
+            f"not in it"
+        )
     saved = _weights(path)
     about = path / _STATE
     step = _json(about)["global_step"] if about.is_file() else None
@@ -80,7 +90,7 @@ def write(path: Path, state: TrainingState, scratch: Scratch) -> None:
             return
         groups: list[dict[str, Any]] = [{"names": names} for names in named if names]
         for group in groups:  # each with the settings of the group that its parameters are in
-            own = next((g for g in state.groups if g["names"] and g["names"][0] in group["names"]), {})
+            own = next((g for g in state.groups if group["names"][0] in g["names"]), {})
             group |= {key: value for key, value in own.items() if key != "names"}
         placed = replace(state, groups=groups)
         step = state.step or 0
@@ -89,14 +99,15 @@ def write(path: Path, state: TrainingState, scratch: Scratch) -> None:
             torch.save({"state": {}, "param_groups": [], SLICES: {"step": step}}, folder / _OPTIMIZER)
         else:
             torch.save(to_state_dict(placed, scratch), folder / _OPTIMIZER)
-        lrs = [group.get("initial_lr", group.get("lr", 0.0)) for group in groups]
-        schedule = {
-            "base_lrs": lrs,
+        schedule: dict[str, Any] = {
             "last_epoch": step,
             "_step_count": step + 1,
-            "_last_lr": lrs,
-            "lr_lambdas": [None] * len(lrs),
+            "lr_lambdas": [None] * len(groups),
         }
+        if all("lr" in group for group in groups):  # of the next step
+            schedule["_last_lr"] = [float(group["lr"]) for group in groups]
+        if all("initial_lr" in group for group in groups):  # else the schedule is over the program's lr
+            schedule["base_lrs"] = [float(group["initial_lr"]) for group in groups]
         torch.save(schedule, folder / _SCHEDULER)
         if not (folder / _STATE).exists():  # that of the source is kept
             from transformers import TrainerControl, TrainerState
