@@ -49,8 +49,7 @@ def main() -> None:
         settings = [f"run.dir={ranks.from_main(folder)}", "train.steps=100000", "eval.every=100000"]
         config = load(config_path, [*settings, "checkpoint.every=100000", *overrides])
         run = Run(config, ranks, stack)
-        share = config.train.global_batch // ranks.world_size
-        batch = run.train_data.batch(0, ranks.rank * share, (ranks.rank + 1) * share)
+        batch = run.train_data.batch(0, ranks.rank, config.train.global_batch, ranks.world_size)
         micros = batch.to(ranks.device).split(config.train.micro_batch)
         ratios = []
         with stop_signals() as stop, run.report.training(config.train.steps) as bar:

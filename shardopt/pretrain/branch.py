@@ -30,7 +30,7 @@ from shardopt.optim.registry import OptimizerSpec
 from shardopt.optim.schema import STATE_TENSORS
 from shardopt.pretrain import rng
 from shardopt.pretrain.config import Config, OptimizerConfig, changes
-from shardopt.pretrain.data import TrainData
+from shardopt.pretrain.data import Batches
 from shardopt.pretrain.progress import Progress, read_document, restore_generators
 from shardopt.pretrain.schedule import lr_factor
 
@@ -94,8 +94,8 @@ def why_not_longer(recorded: Mapping[str, Any], config: Config, done: int) -> st
     return None
 
 
-def start(config: Config, state: ShardedState, data: TrainData) -> tuple[Progress, dict[str, object]]:
-    """Load the checkpoint that is `run.from` into `state`, `data` and the random generators. A collective.
+def start(config: Config, state: ShardedState, batches: Batches) -> tuple[Progress, dict[str, object]]:
+    """Load the checkpoint that is `run.from` into `state`, `batches` and the random generators. A collective.
 
     Returns:
         How far the run has come, and what the console says of where it began.
@@ -108,7 +108,7 @@ def start(config: Config, state: ShardedState, data: TrainData) -> tuple[Progres
 
     def check() -> tuple[dict[str, Any], _Taken]:
         document = read_document(folder)
-        if document["tokenizer"] != data.saved_tokenizer.key:
+        if document["tokenizer"] != batches.data.saved_tokenizer.key:
             kept = folder.parent.parent / checkpoint.export.MODEL
             raise InputError(
                 f"data.tokenizer: run.from = {folder} was trained with another tokenizer: take that one"
@@ -123,14 +123,14 @@ def start(config: Config, state: ShardedState, data: TrainData) -> tuple[Progres
         state.load_step_counts({name: {**held, "schedule_step": 0} for name, held in counts.items()})
     progress = replace(Progress.of(document), rewinds=0)
     same_seed = document["config"]["run"]["seed"] == config.run.seed
-    if document["data_fingerprint"] != data.fingerprint:
-        data.begin(progress.batch)
+    if document["data_fingerprint"] != batches.data.fingerprint:
+        batches.begin(progress.batch)
         place = "begins at its beginning, being other text, or mixed or cut otherwise"
     elif not same_seed:
-        data.begin(progress.batch)
+        batches.begin(progress.batch)
         place = "begins at its beginning, in the order of another run.seed"
     else:
-        data.load_state_dict(document["data"], progress.batch)
+        batches.load_state_dict(document["data"], progress.batch)
         place = f"goes on after {document['data']['samples']:,} sequences"
     if same_seed:
         restore_generators(folder, ranks, config.run.seed, progress.step)

@@ -20,6 +20,7 @@ from shardopt.optim import registry
 from shardopt.pretrain.data.config import DataConfig, holds_tokenizer
 from shardopt.pretrain.metrics import TrackingConfig
 from shardopt.pretrain.model import ModelConfig, transformers_config
+from shardopt.pretrain.profile import ProfileConfig
 from shardopt.pretrain.schedule import ScheduleConfig
 from shardopt.pretrain.section import Folder, Section
 from shardopt.pretrain.spikes import LossSpikeConfig
@@ -168,6 +169,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -195,10 +197,10 @@ class Config(Section):
                 f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch = {train.micro_batch}"
             )
         if train.loss_chunks > self.data.block_size:
-            raise InputError(
-                f"train.loss_chunks: {train.loss_chunks} is more than the tokens of a sequence, data.block_size = "
-                f"{self.data.block_size}"
-            )
+            tokens = f"the tokens of a sequence, data.block_size = {self.data.block_size}"
+            raise InputError(f"train.loss_chunks: {train.loss_chunks} is more than {tokens}")
+        if train.loss_chunks > 1 and train.compile == "model":
+            raise InputError("train.loss_chunks: not in a model that is compiled whole; set train.compile=blocks")
         if schedule.warmup > train.steps:
             default = "" if "warmup" in schedule.model_fields_set else " (the default)"
             raise InputError(f"schedule.warmup: {schedule.warmup}{default} is longer than train.steps = {train.steps}")
@@ -250,8 +252,8 @@ class Config(Section):
 MAY_CHANGE = (
     "run.dir", "run.resume", "run.device", "run.timeout_minutes", "engine", "train.micro_batch",
     "train.activation_checkpointing", "train.compile", "train.loss_chunks", "train.max_nonfinite_steps", "eval",
-    "checkpoint", "tracking", "data.cache", "data.tokenizer.trust_remote_code", "model.attention",
-    "model.trust_remote_code",
+    "checkpoint", "tracking", "data.cache", "data.prefetch", "data.tokenizer.trust_remote_code", "model.attention",
+    "model.trust_remote_code", "profile",
 )  # fmt: skip
 
 

@@ -18,10 +18,13 @@ from shardopt.engines.base import DTYPES, EngineInputs
 from shardopt.errors import InputError, NonFiniteError, StorageError
 from shardopt.pretrain import branch, data, model, report, rng
 from shardopt.pretrain.config import Config
+from shardopt.pretrain.flops import flops_per_token, peak_flops
 from shardopt.pretrain.folder import RunFolder, writing
 from shardopt.pretrain.loss import loss_in_forward
+from shardopt.pretrain.meter import Meter
 from shardopt.pretrain.metrics import Tracker, peak_memory
 from shardopt.pretrain.model_files import ModelFiles
+from shardopt.pretrain.profile import Profiler
 from shardopt.pretrain.progress import Progress, last_good, newest, resume, saved
 from shardopt.pretrain.report import Result
 from shardopt.pretrain.schedule import lr_factor
@@ -62,9 +65,6 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks, stack: ExitStack) -> None:
         self.config, self.ranks = config, ranks
         self.progress = Progress()
-        # Of the steps since the last row of metrics: losses over the global batch, seconds.
-        self.losses: list[float] = []
-        self.seconds, self.norm = 0.0, math.nan
         self.logged: dict[str, float] = {}
         self.logged_steps = 0
         self.holdout: HeldOut | None = None
@@ -86,6 +86,8 @@ class Run:
         self.train_data, self.holdout_data = data.prepare(
             config.data, ranks, config.run.seed, config.train.global_batch, weights[0].parent if weights else None
         )
+        self.batches = data.Batches(self.train_data, ranks, config.data.prefetch)
+        stack.callback(self.batches.close)
         self.tokenizer = self.train_data.tokenizer  # loaded anew at every access
         model_config = ranks.together(
             lambda: model.transformers_config(
@@ -94,6 +96,7 @@ class Run:
         )
         self.model_files = ModelFiles(config.model, model_config, self.tokenizer)
         meta = model.meta_model(model_config, config.model.trust_remote_code, config.model.attention)
+        flops = flops_per_token(meta, config.data.block_size)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
         ranks.together(self._write_models_config)
         for limit in limits(model_config, self.holdout_data):
@@ -118,10 +121,12 @@ class Run:
         document: dict[str, Any] = {}
         self.origin: dict[str, object] = {}  # of a branch, for the console
         if resume_from is not None:
-            self.progress, document = resume(resume_from, self.engine.state, self.train_data, config.run.seed)
+            self.progress, document = resume(resume_from, self.engine.state, self.batches, config.run.seed)
         elif config.run.source is not None:
-            self.progress, self.origin = branch.start(config, self.engine.state, self.train_data)
+            self.progress, self.origin = branch.start(config, self.engine.state, self.batches)
         self.tokens_a_step = config.train.global_batch * config.data.block_size
+        self.meter = Meter(ranks, self.tokens_a_step, flops, peak_flops(ranks.device))
+        self.meter.clock.watch_update(self.engine.state.inner)
         self.tokens_before = self.progress.tokens
 
         root = config.store / "checkpoints"
@@ -140,6 +145,9 @@ class Run:
             )
         )
         stack.push(self._close_tracker)
+        said = self.report.say, self.report.warn
+        self.profiler = Profiler(config.profile, config.folder / "profile", ranks, *said)
+        stack.callback(self.profiler.close)
         self._report_start()
 
     def _write_models_config(self) -> None:
@@ -178,7 +186,7 @@ class Run:
     def advance(self, stop: Stop, bar: report.Training) -> None:
         """One step, and the evaluation, the row of metrics and the checkpoint that are due after it."""
         config, progress = self.config, self.progress
-        with self.ranks.watched():
+        with self.ranks.watched(), self.profiler.step(progress.step + 1):
             self._step(stop)
         if self._rewound():
             return
@@ -208,15 +216,23 @@ class Run:
 
     def _step(self, stop: Stop) -> None:
         """One optimizer step. Notes its loss over the global batch, and whether any rank was asked to stop."""
-        began = time.perf_counter()
+        self.meter.begin()
         engine, ranks, train, progress = self.engine, self.ranks, self.config.train, self.progress
         factor = lr_factor(progress.step + 1, train.steps, self.config.schedule)
         for group, lr in zip(engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
-        share = train.global_batch // ranks.world_size
-        batch = self.train_data.batch(progress.batch, ranks.rank * share, (ranks.rank + 1) * share)
-        micros = batch.split(train.micro_batch)
-        done = take_step(engine, micros, self.tokens_a_step, train.grad_clip, stop.asked is not None)
+        batch = self.batches.attempt(progress.batch)
+        done = take_step(
+            engine,
+            batch.split(train.micro_batch),
+            self.tokens_a_step,
+            train.grad_clip,
+            self.meter.clock,
+            failed=self.batches.failure is not None,
+            stop=stop.asked is not None,
+        )
+        if done.failed:
+            ranks.together(self.batches.check)
         if done.taken:
             progress.skipped_in_row = 0
             self.finite_since_save = True
@@ -228,21 +244,20 @@ class Run:
             )
         progress.step += 1
         progress.tokens += self.tokens_a_step
-        self.losses.append(done.loss)
-        self.norm = done.norm
-        self.seconds += time.perf_counter() - began
+        self.meter.end(done.loss, done.norm, self.batches.waited)
         self.stopped = done.stop
 
     def _rewound(self) -> bool:
         """Whether the loss has jumped and the run has gone back to a checkpoint. A collective."""
         guard = self.config.train.loss_spike
-        if guard is None or not guard.is_spike(self.progress, self.losses[-1]):
+        if guard is None or not guard.is_spike(self.progress, self.meter.losses[-1]):
             return False
         self._try(self.saver.wait)
         state, seed = self.engine.state, self.config.run.seed
-        back = guard.rewind(self.progress, self.saver.root, state, self.train_data, seed, self.report.warn)
+        back = guard.rewind(self.progress, self.saver.root, state, self.batches, seed, self.report.warn)
         if back is not None:
-            self.progress, self.losses, self.seconds = back, [], 0.0
+            self.progress = back
+            self.meter.clear()
             self.tracker.rewind(back.step)
         return back is not None
 
@@ -260,17 +275,14 @@ class Run:
         """Write a row of metrics and return it: `loss` is the mean over the steps since the last row, `grad_norm`,
         the other norms and the schedules are of the latest step. A collective."""
         engine, step = self.engine, self.progress.step
-        self.logged_steps = len(self.losses)
-        loss, seconds = sum(self.losses) / self.logged_steps, self.seconds
-        self.losses, self.seconds = [], 0.0
+        self.logged_steps = len(self.meter.losses)
+        statistics, measured = engine.state.statistics(), self.meter.read()
         metrics: dict[str, float] = {
             "tokens": self.progress.tokens,
-            "loss": loss,
-            "bits_per_byte": loss / math.log(2) / self.train_data.bytes_per_token,
+            "bits_per_byte": measured["loss"] / math.log(2) / self.train_data.bytes_per_token,
             "lr": engine.optimizer.param_groups[0]["lr"],
-            "grad_norm": self.norm,
-            **engine.state.statistics(),
-            "tokens_per_second": self.logged_steps * self.tokens_a_step / seconds,
+            **statistics,
+            **measured,
             "memory_bytes": peak_memory(self.ranks.device),
             "skipped_steps": self.progress.skipped,
         }
@@ -285,7 +297,7 @@ class Run:
     def _save(self, holdout: HeldOut | None = None) -> None:
         self._try(self.saver.wait)
         self.ranks.together(self._keep_folder)
-        document = self.progress.document(self.train_data, self.config.as_dict(), self.tracker.run_id)
+        document = self.progress.document(self.batches, self.config.as_dict(), self.tracker.run_id)
         save = partial(
             self.saver.save,
             self.progress.step,

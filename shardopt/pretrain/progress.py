@@ -16,9 +16,9 @@ from shardopt.distributed import Ranks
 from shardopt.engines.state import ShardedState
 from shardopt.errors import InputError
 from shardopt.pretrain import rng
-from shardopt.pretrain.data import TrainData
+from shardopt.pretrain.data import Batches
 
-FORMAT = "shardopt.pretrain/2"
+FORMAT = "shardopt.pretrain/3"
 
 
 @dataclass
@@ -44,14 +44,14 @@ class Progress:
         """Number of the next step's batch."""
         return self.step + self.batches_left_out
 
-    def document(self, data: TrainData, config: dict[str, Any], wandb_id: str | None) -> dict[str, Any]:
-        """The JSON that a checkpoint keeps beside the tensors."""
+    def document(self, batches: Batches, config: dict[str, Any], wandb_id: str | None) -> dict[str, Any]:
+        """The JSON that a checkpoint keeps beside the tensors. A collective."""
         return {
             "format": FORMAT,
             **asdict(self),
-            "data": data.state_dict(self.batch),
-            "data_fingerprint": data.fingerprint,
-            "tokenizer": data.saved_tokenizer.key,
+            "data": batches.state_dict(self.batch),
+            "data_fingerprint": batches.data.fingerprint,
+            "tokenizer": batches.data.saved_tokenizer.key,
             "wandb_id": wandb_id,
             "config": config,
         }
@@ -98,8 +98,8 @@ def newest(folder: Path, ranks: Ranks, resume: str, warn: Callable[[str], None])
     return found
 
 
-def resume(folder: Path, state: ShardedState, data: TrainData, seed: int) -> tuple[Progress, dict[str, Any]]:
-    """Load a checkpoint into `state`, `data` and the random generators. A collective.
+def resume(folder: Path, state: ShardedState, batches: Batches, seed: int) -> tuple[Progress, dict[str, Any]]:
+    """Load a checkpoint into `state`, `batches` and the random generators. A collective.
 
     Returns:
         How far the run had come, and the checkpoint's document.
@@ -109,14 +109,14 @@ def resume(folder: Path, state: ShardedState, data: TrainData, seed: int) -> tup
     """
     ranks = state.ranks
     document = ranks.together(lambda: read_document(folder))
-    if document["data_fingerprint"] != data.fingerprint:
+    if document["data_fingerprint"] != batches.data.fingerprint:
         raise InputError(
             f"data: the corpus or its tokenizer has changed since {folder} was written, so the run would not go "
             f"on where it stopped; restore it, or choose another run.name"
         )
     checkpoint.load(folder, state)
     progress = Progress.of(document)
-    data.load_state_dict(document["data"], progress.batch)
+    batches.load_state_dict(document["data"], progress.batch)
     restore_generators(folder, ranks, seed, progress.step)
     return progress, document
 

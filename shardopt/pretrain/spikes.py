@@ -10,7 +10,7 @@ from pydantic import Field
 
 from shardopt import checkpoint
 from shardopt.engines.state import ShardedState
-from shardopt.pretrain.data import TrainData
+from shardopt.pretrain.data import Batches
 from shardopt.pretrain.progress import Progress, resume
 from shardopt.pretrain.section import Section
 
@@ -40,7 +40,7 @@ class LossSpikeConfig(Section):
         progress: Progress,
         root: Path,
         state: ShardedState,
-        data: TrainData,
+        batches: Batches,
         seed: int,
         warn: Callable[[str], None],
     ) -> Progress | None:
@@ -56,7 +56,7 @@ class LossSpikeConfig(Section):
             why = "there is no checkpoint yet" if found is None else f"it has gone back {progress.rewinds} times"
             warn(f"{jumped}, and the run goes on: {why}")
             return None
-        back, _ = resume(found, state, data, seed)
+        back, _ = resume(found, state, batches, seed)
         left_out = progress.step - back.step
         back.rewinds = progress.rewinds + 1
         back.batches_left_out = progress.batches_left_out + left_out

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shardopt.engines.base import Engine
+from shardopt.pretrain.meter import StepClock
 from shardopt.pretrain.scoring import token_loss_sum
 
 
@@ -21,34 +22,51 @@ class Outcome:
         loss: mean over the targets of the global batch, in nats per token.
         norm: L2 norm of the gradient before clipping.
         taken: false where one of them is not finite: the weights and the optimizer's state are as they were.
+        failed: whether any rank had no batch: the step is not taken.
         stop: whether any rank was asked to stop.
     """
 
     loss: float
     norm: float
     taken: bool
+    failed: bool
     stop: bool
 
 
-def take_step(engine: Engine, micros: Sequence[Tensor], targets: int, grad_clip: float | None, stop: bool) -> Outcome:
+def take_step(
+    engine: Engine,
+    micros: Sequence[Tensor],
+    targets: int,
+    grad_clip: float | None,
+    clock: StepClock,
+    *,
+    failed: bool,
+    stop: bool,
+) -> Outcome:
     """Forward and backward of this rank's micro-batches, clipping, and the update. A collective.
 
     Args:
-        micros: token ids, each (sequences, block_size + 1).
+        micros: token ids, each (sequences, block_size + 1), on the device.
         targets: target tokens of the global batch, over all ranks.
+        clock: is told where a part of the step begins; it watches the update itself.
+        failed: whether this rank's `micros` are no batch, but there so that it meets the others.
         stop: whether this rank was asked to stop.
     """
     ranks = engine.ranks
     total = torch.zeros((), device=ranks.device)
     for index, tokens in enumerate(micros):
+        clock.mark("forward_backward")
         with engine.accumulate(last=index == len(micros) - 1):
-            loss = token_loss_sum(engine, tokens.to(ranks.device, non_blocking=True)) / targets
+            loss = token_loss_sum(engine, tokens) / targets
             engine.backward(loss)
+            clock.mark("reduce_wait")
         total += loss.detach()
     norm = engine.clip_grad_norm(grad_clip)
-    summed, stops = ranks.sum([total.item(), float(stop)])
-    taken = math.isfinite(norm) and math.isfinite(summed)
+    summed, failures, stops = ranks.sum([total.item(), float(failed), float(stop)])
+    taken = math.isfinite(norm) and math.isfinite(summed) and not failures
     if taken:
+        clock.mark("gather_wait")
         engine.step()
+    clock.mark(None)
     engine.zero_grad()
-    return Outcome(summed, norm, taken, stops > 0)
+    return Outcome(summed, norm, taken, failures > 0, stops > 0)

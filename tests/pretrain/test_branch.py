@@ -76,7 +76,7 @@ def assert_equal_checkpoints(a: Path, b: Path) -> None:
 def rows(folder: Path, name: str, first: int = 1) -> list[dict[str, Any]]:
     """The rows of metrics from step `first` on, without what depends on the machine."""
     every = tiny.metrics(folder, name)
-    return [{k: v for k, v in r.items() if k not in ("tokens_per_second", "memory_bytes")} for r in every][first - 1 :]
+    return [{k: v for k, v in r.items() if k not in tiny.MEASURED} for r in every][first - 1 :]
 
 
 @contextmanager

@@ -538,7 +538,7 @@ def expected_stream(texts: list[str], epochs: int) -> list[int]:
 def test_a_stream_is_the_documents_in_order_over_and_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
-    monkeypatch.setattr("shardopt.pretrain.data.batches._STREAM_CHARACTERS", piece)
+    monkeypatch.setattr("shardopt.pretrain.data.streams._STREAM_CHARACTERS", piece)
     folder, texts = hub_folder(tmp_path, 40)
     source = {"source": "hf", "name": str(folder), "streaming": True, "scan": 20}
     train, holdout = load(tmp_path, source)
@@ -572,7 +572,7 @@ def test_a_stream_is_the_documents_in_order_over_and_over(
 
 
 def test_resuming_a_stream_does_not_read_what_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardopt.pretrain.data.batches._STREAM_CHARACTERS", 500)
+    monkeypatch.setattr("shardopt.pretrain.data.streams._STREAM_CHARACTERS", 500)
     folder, texts = hub_folder(tmp_path, 60)
     source = {"source": "hf", "name": str(folder), "streaming": True}
     train, _ = load(tmp_path, source)

@@ -39,8 +39,6 @@ FIGURES = {
     "eval__batches": 100,
     "data__holdout": 0.12,
 }
-MEASURED = {"tokens_per_second", "memory_bytes"}
-"""Not functions of the config: they have tests of their own."""
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +158,7 @@ TOLERANCE = {"eval_bits_per_byte": 2e-4}
 
 
 def assert_same_figures(rows, expected):
-    assert [set(row) - MEASURED for row in rows] == [set(row) for row in expected]
+    assert [set(row) - tiny.MEASURED for row in rows] == [set(row) for row in expected]
     for row, truth in zip(rows, expected, strict=True):
         for key, value in truth.items():
             said = f"{key} of step {truth['step']}"
@@ -187,7 +185,7 @@ def single(folder):
 
 def test_every_logged_figure_has_an_oracle(single, expected):
     logged = {key for row in single[1] for key in row}
-    assert logged == {key for row in expected for key in row} | MEASURED
+    assert logged == {key for row in expected for key in row} | tiny.MEASURED
 
 
 def test_logged_figures_are_those_of_a_loop_in_plain_torch(single, expected):
@@ -236,19 +234,19 @@ class Watched:
     """Calls `at_step(step)` in the timed part of a step and `at_evaluation()` in every batch of an evaluation."""
 
     def __init__(self, patch, at_step=lambda step: None, at_evaluation=lambda: None):
-        train_batch, held_out_batch = data.TrainData.batch, data.HoldoutData.batch
+        train_batch, held_out_batch = data.Batches.batch, data.HoldoutData.batch
         self.step = None
 
-        def batch(this, step, start, stop):
+        def batch(this, step):
             self.step = step + 1
             at_step(step + 1)
-            return train_batch(this, step, start, stop)
+            return train_batch(this, step)
 
         def evaluate(this, start, stop):
             at_evaluation()
             return held_out_batch(this, start, stop)
 
-        patch.setattr(data.TrainData, "batch", batch)
+        patch.setattr(data.Batches, "batch", batch)
         patch.setattr(data.HoldoutData, "batch", evaluate)
 
 
@@ -389,7 +387,7 @@ def test_a_resumed_run_logs_what_an_unbroken_one_does(folder, monkeypatch, bad_s
     assert (resumed.status, resumed.step, resumed.skipped) == ("finished", 6, 1)
     broken, unbroken = rows_of(folder, "broken"), rows_of(folder, "unbroken")
     for row in broken + unbroken:
-        for key in MEASURED:
+        for key in tiny.MEASURED:
             row.pop(key)
     assert broken == unbroken
 

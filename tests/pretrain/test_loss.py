@@ -140,6 +140,8 @@ def test_a_run_in_chunks_logs_what_one_with_all_logits_does(tmp_path):
             assert ours == pytest.approx(theirs, rel=2e-5), engine
 
 
-def test_more_chunks_than_tokens_are_refused(tmp_path):
+def test_chunks_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"train.loss_chunks: not in a model that is compiled whole"):
+        tiny.config(tmp_path, train__loss_chunks=2, train__compile="model")
     with pytest.raises(InputError, match=r"train.loss_chunks: 33 is more than the tokens of a sequence"):
         tiny.config(tmp_path, train__loss_chunks=33)

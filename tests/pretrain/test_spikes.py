@@ -18,10 +18,10 @@ def _run(rank, world_size, folder, bad=(), passed_over=None, **changes):
     """A run whose batches `bad` are noise; with `passed_over` = (n, k) step n, from 0, and later take batch n + k."""
     real = TrainData.batch
 
-    def batch(self, step, start, stop):
+    def batch(self, step, *of_rank):
         if passed_over is not None and step >= passed_over[0]:
             step += passed_over[1]
-        rows = real(self, step, start, stop)
+        rows = real(self, step, *of_rank)
         if step in bad:
             rows = torch.randint(256, rows.shape, generator=torch.Generator().manual_seed(step))
         return rows
@@ -39,13 +39,16 @@ def _outcome(folder, name):
     return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in rows], weights
 
 
-@pytest.mark.parametrize("engine", ["{name: fsdp}", "{name: zero, stage: 2}"])
-def test_after_a_spike_the_run_is_as_one_that_never_saw_those_batches(tmp_path, engine):
+@pytest.mark.parametrize(
+    ("engine", "streamed"), [("{name: fsdp}", False), ("{name: zero, stage: 2}", False), ("{name: zero}", True)]
+)
+def test_after_a_spike_the_run_is_as_one_that_never_saw_those_batches(tmp_path, engine, streamed):
     tiny.corpus(tmp_path / "text")
+    text = {"data__sources": tiny.stream(tmp_path / "hub", shards=4)} if streamed else {}
     # Batch 22 is met at step 23, so 20, 21 and 22 are left out; then 24, at step 22, and with it 23.
     bad = {22, 24}
-    on_ranks(2, _run, tmp_path, bad, run__name="guarded", engine=engine, train__loss_spike=GUARD)
-    on_ranks(2, _run, tmp_path, bad, (20, 5), run__name="control", engine=engine)
+    on_ranks(2, _run, tmp_path, bad, run__name="guarded", engine=engine, train__loss_spike=GUARD, **text)
+    on_ranks(2, _run, tmp_path, bad, (20, 5), run__name="control", engine=engine, **text)
     assert _outcome(tmp_path, "guarded") == _outcome(tmp_path, "control")
     rows = tiny.metrics(tmp_path, "guarded")
     assert [row["step"] for row in rows] == list(range(1, 31))

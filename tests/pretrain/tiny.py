@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ from shardopt.distributed import Ranks
 from shardopt.pretrain import data
 from shardopt.pretrain.config import Config, _override, parse
 from shardopt.pretrain.loop import Result, pretrain
+from shardopt.pretrain.meter import PARTS
 from shardopt.pretrain.metrics import read_metrics
 
+MEASURED = {"tokens_per_second", "memory_bytes", "step_time", "data_wait", *PARTS}
+"""Figures that are no functions of the config: they have tests of their own."""
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), distributed=False)
 
 
@@ -27,6 +32,16 @@ def corpus(folder: Path, documents: int = 60) -> Path:
         text = " ".join(draw.choices(words, k=draw.randint(60, 120)))
         (folder / f"{i:03d}.txt").write_text(text)
     return folder
+
+
+def stream(folder: Path, shards: int = 1, files: int = 4) -> str:
+    """`data.sources` of a streamed dataset of `files`, made in `folder`."""
+    for path in sorted(corpus(folder / "text", documents=60 * files).iterdir()):
+        part = folder / f"train-{int(path.stem) % files}.jsonl"
+        with part.open("a") as file:
+            file.write(json.dumps({"text": path.read_text()}) + "\n")
+    shutil.rmtree(folder / "text")
+    return f"[{{source: hf, name: {folder}, streaming: true, scan: 40, shards: {shards}}}]"
 
 
 def tree(folder: Path, **changes: Any) -> dict[str, Any]:

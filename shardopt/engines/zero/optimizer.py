@@ -249,7 +249,11 @@ class ZeroOptimizer(Optimizer):
             for p, has_gradient in zip(self.flat.parameters, self._agreement.has_gradient, strict=True):
                 p.shard.grad = p.gradient if has_gradient else None
             # Past torch's wrapper, which would call the global step hooks a second time.
+            for hook in self.inner._optimizer_step_pre_hooks.values():
+                hook(self.inner, (), {})
             type(self.inner).step.__wrapped__(self.inner)  # type: ignore[attr-defined]
+            for hook in self.inner._optimizer_step_post_hooks.values():
+                hook(self.inner, (), {})
             self.flat.store_masters()
             for p in self.flat.parameters:
                 p.shard.grad = None

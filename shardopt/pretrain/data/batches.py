@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from shardopt.pretrain.data.packing import Blocks, Packed, chunks, is_held_out
-from shardopt.pretrain.data.sources import Corpus
+from shardopt.pretrain.data.packing import Blocks, Packed
+from shardopt.pretrain.data.streams import Stream
 from shardopt.pretrain.data.tokenizers import SavedTokenizer
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 # Divisible by 1000 and by 3, 7 and 9: proportions written with three decimals, or as thirds, are met exactly.
 _PERIOD = 252_000
-_STREAM_CHARACTERS = 1 << 18
-_START: dict[str, Any] = {"row": 0, "epoch": 0, "place": None, "offset": 0}
 
 
 def _keys(count: int, *what: object) -> np.ndarray:
@@ -90,10 +89,13 @@ class Mixture:
         source = self._order[place]
         return source, period * self._counts[source] + self._before[place]
 
-    def count(self, source: int, samples: int) -> int:
-        """Number of the first `samples` samples that come from `source`."""
-        period, place = divmod(samples, len(self._order))
-        return period * int(self._counts[source]) + int(np.count_nonzero(self._order[:place] == source))
+    def count(self, source: int, samples: range) -> int:
+        """How many of `samples` come from `source`."""
+        cycle = len(self._order) // math.gcd(len(self._order), samples.step)  # after which the places come again
+        places = samples.start + samples.step * np.arange(min(cycle, len(samples)))
+        found = self._order[places % len(self._order)] == source
+        whole, rest = divmod(len(samples), cycle)
+        return whole * int(np.count_nonzero(found)) + int(np.count_nonzero(found[:rest]))
 
 
 class Shuffled:
@@ -109,89 +111,6 @@ class Shuffled:
         for one in np.unique(epoch):
             index[epoch == one] = permute(place[epoch == one], n, *self._key, int(one))
         return self._blocks.rows(index)
-
-
-class Stream:
-    """Blocks of a dataset that is read in order, over and over. Every rank reads all of it.
-
-    The state is the dataset's place before the piece of text that holds the next block's first token, and how
-    far into that piece it lies; the piece is read and tokenised again on resuming. Without a state (or for a
-    step before it) the stream is read from its start.
-    """
-
-    def __init__(self, corpus: Corpus, tokenizer: SavedTokenizer, holdout: float, block_size: int) -> None:
-        self._corpus, self._tokenizer, self._holdout, self._size = corpus, tokenizer, holdout, block_size
-        self._encode = tokenizer.encoder()
-        self._window, self._window_start = np.empty((0, block_size + 1), tokenizer.dtype), 0
-        self.load_state_dict(_START)
-
-    def rows(self, number: np.ndarray) -> np.ndarray:
-        return self._window[number - self._window_start]
-
-    def advance(self, first: int, last: int) -> None:
-        """Make samples first..last, those of the next step, ready for `rows`."""
-        if self._window_start == first and len(self._window) == last - first and self._row == last:
-            return
-        if first < self._row:
-            self.load_state_dict(_START)
-        while self._row < first:
-            self._next_block()
-        window = [self._next_block() for _ in range(last - first)]
-        self._window_start = first
-        self._window = np.stack(window) if window else self._window[:0]
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values; the place after the step that was drawn last."""
-        state = self._pieces[0][0] if self._pieces else self._state_here()
-        return {"row": self._row, "offset": self._offset, **state}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._row, self._offset, self._epoch = state["row"], state["offset"], state["epoch"]
-        self._pieces: list[tuple[dict[str, Any], np.ndarray]] = []
-        self._window = self._window[:0]
-        self._start(state["place"])
-
-    def _start(self, place: dict[str, Any] | None) -> None:
-        self._dataset, self._place = self._corpus.stream(), place
-        if place is not None:
-            self._dataset.load_state_dict(place)
-        self._texts = self._read()
-
-    def _state_here(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "place": self._place}
-
-    def _read(self) -> Iterator[list[str]]:
-        """Training texts in pieces that depend only on where reading began, noting the place after each."""
-        documents = filter(None, map(self._corpus.text, self._dataset))
-        for texts in chunks(documents, _STREAM_CHARACTERS):
-            if kept := [text for text in texts if not is_held_out(text, self._holdout)]:
-                self._place = self._dataset.state_dict()
-                yield kept
-
-    def _next_block(self) -> np.ndarray:
-        need = self._offset + self._size + 1
-        while sum(len(ids) for _, ids in self._pieces) < need:
-            self._pieces.append(self._next_piece())
-        first = self._pieces[0][1]
-        whole = first if len(first) >= need else np.concatenate([ids for _, ids in self._pieces])
-        out = whole[self._offset : need]
-        self._offset += self._size
-        while self._pieces and self._offset >= len(self._pieces[0][1]):
-            self._offset -= len(self._pieces.pop(0)[1])
-        self._row += 1
-        return out
-
-    def _next_piece(self) -> tuple[dict[str, Any], np.ndarray]:
-        for _ in range(2):
-            state = self._state_here()
-            texts = next(self._texts, None)
-            if texts is not None:
-                end = np.asarray([self._tokenizer.eos], self._tokenizer.dtype)
-                ids = [part for text_ids in self._encode(texts) for part in (text_ids, end)]
-                return state, np.concatenate([np.empty(0, self._tokenizer.dtype), *ids])
-            self._epoch += 1
-            self._start(None)
-        raise RuntimeError(f"{self._corpus.where}: the stream gave documents before and now gives none")
 
 
 def _gather(
@@ -252,25 +171,35 @@ class TrainData:
     def _streams(self) -> dict[int, Stream]:
         return {index: source for index, source in enumerate(self.sources) if isinstance(source, Stream)}
 
-    def batch(self, step: int, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop of the global batch of `step` (from 0): int64, [stop - start, block_size + 1].
+    def batch(self, step: int, start: int, stop: int, every: int = 1) -> torch.Tensor:
+        """Rows start, start + every, ... < stop of the global batch of `step` (from 0): int64, [rows, block_size + 1].
 
         Inputs are [:, :-1], targets [:, 1:]; every target counts. Any split into rows gives the same rows.
         """
         first = self._samples(step)
         if not 0 <= start <= stop <= self.global_batch or first < 0:
             raise IndexError(f"rows {start}..{stop} of step {step}, but a batch has {self.global_batch} rows")
+        samples = np.arange(first, first + self.global_batch)
+        which, number = self._mixture(samples)
+        rows = slice(start, stop, every)
+        asked = np.zeros(self.global_batch, bool)
+        asked[rows] = True
         for index, stream in self._streams.items():
-            stream.advance(self._mixture.count(index, first), self._mixture.count(index, first + self.global_batch))
-        which, number = self._mixture(np.arange(first + start, first + stop))
-        return _gather(self.sources, which, number, self.block_size + 1)
+            own, count = which == index, partial(self._mixture.count, index)
+            stream.draw(range(first, first + self.global_batch), samples[own], number[own], asked[own], count)
+        return _gather(self.sources, which[rows], number[rows], self.block_size + 1)
 
     def _samples(self, step: int) -> int:
         """Samples before `step`."""
         return self._first + step * self.global_batch
 
+    @property
+    def streams_in_shards(self) -> bool:
+        """Whether ranks read different parts of the text, so that one's `state_dict` is not the whole place."""
+        return any(stream.shards > 1 for stream in self._streams.values())
+
     def state_dict(self, step: int) -> dict[str, Any]:
-        """The place before `step`, the next one: JSON values, the same on every rank."""
+        """The place before `step`, the next one: JSON values. See `merge_places`."""
         streams = {str(index): stream.state_dict() for index, stream in self._streams.items()}
         return {"samples": self._samples(step), "streams": streams}
 
@@ -283,6 +212,16 @@ class TrainData:
     def begin(self, step: int) -> None:
         """Begin with the first sample at `step`."""
         self.load_state_dict({"samples": 0, "streams": {}}, step)
+
+
+def merge_places(places: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The place of a run whose ranks are at `places` (each a `TrainData.state_dict`) after the same step."""
+    streams = {
+        index: [max(shards, key=lambda shard: shard["samples"]) for shards in zip(*of_ranks, strict=True)]
+        for index in places[0]["streams"]
+        for of_ranks in [[place["streams"][index] for place in places]]
+    }
+    return places[0] | {"streams": streams}
 
 
 class HoldoutData:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
-from shardopt.pretrain.data.batches import HoldoutData, Shuffled, Stream, TrainData
+from shardopt.pretrain.data.batches import HoldoutData, Shuffled, TrainData
 from shardopt.pretrain.data.config import BpeTokenizer, ByteTokenizer, DataConfig, HfSource, holds_tokenizer
 from shardopt.pretrain.data.packing import (
     FORMAT,
@@ -30,6 +30,7 @@ from shardopt.pretrain.data.packing import (
     write_meta,
 )
 from shardopt.pretrain.data.sources import Corpus, digest
+from shardopt.pretrain.data.streams import Stream
 from shardopt.pretrain.data.tokenizers import (
     SavedTokenizer,
     byte_tokenizer,
@@ -85,6 +86,10 @@ def prepare(
                 examples = ", ".join(corpus.skipped_examples)
                 message = "data.sources[%d]: skipped %d files that are not UTF-8 text (%s)"
                 logger.warning(message, index, corpus.skipped, examples)
+        for index, source in enumerate(train.sources):
+            if isinstance(source, Stream) and source.shards % ranks.world_size:
+                message = "data.sources[%d].shards: %d is no multiple of %d ranks: each tokenises more than its share"
+                logger.warning(message, index, source.shards, ranks.world_size)
         shape, size = config.tokenizer, train.vocab_size
         if isinstance(shape, BpeTokenizer) and size < shape.vocab_size:
             message = "data.tokenizer: bpe has %d tokens instead of %d: the text has no more pairs to merge"
@@ -227,7 +232,7 @@ def _open(config: DataConfig, folders: list[Path], seed: int, global_batch: int)
                 f"lower data.holdout or data.block_size, or cut documents smaller (a text source's sample_by)"
             )
         if isinstance(shape, HfSource) and shape.streaming:
-            sources.append(Stream(Corpus(config, index), tokenizer, config.holdout, config.block_size))
+            sources.append(Stream(Corpus(config, index), tokenizer, config.holdout, config.block_size, shape.shards))
         else:
             sources.append(Shuffled(blocks, seed, index))
     holdout_tokens = sum(one.holdout.tokens for one in packed)
@@ -244,6 +249,8 @@ def _open(config: DataConfig, folders: list[Path], seed: int, global_batch: int)
     shares = [weight / sum(weights) for weight in weights]
     text_bytes = [one.train.bytes / one.train.tokens for one in packed]  # per token
     contents = [(one.train.sha256, one.holdout.sha256, one.corpus) for one in packed]
+    shards = [one.shards for one in sources if isinstance(one, Stream)]
+    cut = [shards] if max(shards, default=1) > 1 else []
     train = TrainData(
         sources,
         weights,
@@ -253,7 +260,7 @@ def _open(config: DataConfig, folders: list[Path], seed: int, global_batch: int)
         global_batch=global_batch,
         bytes_per_token=sum(share * one for share, one in zip(shares, text_bytes, strict=True)),
         tokens=None if any(isinstance(one, Stream) for one in sources) else sum(one.train.tokens for one in packed),
-        fingerprint=digest(contents, weights, tokenizer.key, config.block_size),
+        fingerprint=digest(contents, weights, tokenizer.key, config.block_size, *cut),
         corpora=packed,
     )
     return train, holdout

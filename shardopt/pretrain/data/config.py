@@ -73,8 +73,12 @@ class HfSource(_Source):
     column: str = "text"
     """The column that holds a document's text."""
     streaming: bool = False
-    """Read documents in order while training, instead of downloading and packing all of them first. Every
-    rank reads and tokenises the whole stream and keeps its own rows; the order is the dataset's own."""
+    """Read documents in order while training, instead of downloading and packing all of them first; the order is
+    the dataset's own."""
+    shards: int = Field(default=1, ge=1)
+    """Streaming only: cut the dataset into so many shards, each read in order, and take samples from them in turn. A
+    multiple of the ranks lets each read and tokenise only its share; it needs as many files, else each shard reads all
+    of them and keeps every so-manyth document."""
     scan: int = Field(default=10_000, ge=1)
     """Streaming only: how many documents are read ahead, once, for held-out text, for training a bpe
     tokenizer and for the bytes per token."""
@@ -126,6 +130,8 @@ class DataConfig(Section):
     """Target tokens of a sequence; a block has one more, because targets are the inputs shifted by one."""
     holdout: float = Field(default=0.01, gt=0, lt=1)
     """Share of the documents kept out of training, chosen by a hash of their text."""
+    prefetch: int = Field(default=4, ge=0)
+    """Batches that a thread prepares ahead of the step; 0: each is prepared when its step begins."""
     cache: Path | None = None
     """Where tokenizers and packed tokens are kept; None is $XDG_CACHE_HOME/shardopt/data, or
     ~/.cache/shardopt/data without that variable."""

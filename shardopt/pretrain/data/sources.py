@@ -53,7 +53,7 @@ class Corpus:
         self._column = getattr(self.source, "column", "text")
         self.files: list[Path] = []
         self._hub_cache = config.cache_folder / "hf"
-        shape = self.source.model_dump(mode="json", exclude={"weight", "paths", "scan", "streaming"})
+        shape = self.source.model_dump(mode="json", exclude={"weight", "paths", "scan", "streaming", "shards"})
         if isinstance(self.source, HfSource):
             self.key = digest(shape, self._hub_key())
             return
@@ -108,11 +108,21 @@ class Corpus:
                     left_out.append(path)
         return left_out
 
-    def stream(self) -> datasets.IterableDataset:
-        """A hub dataset's rows in order; its `state_dict` is the place after the last row it gave."""
+    def stream(self, shards: int = 1, index: int = 0) -> datasets.IterableDataset:
+        """A hub dataset's rows in order, those of shard `index`; its `state_dict` is the place after the last row.
+
+        A shard is every so-manyth file, or every so-manyth row where there are fewer files than shards.
+        """
+        from datasets.distributed import split_dataset_by_node
+
         assert isinstance(self.source, HfSource)
         with self._errors(), _quiet():
-            return self._builder.as_streaming_dataset(split=self.source.split)
+            rows = self._builder.as_streaming_dataset(split=self.source.split)
+            if shards == 1:
+                return rows
+            if rows.num_shards >= shards:
+                return rows.shard(num_shards=shards, index=index, contiguous=False)
+            return split_dataset_by_node(rows, rank=index, world_size=shards)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:

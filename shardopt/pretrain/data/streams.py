@@ -1,0 +1,160 @@
+"""Blocks of a dataset that is read in order while a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from shardopt.errors import InputError
+from shardopt.pretrain.data.packing import chunks, is_held_out
+from shardopt.pretrain.data.sources import Corpus
+from shardopt.pretrain.data.tokenizers import SavedTokenizer
+
+_STREAM_CHARACTERS = 1 << 18
+_START: dict[str, Any] = {"samples": 0, "epoch": 0, "place": None, "offset": 0}
+
+
+class Stream:
+    """Blocks of a dataset in `shards`, each read in order, over and over.
+
+    Sample n of the run is the next block of the shard n % shards. So which samples a step has does not depend on the
+    number of ranks, and a rank that takes every k-th sample reads only the shards that hold them.
+    """
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: SavedTokenizer, holdout: float, block_size: int, shards: int = 1
+    ) -> None:
+        encode = tokenizer.encoder()
+        corpus.stream(shards, 0)  # what cannot be opened is refused at the start
+        self._shards = [_Shard(corpus, tokenizer, encode, holdout, block_size, shards, i) for i in range(shards)]
+        self._step = range(0)  # whose blocks are drawn, those of the shards `_drawn`
+        self._drawn: set[int] = set()
+        self._blocks: dict[int, np.ndarray] = {}
+
+    @property
+    def shards(self) -> int:
+        return len(self._shards)
+
+    def rows(self, number: np.ndarray) -> np.ndarray:
+        """Blocks of samples that were drawn, by their number among this source's."""
+        return np.stack([self._blocks[one] for one in number.tolist()])
+
+    def draw(
+        self,
+        step: range,
+        samples: np.ndarray,
+        number: np.ndarray,
+        wanted: np.ndarray,
+        count: Callable[[range], int],
+    ) -> None:
+        """Make some of a step's samples ready for `rows`.
+
+        Args:
+            step: all samples of the step, of other sources too.
+            samples, number: those of this source, and their numbers among this source's.
+            wanted: a mask of them. Shards that hold none of these are not read.
+            count: how many of a range of samples are this source's.
+        """
+        if self._step != step:
+            self._step, self._drawn, self._blocks = step, set(), {}
+        of = samples % self.shards
+        for index in sorted(set(of[wanted].tolist()) - self._drawn):
+            shard = self._shards[index]
+            if shard.samples > step.start:
+                shard.load_state_dict(_START)
+            first = shard.samples + (index - shard.samples) % self.shards
+            for _ in range(count(range(first, step.start, self.shards))):
+                shard.next_block()
+            for one in number[of == index].tolist():
+                self._blocks[one] = shard.next_block()
+            shard.samples = step.stop
+            self._drawn.add(index)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """JSON values for each shard; those that this process does not read are where they were loaded."""
+        return [shard.state_dict() for shard in self._shards]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        self._step, self._drawn, self._blocks = range(0), set(), {}
+        for shard, one in zip(self._shards, state, strict=True):
+            shard.load_state_dict(one)
+
+
+class _Shard:
+    """The blocks of one shard.
+
+    The state is the dataset's place before the piece of text that holds the next block's first token, and how far into
+    that piece it lies; the piece is read and tokenised again on resuming. Nothing is opened before the first block.
+
+    Attributes:
+        samples: of the run, of which this shard has given its own.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: SavedTokenizer,
+        encode: Callable[[list[str]], list[np.ndarray]],
+        holdout: float,
+        block_size: int,
+        shards: int,
+        index: int,
+    ) -> None:
+        self._corpus, self._tokenizer, self._encode = corpus, tokenizer, encode
+        self._holdout, self._size, self._of = holdout, block_size, (shards, index)
+        self.load_state_dict(_START)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._pieces[0][0] if self._pieces else self._state_here()
+        return {"samples": self.samples, "offset": self._offset, **state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.samples, self._offset, self._epoch = state["samples"], state["offset"], state["epoch"]
+        self._pieces: list[tuple[dict[str, Any], np.ndarray]] = []
+        self._place = state["place"]
+        self._texts: Iterator[list[str]] | None = None
+
+    def next_block(self) -> np.ndarray:
+        """The next `block_size` + 1 tokens, of which the last is the next block's first."""
+        need = self._offset + self._size + 1
+        while sum(len(ids) for _, ids in self._pieces) < need:
+            self._pieces.append(self._next_piece())
+        first = self._pieces[0][1]
+        whole = first if len(first) >= need else np.concatenate([ids for _, ids in self._pieces])
+        out = whole[self._offset : need]
+        self._offset += self._size
+        while self._pieces and self._offset >= len(self._pieces[0][1]):
+            self._offset -= len(self._pieces.pop(0)[1])
+        return out
+
+    def _state_here(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "place": self._place}
+
+    def _read(self) -> Iterator[list[str]]:
+        """Training texts in pieces that depend only on where reading began, noting the place after each."""
+        dataset = self._corpus.stream(*self._of)
+        if self._place is not None:
+            dataset.load_state_dict(self._place)
+        documents = filter(None, map(self._corpus.text, dataset))
+        for texts in chunks(documents, _STREAM_CHARACTERS):
+            if kept := [text for text in texts if not is_held_out(text, self._holdout)]:
+                self._place = dataset.state_dict()
+                yield kept
+
+    def _next_piece(self) -> tuple[dict[str, Any], np.ndarray]:
+        for _ in range(2):
+            if self._texts is None:
+                self._texts = self._read()
+            state = self._state_here()
+            texts = next(self._texts, None)
+            if texts is not None:
+                end = np.asarray([self._tokenizer.eos], self._tokenizer.dtype)
+                ids = [part for text_ids in self._encode(texts) for part in (text_ids, end)]
+                return state, np.concatenate([np.empty(0, self._tokenizer.dtype), *ids])
+            self._epoch, self._place, self._texts = self._epoch + 1, None, None
+        where, (shards, index) = self._corpus.where, self._of
+        if shards > 1:
+            raise InputError(f"{where}.shards: shard {index} of {shards} gives no document to train on; take fewer")
+        raise RuntimeError(f"{where}: the stream gave documents before and now gives none")
