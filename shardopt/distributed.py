@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -128,6 +128,11 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def ask_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 alone; its value, which can be pickled, or its error on every rank. A collective."""
+        found = self.together(lambda: action() if self.is_main else None)
+        return cast(T, self.from_main(found))
 
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; if it raises on any rank, raise on every rank. A collective.

@@ -1,12 +1,14 @@
 """Messages of a process that cannot join the process group."""
 
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
+from shardopt.pretrain import progress
 from tests.distributed.pool import RankError, on_ranks
 
 
@@ -72,3 +74,21 @@ def test_body_that_replaces_the_process_group_does_not_leave_it_to_the_next_one(
     with pytest.raises(RankError, match="the body replaced the process group: give it fresh=True"):
         on_ranks(1, _joins_anew, tmp_path)
     on_ranks(1, _joins_anew, tmp_path, fresh=True)
+
+
+def _last_checkpoint(rank, world_size, root):
+    """What the end of a run says on each rank where only rank 0's disk does not answer."""
+
+    def latest(root):
+        if rank == 0:
+            raise OSError(5, "Input/output error")
+
+    with mock.patch.object(progress.checkpoint, "latest", latest), pytest.raises(Exception) as raised:
+        progress.saved(root, 3, Ranks.current())
+    return str(raised.value)
+
+
+def test_what_rank_0_alone_reads_from_a_disk_in_trouble_reaches_all_ranks(tmp_path):
+    first, second = on_ranks(2, _last_checkpoint, tmp_path)
+    assert "Input/output error" in first
+    assert "Input/output error" in second

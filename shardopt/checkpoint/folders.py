@@ -124,8 +124,8 @@ def latest(root: str | Path) -> Path | None:
     """The complete checkpoint under `root` with the highest step; None where there is none.
 
     Half-written folders are ignored. Sizes of files are compared and nothing more; `latest_intact` reads them. Reads
-    the disk alone: ask on rank 0 and broadcast the answer (`ranks.from_main(latest(root))`), since a network file
-    system may show ranks different moments.
+    the disk alone: ask on rank 0 for all (`ranks.ask_main(lambda: latest(root))`), since a network file system may show
+    ranks different moments.
 
     Raises:
         InputError: the disk cannot be read now, or a newer checkpoint is of another version.

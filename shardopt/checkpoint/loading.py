@@ -15,7 +15,7 @@ from shardopt.checkpoint.blocks import Wanted
 from shardopt.checkpoint.document import read_document
 from shardopt.checkpoint.index import DTYPES, SCALE, Index, StoredTensor, read_index, read_table, scales_at
 from shardopt.checkpoint.manifest import EXTRA, Entries, vector_key
-from shardopt.checkpoint.ranges import overlap, packed, same_blocks
+from shardopt.checkpoint.ranges import Ints, overlap, packed, same_blocks
 from shardopt.checkpoint.store import as_folder
 from shardopt.engines.state import ShardedState, require_state
 from shardopt.errors import InputError, few
@@ -71,14 +71,12 @@ def load(
     require_state(state)
     folder, ranks = as_folder(folder), state.ranks
 
-    def read() -> tuple[dict[str, Any], Any] | None:
+    def read() -> tuple[dict[str, Any], Ints]:
         """Rank 0 reads and checks the document and the index; the others get what they say."""
-        if not ranks.is_main:
-            return None
         document = read_document(folder)
         return document, read_table(folder, document)
 
-    document, table = ranks.from_main(ranks.together(read))  # type: ignore[misc]
+    document, table = ranks.ask_main(read)
     index = Index.of(document, table)
     kinds = kinds or {}
     stored = _renamed(index.tensors, kinds)

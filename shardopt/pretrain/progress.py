@@ -89,7 +89,7 @@ def newest(folder: Path, ranks: Ranks, resume: str, warn: Callable[[str], None])
         with reading(root):
             return sorted(name for name in listing(root) if re.fullmatch(r"step-\d+\.damaged.*", name))
 
-    damaged = ranks.from_main(ranks.together(lambda: set_aside() if ranks.is_main else None))
+    damaged = ranks.ask_main(set_aside)
     if found is None and damaged:
         raise InputError(
             f"every checkpoint in {root} is damaged ({', '.join(damaged)}): to begin again at step 0, choose another "
@@ -137,7 +137,7 @@ def saved(root: Path, step: int, ranks: Ranks) -> Path:
     Raises:
         InputError: it is not on the disk; on every rank.
     """
-    found = ranks.from_main(checkpoint.latest(root))
+    found = ranks.ask_main(lambda: checkpoint.latest(root))
     expected = step_folder(root, step)
     if found != expected:
         raise InputError(
@@ -149,7 +149,7 @@ def saved(root: Path, step: int, ranks: Ranks) -> Path:
 
 def last_good(root: Path, ranks: Ranks) -> str:
     """Which checkpoints under `root` a run that gives up can go on from, in words. A collective."""
-    found = ranks.from_main(complete_steps(root) if ranks.is_main else [])
+    found = ranks.ask_main(lambda: complete_steps(root))
     good = f"the last good checkpoint is {found[0]}" if found else "the run never reached a checkpoint"
     if found[1:]:
         older = ", ".join(folder.name for folder in found[1:4])
