@@ -50,6 +50,28 @@ def test_numbers_are_those_of_ddp_and_of_our_exchange(world_size):
         assert max(differences.values()) < 2e-6, differences
 
 
+def _uneven(rank, world_size):
+    """Errors of gradients: many buckets of two parameters, one of which rank 1 does not use, and a large one."""
+    shapes = [(16, 16)] * 24 + [(1001, 3)]
+    model = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for shape in shapes)
+    expected = [torch.arange(p.numel()).view(p.shape) * 1e-3 + i for i, p in enumerate(model)]
+    with only("native"):
+        optimizer = ZeroOptimizer(model, torch.optim.SGD, lr=1.0, bucket_mb=2 * 2 * 1024 / 2**20)
+    with optimizer.accumulate():
+        used = list(zip(model, expected, strict=True))[1 if rank == 1 else 0 :]
+        torch.stack([(p * e).sum() for p, e in used]).sum().backward()
+    optimizer.step()
+    expected[0] = expected[0] * (world_size - 1) / world_size
+    return [(p + e).abs().max().item() for p, e in zip(model, expected, strict=True)], len(optimizer.buckets)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gradients_lie_where_they_belong_and_missing_ones_are_zero(world_size):
+    for errors, buckets in on_ranks(world_size, _uneven):
+        assert buckets == 13
+        assert max(errors) < 1e-5
+
+
 class Noting(gradient_hooks.GradientHook):
     def __init__(self):
         self.seen = []

@@ -192,7 +192,9 @@ class Reducer:
 
     def _is_cut(self, bucket: Bucket) -> bool:
         """Whether the bucket, of one parameter, is sent in pieces."""
-        return not (self.comm.takes_messages or self.hooks) and bucket.nbytes > self.piece_bytes
+        # Padding makes a full bucket of several a little larger, too.
+        alone = len(bucket.members) == 1
+        return alone and not (self.comm.takes_messages or self.hooks) and bucket.nbytes > self.piece_bytes
 
     def _take(self, m: Member) -> Tensor | None:
         """Take the gradient of a parameter out of its `.grad`."""
