@@ -69,6 +69,8 @@ def test_batches_ahead_are_the_same_and_the_place_is_that_after_the_last_one_use
         if ahead:
             wait_until_ahead(batches)
         places.append(through_json(batches.state_dict(step + 1)))
+        # A place further on gives the same samples, but by reading everything from the start.
+        assert max(shard["samples"] for shard in places[-1]["streams"]["0"]) == (step + 1) * BATCH
     for stop in (1, 7, 20):
         other = Batches(opened(tmp_path, shards=3), alone, ahead)
         other.load_state_dict(places[stop - 1], stop)
@@ -81,6 +83,11 @@ def test_batches_ahead_are_the_same_and_the_place_is_that_after_the_last_one_use
     assert torch.equal(batches.batch(15), expected[15])
     with pytest.raises(RuntimeError, match="before step 14 is asked for, that before step 16 is known"):
         batches.state_dict(14)
+    # What was prepared for a step is not taken for it after another beginning.
+    if ahead:
+        wait_until_ahead(batches)
+    batches.begin(16)
+    assert torch.equal(batches.batch(16), expected[0])
     batches.close()
     assert threads() == []
 
