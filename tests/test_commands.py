@@ -264,3 +264,16 @@ def test_commands_of_the_documentation_run_as_they_stand(run, tmp_path, monkeypa
         program, *arguments = shlex.split(command)
         assert (program, cli.main(arguments)) == ("shardopt", 0), capsys.readouterr().err
     assert (tmp_path / "runs/mine/export-20/model.safetensors").exists()
+
+
+def test_convert_says_where_the_settings_are_not_known(tmp_path, capsys):
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.named_parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["param_groups"] = [{key: g[key] for key in ("params", "param_names")} for g in state["param_groups"]]
+    torch.save({"model": net.state_dict(), "optimizer": state}, tmp_path / "a.pt")
+    status, text, _ = say(capsys, "checkpoint", "convert", tmp_path / "a.pt", tmp_path / "a")
+    assert status == 0
+    assert "its hyper-parameters are not known: those in it are defaults" in text
