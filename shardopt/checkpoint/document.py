@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from shardopt.checkpoint.blocks import DamagedError, FileRecord, reading
-from shardopt.checkpoint.store import as_folder, is_local, put
-from shardopt.errors import InputError
+from shardopt.checkpoint.store import as_folder, exists, is_local, listing, put
+from shardopt.errors import InputError, few
 
 DOCUMENT = "checkpoint.json"
 FORMAT = 5
@@ -39,7 +39,7 @@ def read_document(folder: str | Path) -> dict[str, Any]:
         with reading(path):
             content = path.read_bytes()
     except DamagedError as error:
-        raise DamagedError(f"{folder} is not a complete checkpoint: it has no {DOCUMENT}") from error
+        raise DamagedError(_no_document(as_folder(folder))) from error
     first = _FIRST_LINE.match(content)
     if first is not None and first[1] != _crc(content[first.end() :]):
         raise DamagedError(f"{path} is damaged, or was edited: its checksum is another")
@@ -63,6 +63,19 @@ def read_document(folder: str | Path) -> dict[str, Any]:
     if document["checkpoint"]["byteorder"] != sys.byteorder:
         raise InputError(f"{folder} was written on a machine of another byte order")
     return document
+
+
+def _no_document(folder: Path) -> str:
+    """Why a folder, which has no document, is no checkpoint."""
+    with reading(folder):
+        if not exists(folder):
+            return f"{folder} does not exist"
+        if folder.is_file():
+            return f"{folder} is a file, not the folder of a checkpoint"
+        steps = [name for name in listing(folder) if name.startswith("step-")]
+    if steps:
+        return f"{folder} holds {few(steps)}: give one of them, or checkpoint.latest({str(folder)!r})"
+    return f"{folder} is not a complete checkpoint: it has no {DOCUMENT}"
 
 
 def write_document(folder: Path, document: dict[str, Any]) -> None:
@@ -101,6 +114,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`content` as strict JSON, on the disk when this returns."""
+    write_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def _crc(content: bytes) -> bytes:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from shardopt.checkpoint import folders
 from shardopt.checkpoint.blocks import reading
+from shardopt.checkpoint.document import write_json
 from shardopt.checkpoint.index import dtype_name
-from shardopt.checkpoint.store import as_folder, exists, is_local, listing
+from shardopt.checkpoint.store import as_folder, exists, is_local, listing, sync
 from shardopt.checkpoint.stored import SLICES, Stored
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError, MissingExtraError
@@ -104,7 +105,7 @@ def _export(
                 complete(files.folder)
             for path in files.folder.rglob("*"):
                 if path.is_file():
-                    folders.sync(path)
+                    sync(path)
             folders.publish(files.folder, here if is_local(target) else target, _is_export)
         except OSError as error:
             raise InputError(f"cannot write {target}: {error}") from error
@@ -142,7 +143,7 @@ class _Files:
             self._part(number).rename(self.folder / file)
             where |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
-        folders.write_json(self.folder / INDEX, index)
+        write_json(self.folder / INDEX, index)
 
     def _flush(self) -> None:
         self._written.append(list(self._held))
@@ -202,7 +203,7 @@ def export_checkpoint(
         config = target / "config.json"
         if config.exists() and dtype is not None:
             described = json.loads(config.read_text(encoding="utf-8"))
-            folders.write_json(config, described | {"dtype": dtype_name(dtype)})
+            write_json(config, described | {"dtype": dtype_name(dtype)})
 
     try:
         export_safetensors(out, parameters(), Ranks.current(), complete=complete)

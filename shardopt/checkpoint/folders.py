@@ -14,9 +14,7 @@ saves lie beside each other while one replaces the other; what no document names
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
 import shutil
 import threading
@@ -28,8 +26,8 @@ from typing import Any
 
 from shardopt.checkpoint.blocks import DamagedError, reading
 from shardopt.checkpoint.document import DOCUMENT, read_document, records_of, write_bytes
-from shardopt.checkpoint.store import as_folder, delete, delete_all, exists, is_local, listing, move, put_file
-from shardopt.errors import InputError, StorageError
+from shardopt.checkpoint.store import as_folder, delete, delete_all, exists, is_local, listing, move, put_file, sync
+from shardopt.errors import InputError, StorageError, few
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +91,19 @@ def _incomplete(folder: Path) -> DamagedError | None:
     except DamagedError as error:
         return error
     return None
+
+
+def is_replaceable(folder: Path) -> bool:
+    """True where all that lies in a folder is a complete checkpoint."""
+    return is_complete(folder) and not _strangers(folder)
+
+
+def _strangers(folder: Path) -> list[str]:
+    """What a checkpoint's folder holds beside the checkpoint; what is left there of other saves, in a store, is not."""
+    named = {DOCUMENT, *records_of(read_document(folder))}
+    with reading(folder):
+        beside = listing(folder).keys() - named
+    return [name for name in beside if is_local(folder) or not _OF_A_SAVE.fullmatch(name)]
 
 
 def check_name(folder: Path, document: dict[str, Any]) -> None:
@@ -170,8 +181,13 @@ def begin(folder: Path) -> Path:
 
     Raises:
         StorageError: it cannot be made.
-        InputError: another thread is writing it, or a folder of a store holds something else.
+        InputError: it has no name, or lies in a checkpoint; another thread is writing it, or a folder of a store holds
+            something else.
     """
+    if folder.name in ("", ".."):
+        raise InputError(f"{folder} cannot be written itself: name a folder in it")
+    if is_local(folder) and (folder.parent / DOCUMENT).exists():
+        raise InputError(f"{folder} lies in a checkpoint: name a folder elsewhere")
     partial = partial_of(folder)
     writer = _writers.setdefault(folder, threading.current_thread())
     if writer is not threading.current_thread() and writer.is_alive():
@@ -357,25 +373,22 @@ def clean(root: Path) -> None:
 
 
 def prune(root: Path, checkpoints: Iterable[Path]) -> None:
-    """Delete these checkpoints under `root`, and what could not be deleted before; a failure is a warning."""
+    """Delete these checkpoints under `root`, and what could not be deleted before; a failure is a warning.
+
+    One that holds something else, too, stays.
+    """
     for leftover in sorted(root.glob(".step-*.deleting")) if is_local(root) else []:
         _delete(leftover)
     for folder in checkpoints:
-        remove(folder)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """`content` as strict JSON, on the disk when this returns."""
-    write_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode())
-
-
-def sync(path: Path) -> None:
-    """Make the contents of a file, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        try:
+            strangers = _strangers(folder)
+        except InputError as error:
+            logger.warning("%s is not deleted: %s", folder, error)
+            continue
+        if strangers:
+            logger.warning("%s is not deleted, since it holds something else, too: %s", folder, few(strangers))
+        else:
+            remove(folder)
 
 
 def _aside(folder: Path, what: str) -> Path:

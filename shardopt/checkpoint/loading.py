@@ -13,6 +13,7 @@ from torch import Tensor
 from shardopt.checkpoint import manifest
 from shardopt.checkpoint.blocks import Wanted
 from shardopt.checkpoint.document import read_document
+from shardopt.checkpoint.folders import check_name
 from shardopt.checkpoint.index import DTYPES, SCALE, Index, StoredTensor, read_index, read_table, scales_at
 from shardopt.checkpoint.manifest import EXTRA, Entries, vector_key
 from shardopt.checkpoint.ranges import Ints, overlap, packed, same_blocks
@@ -74,6 +75,7 @@ def load(
     def read() -> tuple[dict[str, Any], Ints]:
         """Rank 0 reads and checks the document and the index; the others get what they say."""
         document = read_document(folder)
+        check_name(folder, document)
         return document, read_table(folder, document)
 
     document, table = ranks.ask_main(read)

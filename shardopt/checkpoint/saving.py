@@ -218,7 +218,7 @@ def prepare(
             "files": {name: record._asdict() for name, record in records.items()},
         }
         write_document(partial, content)
-        folders.publish(partial, folder, folders.is_complete)
+        folders.publish(partial, folder, folders.is_replaceable)
         after()
 
     def write() -> None:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
-from shardopt.errors import InputError, MissingExtraError
+from shardopt.errors import InputError, MissingExtraError, did_you_mean
 
 Read = Callable[[int, int], bytearray]
 """The bytes of a file from one place to another; fewer where it ends before."""
 
 _LOCAL = ("file", "local")
+_STORES = ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "adl")  # where fsspec is not there to say
 
 
 def as_folder(path: str | Path) -> Path:
@@ -28,15 +29,30 @@ def as_folder(path: str | Path) -> Path:
     A UPath's storage options (an endpoint, keys) are kept; fsspec's configuration and environment hold for the others.
 
     Raises:
-        InputError: fsspec does not know the URL's protocol, or the package for it is not installed.
+        InputError: no path; a URL that is none, or of a protocol that fsspec does not know or whose package is not
+            installed.
         MissingExtraError: universal_pathlib is not installed.
     """
+    if not isinstance(path, str | os.PathLike) and not hasattr(path, "storage_options"):
+        raise InputError(f"name a folder: got {path!r}")
     url = str(path)
-    protocol, there, rest = url.partition("://")
-    if not there:
+    if not url:
+        raise InputError("name a folder: got an empty path")
+    protocol, colon, rest = url.partition(":")
+    protocol = protocol.lower()
+    if not rest.startswith("//"):
+        if colon and protocol in (*_LOCAL, *_protocols()):
+            raise InputError(f"{url}: a URL begins {protocol}:// (a folder of this name: give its absolute path)")
         return Path(path)
+    if not protocol:
+        raise InputError(f"{url} names no protocol, as s3:// does")
+    if "?" in rest or "#" in rest:
+        raise InputError(f"{url}: a folder's URL has no ? and no #; in a name they are %3F and %23")
     if protocol in _LOCAL:
-        return Path(unquote(urlsplit(url).path) if rest.startswith("/") else rest)
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost") or not parts.path:
+            raise InputError(f"{url}: a local folder's URL is absolute, {protocol}:///home/…; or give the path itself")
+        return Path(unquote(parts.path))
     try:
         from upath import UPath
     except ImportError as error:
@@ -46,11 +62,35 @@ def as_folder(path: str | Path) -> Path:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="UPath .* not explicitly implemented")
-            folder = UPath(url, **options)
+            folder = UPath(f"{protocol}:{rest}", **options)
         _ = folder.fs
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{url}: {error}") from error
+    except ImportError as error:
+        raise InputError(f"{url}: {error}{_package_of(protocol)}") from error
+    except Exception as error:  # whatever the file system's own constructor raises
+        raise InputError(f"{url}: {error}{_nearest(protocol)}") from error
     return cast(Path, folder)
+
+
+def _protocols() -> list[str]:
+    """Those that fsspec knows."""
+    try:
+        import fsspec
+    except ImportError:
+        return list(_STORES)
+    return fsspec.available_protocols()
+
+
+def _nearest(protocol: str) -> str:
+    known = _protocols()
+    return "" if protocol in known else did_you_mean(protocol, known)
+
+
+def _package_of(protocol: str) -> str:
+    """How to install what a protocol needs; empty where fsspec's own message has to do."""
+    from fsspec.registry import known_implementations
+
+    package = known_implementations.get(protocol, {}).get("class", "fsspec").partition(".")[0]
+    return "" if package == "fsspec" else f": pip install {package}"
 
 
 def is_local(path: Path) -> bool:
@@ -106,6 +146,15 @@ def exists(path: Path) -> bool:
         except FileNotFoundError:
             return False
     return True
+
+
+def sync(path: Path) -> None:
+    """Make the contents of a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def put(path: Path, content: bytes) -> None:

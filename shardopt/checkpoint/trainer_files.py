@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 from shardopt.checkpoint.blocks import BLOCK, DamagedError, FileRecord, reading
-from shardopt.checkpoint.document import DOCUMENT
-from shardopt.checkpoint.folders import write_json
+from shardopt.checkpoint.document import DOCUMENT, write_json
 from shardopt.checkpoint.stored import SLICES
 from shardopt.distributed import Ranks
 

@@ -28,7 +28,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from shardopt import checkpoint
 from shardopt.checkpoint.blocks import DamagedError, reading
-from shardopt.checkpoint.folders import sync, trainers_step_of
+from shardopt.checkpoint.folders import trainers_step_of
+from shardopt.checkpoint.store import sync
 from shardopt.checkpoint.stored import SLICES
 from shardopt.checkpoint.trainer_files import check_files, write_checksums
 from shardopt.distributed import Ranks

@@ -170,6 +170,47 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
     assert _names(tmp_path / "a") == ["thesis.tex"]
 
 
+def test_a_checkpoint_that_holds_other_files_too_is_neither_replaced_nor_deleted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver = Saver(tmp_path, 1, made.ranks_here(), asynchronous=False)
+    saver.save(1, made.State(_slice(1)[0], saver.ranks))
+    notes = tmp_path / "step-00000001" / "sub" / "notes.txt"
+    notes.parent.mkdir()
+    notes.touch()
+    with pytest.raises(InputError, match="step-00000001 holds something else: move it away"):
+        saver.save(1, made.State(_slice(2)[0], saver.ranks))
+    for step in (2, 3):
+        saver.save(step, made.State(_slice(step)[0], saver.ranks))
+    assert notes.exists()
+    assert _number(tmp_path / "step-00000001") == 1
+    assert "step-00000001 is not deleted, since it holds something else, too: sub" in caplog.text
+    with pytest.raises(InputError, match=r"out lies in a checkpoint: name a folder elsewhere"):
+        checkpoint.save(tmp_path / "step-00000002" / "out", made.State(_slice(1)[0], saver.ranks))
+
+
+def test_a_folder_that_is_no_checkpoint_says_what_it_is(tmp_path: Path) -> None:
+    def said(path: Any) -> str:
+        with pytest.raises(InputError) as caught:
+            checkpoint.load(path, made.State(_slice(1)[0], made.ranks_here()))
+        return str(caught.value)
+
+    checkpoint.save(tmp_path / "step-00000001", made.State(_slice(1)[0], made.ranks_here()))
+    (tmp_path / "file").touch()
+    assert said(tmp_path / "none") == f"{tmp_path}/none does not exist"
+    assert said(tmp_path / "file") == f"{tmp_path}/file is a file, not the folder of a checkpoint"
+    assert said(tmp_path).startswith(f"{tmp_path} holds step-00000001: give one of them, or checkpoint.latest(")
+    assert _number((tmp_path / "step-00000001").rename(tmp_path / "best")) == 1
+    (tmp_path / "best").rename(tmp_path / "step-00000002")
+    assert "is not of the step in its name: it was saved as step-00000001" in said(tmp_path / "step-00000002")
+
+
+@pytest.mark.parametrize("folder", ["", ".", "/", "..", None, "zip://x.zip", "memory://"])
+def test_a_save_names_a_folder(folder: Any) -> None:
+    with pytest.raises(InputError, match=r"name a folder|zip://x\.zip: "):
+        checkpoint.save(folder, made.State(_slice(1)[0], made.ranks_here()))
+
+
 def test_leftovers_are_ignored_and_cleaned_away_by_the_next_run(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "step-00000001", made.State(_slice(1)[0], made.ranks_here()))
     shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000009.partial")

@@ -277,11 +277,37 @@ def test_a_url_of_a_local_file_is_a_path(tmp_path: Path) -> None:
     assert str(as_folder(as_folder(given)) / "z") == "memory://x/y/z"
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("s3:/b/x", "a URL begins s3://"),
+        ("memory:b", "a URL begins memory://"),
+        ("file:/x", "a URL begins file://"),
+        ("://x", "names no protocol"),
+        ("file://~/x", "is absolute, file:///home"),
+        ("file://rel/x", "is absolute, file:///home"),
+        ("memory://b/x?y", r"has no \? and no #"),
+        ("file:///b/x#y", r"has no \? and no #"),
+    ],
+)
+def test_what_is_nearly_a_url_is_refused(url: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        as_folder(url)
+
+
+def test_urls_are_read_as_others_read_them() -> None:
+    assert as_folder("MEMORY://b/x") == as_folder("memory://b/x")
+    assert as_folder("FILE://localhost/b/a%20b%23") == Path("/b/a b#")
+    assert as_folder("notes:x/y") == Path("notes:x/y")
+
+
 def test_a_url_that_cannot_work_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"stor://x/y: .*stor"):
         checkpoint.latest("stor://x/y")
+    with pytest.raises(InputError, match=r"memry://x: .*; did you mean memory\?"):
+        checkpoint.latest("memry://x")
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(InputError, match=r"s3://x/y: .*[Ii]nstall s3fs"):
+    with pytest.raises(InputError, match=r"s3://x/y: .*[Ii]nstall s3fs.*: pip install s3fs"):
         checkpoint.latest("s3://x/y")
     monkeypatch.setitem(sys.modules, "upath", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'shardopt\[fsspec\]'"):

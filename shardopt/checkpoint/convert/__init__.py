@@ -15,7 +15,7 @@ from shardopt.checkpoint import folders
 from shardopt.checkpoint.convert import deepspeed, native, state_dict, torchtitan, trainer
 from shardopt.checkpoint.convert.state import Scratch, TrainingState, reading
 from shardopt.checkpoint.inspect import size
-from shardopt.checkpoint.store import as_folder, exists, is_local
+from shardopt.checkpoint.store import as_folder, exists, is_local, sync
 from shardopt.checkpoint.stored import SLICES, locate
 from shardopt.errors import InputError, NonFiniteError, did_you_mean
 
@@ -114,7 +114,7 @@ def _write(here: Path, target: Path, to: str, state: TrainingState) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent) as scratch:
             TARGETS[to](partial_, state, Scratch(Path(scratch)))
         for path in partial_.rglob("*"):
-            folders.sync(path)
+            sync(path)
         folders.publish(partial_, here if is_local(target) else target, lambda _: False)
     except NonFiniteError:
         raise
