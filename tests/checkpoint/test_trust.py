@@ -227,6 +227,7 @@ def test_a_document_of_another_form_is_refused(folder: Path, wrong: dict[str, An
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
     _load_refused(tmp_path / "nothing", "is not a complete checkpoint: it has no checkpoint.json")
 
 
