@@ -95,7 +95,7 @@ class Contender:
         for s in self.engine.state.slices():
             if s.kind not in ("weight", "buffer"):  # zeros are read and written faster
                 s.tensors[0].detach().uniform_(generator=generator)
-        self.saver = checkpoint.Saver(self.root / "saver", 1, ranks, asynchronous=True)
+        self.saver = checkpoint.Saver(self.root / "saver", 1, ranks=ranks, asynchronous=True)
         self.gloo = dist.new_group(backend="gloo")
         self.step = 0
         checkpoint.save(self.root / "size", self.engine.state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from shardopt.checkpoint.folders import check_name
 from shardopt.checkpoint.index import DTYPES, SCALE, Index, StoredTensor, read_index, read_table, scales_at
 from shardopt.checkpoint.manifest import EXTRA, Entries, vector_key
 from shardopt.checkpoint.ranges import Ints, overlap, packed, same_blocks
-from shardopt.checkpoint.store import as_folder
+from shardopt.checkpoint.store import as_folder, check_shared
 from shardopt.engines.state import ShardedState, require_state
 from shardopt.errors import InputError, few
 from shardopt.optim import states
 from shardopt.optim.precision import BLOCK, blocks
 from shardopt.slices import Layout, Slice, local_tensor
+
+logger = logging.getLogger(__name__)
 
 Tensors = Mapping[tuple[str, str], StoredTensor]  # by name and kind
 
@@ -72,19 +75,28 @@ def load(
     require_state(state)
     folder, ranks = as_folder(folder), state.ranks
 
-    def read() -> tuple[dict[str, Any], Ints]:
+    def read() -> tuple[dict[str, Any], Ints, str]:
         """Rank 0 reads and checks the document and the index; the others get what they say."""
+        check_shared(folder, ranks.world_size)
         document = read_document(folder)
         check_name(folder, document)
-        return document, read_table(folder, document)
+        return document, read_table(folder, document), str(folder)
 
-    document, table = ranks.ask_main(read)
+    document, table, main = ranks.ask_main(read)
     index = Index.of(document, table)
     kinds = kinds or {}
     stored = _renamed(index.tensors, kinds)
 
     def describe_live() -> tuple[list[Slice], manifest.StepCounts, bytes]:
-        state.init()
+        manifest.check_same_folder(main, str(folder), ranks.rank)
+        if ranks.is_main and state.holds_gradients():
+            logger.warning(
+                "checkpoint %s is loaded between micro-batches, and the gradients of the weights before, which no step "
+                "has used, stay: call optimizer.zero_grad() before the next backward",
+                folder,
+            )
+        with torch.inference_mode(False):  # what is made in there can never be trained on
+            state.init()
         slices = [s for s in state.slices() if kinds.get(s.kind, s.kind) is not None]
         return slices, state.step_counts(), manifest.table_of(slices)
 

@@ -185,6 +185,12 @@ def merge_counts(packed: Iterable[bytes]) -> StepCounts:
     return together
 
 
+def check_same_folder(main: str, given: str, rank: int) -> None:
+    """Raise InputError where a rank was given another folder than rank 0."""
+    if given != main:
+        raise InputError(f"ranks gave different folders: {main} on rank 0, {given} on rank {rank}")
+
+
 def unequal(what: str, one: object, another: object) -> InputError:
     """Replicas that differ."""
     return InputError(

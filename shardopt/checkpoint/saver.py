@@ -31,7 +31,7 @@ class Saver:
     Args:
         root: for instance runs/x/checkpoints.
         keep: which checkpoints stay, or how many; an older one is deleted only when a newer one is complete.
-        ranks: all of them make a Saver, and call its methods together.
+        ranks: all of them make a Saver, and call its methods together; None takes those of the default process group.
         asynchronous: `save` returns once what this rank writes is copied to memory that the Saver keeps (pinned where a
             GPU is); an error of the background write is raised by the next `save`, `wait` or `close`.
         allow_nonfinite: see the function `save`.
@@ -46,13 +46,15 @@ class Saver:
     def __init__(
         self,
         root: str | Path,
-        keep: int | Keep,
-        ranks: Ranks,
-        asynchronous: bool,
+        keep: int | Keep = 3,
         *,
+        ranks: Ranks | None = None,
+        asynchronous: bool = False,
         allow_nonfinite: bool = False,
     ) -> None:
-        self.root, self.ranks, self.asynchronous = as_folder(root), ranks, asynchronous
+        self.root, self.asynchronous = as_folder(root), asynchronous
+        self.ranks = ranks = ranks or Ranks.current()
+        self._closed = False
         self.allow_nonfinite = allow_nonfinite
         self._cleaned = False
         self._known: dict[Path, dict[str, Any]] = {}  # of complete checkpoints, on rank 0
@@ -65,7 +67,7 @@ class Saver:
             if not isinstance(keep, int | Keep):
                 raise InputError(f"keep must be a number of checkpoints or a checkpoint.Keep, got {keep!r}")
             self.keep = Keep(keep) if isinstance(keep, int) else keep
-            if ranks.is_main:
+            if self.ranks.is_main:
                 folders.check_writable(self.root)
 
         ranks.together(check)
@@ -90,6 +92,8 @@ class Saver:
             loss: held-out, if it was measured at this step; by it the best checkpoints are kept.
             after_finite_step: whether a step since the save before was finite, so that the weights then were good.
         """
+        if self._closed:
+            raise RuntimeError(f"the Saver of {self.root} is closed: make another one")
         if not isinstance(step, int) or step < 0:
             raise InputError(f"step must be a whole number >= 0, got {step!r}")
         self.wait()
@@ -175,6 +179,7 @@ class Saver:
 
     def close(self, wait: bool = True) -> None:
         """Wait, unless told not to, and leave the process group of the background writes. Call it once."""
+        self._closed = True
         try:
             if wait:
                 self.wait()

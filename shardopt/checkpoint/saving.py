@@ -28,7 +28,7 @@ from shardopt.checkpoint.manifest import Description
 from shardopt.checkpoint.planning import Plan, Share
 from shardopt.checkpoint.ranges import Ints, part
 from shardopt.checkpoint.staging import Staging
-from shardopt.checkpoint.store import as_folder, is_local
+from shardopt.checkpoint.store import as_folder, check_shared, is_local
 from shardopt.distributed import Ranks, all_gather_objects
 from shardopt.engines.state import Saveable, refused_steps, require_state
 from shardopt.errors import InputError, NonFiniteError, StorageError, few
@@ -110,6 +110,7 @@ class Report(NamedTuple):
     """See `manifest.pack_counts`."""
     firsts: Ints | None
     """See `manifest.first_bits`."""
+    folder: str
 
 
 def prepare(
@@ -137,6 +138,7 @@ def prepare(
     ranks, began = state.ranks, time.time()
 
     def describe() -> tuple[Description, list[Slice], Report, dict[str, Any]]:
+        check_shared(folder, ranks.world_size)
         if (reason := refused_steps(state.optimizer)) is not None:
             raise InputError(f"there is nothing to save: {reason}")
         if ranks.is_main and state.holds_gradients():
@@ -145,12 +147,13 @@ def prepare(
                 "lost to whoever goes on from it. Save after optimizer.step(), or repeat these micro-batches",
                 folder,
             )
-        state.init()
+        with torch.inference_mode(False):  # what is made in there can never be trained on
+            state.init()
         # Buffers need not agree (BatchNorm's under DDP), so rank 0's are written whole.
         slices = [s for s in state.slices() if s.kind != "buffer" or ranks.is_main]
         described, chunks = manifest.describe(slices + manifest.extras_as_slices(extras))
         groups = {"groups": states.group_settings(state.inner)}
-        report = Report(manifest.pack_counts(state.step_counts()), manifest.first_bits(chunks))
+        report = Report(manifest.pack_counts(state.step_counts()), manifest.first_bits(chunks), str(folder))
         return described, chunks, report, {**_checked(document), "checkpoint": groups}
 
     described, chunks, report, content = ranks.together(describe)
@@ -160,9 +163,11 @@ def prepare(
     reports = ranks.gather_to_main(report)
 
     def compare() -> manifest.StepCounts:
-        """On rank 0: what replicas have must be equal."""
+        """On rank 0: folders, and what replicas have, must be equal."""
         if reports is None or kept.plan is None:
             return {}
+        for rank, told in enumerate(reports):
+            manifest.check_same_folder(str(folder), told.folder, rank)
         if kept.plan.replicas is not None:
             kept.plan.replicas.check([r.firsts for r in reports if r.firsts is not None])
         return manifest.merge_counts(r.counts for r in reports)

@@ -98,6 +98,12 @@ def is_local(path: Path) -> bool:
     return isinstance(path, Path)
 
 
+def check_shared(folder: Path, world_size: int) -> None:
+    """Raise InputError where ranks cannot see the same files in `folder`."""
+    if world_size > 1 and getattr(folder, "protocol", "") == "memory":
+        raise InputError(f"{folder} lives in one process, and there are {world_size} ranks: name a folder or a store")
+
+
 @contextmanager
 def asking(path: Path) -> Iterator[None]:
     """Around a request to a store: its client's own exceptions become OSErrors, as those of a disk are."""

@@ -130,7 +130,9 @@ class Run:
         self.tokens_before = self.progress.tokens
 
         root = config.store / "checkpoints"
-        saver = checkpoint.Saver(root, config.checkpoint.rules, ranks, config.checkpoint.asynchronous)
+        saver = checkpoint.Saver(
+            root, config.checkpoint.rules, ranks=ranks, asynchronous=config.checkpoint.asynchronous
+        )
         self.saver = stack.enter_context(saver)
         self.tracker = ranks.together(
             lambda: Tracker(

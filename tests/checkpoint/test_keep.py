@@ -58,7 +58,7 @@ def test_a_block_with_a_value_that_is_not_finite_is_found(fmt: str) -> None:
 
 
 def _poisoned_on_one(rank: int, world_size: int, root: Path, asynchronous: bool) -> list[str]:
-    saver = Saver(root, 1, made.ranks_here(rank, world_size), asynchronous)
+    saver = Saver(root, 1, ranks=made.ranks_here(rank, world_size), asynchronous=asynchronous)
     tensor = torch.ones(2)
     held = [Slice("w", "m1", Layout.contiguous("w", (4,), 2 * rank, 2), (tensor,))]
     saver.save(1, made.State(held, saver.ranks))
@@ -135,13 +135,13 @@ def test_rules_that_make_no_sense_are_refused(arguments: dict[str, Any], said: s
 @pytest.mark.parametrize("keep", [1.5, "3", None])
 def test_keep_is_a_number_or_rules(tmp_path: Path, keep: Any) -> None:
     with pytest.raises(InputError, match=r"keep must be a number of checkpoints or a checkpoint\.Keep, got"):
-        Saver(tmp_path, keep, made.ranks_here(), asynchronous=False)
+        Saver(tmp_path, keep, ranks=made.ranks_here(), asynchronous=False)
 
 
 @pytest.mark.parametrize("step", [-1, 1.0, "1"])
 def test_step_is_a_whole_number(tmp_path: Path, step: Any) -> None:
     with pytest.raises(InputError, match="step must be a whole number >= 0, got"):
-        Saver(tmp_path, 1, made.ranks_here(), asynchronous=False).save(step, _state(1))
+        Saver(tmp_path, 1, ranks=made.ranks_here(), asynchronous=False).save(step, _state(1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,7 +152,7 @@ def _state(step: int) -> made.State:
 def test_a_run_keeps_its_best_and_its_milestones_over_restarts(tmp_path: Path) -> None:
     losses = {1: 2.0, 2: 1.0, 3: math.nan, 4: 3.0, 5: 4.0, 6: None}
     for steps in ((1, 2, 3), (4, 5, 6)):
-        saver = Saver(tmp_path, Keep(1, every=4, best=1), made.ranks_here(), asynchronous=True)
+        saver = Saver(tmp_path, Keep(1, every=4, best=1), ranks=made.ranks_here(), asynchronous=True)
         for step in steps:
             saver.save(step, _state(step), loss=losses[step], after_finite_step=step != 6)
         saver.close()

@@ -99,7 +99,7 @@ def _state(scale: int, extra: int) -> tuple[list[Slice], dict[str, torch.Tensor]
 
 def _saves(rank: int, world_size: int, root: Path) -> tuple[list[int], list[int], list[int]]:
     """Save states of several sizes: how often rank 0 has planned, where the copy was, and how large."""
-    saver = Saver(root, 9, made.ranks_here(rank, world_size), asynchronous=True)
+    saver = Saver(root, 9, ranks=made.ranks_here(rank, world_size), asynchronous=True)
     calls, places, sizes = [0], [], []
     with pytest.MonkeyPatch.context() as patch:
 
@@ -145,7 +145,7 @@ def test_a_plan_and_the_memory_of_the_copy_are_kept_until_something_changes(tmp_
 def test_a_save_in_the_background_writes_the_same_bytes(tmp_path: Path) -> None:
     held = [_whole("w", 1000), _whole("v", 3, torch.bfloat16)]
     for asynchronous in (True, False):
-        saver = Saver(tmp_path / str(asynchronous), 1, made.ranks_here(), asynchronous)
+        saver = Saver(tmp_path / str(asynchronous), 1, ranks=made.ranks_here(), asynchronous=asynchronous)
         saver.save(1, made.State(held, saver.ranks))
         saver.close()
     one, other = (tmp_path / name / "step-00000001" / "rank-00000.data" for name in ("True", "False"))

@@ -46,7 +46,7 @@ def _names(root: Path) -> list[str]:
 
 
 def _snapshots(rank: int, world_size: int, root: Path) -> None:
-    saver = Saver(root, 2, made.ranks_here(rank, world_size), asynchronous=True, allow_nonfinite=True)
+    saver = Saver(root, 2, ranks=made.ranks_here(rank, world_size), asynchronous=True, allow_nonfinite=True)
     given = made.slices(made.flat, rank, world_size)
     extra = torch.tensor([1, 2], dtype=torch.uint8)
     progress = {"step": 0, "recent": [0]}
@@ -90,7 +90,7 @@ def _hold(monkeypatch: pytest.MonkeyPatch, gate: Path) -> None:
 def test_saving_returns_before_the_disk_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _hold(monkeypatch, tmp_path / "gate")
     root = tmp_path / "root"
-    saver = Saver(root, 1, made.ranks_here(), asynchronous=True)
+    saver = Saver(root, 1, ranks=made.ranks_here(), asynchronous=True)
     given, tensor = _slice(1)
     saver.save(1, made.State(given, saver.ranks))
     tensor.fill_(2)
@@ -110,7 +110,7 @@ def test_an_exception_does_not_wait_for_a_save_in_the_background(
     ranks = dataclasses.replace(made.ranks_here(), timeout=timedelta(seconds=0.2))
 
     def fails() -> None:
-        with Saver(root, 1, ranks, asynchronous=True) as saver:
+        with Saver(root, 1, ranks=ranks, asynchronous=True) as saver:
             saver.save(1, made.State(_slice(1)[0], ranks))
             raise ZeroDivisionError
 
@@ -118,7 +118,7 @@ def test_an_exception_does_not_wait_for_a_save_in_the_background(
         fails()
     assert _names(root) == [".step-00000001.partial"]
     # Without an exception a save that the disk does not take is an error, in time.
-    saver = Saver(root, 1, ranks, asynchronous=True)
+    saver = Saver(root, 1, ranks=ranks, asynchronous=True)
     saver.save(2, made.State(_slice(2)[0], ranks))
     with pytest.raises(RuntimeError, match=r"a checkpoint was not written to .* within 0.2 s \(run.timeout_minutes\)"):
         saver.close()
@@ -132,7 +132,7 @@ from shardopt.distributed import Ranks
 from shardopt.engines.state import ModuleState
 model = torch.nn.Linear(3, 2)
 state = ModuleState(AdEMAMix(model.named_parameters(), lr=1e-3), model)
-checkpoint.Saver(sys.argv[1], 1, state.ranks, asynchronous=True).save(1, state)
+checkpoint.Saver(sys.argv[1], 1, ranks=state.ranks, asynchronous=True).save(1, state)
 """
 
 
@@ -144,7 +144,7 @@ def test_a_program_that_ends_without_close_waits_for_its_save(tmp_path: Path) ->
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_newest_are_kept_and_the_one_just_written(tmp_path: Path, asynchronous: bool) -> None:
-    saver = Saver(tmp_path, 2, made.ranks_here(), asynchronous)
+    saver = Saver(tmp_path, 2, ranks=made.ranks_here(), asynchronous=asynchronous)
     for step in (10, 20, 30, 5):  # the last by a run that went back
         saver.save(step, made.State(_slice(step)[0], saver.ranks))
     saver.close()
@@ -154,7 +154,7 @@ def test_the_newest_are_kept_and_the_one_just_written(tmp_path: Path, asynchrono
 
 
 def test_the_same_step_is_replaced(tmp_path: Path) -> None:
-    saver = Saver(tmp_path, 1, made.ranks_here(), asynchronous=False)
+    saver = Saver(tmp_path, 1, ranks=made.ranks_here(), asynchronous=False)
     for number in (1, 2):
         saver.save(7, made.State(_slice(number)[0], saver.ranks))
     assert _names(tmp_path) == ["step-00000007"]
@@ -173,7 +173,7 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
 def test_a_checkpoint_that_holds_other_files_too_is_neither_replaced_nor_deleted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    saver = Saver(tmp_path, 1, made.ranks_here(), asynchronous=False)
+    saver = Saver(tmp_path, 1, ranks=made.ranks_here(), asynchronous=False)
     saver.save(1, made.State(_slice(1)[0], saver.ranks))
     notes = tmp_path / "step-00000001" / "sub" / "notes.txt"
     notes.parent.mkdir()
@@ -219,7 +219,7 @@ def test_leftovers_are_ignored_and_cleaned_away_by_the_next_run(tmp_path: Path) 
     (tmp_path / "step-00000007" / "checkpoint.json").unlink()  # by hand, or by a copy that was cut short
     (tmp_path / ".notes.partial").mkdir()  # not ours
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000001"
-    saver = Saver(tmp_path, 3, made.ranks_here(), asynchronous=False)
+    saver = Saver(tmp_path, 3, ranks=made.ranks_here(), asynchronous=False)
     saver.save(2, made.State(_slice(2)[0], saver.ranks))
     assert _names(tmp_path) == [".notes.partial", "step-00000001", "step-00000002", "step-00000007"]
 
@@ -250,14 +250,16 @@ def test_latest_of_nothing(tmp_path: Path) -> None:
 
 
 def test_root_may_be_text(tmp_path: Path) -> None:
-    Saver(str(tmp_path), 1, made.ranks_here(), asynchronous=False).save(3, made.State(_slice(3)[0], made.ranks_here()))
+    Saver(str(tmp_path), 1, ranks=made.ranks_here(), asynchronous=False).save(
+        3, made.State(_slice(3)[0], made.ranks_here())
+    )
     assert checkpoint.latest(str(tmp_path)) == tmp_path / "step-00000003"
     assert checkpoint.load_extras(str(tmp_path / "step-00000003"), ["none"]) == {}
 
 
 def _fail(rank: int, world_size: int, root: Path, asynchronous: bool) -> str:
     """Rank 1's disk takes no more than a few bytes in a file, for one checkpoint."""
-    saver = Saver(root, 1, made.ranks_here(rank, world_size), asynchronous)
+    saver = Saver(root, 1, ranks=made.ranks_here(rank, world_size), asynchronous=asynchronous)
     layout = Layout.contiguous("w", (4096,), 2048 * rank, 2048)
     given = [Slice("w", "m1", layout, (torch.full((2048,), 1.0),))]
     saver.save(1, made.State(given, saver.ranks))
@@ -306,11 +308,11 @@ def _unwritable(rank: int, world_size: int, root: Path) -> None:
     with pytest.raises(
         InputError, match=r"cannot write to .*Not a directory; name another folder \(for a run: run\.dir\)"
     ):
-        Saver(root, 1, ranks, asynchronous=True)
+        Saver(root, 1, ranks=ranks, asynchronous=True)
     with pytest.raises(InputError, match=r"for a run: run\.dir"):
         checkpoint.save(root / "step-00000001", made.State([], ranks))
     with pytest.raises(InputError, match=r"checkpoint.keep must be at least 1, got 0"):
-        Saver(root.parent.parent / "good", 0, ranks, asynchronous=True)
+        Saver(root.parent.parent / "good", 0, ranks=ranks, asynchronous=True)
 
 
 def test_an_unwritable_folder_is_an_error_on_all_ranks(tmp_path: Path) -> None:
@@ -337,7 +339,7 @@ def _die() -> None:
 
 
 def _killed_writing(rank: int, world_size: int, root: Path) -> None:
-    saver = Saver(root, 1, made.ranks_here(rank, world_size), asynchronous=True, allow_nonfinite=True)
+    saver = Saver(root, 1, ranks=made.ranks_here(rank, world_size), asynchronous=True, allow_nonfinite=True)
     saver.save(1, made.State(made.slices(made.rows, rank, world_size), saver.ranks))
     saver.wait()
     if rank == 1:
@@ -375,7 +377,7 @@ def _killed_deleting(rank: int, world_size: int, root: Path) -> None:
         _die()
 
     folders.shutil.rmtree = kill_after_one_file  # type: ignore[assignment]
-    saver = Saver(root, 1, made.ranks_here(rank, world_size), asynchronous=False)
+    saver = Saver(root, 1, ranks=made.ranks_here(rank, world_size), asynchronous=False)
     saver.save(3, made.State(_slice(3)[0], saver.ranks))
 
 
@@ -388,7 +390,7 @@ def test_killed_between_the_two_renames_the_old_one_is_there(tmp_path: Path) -> 
     assert latest is not None
     assert _number(latest) == 1
     # The next run's first save puts it back, and keeps it as any other.
-    saver = Saver(tmp_path, 2, made.ranks_here(), asynchronous=False)
+    saver = Saver(tmp_path, 2, ranks=made.ranks_here(), asynchronous=False)
     saver.save(2, made.State(_slice(2)[0], saver.ranks))
     assert _names(tmp_path) == ["step-00000001", "step-00000002"]
     assert _number(tmp_path / "step-00000001") == 1

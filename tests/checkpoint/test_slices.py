@@ -402,7 +402,7 @@ def test_a_gpu_tensor_is_staged(tmp_path: Path, asynchronous: bool) -> None:
     layout, here = Layout.whole("w", (1 << 20,)), made.ranks_here()
     source = torch.randn(1 << 20, device="cuda")
     expected, target = source.clone(), torch.zeros_like(source)
-    saver = checkpoint.Saver(tmp_path, 1, here, asynchronous)
+    saver = checkpoint.Saver(tmp_path, 1, ranks=here, asynchronous=asynchronous)
     saver.save(1, made.State([Slice("w", "m1", layout, (source,))], saver.ranks))
     source.zero_()
     saver.close()

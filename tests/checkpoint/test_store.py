@@ -70,7 +70,7 @@ def _spare() -> None:
 
 
 def _saver(url: str, keep: int | Keep = 3) -> Saver:
-    return Saver(url, keep, ALONE, asynchronous=False, allow_nonfinite=True)
+    return Saver(url, keep, ranks=ALONE, asynchronous=False, allow_nonfinite=True)
 
 
 def _save(url: str, *steps: int, keep: int | Keep = 3, **document: Any) -> None:
@@ -101,7 +101,7 @@ def _strays(root: Path) -> list[str]:
 def test_a_store_keeps_replaces_and_finds_checkpoints_as_a_disk_does(url: str) -> None:
     assert checkpoint.latest(url) is None
     assert checkpoint.latest_intact(url, ALONE) is None
-    with Saver(url, Keep(1, every=2), ALONE, asynchronous=True, allow_nonfinite=True) as saver:
+    with Saver(url, Keep(1, every=2), ranks=ALONE, asynchronous=True, allow_nonfinite=True) as saver:
         for step in (1, 2, 3, 4, 5, 5):
             extra = {"rng": torch.tensor([step])}
             saver.save(step, made.State(made.slices(made.whole), ALONE), {"step": step}, extra)
@@ -129,7 +129,7 @@ def _two_ranks(rank: int, world_size: int, root: Path) -> Any:
     url = f"objects://{root}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK", 128)  # many blocks, read by many threads
-        saver = Saver(url, 3, ranks, asynchronous=True, allow_nonfinite=True)
+        saver = Saver(url, 3, ranks=ranks, asynchronous=True, allow_nonfinite=True)
         for step in (1, 2):
             saver.save(step, made.State(made.slices(made.flat, rank, world_size), ranks), {"step": step})
         saver.wait()
@@ -320,7 +320,7 @@ def test_commands_take_urls(url: str, tmp_path: Path, capsys: pytest.CaptureFixt
         return status, *capsys.readouterr()
 
     run = url.removesuffix("/ck")
-    with Saver(f"{run}/checkpoints", 3, ALONE, asynchronous=False) as saver:
+    with Saver(f"{run}/checkpoints", 3, ranks=ALONE, asynchronous=False) as saver:
         for step in (1, 2):
             saver.save(step, _trained(), {"step": step})
     folder = as_folder(run)
