@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import math
 import os
 import sys
@@ -124,9 +125,10 @@ def _say(error: str) -> None:
 
 
 def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
-    """Start the ranks as torchrun does, without its traceback where a rank has said what is wrong, or was stopped."""
+    """Start the ranks as torchrun does, without its traceback and log, since a rank says what is wrong."""
     import torch
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.agent.server import api as agent
+    from torch.distributed.elastic.multiprocessing import api as processes
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -144,13 +146,15 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     patience = timedelta(minutes=config.run.timeout_minutes) + _KILL_AFTER
     os.environ.setdefault(SHUTDOWN_TIMEOUT, str(math.ceil(patience.total_seconds())))
+    for logger in (agent.logger, processes.logger):  # whom they signal and which process failed
+        logger.setLevel(logging.CRITICAL)
     command = ["-m", "shardopt", "pretrain", arguments.config, *arguments.overrides]
     with TemporaryDirectory(prefix="shardopt-") as scratch:
         done = Path(scratch) / "done"
         os.environ[_DONE] = str(done)
         try:
             torchrun(["--standalone", "--nproc_per_node", str(count), *command])
-        except SignalException as e:  # torchrun has passed it on to the ranks, and they have ended
+        except processes.SignalException as e:  # torchrun has passed it on to the ranks, and they have ended
             if done.exists():
                 return 0
             saved = latest(config.store / "checkpoints")
@@ -161,7 +165,9 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
             )
             return 128 + e.sigval
         except ChildFailedError as e:
-            _, failure = e.get_first_failure()
+            rank, failure = e.get_first_failure()
+            if failure.exitcode < 0:  # it could say nothing
+                _say(f"rank {rank} was ended by {failure.signal_name()}")
             return failure.exitcode if failure.exitcode > 0 else 1
         finally:
             del os.environ[_DONE]

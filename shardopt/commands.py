@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a checkpoint's weights for transformers, without starting a job")
     export.add_argument("source", help="a run's folder, or a checkpoint")
-    export.add_argument("out", nargs="?", help="a new folder; by default export-STEP in the run's folder")
+    export.add_argument(
+        "out", nargs="?", help="a new folder; by default export-STEP in the run's folder, which a program has not"
+    )
     export.add_argument("--to", choices=["safetensors"], default="safetensors", help="the format")
     export.add_argument("--dtype", choices=_DTYPES, help="of the weights; by default as in the checkpoint")
     export.add_argument("--averaged", action="store_true", help="the weight EMA in the place of the weights")
@@ -93,7 +95,9 @@ def _convert(arguments: argparse.Namespace) -> int:
     state = convert(given.source, given.target, given.to, optimizer=given.optimizer, drop=given.drop)
     kinds = ", ".join(dict.fromkeys(kind for _, kind in state.tensors))
     print(f"{given.source} ({state.source}) is now {given.target} ({given.to}): {kinds}")
-    if state.stateful and not all(len(group) > 1 for group in state.full_groups()):
+    if not state.stateful:
+        print("it holds weights alone: there is no optimizer state in it")
+    elif not all(len(group) > 1 for group in state.full_groups()):
         print(
             "its hyper-parameters are not known: those in it are defaults, set yours in param_groups after loading it"
         )
@@ -103,11 +107,19 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     import torch
 
-    from shardopt.checkpoint.export import export_checkpoint
-    from shardopt.checkpoint.stored import locate, step_of
+    from shardopt.checkpoint.export import MODEL, export_checkpoint
+    from shardopt.checkpoint.store import listing
+    from shardopt.checkpoint.stored import SLICES, Stored, locate, step_of
 
     folder = locate(arguments.source, arguments.step)
+    Stored(folder)  # what is wrong with it is said first
     step = step_of(folder)
+    if (
+        arguments.out is None
+        and folder.name != SLICES
+        and not {"config.yaml", MODEL} & listing(folder.parent.parent).keys()
+    ):
+        raise InputError(f"{folder} is not in a run's folder: name the folder to write, after {arguments.source}")
     out = arguments.out or folder.parent.parent / ("export" if step is None else f"export-{step}")
     dtype = getattr(torch, _DTYPES[arguments.dtype]) if arguments.dtype else None
     beside = export_checkpoint(folder, out, dtype=dtype, averaged=arguments.averaged)

@@ -227,6 +227,7 @@ def test_checkpoint_of_hf_trainer_is_exported_with_the_config_and_tokenizer_arou
         (["export", "{run}", "{run}/export"], "{run}/export exists already: name another folder"),
         (["export", "{made}", "{made}-out", "--averaged"], "keeps no weight EMA: set optimizer.weight_ema"),
         (["export", "{made}", "/proc/out"], "cannot write"),
+        (["export", "{made}"], "{made} is not in a run's folder: name the folder to write, after {made}"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_what_to_change(run, tmp_path, capsys, arguments, said):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from shardopt.checkpoint import folders
 from shardopt.checkpoint.blocks import reading
 from shardopt.checkpoint.document import write_json
 from shardopt.checkpoint.index import dtype_name
+from shardopt.checkpoint.inspect import size as in_words
 from shardopt.checkpoint.store import as_folder, exists, is_local, listing, sync
 from shardopt.checkpoint.stored import SLICES, Stored
 from shardopt.distributed import Ranks
@@ -108,7 +110,7 @@ def _export(
                     sync(path)
             folders.publish(files.folder, here if is_local(target) else target, _is_export)
         except OSError as error:
-            raise InputError(f"cannot write {target}: {error}") from error
+            raise cannot_write(target, here.parent, error) from error
         finally:
             folders.abandon(here)  # nothing is left to abandon where it has its name
 
@@ -154,7 +156,7 @@ class _Files:
         try:
             _save_file()(self._held, part, metadata={"format": "pt"})
         except SafetensorError as error:  # what it makes of a full disk
-            raise InputError(f"cannot write {part}: {error}") from error
+            raise OSError(str(error)) from error
         os.umask(umask := os.umask(0))
         part.chmod(0o666 & ~umask)  # safetensors keeps its files from everybody else
         self._total += self._bytes
@@ -162,6 +164,26 @@ class _Files:
 
     def _part(self, number: int) -> Path:
         return self.folder / f"{number}.part"
+
+
+# What says that a disk is full; the last two are of torch's zip writer.
+_FULL = ("No space left", "quota exceeded", "unexpected pos", "file write failed")
+
+
+def cannot_write(target: Path, disk: Path, error: BaseException) -> InputError:
+    """The error of a target that cannot be written, with what to do where the disk is full.
+
+    Args:
+        disk: a folder on the disk that was written to, or that was to be made there.
+    """
+    reason = " ".join(str(error).split())
+    if any(words in reason for words in _FULL):
+        disk = next(folder for folder in (disk, *disk.parents) if folder.exists())
+        free = in_words(shutil.disk_usage(disk).free)
+        reason = (
+            f"the disk is probably full ({disk} has {free} left): free some space or name another folder ({reason})"
+        )
+    return InputError(f"cannot write {target}: {reason}")
 
 
 def export_checkpoint(

@@ -182,7 +182,10 @@ def _check_match(folder: Path, stored: Entries, live: Entries, *, strict: bool, 
     wanted, there = ({key for key in of if key[0] in shared} for of in (live, stored))
     # Not strict either: weights without their masters, or averages without their counts, would go on wrong.
     if missing_kinds := {vector_key(*k) for k in wanted - there}:
-        problems.append(f"the checkpoint has no {few(missing_kinds)}; set optimizer as it was")
+        # fp32 masters of bf16 weights are in no other checkpoint than its fp32 weights.
+        masters = all(kind == "master" for _, kind in wanted - there)
+        hint = ", or load with kinds={'master': 'weight'}, convert=True" if masters else ""
+        problems.append(f"the checkpoint has no {few(missing_kinds)}; set optimizer as it was{hint}")
     if strict and (extra_kinds := {vector_key(*k) for k in there - wanted}):
         taken = f"nothing here takes its {few(extra_kinds)}"
         problems.append(f"{taken}; set optimizer as it was, or load with strict=False")

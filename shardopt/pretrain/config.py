@@ -379,7 +379,8 @@ def _explain(error: Any) -> str:
         return f"{key}.{error['ctx']['discriminator'][1:-1]}: {tag!r} is not one of {tags}{hint}"
     message = _WRITE.get(error["type"]) or str(cause or error["msg"])
     shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # as YAML spells them
-    return f"{key}: {message[0].lower()}{message[1:]}, got {shown}"
+    got = "" if message.startswith(f"{value}: ") else f", got {shown}"  # which it names already
+    return f"{key}: {message[0].lower()}{message[1:]}{got}"
 
 
 def _keys_at(annotation: Any, location: Sequence[str]) -> dict[str, Any]:

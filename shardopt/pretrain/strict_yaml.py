@@ -9,7 +9,7 @@ import yaml
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2, that refuses a key that stands twice.
+    """SafeLoader with the scalars of YAML 1.2, that refuses a key that stands twice, and {a:1}, whose key is "a:1".
 
     1e-3 is a number; yes, no, on and off are words; 1:30 and 2024-01-31 are text.
     """
@@ -19,8 +19,11 @@ class Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
+        for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
+                if ":" in key.value and key.style is None and isinstance(value, yaml.ScalarNode) and value.value == "":
+                    problem = f"{key.value}: YAML wants a blank after the colon"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
                 if (key.tag, key.value) in seen:
                     raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
                 seen.add((key.tag, key.value))

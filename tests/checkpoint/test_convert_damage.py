@@ -17,6 +17,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the extra shardopt[transformers]")
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,6 +25,7 @@ from shardopt import AdEMAMix, checkpoint, cli
 from shardopt.checkpoint import convert as formats
 from shardopt.checkpoint.convert import convert
 from shardopt.checkpoint.convert.state import Scratch, Whole
+from shardopt.checkpoint.export import export_checkpoint
 from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError
 
@@ -261,6 +263,38 @@ def test_a_full_disk_is_told_and_leaves_nothing(to, sources, tmp_path, capsys):
             assert run(capsys, sources / name, to, tmp_path)[0] == 0  # with room, in the same place
             for path in tmp_path.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_a_full_disk_is_named_where_torch_does_not_say_so_and_an_export_says_what_to_do(sources, tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1664 vs 1558")
+
+    monkeypatch.setattr(torch, "save", full)
+    advice = rf"the disk is probably full \({re.escape(str(tmp_path))} has .*B left\): free some space or name another"
+    with pytest.raises(InputError, match=advice):
+        convert(sources / "ours", tmp_path / "out.pt", "torch")
+
+    def full_too(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_too)
+    with pytest.raises(InputError, match=rf"cannot write {re.escape(str(tmp_path))}/out: {advice}"):
+        export_checkpoint(sources / "ours", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_models_state_dict_alone_is_weights_and_a_pickled_model_is_refused_by_its_class(tmp_path, capsys):
+    model = torch.nn.Linear(2, 3)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    assert cli.main(["checkpoint", "convert", str(tmp_path / "bare.pt"), str(tmp_path / "out")]) == 0
+    assert "no optimizer state" in capsys.readouterr().out
+    assert torch.equal(formats.read(tmp_path / "out").tensors["weight", "weight"].read(), model.weight)
+    torch.save(model, tmp_path / "pickled.pt")
+    status, error = run(capsys, tmp_path / "pickled.pt", "shardopt", tmp_path / "other")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "holds pickled objects (torch.nn.modules.linear.Linear)" in error
+    assert "save state_dicts" in error
+    assert "\x1b" not in error
 
 
 def test_scratch_has_its_place_on_the_disk_before_it_is_mapped(tmp_path, monkeypatch):

@@ -87,6 +87,8 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
         ("train.steps=abc", r"train\.steps: .*integer, got 'abc'"),
         ("train.steps=1.5", r"train\.steps: .*integer, got 1\.5"),
         ("train={steps: 1, steps: 2}", r"steps stands twice"),
+        ("train.loss_spike={above:1.0}", r"above:1\.0: YAML wants a blank after the colon"),
+        ("checkpoint.dir=memroy://b", r"^checkpoint\.dir: memroy://b: ((?!got).)*memory((?!got).)*$"),
         ("train.steps=0", r"train\.steps: .*greater than or equal to 1, got 0"),
         ("train.global_batch=7", r"train\.global_batch: 7 is not a multiple of train\.micro_batch = 16"),
         ("data.block_size=512", r"data\.block_size: 512 is over this model's limit, model\.max_position_embeddings"),

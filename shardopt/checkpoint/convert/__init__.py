@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from shardopt.checkpoint import folders
 from shardopt.checkpoint.convert import deepspeed, native, state_dict, torchtitan, trainer
 from shardopt.checkpoint.convert.state import Scratch, TrainingState, reading
+from shardopt.checkpoint.export import cannot_write
 from shardopt.checkpoint.inspect import size
 from shardopt.checkpoint.store import as_folder, exists, is_local, sync
 from shardopt.checkpoint.stored import SLICES, locate
@@ -107,22 +108,34 @@ def _write(here: Path, target: Path, to: str, state: TrainingState) -> None:
     """Write `target`, by way of a folder beside `here`: itself, or in its place on this machine."""
     parent, partial_ = here.parent, folders.partial_of(here)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(parent).free) < state.nbytes:
-            raise InputError(f"{parent} has {size(free)} of free space, {target} takes {size(state.nbytes)}")
-        _remove(partial_)  # of a conversion that was killed
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent) as scratch:
-            TARGETS[to](partial_, state, Scratch(Path(scratch)))
-        for path in partial_.rglob("*"):
-            sync(path)
-        folders.publish(partial_, here if is_local(target) else target, lambda _: False)
-    except NonFiniteError:
-        raise
-    except (OSError, RuntimeError, CheckpointException) as error:  # of a full disk, in Python's, torch's or DCP's words
-        raise InputError(f"cannot write {target}: {' '.join(str(error).split())}") from error
+        with _writing(target, parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            if (free := shutil.disk_usage(parent).free) < state.nbytes:
+                raise InputError(f"{parent} has {size(free)} of free space, {target} takes {size(state.nbytes)}")
+            _remove(partial_)  # of a conversion that was killed
+            # Told before the scratch is deleted, which makes room.
+            with (
+                tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent) as scratch,
+                _writing(target, parent),
+            ):
+                TARGETS[to](partial_, state, Scratch(Path(scratch)))
+            for path in partial_.rglob("*"):
+                sync(path)
+            folders.publish(partial_, here if is_local(target) else target, lambda _: False)
     finally:
         with contextlib.suppress(OSError):  # the disk's first error is being raised
             _remove(partial_)
+
+
+@contextlib.contextmanager
+def _writing(target: Path, disk: Path) -> Iterator[None]:
+    """Raise what a full disk makes Python, torch or DCP raise as an InputError."""
+    try:
+        yield
+    except NonFiniteError:
+        raise
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise cannot_write(target, disk, error) from error
 
 
 def _remove(path: Path) -> None:

@@ -1,5 +1,7 @@
 """A .pt file of {"model": ..., "optimizer": ...}: AdamW's and AdEMAMix's state dicts, in the names of each code.
 
+A model's state_dict alone is read as weights without state.
+
 torch           the optimizer's own keys: exp_avg, exp_avg_sq of torch.optim.AdamW; m1, m2, nu of shardopt.AdEMAMix
 paper           exp_avg_fast, exp_avg_slow, exp_avg_sq, of the paper's authors
 bitsandbytes    state1 (m1 and m2 stacked), state2 (nu); its 8-bit state is read, and fp32 is written
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shardopt.checkpoint.convert.state import Scratch, TrainingState, Whole, check_zip, reading
-from shardopt.errors import InputError
+from shardopt.errors import InputError, few
 from shardopt.optim import schema
 from shardopt.slices import canonical_name
 
@@ -45,9 +47,13 @@ def holds(path: Path) -> bool:
 def read(path: Path) -> TrainingState:
     """Raises InputError where the file holds more than tensors and plain data, or names and state do not fit."""
     content = load(path)
+    if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
+        content = {_MODEL[0]: content}
     model = next((content[key] for key in _MODEL if isinstance(content, dict) and key in content), None)
     if not isinstance(model, Mapping):
-        raise InputError(f"{path} is no dict with the model's state_dict under {' or '.join(map(repr, _MODEL))}")
+        raise InputError(
+            f"{path} is no dict with the model's state_dict under {' or '.join(map(repr, _MODEL))}, and no state_dict"
+        )
     saved = next((content[key] for key in _OPTIMIZER if key in content), None)
     weights: dict[str, Tensor] = {}
     seen = set()
@@ -66,6 +72,11 @@ def load(path: Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except (pickle.UnpicklingError, RuntimeError) as error:
+            if objects := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+                raise InputError(
+                    f"{path} holds pickled objects ({few(objects)}), which may run code and are refused: "
+                    f"save state_dicts, torch.save({{'model': model.state_dict(), 'optimizer': ...}}, ...)"
+                ) from error
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"cannot read {path} as tensors and plain data: {reason}") from error
 

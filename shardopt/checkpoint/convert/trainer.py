@@ -74,7 +74,9 @@ def write(path: Path, state: TrainingState, scratch: Scratch) -> None:
     config = next((file for file in state.model_files if file.name == "config.json"), None)
     if state.stateful and config is None:
         raise InputError(
-            "a Trainer's checkpoint needs the model's config.json, which the source does not have beside it"
+            "a Trainer's checkpoint needs the model's config.json, in DIR/model where the source is "
+            "DIR/checkpoints/NAME: model.config.save_pretrained('DIR/model') writes it. "
+            "A source of another format, convert to that first"
         )
     named = _groups(_model(config.parent)) if state.stateful and config is not None else []
 
