@@ -36,23 +36,21 @@ def latest_intact(root: str | Path, ranks: Ranks, warn: Callable[[str], None] = 
     root = as_folder(root)
 
     def newest() -> str | None:
-        return next((folder.name for folder in folders.step_folders(root).values()), None) if ranks.is_main else None
+        return next((folder.name for folder in folders.step_folders(root).values()), None)
 
-    while (name := ranks.from_main(ranks.together(newest))) is not None:
+    while (name := ranks.ask_main(newest)) is not None:
         reason = find_damage(root / name, ranks)
         if reason is None:
             return root / name
-        aside = ranks.from_main(ranks.together(partial(_set_aside, root / name, ranks)))
-        before = ranks.from_main(ranks.together(newest))
+        aside = ranks.ask_main(partial(_set_aside, root / name))
+        before = ranks.ask_main(newest)
         warn(
             f"{reason}. It is set aside as {aside}, and {'the one before it is used' if before else 'it was the last'}"
         )
     return None
 
 
-def _set_aside(folder: Path, ranks: Ranks) -> Path | None:
-    if not ranks.is_main:
-        return None
+def _set_aside(folder: Path) -> Path:
     with reading(folder):
         return folders.set_aside(folder)
 

@@ -180,7 +180,7 @@ def _newest_intact(run: Path, ranks: Ranks, below: int | None = None) -> tuple[P
     Args:
         below: only those with a smaller N.
     """
-    there = ranks.from_main(ranks.together(lambda: _checkpoints(run)))
+    there = ranks.ask_main(lambda: _checkpoints(run))
     reasons: list[str] = []
     for step in sorted(there, reverse=True):
         if below is None or step < below:

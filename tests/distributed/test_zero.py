@@ -19,6 +19,7 @@ from shardopt import AdEMAMix, ZeroOptimizer
 from shardopt.distributed import all_gather_objects
 from shardopt.engines.zero.transports import shared_memory
 from shardopt.errors import InputError
+from tests.allocations import peak_of_cpu_memory
 from tests.distributed.pool import RankError, on_ranks
 
 ADEMAMIX = {"lr": 3e-3, "alpha": 4.0, "alpha_warmup": 30, "beta3_warmup": 30, "weight_decay": 0.1}
@@ -572,21 +573,15 @@ def _memory(rank, world_size, stage, micros, order=1):
     optimizer = ZeroOptimizer(module, AdEMAMix, stage=stage, bucket_mb=4, **ADEMAMIX)
     optimizer.init_state()
     state = sum(s.nbytes for s in optimizer.slices() if s.kind != "weight")
-    peak = 0
     for _ in range(2):  # the first one lays out what stays
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with peak_of_cpu_memory() as peak:
             for micro in range(micros):
                 with optimizer.accumulate(last=micro == micros - 1):
                     run(torch.ones(1, 512)).sum().backward()
-        held = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                peak = max(peak, held)
         after = optimizer.gradient_bytes()
         optimizer.step()
         optimizer.zero_grad()
-    return total, max(b.nbytes for b in optimizer.buckets), state, peak, after
+    return total, max(b.nbytes for b in optimizer.buckets), state, peak.nbytes, after
 
 
 @pytest.mark.parametrize(("ranks", "order"), [(2, 1), (3, 1), (2, -1)])

@@ -19,6 +19,7 @@ from shardopt.engines import gradient_hooks
 from shardopt.engines.zero import PeerError, transports
 from shardopt.engines.zero.buckets import bucket_bytes
 from shardopt.engines.zero.transports.backends import NativeCommunicator
+from tests.allocations import peak_of_cpu_memory
 from tests.distributed.pool import on_ranks
 from tests.distributed.test_transports import only
 from tests.distributed.test_zero import ADEMAMIX, SMALL_BUCKETS, compare, train_ddp, train_zero, weights
@@ -149,23 +150,17 @@ def test_two_buckets_are_held_and_several_reductions_in_flight(fake_group, size,
         flying.append(len(reducer._flying))
 
     loss = model(torch.ones(1, size)).sum()
-    cpu = [torch.profiler.ProfilerActivity.CPU]
     with (
         mock.patch.object(reducer, "_send", counted),
-        torch.profiler.profile(activities=cpu, profile_memory=True) as profile,
+        peak_of_cpu_memory() as peak,
         optimizer.accumulate(),
     ):
         loss.backward()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
     assert max(flying) >= 2
     optimizer.close()
     # As torch's sum does on the CPU.
     widened = 0 if reduce_dtype == "fp32" else reducer.piece_bytes * (2 if extra else 1)
-    assert 2**20 < peak <= (2 + extra) * 2**20 + widened + 2**18  # activations
+    assert 2**20 < peak.nbytes <= (2 + extra) * 2**20 + widened + 2**18  # activations
     assert reducer.peak_bytes <= 2 * 2**20
 
 

@@ -18,6 +18,7 @@ from shardopt.engines.zero.transports import shared_memory
 from shardopt.errors import InputError
 from shardopt.optim import registry
 from shardopt.pretrain.model import blocks_of, initialise
+from tests.allocations import peak_of_cpu_memory
 from tests.distributed.pool import on_ranks
 from tests.engines.test_native import alone, meta, train
 
@@ -137,17 +138,10 @@ def _peak(rank, world_size, bucket_bytes):
         compiling.compile_forward("model", model, [], bucket_bytes)
         for _ in range(2):
             loss = model(torch.ones(1, 256)).sum()
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            ) as profile:
+            with peak_of_cpu_memory() as peak:
                 loss.backward()
             optimizer.step()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / sum(p.nbytes for p in model.parameters())
+    return peak.nbytes / sum(p.nbytes for p in model.parameters())
 
 
 def test_whole_compiled_model_gives_its_gradients_bucket_by_bucket():
