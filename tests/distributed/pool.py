@@ -78,9 +78,11 @@ def _serve(rank: int, world_size: int, folder: str, connection: Any, group_timeo
             return
         body, args, kwargs = job
         if len(sys.modules) != modules:  # else each collection looks through them, and DeepSpeed asks for many
+            gc.unfreeze()
             gc.collect()
             gc.freeze()
             modules = len(sys.modules)
+        gc.collect()  # a ZeroOptimizer of an earlier body, beside which reductions of another do not wait
         try:
             torch.manual_seed(0)
             reply = (True, body(rank, world_size, *args, **kwargs))

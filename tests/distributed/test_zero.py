@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardopt import AdEMAMix, ZeroOptimizer
 from shardopt.distributed import all_gather_objects
+from shardopt.engines.zero import micro_batches
 from shardopt.engines.zero.transports import shared_memory
 from shardopt.errors import InputError
 from tests.allocations import peak_of_cpu_memory
@@ -571,6 +572,7 @@ def _memory(rank, world_size, stage, micros, order=1):
     run = nn.Sequential(*list(module)[::order])
     total = 32 * 512 * 512 * 4
     optimizer = ZeroOptimizer(module, AdEMAMix, stage=stage, bucket_mb=4, **ADEMAMIX)
+    assert len(micro_batches._open) == 1  # with others it would not wait for room
     optimizer.init_state()
     state = sum(s.nbytes for s in optimizer.slices() if s.kind != "weight")
     for _ in range(2):  # the first one lays out what stays
@@ -645,6 +647,7 @@ def _timeline(rank, world_size):
     torch.manual_seed(0)
     module = nn.Sequential(*[nn.Linear(128, 128) for _ in range(8)])
     optimizer = ZeroOptimizer(module, AdEMAMix, bucket_mb=0.1, **ADEMAMIX)
+    assert len(micro_batches._open) == 1
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, optimizer.accumulate():
         module(torch.ones(4, 128)).sum().backward()
     events = profile.events()

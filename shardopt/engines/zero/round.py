@@ -49,7 +49,7 @@ class Round:
     norm: float = 0.0  # L2 norm of the whole gradient after clipping, in REDUCED
     clip: float = 1.0  # what the gradients are still to be multiplied by, in REDUCED
     orphaned: bool = False  # a reentrant checkpoint's own backward has ended, the one around it has not gone on yet
-    failure: BaseException | None = None  # what led to FAILED
+    failure: str = ""  # what led to FAILED; the exception itself would keep its frames, and their tensors, alive
 
     def require(self, call: str, *allowed: RoundState) -> None:
         """Refuse `call` in any state but `allowed`.
@@ -63,8 +63,8 @@ class Round:
         if self.state is RoundState.FAILED:
             raise RuntimeError(
                 f"this optimizer stopped at an earlier failure and its ranks may differ: start again from a "
-                f"checkpoint ({type(self.failure).__name__}: {self.failure})"
-            ) from self.failure
+                f"checkpoint ({self.failure})"
+            )
         if self.state not in allowed:
             raise InputError(f"{call} is not allowed in state {self.state.name}: {_WAY_OUT[self.state]}")
 
@@ -75,7 +75,7 @@ class Round:
     def fail(self, error: BaseException) -> None:
         """Stop for good; the first failure is kept."""
         if self.state is not RoundState.FAILED:
-            self.state, self.failure = RoundState.FAILED, error
+            self.state, self.failure = RoundState.FAILED, f"{type(error).__name__}: {error}"
 
     @contextmanager
     def failing(self) -> Iterator[None]:
