@@ -1,4 +1,4 @@
-"""The command line: `shardopt pretrain CONFIG [key.sub=value ...]`, and the commands of commands.py."""
+"""The command line: `shardopt pretrain CONFIG [key.sub=value ...]`, and the commands of commands/."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from shardopt.errors import InputError, MissingExtraError
 if TYPE_CHECKING:
     from shardopt.pretrain.config import Config
 
+_PRETRAIN = "pretrain"
 # How long a rank waits for rank 0 to print the error that both have.
 _SAYING = timedelta(seconds=30)
 # Longer than the ranks wait for each other, so that they can say whom they waited for.
@@ -37,18 +38,19 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         command: what a script of its own runs, so that `argv` does not name it.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    if command is None and given[:1] and given[0] in commands.NAMES:
-        return commands.main(given)
-    parser = argparse.ArgumentParser(
-        prog=None if command else "shardopt", description="Sharded AdEMAMix for language-model pretraining."
-    )
-    parser.add_argument("--version", action="version", version=f"shardopt {__version__}")
     if command is None:
-        parser.add_argument(
-            "command",
-            choices=["pretrain", *commands.NAMES],
-            help="pretrain a language model; the others have a --help of their own",
-        )
+        if given[:1] and given[0] in commands.COMMANDS:
+            return commands.main(given)
+        if given[:1] != [_PRETRAIN]:
+            _overview().parse_args(given)
+        given = given[1:]
+    parser = argparse.ArgumentParser(
+        prog=None if command else f"shardopt {_PRETRAIN}",
+        description="Pretrain a language model with sharded AdEMAMix.",
+        epilog="example: shardopt pretrain configs/quickstart.yaml --nproc-per-node 2 optimizer.lr=1e-3\n"
+        "more: docs/training.md, docs/data.md, docs/checkpoints.md",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
     parser.add_argument(
@@ -63,6 +65,23 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _overview() -> argparse.ArgumentParser:
+    """What `shardopt --help` shows; it takes no command that there is."""
+    helps = {_PRETRAIN: "pretrain a language model"} | {name: each.help for name, each in commands.COMMANDS.items()}
+    width = max(map(len, helps))
+    listing = "\n".join(f"  {name:{width}}  {text}" for name, text in helps.items())
+    parser = argparse.ArgumentParser(
+        prog="shardopt",
+        description="Sharded AdEMAMix for language-model pretraining.",
+        epilog=f"commands (each has a --help of its own):\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"shardopt {__version__}")
+    parser.add_argument("command", choices=list(helps), metavar="command")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    return parser
 
 
 @contextmanager

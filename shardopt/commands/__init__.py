@@ -1,0 +1,50 @@
+"""The commands beside `shardopt pretrain`: a file each, which is imported when its command is given."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from shardopt.errors import InputError, MissingExtraError
+
+
+class Command(NamedTuple):
+    """What `shardopt --help` says of a command; the module of its name has `add_arguments(parser)`."""
+
+    help: str
+    example: str  # of its arguments
+    page: str  # of the documentation
+
+    def epilog(self, name: str) -> str:
+        return f"example: shardopt {name} {self.example}\nmore: {self.page}"
+
+
+COMMANDS = {
+    "checkpoint": Command(
+        "look into checkpoints, and write those of other codes", "inspect runs/quickstart", "docs/checkpoints.md"
+    ),
+    "export": Command(
+        "write a checkpoint's weights for transformers", "runs/quickstart --dtype bf16", "docs/checkpoints.md"
+    ),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command of `COMMANDS` in this process alone; the exit status: 0 done, 1 damage was found, 2 bad input."""
+    name = argv[0]
+    parser = argparse.ArgumentParser(
+        prog=f"shardopt {name}",
+        description=COMMANDS[name].help.capitalize() + ".",
+        epilog=COMMANDS[name].epilog(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    importlib.import_module(f"shardopt.commands.{name}").add_arguments(parser)
+    arguments = parser.parse_args(argv[1:])
+    try:
+        return arguments.run(arguments)
+    except (InputError, MissingExtraError) as e:
+        print(f"shardopt: {e}", file=sys.stderr)
+        return 2

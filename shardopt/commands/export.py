@@ -1,0 +1,51 @@
+"""`shardopt export`."""
+
+from __future__ import annotations
+
+import argparse
+
+from shardopt.errors import InputError
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments, and the function that runs the command."""
+    parser.add_argument("source", help="a run's folder, or a checkpoint")
+    parser.add_argument(
+        "out", nargs="?", help="a new folder; by default export-STEP in the run's folder, which a program has not"
+    )
+    parser.add_argument("--to", choices=["safetensors"], default="safetensors", help="the format")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights; by default as in the checkpoint")
+    parser.add_argument("--averaged", action="store_true", help="the weight EMA in the place of the weights")
+    parser.add_argument("--step", type=int, help="of a run's checkpoints; by default the newest")
+    parser.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from shardopt.checkpoint.export import MODEL, export_checkpoint
+    from shardopt.checkpoint.store import listing
+    from shardopt.checkpoint.stored import SLICES, Stored, locate, step_of
+
+    folder = locate(arguments.source, arguments.step)
+    Stored(folder)  # what is wrong with it is said first
+    step = step_of(folder)
+    if (
+        arguments.out is None
+        and folder.name != SLICES
+        and not {"config.yaml", MODEL} & listing(folder.parent.parent).keys()
+    ):
+        raise InputError(f"{folder} is not in a run's folder: name the folder to write, after {arguments.source}")
+    out = arguments.out or folder.parent.parent / ("export" if step is None else f"export-{step}")
+    dtype = getattr(torch, _DTYPES[arguments.dtype]) if arguments.dtype else None
+    beside = export_checkpoint(folder, out, dtype=dtype, averaged=arguments.averaged)
+    missing = (
+        ""
+        if "config.json" in beside
+        else ". The model's config is not known: write it there before you load it "
+        f"(model.config.save_pretrained({str(out)!r})), and the tokenizer, too"
+    )
+    print(f"{folder} is exported to {out}{missing}")
+    return 0
