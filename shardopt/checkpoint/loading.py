@@ -95,8 +95,7 @@ def load(
                 "has used, stay: call optimizer.zero_grad() before the next backward",
                 folder,
             )
-        with torch.inference_mode(False):  # what is made in there can never be trained on
-            state.init()
+        state.init()
         slices = [s for s in state.slices() if kinds.get(s.kind, s.kind) is not None]
         return slices, state.step_counts(), manifest.table_of(slices)
 

@@ -147,8 +147,7 @@ def prepare(
                 "lost to whoever goes on from it. Save after optimizer.step(), or repeat these micro-batches",
                 folder,
             )
-        with torch.inference_mode(False):  # what is made in there can never be trained on
-            state.init()
+        state.init()
         # Buffers need not agree (BatchNorm's under DDP), so rank 0's are written whole.
         slices = [s for s in state.slices() if s.kind != "buffer" or ranks.is_main]
         described, chunks = manifest.describe(slices + manifest.extras_as_slices(extras))

@@ -138,7 +138,8 @@ class ShardedState(Saveable):
 
     def init(self) -> None:
         """Create the optimizer's state without counting a step; leave alone what is there."""
-        states.init_state(self.inner)
+        with torch.inference_mode(False):  # what is made in there can never be trained on
+            states.init_state(self.inner)
 
     def step_counts(self) -> dict[str, dict[str, int | float]]:
         return states.step_counts(self.inner, self.layouts())

@@ -44,12 +44,14 @@ def test_a_saver_has_defaults_and_is_closed_once_and_for_all(tmp_path: Path) -> 
         saver.save(6, state)
 
 
-@pytest.mark.parametrize("first", ["save", "load"])
+@pytest.mark.parametrize("first", ["init", "save", "load"])
 def test_state_that_is_made_in_inference_mode_can_be_trained_on(tmp_path: Path, first: str) -> None:
     checkpoint.save(tmp_path / "a", _trained())
     state = _trained()
     with torch.inference_mode():
-        if first == "save":
+        if first == "init":
+            state.init()
+        elif first == "save":
             checkpoint.save(tmp_path / "b", state)
         else:
             checkpoint.load(tmp_path / "a", state)
