@@ -36,7 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from shardopt.checkpoint import loading, manifest, planning
-from shardopt.checkpoint.blocks import BLOCK, HEADER, FileRecord
+from shardopt.checkpoint.blocks import BLOCK, DIGITS, HEADER, FileRecord
 from shardopt.checkpoint.document import FORMAT, index_file, read_document, write_document
 from shardopt.checkpoint.index import Index, Sizes, data_file, read_table, write_index
 from shardopt.slices import Layout, Slice
@@ -179,7 +179,9 @@ def simulate(model: str, engine: str, ranks: int, root: Path) -> Row:
     ends = np.zeros(ranks, dtype=np.int64)
     np.maximum.at(ends, plan.table[:, 3], plan.table[:, 4] + sizes.spans(plan.table[:, 0], plan.table[:, 2]))
     records = {
-        data_file(r, ""): FileRecord(int(end), "0" * 8 * -(-int(end) // BLOCK)) for r, end in enumerate(ends) if end
+        data_file(r, ""): FileRecord(int(end), "0" * DIGITS * -(-int(end) // BLOCK))
+        for r, end in enumerate(ends)
+        if end
     }
 
     def write() -> None:

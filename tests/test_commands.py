@@ -83,7 +83,7 @@ def test_verify_compares_every_byte_and_ends_with_1_where_one_is_another(run, tm
     copy = shutil.copytree(run / "checkpoints/step-00000004", tmp_path / "step-00000004")
     status, text, _ = say(capsys, "checkpoint", "inspect", copy, "--verify")
     assert status == 0
-    assert re.search(r"format +5, 3 files of [\d.]+ kB, every checksum is right", text)
+    assert re.search(r"format +6, 3 files of [\d.]+ kB, every checksum is right", text)
     data = next(copy.glob("*.data"))
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4

@@ -6,19 +6,18 @@ import json
 import os
 import re
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
-from shardopt.checkpoint.blocks import DamagedError, FileRecord, reading
+from shardopt.checkpoint.blocks import DamagedError, FileRecord, checksum, reading
 from shardopt.checkpoint.store import as_folder, exists, is_local, listing, put
 from shardopt.errors import InputError, few
 
 DOCUMENT = "checkpoint.json"
-FORMAT = 5
+FORMAT = 6
 
 # The first line has a checksum of all that follows; the whole is JSON.
-_FIRST_LINE = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
+_FIRST_LINE = re.compile(rb'\{"xxh3": "([0-9a-f]{16})",\n')
 
 
 def read_document(folder: str | Path) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def read_document(folder: str | Path) -> dict[str, Any]:
     1970), `loss` and `after_finite_step` (see `Saver.save`), `torch`, `byteorder`, `world_size`, `parameters` ({name:
     {shape, kinds: {kind: {dtypes, and format where it is a block format}}}}), `step_counts` ({name: {"step": 3, ...}}),
     `groups` ({names: [...], lr: ...} of each parameter group), `extras` ({key: {shape, dtypes}}) and `files` ({name:
-    {size, crc32 of each block}}).
+    {size, xxh3 of each block}}).
 
     Raises:
         DamagedError: it is missing or is not what was written.
@@ -41,7 +40,7 @@ def read_document(folder: str | Path) -> dict[str, Any]:
     except DamagedError as error:
         raise DamagedError(_no_document(as_folder(folder))) from error
     first = _FIRST_LINE.match(content)
-    if first is not None and first[1] != _crc(content[first.end() :]):
+    if first is not None and first[1].decode() != checksum(content[first.end() :]):
         raise DamagedError(f"{path} is damaged, or was edited: its checksum is another")
     try:
         document = json.loads(content)
@@ -55,7 +54,7 @@ def read_document(folder: str | Path) -> dict[str, Any]:
         )
     if first is None:
         raise DamagedError(f"{path} is damaged: it has no checksum")
-    del document["crc32"]
+    del document["xxh3"]
     try:
         _check(document["checkpoint"])
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -81,7 +80,7 @@ def _no_document(folder: Path) -> str:
 def write_document(folder: Path, document: dict[str, Any]) -> None:
     """Write what `read_document` returns; on the disk when this returns."""
     rest = json.dumps(document, indent=1, allow_nan=False).encode()[1:]
-    write_bytes(folder / DOCUMENT, b'{"crc32": "%s",\n' % _crc(rest) + rest)
+    write_bytes(folder / DOCUMENT, b'{"xxh3": "%s",\n' % checksum(rest).encode() + rest)
 
 
 def infix_for(folder: Path, save_id: str) -> str:
@@ -119,10 +118,6 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """`content` as strict JSON, on the disk when this returns."""
     write_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode())
-
-
-def _crc(content: bytes) -> bytes:
-    return b"%08x" % zlib.crc32(content)
 
 
 def _check(written: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ A local folder is a `Path`. One in a store is a `UPath`, which has a Path's inte
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from urllib.parse import unquote, urlsplit
 
 from shardopt.errors import InputError, MissingExtraError, did_you_mean
 
-Read = Callable[[int, int], bytearray]
-"""The bytes of a file from one place to another; fewer where it ends before."""
+Read = Callable[[int, int], memoryview]
+"""The bytes of a file from one place to another; fewer where it ends before. Good until this thread's next read."""
 
 _LOCAL = ("file", "local")
 _STORES = ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "adl")  # where fsspec is not there to say
@@ -188,13 +189,16 @@ def opened(path: Path) -> Iterator[tuple[int, Read]]:
     """
     if not is_local(path):
         fs, own = _of(path)
-        yield fs.size(own), lambda start, end: bytearray(fs.cat_file(own, start=start, end=end))
+        yield fs.size(own), lambda start, end: memoryview(bytearray(fs.cat_file(own, start=start, end=end)))
         return
     descriptor = os.open(path, os.O_RDONLY)
+    own_buffers = threading.local()  # new memory would cost as much as reading into it
 
-    def read(start: int, end: int) -> bytearray:
-        content, done = bytearray(end - start), 0
-        while count := os.preadv(descriptor, [memoryview(content)[done:]], start + done):
+    def read(start: int, end: int) -> memoryview:
+        if len(getattr(own_buffers, "one", b"")) < end - start:
+            own_buffers.one = bytearray(end - start)
+        content, done = memoryview(own_buffers.one)[: end - start], 0
+        while count := os.preadv(descriptor, [content[done:]], start + done):
             done += count
         return content[:done]
 

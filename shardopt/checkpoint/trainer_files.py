@@ -47,5 +47,5 @@ def check_files(folder: Path, ranks: Ranks) -> None:
 
 def _record_of(path: Path) -> FileRecord:
     with path.open("rb") as file:
-        crc32 = "".join(FileRecord.of(block).crc32 for block in iter(lambda: file.read(BLOCK), b""))
-    return FileRecord(path.stat().st_size, crc32)
+        xxh3 = "".join(FileRecord.of(block).xxh3 for block in iter(lambda: file.read(BLOCK), b""))
+    return FileRecord(path.stat().st_size, xxh3)

@@ -13,10 +13,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from shardopt import AdEMAMix, checkpoint, cli, commands
+from shardopt import AdEMAMix, checkpoint, cli
 from shardopt.checkpoint import convert as formats
 from shardopt.checkpoint.convert import convert
 from shardopt.checkpoint.stored import Stored
+from shardopt.commands.checkpoint import _TARGETS
 from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError
 from tests.checkpoint import made
@@ -380,7 +381,7 @@ def test_the_command_says_what_was_converted(tmp_path, capsys):
 
 
 def test_the_command_offers_the_formats_that_there_are(tmp_path):
-    assert tuple(formats.TARGETS) == commands._TARGETS
+    assert tuple(formats.TARGETS) == _TARGETS
     (tmp_path / "a.pt").touch()
     with pytest.raises(InputError, match="there is no format 'torchtitn'; did you mean torchtitan"):
         convert(tmp_path / "a.pt", tmp_path / "b", "torchtitn")

@@ -54,7 +54,7 @@ def test_checkpoint_under_the_name_of_another_step_is_set_aside(tmp_path: Path) 
 
 def test_the_planting_script_sees_what_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_ranks(2, _save_both, tmp_path)
-    monkeypatch.setattr(blocks, "_crc", lambda _: "00000000")
+    monkeypatch.setattr(blocks, "checksum", lambda _: "0" * blocks.DIGITS)
     _, missed = damage.run(tmp_path, _load, flips=1, types=0)
     assert missed
 
@@ -87,7 +87,7 @@ def _through_blocks(rank: int, world_size: int, root: Path) -> int:
     made.load(rank, world_size, root / OLD, made.rows)
     made.load(rank, world_size, root / OLD, made.flat)
     files = checkpoint.read_document(root / OLD)["checkpoint"]["files"]
-    return len(files["rank-00000.data"]["crc32"]) // 8
+    return len(files["rank-00000.data"]["xxh3"]) // blocks.DIGITS
 
 
 def test_vectors_that_lie_in_many_blocks_are_read_by_other_ranks(tmp_path: Path) -> None:
@@ -167,9 +167,9 @@ def test_a_disk_in_trouble_is_an_error_and_nothing_is_set_aside(
 
 def test_a_checkpoint_of_another_version_is_refused_and_not_set_aside(tmp_path: Path) -> None:
     _save_both(0, 1, tmp_path)
-    (tmp_path / NEW / "checkpoint.json").write_text('{"checkpoint": {"format": 4}}')
+    (tmp_path / NEW / "checkpoint.json").write_text('{"checkpoint": {"format": 5}}')
     for latest in (checkpoint.latest, lambda root: checkpoint.latest_intact(root, made.ranks_here())):
-        with pytest.raises(InputError, match="has checkpoint format 4, this shardopt reads format 5"):
+        with pytest.raises(InputError, match="has checkpoint format 5, this shardopt reads format 6"):
             latest(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [OLD, NEW]
 

@@ -54,7 +54,7 @@ def test_the_document_says_what_was_written(tmp_path: Path) -> None:
     document = checkpoint.read_document(tmp_path / "a")
     assert document["config"] == {"lr": 1e-3}
     written = document["checkpoint"]
-    assert (written["format"], written["torch"]) == (5, torch.__version__)
+    assert (written["format"], written["torch"]) == (6, torch.__version__)
     assert {name: tuple(p["shape"]) for name, p in written["parameters"].items()} == made.SHAPES
     kinds = written["parameters"]["norm.weight"]["kinds"]
     assert kinds == {

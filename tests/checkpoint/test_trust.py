@@ -189,9 +189,12 @@ def test_a_truncated_data_file_is_refused_before_anything_is_touched(folder: Pat
     [
         ("{", "is not the document of a shardopt checkpoint"),
         ("[]", "is not the document of a shardopt checkpoint"),
-        ('{"checkpoint": {"format": 1}}', "has checkpoint format 1, this shardopt reads format 5"),
-        ('{"checkpoint": {"format": 5}}', "is damaged: it has no checksum"),
-        ('{"crc32": "00000000",\n"checkpoint": {"format": 5}}', "is damaged, or was edited: its checksum is another"),
+        ('{"checkpoint": {"format": 1}}', "has checkpoint format 1, this shardopt reads format 6"),
+        ('{"checkpoint": {"format": 6}}', "is damaged: it has no checksum"),
+        (
+            f'{{"xxh3": "{"0" * 16}",\n"checkpoint": {{"format": 6}}}}',
+            "damaged, or was edited: its checksum is another",
+        ),
     ],
 )
 def test_another_document_is_refused(folder: Path, content: str, reason: str) -> None:
@@ -210,8 +213,8 @@ def test_another_document_is_refused(folder: Path, content: str, reason: str) ->
         {"step_counts": {"w": {"step": "3"}}},
         {"step_counts": {"w": {"step": True}}},
         {"files": {}},
-        {"files": {"index.bin": {"size": "3", "crc32": ""}}},
-        {"files": {"../index.bin": {"size": 0, "crc32": ""}}},
+        {"files": {"index.bin": {"size": "3", "xxh3": ""}}},
+        {"files": {"../index.bin": {"size": 0, "xxh3": ""}}},
         {"save_id": 3},
         {"world_size": -1},
         {"extras": None},
