@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shardopt import engines
 from shardopt.checkpoint.keep import Keep
 from shardopt.engines import EngineConfig, FsdpConfig
 from shardopt.engines.compile import CompileName
-from shardopt.errors import InputError, did_you_mean
+from shardopt.errors import InputError
 from shardopt.optim import registry
+from shardopt.pretrain.config_errors import explain
 from shardopt.pretrain.data.config import DataConfig, holds_tokenizer
 from shardopt.pretrain.metrics import TrackingConfig
 from shardopt.pretrain.model import ModelConfig, transformers_config
@@ -288,6 +287,11 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         InputError: a missing file, bad YAML, an unknown key (with the nearest known one), a wrong type, or a
             combination that cannot run. All problems of the file are listed at once.
     """
+    return parse(read(path, overrides))
+
+
+def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What is written in a YAML file and its overrides, as plain data; see `load`."""
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
@@ -302,7 +306,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path} must hold sections (run:, model:, data:, ...)")
     for override in overrides:
         _override(tree, override)
-    return parse(tree)
+    return tree
 
 
 def parse(tree: dict[str, Any]) -> Config:
@@ -312,7 +316,7 @@ def parse(tree: dict[str, Any]) -> Config:
     except ValidationError as e:
         # A list that lacks only members that were refused is not too short.
         errors = [r for r in e.errors() if r["type"] != "too_short" or len(r["input"]) < r["ctx"]["min_length"]]
-        raise InputError("\n".join(map(_explain, errors))) from None
+        raise InputError("\n".join(explain(error, Config) for error in errors)) from None
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -330,71 +334,3 @@ def _override(tree: dict[str, Any], text: str) -> None:
         node[leaf] = yaml.load(value, Loader)
     except yaml.YAMLError as e:
         raise InputError(f"override {text!r}: the value is not valid YAML: {e}") from e
-
-
-# What to write where pydantic's own words are about Python.
-_WRITE = {
-    "bool_type": "write true or false",
-    "tuple_type": "write a list",
-    "is_instance_of": "write a path",
-    "too_short": "must not be empty",
-}
-
-
-def _explain(error: Any) -> str:
-    """One problem that pydantic found, as one line that names the key."""
-    cause = error.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        return str(cause)
-    *parts, last = map(str, error["loc"])
-    # Without the tags of union members, which nobody writes.
-    location = [p for i, p in enumerate(parts) if p.isdecimal() or p in _keys_at(Config, parts[:i])] + [last]
-    key = ".".join(location)
-    if error["type"] == "unexpected_keyword_argument":
-        (known,) = (e.__dataclass_fields__ for e in get_args(EngineConfig) if e.name == parts[-1])
-        hint = did_you_mean(last, known, "engine.") or f"; known: {', '.join(known)}"
-        return (
-            f"{key}: the engine {parts[-1]} has no such key{hint} (to change the engine and its keys at once, write "
-            f"engine='{{name: ...}}')"
-        )
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(Config, location[:-1])
-        hint = did_you_mean(last, known, ".".join([*location[:-1], ""])) or f"; known: {', '.join(sorted(known))}"
-        return f"{key}: there is no such key{hint}"
-    if error["type"] == "missing":
-        return f"{key}: is required"
-    if error["type"] == "union_tag_not_found":
-        return f"{key}: {error['ctx']['discriminator']} is required"
-    value = error["input"]
-    if error["type"] in ("model_type", "model_attributes_type"):
-        first, annotation = next(iter(_keys_at(Config, location).items()))
-        words = [word for word in get_args(annotation) if isinstance(word, str)]
-        fits = value in words if words else isinstance(value, str | int | float)
-        hint = "" if fits else did_you_mean(value, words, f"{key}.{first}=")
-        such_as = f"{key}.{first}={value if fits else '...'}"
-        return f"{key}: is a section, not a value; write its keys, such as {such_as}{hint}"
-    if error["type"] == "union_tag_invalid":
-        tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "")
-        hint = did_you_mean(tag, tags.split(", "))
-        return f"{key}.{error['ctx']['discriminator'][1:-1]}: {tag!r} is not one of {tags}{hint}"
-    message = _WRITE.get(error["type"]) or str(cause or error["msg"])
-    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # as YAML spells them
-    got = "" if message.startswith(f"{value}: ") else f", got {shown}"  # which it names already
-    return f"{key}: {message[0].lower()}{message[1:]}{got}"
-
-
-def _keys_at(annotation: Any, location: Sequence[str]) -> dict[str, Any]:
-    """The keys that the config knows at `location` (a union member's tag in it is passed over) and their types."""
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) in (Union, types.UnionType, list, tuple):
-        members = [_keys_at(member, location) for member in get_args(annotation)]
-        return {key: kind for keys in members for key, kind in keys.items()}
-    fields: dict[str, Any] = {}
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        fields = {f.alias or n: f.annotation for n, f in annotation.model_fields.items()}
-    elif hasattr(annotation, "__dataclass_fields__"):
-        fields = dict.fromkeys(annotation.__dataclass_fields__)
-    if not location:
-        return fields
-    return _keys_at(fields.get(location[0], annotation), location[1:])

@@ -1,0 +1,80 @@
+"""What pydantic found wrong with a config, in the words of its YAML."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from shardopt.engines import EngineConfig
+from shardopt.errors import InputError, did_you_mean
+
+# What to write where pydantic's own words are about Python.
+_WRITE = {
+    "bool_type": "write true or false",
+    "tuple_type": "write a list",
+    "is_instance_of": "write a path",
+    "too_short": "must not be empty",
+}
+
+
+def explain(error: Any, root: type[BaseModel]) -> str:
+    """One problem that pydantic found in a config of the class `root`, as one line that names the key."""
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return str(cause)
+    *parts, last = map(str, error["loc"])
+    # Without the tags of union members, which nobody writes.
+    location = [p for i, p in enumerate(parts) if p.isdecimal() or p in _keys_at(root, parts[:i])] + [last]
+    key = ".".join(location)
+    if error["type"] == "unexpected_keyword_argument":
+        (known,) = (e.__dataclass_fields__ for e in get_args(EngineConfig) if e.name == parts[-1])
+        hint = did_you_mean(last, known, "engine.") or f"; known: {', '.join(known)}"
+        return (
+            f"{key}: the engine {parts[-1]} has no such key{hint} (to change the engine and its keys at once, write "
+            f"engine='{{name: ...}}')"
+        )
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(root, location[:-1])
+        hint = did_you_mean(last, known, ".".join([*location[:-1], ""])) or f"; known: {', '.join(sorted(known))}"
+        return f"{key}: there is no such key{hint}"
+    if error["type"] == "missing":
+        return f"{key}: is required"
+    if error["type"] == "union_tag_not_found":
+        return f"{key}: {error['ctx']['discriminator']} is required"
+    value = error["input"]
+    if error["type"] in ("model_type", "model_attributes_type"):
+        first, annotation = next(iter(_keys_at(root, location).items()))
+        words = [word for word in get_args(annotation) if isinstance(word, str)]
+        fits = value in words if words else isinstance(value, str | int | float)
+        hint = "" if fits else did_you_mean(value, words, f"{key}.{first}=")
+        such_as = f"{key}.{first}={value if fits else '...'}"
+        return f"{key}: is a section, not a value; write its keys, such as {such_as}{hint}"
+    if error["type"] == "union_tag_invalid":
+        tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "")
+        hint = did_you_mean(tag, tags.split(", "))
+        return f"{key}.{error['ctx']['discriminator'][1:-1]}: {tag!r} is not one of {tags}{hint}"
+    message = _WRITE.get(error["type"]) or str(cause or error["msg"])
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # as YAML spells them
+    got = "" if message.startswith(f"{value}: ") else f", got {shown}"  # which it names already
+    return f"{key}: {message[0].lower()}{message[1:]}{got}"
+
+
+def _keys_at(annotation: Any, location: Sequence[str]) -> dict[str, Any]:
+    """The keys that the config knows at `location` (a union member's tag in it is passed over) and their types."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, types.UnionType, list, tuple):
+        members = [_keys_at(member, location) for member in get_args(annotation)]
+        return {key: kind for keys in members for key, kind in keys.items()}
+    fields: dict[str, Any] = {}
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = {f.alias or n: f.annotation for n, f in annotation.model_fields.items()}
+    elif hasattr(annotation, "__dataclass_fields__"):
+        fields = dict.fromkeys(annotation.__dataclass_fields__)
+    if not location:
+        return fields
+    return _keys_at(fields.get(location[0], annotation), location[1:])
