@@ -288,7 +288,7 @@ def fresh_kernels():
 
 @pytest.fixture
 def quick_build(monkeypatch):
-    """With little optimization, in half the time (without any it takes twice as long), where the code is not looked at."""
+    """With little optimization, in half the time (without any: twice the time), where the code is not looked at."""
     monkeypatch.setattr(cpu, "_FLAGS", [*cpu._FLAGS, "-O1"])
 
 

@@ -1,4 +1,8 @@
-"""The CPU kernel: cpu.c, built once for this machine into the user's own cache folder, called through ctypes."""
+"""The CPU kernel: cpu.c, called through ctypes.
+
+A wheel has it compiled, for a few levels of processor. Elsewhere it is built once for this machine, into the user's own
+cache folder.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import stat
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +33,14 @@ _SOURCE = Path(__file__).with_name("cpu.c")
 _FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # Tried in this order: not every compiler knows -march=native (arm64 clang) or has OpenMP (Apple's).
 _VARIANTS = [["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], []]
+# By platform.machine(), and by torch's word for what the processor can do, the -march that wheels have a library for.
+# The bits are the same in all of them.
+_LEVELS = {
+    "x86_64": {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3", "DEFAULT": "x86-64"},
+    "aarch64": {"DEFAULT": "armv8-a"},
+}
+_PACKAGE = Path(__file__).parents[2]
+_SHIPPED = Path(__file__).with_name("shipped")
 _DIGEST = 16  # bytes behind the library, by which a damaged one is known: loading a cut file may crash
 _CHUNK = 1 << 15  # elements a thread takes at a time; a multiple of precision.BLOCK
 
@@ -85,12 +98,22 @@ def cache_folder() -> Path:
 
 
 def _load() -> ctypes.CDLL:
-    """The library, from the cache folder or, with a warning, from one that is built for this process alone.
+    """The library: the package's own if it has one and CC names no compiler; else from the cache folder or, with a
+    warning, from one that is built for this process alone.
 
     Raises:
         InputError: no C compiler, or it failed.
     """
-    compiler = _Compiler()
+    unusable = ""
+    if not os.environ.get("CC") and (library := shipped()) is not None:
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError as e:  # such as another C library than that of the wheel
+            unusable = f"; nor can the package's own library be loaded: {e}"
+    try:
+        compiler = _Compiler()
+    except InputError as e:
+        raise InputError(f"{e}{unusable}") from e
     try:
         return ctypes.CDLL(str(build(compiler)))
     except (InputError, OSError) as e:  # an OSError of the linker: damaged, or on a file system without execution
@@ -122,22 +145,52 @@ class _Compiler:
             version = subprocess.run([*self.command, "--version"], capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError) as e:
             raise InputError(f"the C compiler {found!r} does not run: {e}") from e
-        self.source = f'{c_header()}#line 1 "{_SOURCE}"\n{_SOURCE.read_text()}'
-        parts = [self.source, version, repr((self.command, _FLAGS, _VARIANTS)), _processor()]
-        self.key = hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()
+        self.key = _hash(_source(), version, repr((self.command, _FLAGS, _VARIANTS)), _processor())
 
-    def run(self, library: Path) -> None:
-        """Compile (about a second).
+    def run(self, library: Path, variants: Sequence[Sequence[str]] = _VARIANTS) -> None:
+        """Compile (a few seconds), with the first of the `variants` of flags that the compiler knows.
 
         Raises:
             InputError: the compiler failed.
         """
-        for variant in _VARIANTS:
+        for variant in variants:
             command = [*self.command, *_FLAGS, *variant, "-x", "c", "-", "-o", str(library), "-lm"]
-            done = subprocess.run(command, input=self.source, capture_output=True, text=True)
+            done = subprocess.run(command, input=_source(), capture_output=True, text=True)
             if done.returncode == 0:
                 return
         raise InputError(f"the C compiler {self.name!r} cannot build the kernel: {done.stderr.strip()[-500:]}")
+
+
+def _source() -> str:
+    return f'{c_header()}#line 1 "{_SOURCE.name}"\n{_SOURCE.read_text()}'
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()
+
+
+def shipped() -> Path | None:
+    """The library that the package came with, for this processor and this very source; None where there is none."""
+    levels = _LEVELS.get(platform.machine(), {})
+    level = levels.get(torch.backends.cpu.get_cpu_capability(), levels.get("DEFAULT"))
+    library = _SHIPPED / f"{level}-{_hash(_source())}.so"
+    return library if library.exists() else None
+
+
+def ship(package: Path) -> list[Path]:
+    """Compile the libraries of a wheel, for all levels of this kind of machine, into the package at `package`.
+
+    Raises:
+        InputError: no C compiler, it failed, or wheels have no library for this kind of machine.
+    """
+    if platform.machine() not in _LEVELS:
+        raise InputError(f"wheels have no library for {platform.machine()}, only for {', '.join(_LEVELS)}")
+    compiler, folder = _Compiler(), package / _SHIPPED.relative_to(_PACKAGE)
+    folder.mkdir()
+    libraries = [folder / f"{level}-{_hash(_source())}.so" for level in _LEVELS[platform.machine()].values()]
+    for library in libraries:
+        compiler.run(library, [[f"-march={library.name.rpartition('-')[0]}", "-fopenmp", "-s"]])
+    return libraries
 
 
 def build(compiler: _Compiler | None = None) -> Path:
