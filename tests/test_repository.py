@@ -1,0 +1,48 @@
+"""The files that a host of repositories reads."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scripts import list_licences
+
+ROOT = Path(__file__).parent.parent
+FORMS = sorted((ROOT / ".github").rglob("*.yml"))
+
+
+def test_every_pinned_package_has_a_line_with_its_licence():
+    rows = re.findall(r"^\| ([\w.-]+) \| (.+) \|$", list_licences.PAGE.read_text(), re.MULTILINE)
+    assert [name for name, _ in rows[1:]] == list_licences.pinned()
+    assert not [name for name, licence in rows if licence == "not stated"]
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda p: p.name)
+def test_what_forms_and_workflows_name_is_there(path):
+    text = path.read_text()
+    content = yaml.safe_load(text)
+    assert content.get("body") or content["jobs"]
+    commands = re.findall(r"(?:run: .*?)((?:\./)?scripts/[\w.]+)", text)
+    assert all((ROOT / command).exists() for command in commands)
+    assert bool(commands) == ("jobs" in content)
+
+
+def test_workflow_tests_every_python_that_is_supported():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]
+    versions = jobs["tests"]["strategy"]["matrix"]["python"]
+    oldest = re.search(r'requires-python = ">=(.*)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert versions[0] == oldest
+    assert versions == [f"3.{minor}" for minor in range(11, 11 + len(versions))]
+
+
+def test_tests_that_the_security_page_names_are_there():
+    named = re.findall(r"`(tests/[\w/.]+)`", (ROOT / ".github/SECURITY.md").read_text())
+    assert len(named) >= 2
+    assert all((ROOT / name).exists() for name in named)
+
+
+def test_citation_has_what_is_required():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["license"] == re.search(r'license = "(.*)"', (ROOT / "pyproject.toml").read_text())[1]
