@@ -1,12 +1,13 @@
 """The files that a host of repositories reads."""
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from scripts import list_licences
+from scripts import list_api, list_licences
 
 ROOT = Path(__file__).parent.parent
 FORMS = sorted((ROOT / ".github").rglob("*.yml"))
@@ -16,6 +17,26 @@ def test_every_pinned_package_has_a_line_with_its_licence():
     rows = re.findall(r"^\| ([\w.-]+) \| (.+) \|$", list_licences.PAGE.read_text(), re.MULTILINE)
     assert [name for name, _ in rows[1:]] == list_licences.pinned()
     assert not [name for name, licence in rows if licence == "not stated"]
+
+
+def test_public_names_and_signatures_are_those_of_the_page():
+    hint = "run scripts/list_api.py, and write the change into CHANGELOG.md"
+    assert list_api.PAGE.read_text() == list_api.page(), hint
+
+
+def test_what_the_documentation_imports_is_public():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")]
+    imports = re.findall(
+        r"^\s*from (shardopt[\w.]*) import ([\w, ]+)$", "\n".join(map(Path.read_text, pages)), re.MULTILINE
+    )
+    assert len(imports) > 5
+    for module, names in imports:
+        for name in names.split(", "):
+            name = name.split(" as ")[0]
+            if f"{module}.{name}" in list_api.PUBLIC:
+                continue
+            public = list_api.PUBLIC[module]
+            assert name in (importlib.import_module(module).__all__ if public is None else public), (module, name)
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda p: p.name)
