@@ -26,6 +26,8 @@ COMMANDS = {
     "checkpoint": Command(
         "look into checkpoints, and write those of other codes", "inspect runs/quickstart", "docs/checkpoints.md"
     ),
+    "config": Command("list the keys of a config, with their defaults and units", "train.steps", "docs/config.md"),
+    "init": Command("write a config of your own, with every key explained", "--model llama-124m", "docs/config.md"),
     "export": Command(
         "write a checkpoint's weights for transformers", "runs/quickstart --dtype bf16", "docs/checkpoints.md"
     ),

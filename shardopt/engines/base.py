@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Config:
     """The checks of every engine's section of a run's config, however it is made; each names `engine.KEY`."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  pydantic's own protocol
+    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}  # noqa: RUF012  pydantic's own protocol
 
     def __post_init__(self) -> None:
         for key, hint in get_type_hints(type(self)).items():

@@ -38,11 +38,11 @@ class AdEMAMix(CheckedOptimizer):
         lr: learning rate, a number or a 0-d tensor. With 0 the averages move and no weight does.
         betas: decays of the fast average m1, the second moment nu and the slow average m2. beta1 = 0 keeps no m1.
         alpha: weight of the slow average in the update.
-        eps: added to the denominator outside the square root; `eps_root` inside it.
-        weight_decay: decoupled, times lr.
+        eps, eps_root: added to the denominator outside the square root, and inside it.
+        weight_decay: decoupled weight decay, times lr.
         alpha_warmup, beta3_warmup: steps over which alpha rises from 0 and beta3 from beta1; None for no warm-up.
         second_moment: "adam", or "yogi" (nu <- nu - (1 - beta2) sign(nu - g^2) g^2).
-        maximize: ascend.
+        maximize: ascend instead of descending.
         state_dtype: "fp32", "bf16", "block16" or "block8", or a mapping from m1, m2, nu and weight_ema to one of them
             (those not named are fp32). All but fp32 are rounded stochastically. docs/precision.md has the errors.
         master_weights: for 16-bit weights: None rounds bf16 weights stochastically; "fp32" keeps an fp32 copy;
@@ -50,7 +50,7 @@ class AdEMAMix(CheckedOptimizer):
         weight_ema: keep an exponential moving average of the weights with this decay (see use_weight_ema).
         kernel: "auto", or "c", "triton", "torch" to force one.
         capturable: keep the step on the device, for CUDA graphs.
-        seed: of the stochastic rounding. Saved in the state_dict.
+        seed: seeds the stochastic rounding; saved in the state_dict.
 
     Raises:
         InputError: a hyper-parameter out of its range, a parameter or gradient of a kind that is not supported, two

@@ -102,6 +102,15 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_known))
 
 
+def defaults(name: str) -> dict[str, Any]:
+    """The hyper-parameters of the named optimizer and their defaults."""
+    return _arguments(_known[name]) | _known[name].kwargs
+
+
+def _arguments(known: OptimizerSpec) -> dict[str, Any]:
+    return {key: p.default for key, p in inspect.signature(known.cls).parameters.items() if key != "params"}
+
+
 def spec(name: str, **kwargs: Any) -> OptimizerSpec:
     """The named optimizer with its hyper-parameters, checked by building one over a single weight.
 
@@ -114,7 +123,7 @@ def spec(name: str, **kwargs: Any) -> OptimizerSpec:
     if name not in _known:
         raise InputError(f"unknown optimizer {name!r}; known: {', '.join(names())}{did_you_mean(name, names())}")
     found = _known[name]
-    allowed = {key: p.default for key, p in inspect.signature(found.cls).parameters.items() if key != "params"}
+    allowed = _arguments(found)
     if unknown := [key for key in kwargs if key not in allowed]:
         known = f"it has: {', '.join(allowed)}{did_you_mean(unknown[0], allowed)}"
         raise UnknownKeyError(f"optimizer {name} has no {', '.join(map(repr, unknown))}; {known}")

@@ -21,7 +21,7 @@ from shardopt.pretrain.metrics import TrackingConfig
 from shardopt.pretrain.model import ModelConfig, transformers_config
 from shardopt.pretrain.profile import ProfileConfig
 from shardopt.pretrain.schedule import ScheduleConfig
-from shardopt.pretrain.section import Folder, Section
+from shardopt.pretrain.section import Folder, Section, Sequences, Steps, Tokens, in_unit
 from shardopt.pretrain.spikes import LossSpikeConfig
 from shardopt.pretrain.strict_yaml import Loader
 
@@ -88,11 +88,11 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """Length of the run, batch sizes, and what a step does to the gradient."""
 
-    steps: int = Field(300, ge=1)
+    steps: Steps = Field(300, ge=1)
     """Optimizer steps of the whole run."""
-    global_batch: int = Field(32, ge=1)
+    global_batch: Sequences = Field(32, ge=1)
     """Sequences per step over all ranks."""
-    micro_batch: int = Field(8, ge=1)
+    micro_batch: Sequences = Field(8, ge=1)
     """Sequences per forward pass of a rank."""
     grad_clip: float | None = Field(1.0, gt=0)
     """Largest L2 norm of the whole gradient; null for none."""
@@ -100,10 +100,10 @@ class TrainConfig(Section):
     """Recompute the activations of each block in backward (non-reentrant)."""
     compile: CompileName = "none"
     """torch.compile of each block, or of the whole model; the first step then takes a minute or more."""
-    loss_chunks: int = Field(1, ge=1)
+    loss_chunks: Annotated[int, in_unit("chunks")] = Field(1, ge=1)
     """Chunks of the sequence in which logits and loss are made, each again in backward: 16 hold a sixteenth of the
     logits at a time."""
-    max_nonfinite_steps: int = Field(10, ge=0)
+    max_nonfinite_steps: Steps = Field(10, ge=0)
     """Steps in a row that may be skipped because the loss or the gradient is not finite, before the run stops."""
     loss_spike: LossSpikeConfig | None = None
     """A guard against spikes of the loss; null: none."""
@@ -112,11 +112,11 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """Loss on held-out text, and a sample of the model's own; of the weight EMA where the optimizer keeps one."""
 
-    every: int = Field(100, ge=1)
+    every: Steps = Field(100, ge=1)
     """Steps between evaluations; there is always one after the last step."""
-    batches: int = Field(16, ge=1)
+    batches: Annotated[int, in_unit("global batches")] = Field(16, ge=1)
     """Global batches per evaluation (fewer where the held-out text is shorter)."""
-    sample_tokens: int = Field(96, ge=0)
+    sample_tokens: Tokens = Field(96, ge=0)
     """Tokens of text generated at the end; 0 for none."""
 
 
@@ -126,15 +126,15 @@ class CheckpointConfig(Section):
     dir: Folder | None = None
     """Where the checkpoints, the export and the model's config go, in a folder with the run's name, instead of the run
     folder; it may be a URL, such as s3://bucket/runs."""
-    every: int = Field(100, ge=1)
+    every: Steps = Field(100, ge=1)
     """Steps between checkpoints; there is always one after the last step and when the run is told to stop."""
-    keep: int = Field(3, ge=1)
+    keep: Annotated[int, in_unit("checkpoints")] = Field(3, ge=1)
     """Newest complete checkpoints to keep. The newest that a finite step came after stays besides."""
-    keep_every: int | None = Field(None, ge=1)
+    keep_every: Steps | None = Field(None, ge=1)
     """Keep those whose step is a multiple of it, for ever."""
     keep_hours: float | None = Field(None, gt=0)
     """Keep one for each so many hours of wall time, for ever."""
-    keep_best: int = Field(0, ge=0)
+    keep_best: Annotated[int, in_unit("checkpoints")] = Field(0, ge=0)
     """Keep so many with the lowest held-out loss."""
     asynchronous: bool = Field(True, alias="async")
     """Write in the background from a copy in CPU memory."""

@@ -14,21 +14,21 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
 
 from shardopt.errors import InputError
 from shardopt.pretrain.plot import draw_loss
-from shardopt.pretrain.section import Section
+from shardopt.pretrain.section import Section, Steps
 from shardopt.pretrain.wandb_run import Status, WandbConfig, WandbRun, cause
 
 
 class TrackingConfig(Section):
-    """The `tracking` section."""
+    """Where metrics go, and how often."""
 
-    log_every: Annotated[int, Field(ge=1)] = 10
+    log_every: Steps = Field(10, ge=1)
     """Steps between rows of metrics."""
     wandb: WandbConfig = WandbConfig()
 

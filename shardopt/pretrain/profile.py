@@ -17,7 +17,7 @@ from shardopt.pretrain.section import Section
 
 
 class ProfileConfig(Section):
-    """The `profile` section."""
+    """A trace of some steps by torch's profiler."""
 
     steps: int | str | None = Field(None)
     """Steps to profile, counted from 1: 10-12, or one; null: none. It slows them down."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shardopt.pretrain.section import Section
+from shardopt.pretrain.section import Section, Steps, in_unit
 
 
 class ScheduleConfig(Section):
@@ -16,11 +16,11 @@ class ScheduleConfig(Section):
 
     name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """wsd: warm-up, stable, then a cooldown by 1 − sqrt over the last `cooldown` steps (arXiv 2405.18392)."""
-    warmup: int = Field(100, ge=0)
+    warmup: Steps = Field(100, ge=0)
     """Steps over which lr rises linearly; step 1 has lr / warmup."""
-    min_lr_ratio: float = Field(0.01, ge=0, le=1)
+    min_lr_ratio: Annotated[float, in_unit("share of lr")] = Field(0.01, ge=0, le=1)
     """lr of the last step, as a share of the full lr. Not used by constant."""
-    cooldown: int | None = Field(None, ge=1)
+    cooldown: Steps | None = Field(None, ge=1)
     """wsd only: steps of the cooldown; None is a fifth of the run."""
 
 

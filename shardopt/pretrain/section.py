@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
 from shardopt.checkpoint.store import as_folder, is_local
 from shardopt.errors import InputError
@@ -23,13 +23,23 @@ def _is_folder(value: Any) -> Path:
     return value
 
 
-Folder = Annotated[Path, PlainValidator(_is_folder), PlainSerializer(str)]
+Folder = Annotated[Path, PlainValidator(_is_folder, json_schema_input_type=str), PlainSerializer(str)]
 """A folder on this machine, or in a store by URL."""
 
 
 def _as_path(text: str) -> Path:
     path = as_folder(text)
     return path.expanduser() if is_local(path) else path
+
+
+def in_unit(unit: str) -> Any:
+    """For Annotated: the unit of a number whose name does not end with it (`_mb`, `_hours`); keys.py shows it."""
+    return Field(json_schema_extra={"unit": unit})
+
+
+Steps = Annotated[int, in_unit("steps")]
+Tokens = Annotated[int, in_unit("tokens")]
+Sequences = Annotated[int, in_unit("sequences")]
 
 
 class Section(BaseModel):

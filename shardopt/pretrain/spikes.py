@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
@@ -12,17 +13,17 @@ from shardopt import checkpoint
 from shardopt.engines.state import ShardedState
 from shardopt.pretrain.data import Batches
 from shardopt.pretrain.progress import Progress, resume
-from shardopt.pretrain.section import Section
+from shardopt.pretrain.section import Section, Steps, in_unit
 
 
 class LossSpikeConfig(Section):
     """Go back to the last checkpoint when the loss jumps, and on from there without the batches since."""
 
-    above: float = Field(gt=0)
+    above: Annotated[float, in_unit("nats a token")] = Field(gt=0)
     """How far over the mean of the last `window` losses a step's loss is a spike, in nats per token."""
-    window: int = Field(64, ge=2)
+    window: Steps = Field(64, ge=2)
     """Steps in that mean; there are no spikes before there are as many."""
-    rewinds: int = Field(3, ge=1)
+    rewinds: Annotated[int, in_unit("times")] = Field(3, ge=1)
     """How often a run goes back; a later spike is a warning."""
 
     def is_spike(self, progress: Progress, loss: float) -> bool:

@@ -32,10 +32,13 @@ class WandbConfig(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: as WANDB_MODE says; without it online where there is an API key, else offline. Never asks."""
     project: str = "shardopt"
+    """Project that the run belongs to."""
     entity: str | None = None
     """User or team; None: the account's default."""
     group: str | None = None
+    """Group of runs that W&B shows as one; None: none."""
     tags: tuple[str, ...] = ()
+    """Words to find the run by."""
 
 
 class WandbRun:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
-from shardopt.pretrain.section import Section
+from shardopt.pretrain.section import Section, Tokens, in_unit
 
 
 class _Source(Section):
-    weight: float = Field(default=1.0, gt=0)
+    weight: Annotated[float, in_unit("relative to the others")] = Field(default=1.0, gt=0)
     """Share of the samples drawn from this source, relative to the other sources' weights."""
 
 
@@ -27,7 +28,7 @@ class _FileSource(_Source):
     """Files, folders (searched whole for files of this kind) and globs (`**` crosses folders); one string, or a
     list of them."""
 
-    @field_validator("paths", mode="before")
+    @field_validator("paths", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
     def _one_path(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -75,11 +76,11 @@ class HfSource(_Source):
     streaming: bool = False
     """Read documents in order while training, instead of downloading and packing all of them first; the order is
     the dataset's own."""
-    shards: int = Field(default=1, ge=1)
+    shards: Annotated[int, in_unit("shards")] = Field(default=1, ge=1)
     """Streaming only: cut the dataset into so many shards, each read in order, and take samples from them in turn. A
     multiple of the ranks lets each read and tokenise only its share; it needs as many files, else each shard reads all
     of them and keeps every so-manyth document."""
-    scan: int = Field(default=10_000, ge=1)
+    scan: Annotated[int, in_unit("documents")] = Field(default=10_000, ge=1)
     """Streaming only: how many documents are read ahead, once, for held-out text, for training a bpe
     tokenizer and for the bytes per token."""
 
@@ -94,7 +95,7 @@ class BpeTokenizer(Section):
     """Byte-level byte-pair encoding, trained on the training documents and kept in the cache."""
 
     type: Literal["bpe"] = "bpe"
-    vocab_size: int = Field(default=4096, ge=257)
+    vocab_size: Tokens = Field(default=4096, ge=257)
     """Tokens at most; fewer where the corpus has too few pairs to merge."""
     train_mb: int = Field(default=512, ge=1)
     """Megabytes of text to train on, shared among the sources by weight; each source's first documents."""
@@ -115,28 +116,37 @@ def holds_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"))
 
 
+Source = Annotated[StdlibSource | TextSource | JsonlSource | ParquetSource | HfSource, Field(discriminator="source")]
+Tokenizer = Annotated[ByteTokenizer | BpeTokenizer | PathTokenizer, Field(discriminator="type")]
+
+
+class _BpeInShort(TypedDict):
+    bpe: int
+
+
 class DataConfig(Section):
     """The text that the model is trained and evaluated on, its tokenizer, and how it is cut into blocks."""
 
-    sources: tuple[
-        Annotated[StdlibSource | TextSource | JsonlSource | ParquetSource | HfSource, Field(discriminator="source")],
-        ...,
-    ] = Field(default=(StdlibSource(),), min_length=1)
+    sources: tuple[Source, ...] = Field(default=(StdlibSource(),), min_length=1)
     """Where the text comes from: a source, or a list of them to mix by weight; `stdlib` is {source: stdlib}."""
-    tokenizer: Annotated[ByteTokenizer | BpeTokenizer | PathTokenizer, Field(discriminator="type")] = ByteTokenizer()
+    tokenizer: Tokenizer = ByteTokenizer()
     """`byte`, `bpe`, `{bpe: VOCAB_SIZE}`, or a transformers tokenizer: its folder or its name on the hub. By default
     the one in the folder of model.path, if it has one, else byte."""
-    block_size: int = Field(default=256, ge=1)
+    block_size: Tokens = Field(default=256, ge=1)
     """Target tokens of a sequence; a block has one more, because targets are the inputs shifted by one."""
-    holdout: float = Field(default=0.01, gt=0, lt=1)
+    holdout: Annotated[float, in_unit("share of the documents")] = Field(default=0.01, gt=0, lt=1)
     """Share of the documents kept out of training, chosen by a hash of their text."""
-    prefetch: int = Field(default=4, ge=0)
+    prefetch: Annotated[int, in_unit("batches")] = Field(default=4, ge=0)
     """Batches that a thread prepares ahead of the step; 0: each is prepared when its step begins."""
     cache: Path | None = None
     """Where tokenizers and packed tokens are kept; None is $XDG_CACHE_HOME/shardopt/data, or
     ~/.cache/shardopt/data without that variable."""
 
-    @field_validator("sources", mode="before")
+    @field_validator(
+        "sources",
+        mode="before",
+        json_schema_input_type=tuple[Source | Literal["stdlib"], ...] | Source | Literal["stdlib"],
+    )
     @classmethod
     def _short_sources(cls, value: Any) -> Any:
         sources = value if isinstance(value, list | tuple) else (value,)
@@ -144,7 +154,7 @@ class DataConfig(Section):
             raise ValueError("must be a list of sources, such as [{source: stdlib}]")
         return tuple({"source": source} if isinstance(source, str) else source for source in sources)
 
-    @field_validator("tokenizer", mode="before")
+    @field_validator("tokenizer", mode="before", json_schema_input_type=Tokenizer | _BpeInShort | str)
     @classmethod
     def _short_tokenizer(cls, value: Any) -> Any:
         if isinstance(value, str):
