@@ -50,7 +50,8 @@ def test_what_is_built(wheels):
     with zipfile.ZipFile(wheels["any"]) as pure, zipfile.ZipFile(wheels["manylinux2014"]) as compiled:
         sources, libraries = set(pure.namelist()), {n for n in compiled.namelist() if n.endswith(".so")}
         tags = compiled.read(f"shardopt-{shardopt.__version__}.dist-info/WHEEL").decode()
-    assert {f"shardopt/{name}" for name in ("py.typed", "optim/kernels/cpu.c", "pretrain/loop.py")} <= sources
+    files = ("py.typed", "configs/llama-124m.yaml", "optim/kernels/cpu.c", "pretrain/loop.py")
+    assert {f"shardopt/{name}" for name in files} <= sources
     assert not any(name.startswith(("tests", "scripts")) or name.endswith(".so") for name in sources)
     levels = [re.fullmatch(r"shardopt/optim/kernels/shipped/(.*)-\w+\.so", name)[1] for name in libraries]
     assert sorted(levels) == ["x86-64", "x86-64-v3", "x86-64-v4"]
