@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +23,6 @@ from shardopt.errors import InputError, few
 from shardopt.optim import states
 from shardopt.optim.precision import BLOCK, blocks
 from shardopt.slices import Layout, Slice, local_tensor
-
-logger = logging.getLogger(__name__)
 
 Tensors = Mapping[tuple[str, str], StoredTensor]  # by name and kind
 
@@ -89,12 +86,6 @@ def load(
 
     def describe_live() -> tuple[list[Slice], manifest.StepCounts, bytes]:
         manifest.check_same_folder(main, str(folder), ranks.rank)
-        if ranks.is_main and state.holds_gradients():
-            logger.warning(
-                "checkpoint %s is loaded between micro-batches, and the gradients of the weights before, which no step "
-                "has used, stay: call optimizer.zero_grad() before the next backward",
-                folder,
-            )
         state.init()
         slices = [s for s in state.slices() if kinds.get(s.kind, s.kind) is not None]
         return slices, state.step_counts(), manifest.table_of(slices)
@@ -134,7 +125,9 @@ def load_extras(folder: str | Path, keys: Iterable[str]) -> dict[str, Tensor]:
         InputError: not a checkpoint that can be read.
     """
     folder = as_folder(folder)
-    index = read_index(folder, read_document(folder))
+    document = read_document(folder)
+    check_name(folder, document)
+    index = read_index(folder, document)
     found: dict[str, Tensor] = {}
     for key in keys:
         if there := index.tensors.get((key, EXTRA)):

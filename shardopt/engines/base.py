@@ -98,7 +98,7 @@ class Engine(abc.ABC):
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.state.drop_gradients()
 
     def close(self) -> None:  # noqa: B027
         """Release what the engine started (hooks, streams, sub-groups)."""

@@ -10,6 +10,7 @@ from typing import Literal
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from shardopt.engines.base import DTYPES, Config, DtypeName, EngineInputs, ModuleEngine, compute_dtype, replicated_mesh
+from shardopt.engines.held_gradients import fsdp_groups
 from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError
 
@@ -36,6 +37,12 @@ class FsdpState(ModuleState):
     """The shards of an FSDP2 module, whose gradients are whole between micro-batches where `whole_gradients`."""
 
     whole_gradients = False
+    waits = False
+    """For the all-reduce of earlier micro-batches' gradients over the replicas."""
+
+    def drop_gradients(self) -> None:
+        super().drop_gradients()
+        self.waits = False
 
     def gradient_bytes(self) -> int:
         if not self.whole_gradients:
@@ -64,7 +71,6 @@ class FsdpEngine(ModuleEngine):
         self.state.whole_gradients = not self._every
         # FSDP2 adds up in the dtype of the wire what waits for its all-reduce.
         self._defers = self._every and config.replicate > 1 and config.reduce_dtype == "fp32"
-        self._waiting = False  # for the all-reduce of earlier micro-batches' gradients
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -74,9 +80,9 @@ class FsdpEngine(ModuleEngine):
         self.model.set_is_last_backward(self._every or last)
         yield
         if self._defers:
-            if not last or self._waiting:
+            if not last or self.state.waits:
                 self._refuse_missing_gradients(last)
-            self._waiting = not last
+            self.state.waits = not last
 
     def _refuse_missing_gradients(self, last: bool) -> None:
         """Raise InputError naming a module of which a parameter got no gradient in one of several micro-batches.
@@ -85,7 +91,7 @@ class FsdpEngine(ModuleEngine):
         have one, whichever they are: other experts in the next micro-batch, and sums of different weights come out.
         """
         for name, module in self.model.named_modules():
-            for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
+            for group in fsdp_groups(module):
                 trained = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
                 waiting = group._partial_reduce_output
                 held = 0 if waiting is None else waiting.numel()

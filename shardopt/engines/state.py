@@ -6,8 +6,9 @@ Engines and integrations make one `ShardedState` each; checkpoints, reports and 
 from __future__ import annotations
 
 import abc
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,12 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from shardopt.distributed import Ranks
+from shardopt.engines.held_gradients import UnusedGradients, drop_in_fsdp, gradients_of, held_by_fsdp
 from shardopt.errors import InputError
 from shardopt.optim import states
 from shardopt.slices import Layout, Slice, layout_of, local_tensor, named_parameters, persistent_buffers
+
+logger = logging.getLogger(__name__)
 
 
 class Saveable(abc.ABC):
@@ -195,9 +199,23 @@ class ShardedState(Saveable):
         finally:
             self.refresh()
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients, reduced or not, of all micro-batches since the last step. All ranks call it."""
+        self.optimizer.zero_grad()
+
     @contextmanager
     def loading(self, source: object) -> Iterator[None]:
-        """Around overwriting the slices: no step and no save until the block has ended without an error."""
+        """Around overwriting the slices: no step and no save until the block has ended without an error. A collective.
+
+        Gradients are those of the weights before, and are dropped; with a warning where a step was still to use them.
+        """
+        if self.ranks.any(self.holds_gradients()) and self.ranks.is_main:
+            logger.warning(
+                "%s is loaded between micro-batches: their gradients, which no step has used, are of the weights "
+                "before, and are dropped",
+                source,
+            )
+        self.drop_gradients()
         refuse_steps(
             self.optimizer,
             f"loading {source} failed midway, so that weights and state are half of one checkpoint and half of "
@@ -235,7 +253,7 @@ class ModuleState(ShardedState):
             raise InputError(f"ModuleState takes an optimizer and its model, in this order: got {given}")
         super().__init__(optimizer, ranks, model, trained_only)
         self.refresh()
-        self._unused = UnusedGradients.of(optimizer, lambda: self._trained())
+        self._unused = UnusedGradients.of(optimizer, lambda: gradients_of(self._trained()))
         # Now: while FSDP2 has a module gathered, its parameters are others than those that hold the shards.
         trained = set(self._trained())
         if trained.isdisjoint(model.parameters()):
@@ -254,10 +272,14 @@ class ModuleState(ShardedState):
         return (param for group in self.optimizer.param_groups for param in group["params"])
 
     def clip_grad_norm(self, max_norm: float | None) -> float:
-        return self._clip([local_tensor(p.grad) for p in self._trained() if p.grad is not None], max_norm)
+        return self._clip([local_tensor(g) for g in gradients_of(self._trained())], max_norm)
 
     def holds_gradients(self) -> bool:
-        return self._unused.are_there() or any(_unreduced(m) for m in self.model.modules() if isinstance(m, FSDPModule))
+        return self._unused.are_there() or held_by_fsdp(self.model)
+
+    def drop_gradients(self) -> None:
+        super().drop_gradients()
+        drop_in_fsdp(self.model)
 
     def gradient_bytes(self) -> int:
         return sum(local_tensor(param).nbytes for param in self._trained())
@@ -280,48 +302,6 @@ class ModuleState(ShardedState):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-
-def _unreduced(module: FSDPModule) -> bool:
-    """True where FSDP2 keeps whole gradients of earlier micro-batches (set_requires_gradient_sync), out of sight."""
-    groups: Any = getattr(module._get_fsdp_state(), "_fsdp_param_groups", ())  # torch has no public name for them
-    params = [param for group in groups for param in group.fsdp_params]
-    return any(
-        p.unsharded_accumulated_grad is not None
-        or getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None
-        for p in params
-    )
-
-
-class UnusedGradients:
-    """Tells gradients that a step has used, and that may stay until zero_grad, from those that wait for a step.
-
-    A step post-hook, which marks the gradients with the version that they have: whatever is added changes it.
-    """
-
-    def __init__(self, params: Callable[[], Iterable[Tensor]]) -> None:
-        self.params = params
-        self()  # nobody knows of those from before
-
-    @classmethod
-    def of(cls, optimizer: Optimizer, params: Callable[[], Iterable[Tensor]]) -> UnusedGradients:
-        """That of `optimizer`, which has one only, however many look at it."""
-        known = [hook for hook in optimizer._optimizer_step_post_hooks.values() if isinstance(hook, cls)]
-        if not known:
-            optimizer.register_step_post_hook(made := cls(params))
-        return known[0] if known else made
-
-    def __call__(self, *_: Any) -> None:
-        for gradient in self._there():  # a DTensor's own version does not change with its shard's
-            gradient._shardopt_used = local_tensor(gradient)._version  # type: ignore[attr-defined]
-
-    def are_there(self) -> bool:
-        """True where a gradient that is not zero waits for a step."""
-        here = ((getattr(gradient, "_shardopt_used", None), local_tensor(gradient)) for gradient in self._there())
-        return any(used != local._version and bool(local.any()) for used, local in here)
-
-    def _there(self) -> Iterator[Tensor]:
-        return (param.grad for param in self.params() if param.grad is not None)
 
 
 def require_state(state: object, kind: type = ShardedState) -> None:

@@ -21,19 +21,6 @@ def _trained() -> ModuleState:
     return ModuleState(AdEMAMix(model.named_parameters(), lr=1e-3), model)
 
 
-def test_a_load_between_micro_batches_says_that_gradients_stay(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    state = _trained()
-    checkpoint.save(tmp_path / "a", state)
-    checkpoint.load(tmp_path / "a", state)
-    assert caplog.messages == []
-    state.model(torch.ones(1, 3)).sum().backward()
-    checkpoint.load(tmp_path / "a", state)
-    assert "a is loaded between micro-batches" in caplog.text
-    assert "call optimizer.zero_grad()" in caplog.text
-
-
 def test_a_saver_has_defaults_and_is_closed_once_and_for_all(tmp_path: Path) -> None:
     saver, state = Saver(tmp_path), _trained()
     for step in range(1, 6):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardopt import engines
+from shardopt import checkpoint, engines
 from shardopt.distributed import Ranks
 from shardopt.engines import DdpConfig, DeepspeedConfig, ZeroConfig
 from shardopt.engines.base import EngineInputs
@@ -374,30 +374,40 @@ class Sum(nn.Module):
         return (self.weight * x).float()
 
 
-def _accumulated(rank, world_size):
+def _accumulated(rank, world_size, folder):
     outcome = {}
     for name, config in CONFIGS.items():
         ranks = Ranks(rank, world_size, rank, torch.device("cpu"), True)
         model = Sum()
         inputs = EngineInputs(ranks, model, lambda _: None, registry.spec("sgd", lr=1.0), [])
         engine = engines.build(config, inputs)
+        checkpoint.save(folder / name, engine.state)
+        for last in (False, True):  # whose gradients a load drops
+            with engine.accumulate(last):
+                engine.backward(engine.model(torch.full((6,), 64.0)).sum())
+            checkpoint.load(folder / name, engine.state)
+            assert not engine.state.holds_gradients()
         # 1 and 2^-12 twice: in bf16 the small ones would be lost.
         for i, size in enumerate((1.0, 2.0**-12, 2.0**-12)):
             with engine.accumulate(i == 2):
                 engine.backward(engine.model(torch.full((6,), size)).sum())
-            assert engine.state.holds_gradients() == (i < 2)  # a save would lose them
+            assert engine.state.holds_gradients()  # a save would lose them
         norm = engine.clip_grad_norm(None)
         engine.step()
+        assert not engine.state.holds_gradients()
         engine.zero_grad()
         outcome[name] = (norm, sorted({v for part in held(engine).values() for v in part.tolist()}))
         engine.close()
     return outcome
 
 
-def test_gradients_are_sums_over_ranks_and_micro_batches_in_fp32():
-    """Neither the mean over ranks, nor a division by accumulation steps, nor bf16 in between; any client optimizer."""
+def test_gradients_are_sums_over_ranks_and_micro_batches_in_fp32(tmp_path):
+    """Neither the mean over ranks, nor a division by accumulation steps, nor bf16 in between; any client optimizer.
+
+    Nor what there was before a load.
+    """
     each = 2 * (1 + 2.0**-11)
-    for outcome in on_ranks(2, _accumulated):
+    for outcome in on_ranks(2, _accumulated, tmp_path):
         for name, (norm, values) in outcome.items():
             assert norm == pytest.approx(each * 6**0.5, rel=1e-7), name
             assert values == [-each], name

@@ -294,11 +294,15 @@ def _initialised(model):
         getattr(param, "_local_tensor", param).fill_(0.5)
 
 
-def _other_experts(rank, world_size, config, used):
+def _other_experts(rank, world_size, config, used, dropped=()):
     with torch.device("meta"):
         model = Experts()
     spec = registry.spec("adamw", lr=0.1)
     one = build(config, EngineInputs(Ranks.start("cpu"), model, _initialised, spec, []))
+    for expert in dropped:
+        with one.accumulate(last=False):
+            one.backward(one.model(torch.ones(1, 8), expert).sum())
+    one.zero_grad()
     try:
         for i, expert in enumerate(used):
             with one.accumulate(last=i == len(used) - 1):
@@ -312,7 +316,8 @@ def test_fsdp_sums_over_micro_batches_that_use_other_weights_or_refuses_them():
     total = 1.0 + 2.0 + 3.0 + 4.0  # over ranks
     assert on_ranks(2, _other_experts, FsdpConfig(), [0, 1])[0] == [[3.0], [6.0]]
     hybrid = FsdpConfig(replicate=2)
-    assert on_ranks(4, _other_experts, hybrid, [1])[0] == [None, [total]]
+    for dropped in ((), (None,)):
+        assert on_ranks(4, _other_experts, hybrid, [1], dropped)[0] == [None, [total]]
     assert on_ranks(4, _other_experts, hybrid, [None, None])[0] == [[3 * total]] * 2
     assert on_ranks(4, _other_experts, FsdpConfig(replicate=2, reduce_every="step"), [0, 1])[0] == [
         [total],

@@ -60,11 +60,10 @@ class DeepspeedEngine(Engine):
                         layout.copy_from_whole(flat.tensor, exact[layout.name])
         trained = {name: param for name, param in named if param.requires_grad}
         self._trained = list(trained)
-        self._used: set[str] = set()
-        self._unused: set[str] = set()
         self._whole: list[tuple[dict[str, Any], list[Tensor]]] = []
         self._hooks: list[Any] = [
-            p.register_post_accumulate_grad_hook(lambda _, name=n: self._used.add(name)) for n, p in trained.items()
+            p.register_post_accumulate_grad_hook(lambda _, name=n: self.state.used.add(name))
+            for n, p in trained.items()
         ]
         self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
@@ -81,8 +80,8 @@ class DeepspeedEngine(Engine):
     def clip_grad_norm(self, max_norm: float | None) -> float:
         norm = super().clip_grad_norm(max_norm)
         # DeepSpeed takes zeros for a parameter that had no gradient on any rank.
-        users = self.ranks.sum([float(name in self._used) for name in self._trained])
-        self._unused = {name for name, count in zip(self._trained, users, strict=True) if not count}
+        users = self.ranks.sum([float(name in self.state.used) for name in self._trained])
+        self.state.unused = {name for name, count in zip(self._trained, users, strict=True) if not count}
         return norm
 
     def step(self) -> None:
@@ -90,17 +89,12 @@ class DeepspeedEngine(Engine):
             self._deepspeed.step()
         if not self._deepspeed.was_step_applied():
             raise RuntimeError("DeepSpeed skipped a step whose gradient is finite")
-        self.state.missed.update(self._unused)
-
-    def zero_grad(self) -> None:
-        self.state.stage.clear()
-        self._used.clear()
-        self._unused.clear()
+        self.state.missed.update(self.state.unused)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Step each parameter by itself where some had no gradient, now or before: no decay, no count for these."""
         self._whole = []
-        if not (self._unused or self.state.missed):
+        if not (self.state.unused or self.state.missed):
             return
         flats = {id(flat.tensor): flat for flat in self.state.flats}
         for group in optimizer.param_groups:
@@ -112,7 +106,7 @@ class DeepspeedEngine(Engine):
         whole = flat.tensor
         for name, piece, layout in self.state.pieces(flat):
             start = piece.storage_offset() - whole.storage_offset()
-            if name not in self._unused and whole.grad is not None:
+            if name not in self.state.unused and whole.grad is not None:
                 piece.grad = whole.grad.narrow(0, start, piece.numel())
             self.optimizer.state[piece] = {
                 key: value - self.state.missed[name]

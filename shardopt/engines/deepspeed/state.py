@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from shardopt.distributed import Ranks
 from shardopt.engines.deepspeed.layouts import Flat, stage_of
+from shardopt.engines.held_gradients import UnusedGradients
 from shardopt.engines.state import ShardedState
 from shardopt.optim import states
 from shardopt.slices import Layout, Slice, named_parameters
@@ -52,9 +53,14 @@ class DeepspeedState(ShardedState):
         self.named = named_parameters(model)
         self.stage = stage_of(host, {param: name for name, param in self.named})
         self.flats = self.stage.flats()
+        self._waiting = UnusedGradients.of(optimizer, self.stage.gradients)
         # A partition has one count for all its parameters, that of the one with the most steps.
         self.missed = Counter[str]()
         """Steps that a parameter has made fewer than its partition, for want of a gradient."""
+        self.used: set[str] = set()
+        """Parameters that have had a gradient here since gradients were dropped, where an engine notes them."""
+        self.unused: set[str] = set()
+        """Parameters that had none on any rank, where an engine notes them."""
         for flat in self.flats:
             self.tell(flat.tensor, flat.layouts)
 
@@ -130,7 +136,14 @@ class DeepspeedState(ShardedState):
         return norm
 
     def holds_gradients(self) -> bool:
-        return not self.stage.zero.is_gradient_accumulation_boundary()  # of the last backward
+        # The last backward was no step's last, or was and no step has followed.
+        return not self.stage.zero.is_gradient_accumulation_boundary() or self._waiting.are_there()
+
+    def drop_gradients(self) -> None:
+        self.stage.clear()
+        self.stage.zero.set_gradient_accumulation_boundary(True)
+        self.used.clear()
+        self.unused.clear()
 
     def gradient_bytes(self) -> int:
         return self.stage.gradient_bytes()

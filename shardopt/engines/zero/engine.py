@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from shardopt.distributed import Ranks
 from shardopt.engines.base import Config, DtypeName, Engine, EngineInputs, autocast_forward, replicated_mesh
 from shardopt.engines.compile import compile_forward
-from shardopt.engines.state import ShardedState, UnusedGradients
+from shardopt.engines.held_gradients import UnusedGradients, gradients_of
+from shardopt.engines.state import ShardedState
 from shardopt.engines.zero.groups import check_settings
 from shardopt.engines.zero.optimizer import ZeroOptimizer
 from shardopt.engines.zero.round import RoundState
@@ -63,7 +64,8 @@ class ZeroState(ShardedState):
             raise InputError(f"ZeroState takes a ZeroOptimizer; that of {given} is ModuleState(optimizer, model)")
         super().__init__(optimizer, ranks, optimizer.model, trained_only)
         trained = [p.param for p in optimizer.flat.parameters]
-        self._of_host = UnusedGradients.of(optimizer, lambda: trained) if optimizer.gradients == "host" else None
+        from_host = optimizer.gradients == "host"
+        self._of_host = UnusedGradients.of(optimizer, lambda: gradients_of(trained)) if from_host else None
 
     @property
     def inner(self) -> Optimizer:
