@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from shardopt.checkpoint import folders
 from shardopt.checkpoint.blocks import DamagedError, FileRecord, check_file, reading
@@ -14,8 +13,6 @@ from shardopt.checkpoint.index import read_index
 from shardopt.checkpoint.store import as_folder, exists
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
-
-T = TypeVar("T")
 
 
 def latest_intact(root: str | Path, ranks: Ranks, warn: Callable[[str], None] = lambda _: None) -> Path | None:
@@ -65,20 +62,21 @@ def find_damage(folder: str | Path, ranks: Ranks) -> str | None:
     """
     folder = as_folder(folder)
 
-    def survey() -> tuple[str, dict[str, FileRecord]] | None:
-        """Rank 0 reads the document and the index, and sees that all data files are there."""
-        if not ranks.is_main:
-            return None
-        document = read_document(folder)
-        folders.check_name(folder, document)
-        index = read_index(folder, document)
-        index.check_files(folder, index.records)
+    def survey() -> tuple[str, dict[str, FileRecord]] | str:
+        """Rank 0 reads the document and the index, and sees that all data files are there; or says what is damaged."""
+        try:
+            document = read_document(folder)
+            folders.check_name(folder, document)
+            index = read_index(folder, document)
+            index.check_files(folder, index.records)
+        except DamagedError as error:
+            return str(error)
         return index.save_id, index.records
 
-    damage, found = _damage(survey, ranks)
-    if damage is not None:
-        return damage
-    save_id, records = ranks.from_main(found)  # type: ignore[misc]
+    surveyed = ranks.ask_main(survey)
+    if isinstance(surveyed, str):
+        return surveyed
+    save_id, records = surveyed
 
     def check() -> None:
         """Every rank checks an equal share of the blocks."""
@@ -96,24 +94,21 @@ def find_damage(folder: str | Path, ranks: Ranks) -> str | None:
                     )
             check_file(folder / name, save_id, records[name], numbers)
 
-    return _damage(check, ranks)[0]
+    return first_damage(check, ranks)
 
 
-def _damage(action: Callable[[], T], ranks: Ranks) -> tuple[str | None, T | None]:
-    """Run `action` on every rank: the first rank's damage or None, and this rank's result. A collective.
+def first_damage(check: Callable[[], None], ranks: Ranks) -> str | None:
+    """Run `check` on every rank: the first rank's damage, in words; None where no rank finds any. A collective.
 
     Raises:
         InputError: on some rank it is not damage but another error, which may hide what is wrong.
     """
-    result: T | None = None
-    damage: str | None = None
 
-    def run() -> None:
-        nonlocal result, damage
+    def found() -> str | None:
         try:
-            result = action()
+            check()
         except DamagedError as error:
-            damage = str(error)
+            return str(error)
+        return None
 
-    ranks.together(run)
-    return next((found for found in ranks.gather(damage) if found is not None), None), result
+    return next(filter(None, ranks.gather(ranks.together(found))), None)
