@@ -24,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from shardopt.checkpoint import renaming
 from shardopt.checkpoint.blocks import DamagedError, reading
 from shardopt.checkpoint.document import DOCUMENT, read_document, records_of, write_bytes
 from shardopt.checkpoint.store import as_folder, delete, delete_all, exists, is_local, listing, move, put_file, sync
@@ -268,20 +269,12 @@ def _publish(partial: Path, folder: Path, replaceable: Callable[[Path], bool]) -
             _copy(partial, folder, replaceable)
         return
     sync(partial)
-    previous = _aside(folder, "previous")
     if folder.exists():
-        if any(folder.iterdir()):
-            if not replaceable(folder):
-                raise _occupied(folder)
-            if previous.exists():
-                shutil.rmtree(previous)
-            folder.rename(previous)
-        else:
+        if not any(folder.iterdir()):
             folder.rmdir()
-    partial.rename(folder)
-    sync(folder.parent)
-    if previous.exists():
-        _delete(previous)
+        elif not replaceable(folder):
+            raise _occupied(folder)
+    renaming.swap_in(partial, folder, _aside(folder, "previous"))
 
 
 def _copy(source: Path, target: Path, replaceable: Callable[[Path], bool]) -> None:
@@ -311,29 +304,9 @@ def remove(folder: Path) -> None:
         except FileNotFoundError:  # the document was all
             pass
         except OSError as error:
-            _warn_of(folder, error)
+            renaming.warn_of(folder, error)
         return
-    doomed = _aside(folder, "deleting")
-    if doomed.exists():
-        _delete(doomed)
-    try:
-        folder.rename(doomed)
-    except OSError as error:
-        _warn_of(folder, error)
-    else:
-        _delete(doomed)
-
-
-def _delete(folder: Path) -> None:
-    """Delete what nobody reads any more; what cannot be deleted stays, with a warning, for the next time."""
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:  # NFS keeps a file that somebody has open, and says ENOTEMPTY
-        _warn_of(folder, error)
-
-
-def _warn_of(folder: Path, error: OSError) -> None:
-    logger.warning("%s cannot be deleted (%s), which is tried again later", folder, error.strerror or error)
+    renaming.retire(folder, _aside(folder, "deleting"))
 
 
 def _sweep(folder: Path) -> None:
@@ -350,7 +323,7 @@ def _sweep(folder: Path) -> None:
     except InputError as error:  # a document that cannot be read, or is damaged, which is not for us to say
         logger.warning("%s is not cleaned up: %s", folder, error)
     except OSError as error:
-        _warn_of(folder, error)
+        renaming.warn_of(folder, error)
 
 
 def clean(root: Path) -> None:
@@ -366,10 +339,10 @@ def clean(root: Path) -> None:
         match = _ASIDE.fullmatch(folder.name)
         if not match or not _STEP.fullmatch(match[1]):
             continue
-        if match[2] == "previous" and not (root / match[1]).exists():
-            folder.rename(root / match[1])
+        if match[2] == "previous":
+            renaming.swap_back(folder, root / match[1])
         else:
-            _delete(folder)
+            renaming.delete(folder)
 
 
 def prune(root: Path, checkpoints: Iterable[Path]) -> None:
@@ -378,7 +351,7 @@ def prune(root: Path, checkpoints: Iterable[Path]) -> None:
     One that holds something else, too, stays.
     """
     for leftover in sorted(root.glob(".step-*.deleting")) if is_local(root) else []:
-        _delete(leftover)
+        renaming.delete(leftover)
     for folder in checkpoints:
         try:
             strangers = _strangers(folder)

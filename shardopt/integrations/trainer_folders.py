@@ -13,9 +13,8 @@ Uploads to the hub leave out what begins with "_"; for Trainer and get_last_chec
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, load_sharded_check
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from shardopt import checkpoint
+from shardopt.checkpoint import renaming
 from shardopt.checkpoint.blocks import DamagedError, reading
 from shardopt.checkpoint.folders import trainers_step_of
 from shardopt.checkpoint.store import sync
 from shardopt.checkpoint.stored import SLICES
 from shardopt.checkpoint.trainer_files import check_files, write_checksums
+from shardopt.checkpoint.verify import first_damage
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError, few
 from shardopt.slices import named_parameters, persistent_buffers
@@ -93,15 +94,7 @@ def find_damage(folder: Path, ranks: Ranks) -> str | None:
     Raises:
         InputError: a file cannot be read now, or the slices are of another version; on every rank.
     """
-
-    def check() -> str | None:
-        try:
-            _check(folder, ranks)
-        except DamagedError as error:
-            return str(error)
-        return None
-
-    found = next(filter(None, ranks.gather(ranks.together(check))), None)
+    found = first_damage(lambda: _check(folder, ranks), ranks)
     return found or checkpoint.find_damage(folder / SLICES, ranks)
 
 
@@ -215,38 +208,33 @@ def _publish(partial: Path, folder: Path) -> None:
     write_checksums(partial)
     for path in (*partial.rglob("*"), partial):
         sync(path)
-    if folder.exists():
-        _move(folder, PREVIOUS)
-    partial.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(folder.parent / PREVIOUS, ignore_errors=True)
-    shutil.rmtree(folder.parent / SAVING, ignore_errors=True)
+    renaming.swap_in(partial, folder, folder.parent / PREVIOUS / folder.name)
+    _remove_empty(folder.parent)
 
 
 def _rotate(run: Path, limit: int, protected: set[Path]) -> None:
     """Keep `limit` checkpoints, `protected` ones among them; each that goes is renamed before anything in it goes."""
     there = sorted(_checkpoints(run).items(), key=lambda item: (item[1].stat().st_mtime, item[0]))
     others = [folder for _, folder in there if folder not in protected]
-    try:
-        for folder in others[: max(0, len(others) - max(0, limit - len(protected)))]:
-            shutil.rmtree(_move(folder, DELETING))
-        shutil.rmtree(run / DELETING, ignore_errors=True)
-    except OSError as error:  # the new one is complete, and the next save tries again
-        _log.warning(f"an old checkpoint could not be deleted: {error}")
-
-
-def _move(folder: Path, where: str) -> Path:
-    (folder.parent / where).mkdir(exist_ok=True)
-    return folder.rename(folder.parent / where / folder.name)
+    for folder in others[: max(0, len(others) - max(0, limit - len(protected)))]:
+        renaming.retire(folder, run / DELETING / folder.name)
+    _remove_empty(run)
 
 
 def _put_in_order(run: Path) -> None:
     """After a run that died: one caught between two renames comes back, leftovers go."""
     for previous in (run / PREVIOUS).glob("*"):
-        if not (run / previous.name).exists():
-            previous.rename(run / previous.name)
-    for leftover in (SAVING, PREVIOUS, DELETING):
-        shutil.rmtree(run / leftover, ignore_errors=True)
+        renaming.swap_back(previous, run / previous.name)
+    for leftover in (*(run / SAVING).glob("*"), *(run / DELETING).glob("*")):
+        renaming.delete(leftover)
+    _remove_empty(run)
+
+
+def _remove_empty(run: Path) -> None:
+    """Remove the folders for what is written or on its way out, unless something is in there."""
+    for aside in (SAVING, PREVIOUS, DELETING):
+        with suppress(OSError):
+            (run / aside).rmdir()
 
 
 @contextmanager
