@@ -61,6 +61,8 @@ class Saver:
         self._pending: Future[None] | None = None
         self.failed = 0
         """Saves that a disk or a store did not take, since the last one that is complete."""
+        self._finite_step = False
+        """Whether a step since the last save that is complete was finite, as far as saves have told."""
         self._kept = Kept()
 
         def check() -> None:
@@ -90,13 +92,17 @@ class Saver:
 
         Args:
             loss: held-out, if it was measured at this step; by it the best checkpoints are kept.
-            after_finite_step: whether a step since the save before was finite, so that the weights then were good.
+            after_finite_step: whether a step since the save before was finite, so that the weights then were good. If
+                that save fails, what it was told counts for this one.
         """
         if self._closed:
             raise RuntimeError(f"the Saver of {self.root} is closed: make another one")
         if not isinstance(step, int) or step < 0:
             raise InputError(f"step must be a whole number >= 0, got {step!r}")
-        self.wait()
+        try:
+            self.wait()
+        finally:  # where that one has failed, the next save is told of this call, too
+            self._finite_step |= after_finite_step
         measured = float(loss) if loss is not None and math.isfinite(loss) else None
         folder = folders.step_folder(self.root, step)
         with self._counted():
@@ -111,7 +117,7 @@ class Saver:
                 after=lambda: self._delete_old(folder),
                 copy=self.asynchronous,
                 allow_nonfinite=self.allow_nonfinite,
-                facts={"loss": measured, "after_finite_step": after_finite_step},
+                facts={"loss": measured, "after_finite_step": self._finite_step},
             )  # fmt: skip
         if not self.asynchronous:
             with self._counted(done=True):
@@ -160,7 +166,7 @@ class Saver:
             self.failed += 1
             raise
         if done:
-            self.failed = 0
+            self.failed, self._finite_step = 0, False
 
     def _delete_old(self, written: Path) -> None:
         """Delete what need not stay; rank 0 alone, when `written` is complete."""

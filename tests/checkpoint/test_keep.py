@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from shardopt.checkpoint import Keep, Saver, folders
+from shardopt import checkpoint
+from shardopt.checkpoint import Keep, Saver, folders, saving
 from shardopt.checkpoint.finite import not_finite
-from shardopt.errors import InputError, NonFiniteError
+from shardopt.errors import InputError, NonFiniteError, StorageError
 from shardopt.optim import precision, states
 from shardopt.slices import Layout, Range, Slice
 from tests.checkpoint import made
@@ -158,3 +161,34 @@ def test_a_run_keeps_its_best_and_its_milestones_over_restarts(tmp_path: Path) -
         saver.close()
     # 4 is a multiple, and the newest that is known to be good: no finite step came after 5.
     assert sorted(folders.step_folders(tmp_path)) == [2, 4, 6]
+
+
+@pytest.mark.parametrize("told", ["at once", "by a wait", "by the next save"])
+def test_finite_steps_are_counted_from_the_last_save_that_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    real = saving.write_document
+
+    def full(folder: Path, document: dict[str, Any]) -> None:
+        if document["checkpoint"]["name"] == "step-00000002":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(folder, document)
+
+    monkeypatch.setattr(saving, "write_document", full)
+    saver = Saver(tmp_path, Keep(9), ranks=made.ranks_here(), asynchronous=told != "at once")
+    saver.save(1, _state(1), after_finite_step=True)
+
+    def fail() -> None:
+        saver.save(2, _state(2), after_finite_step=told != "by the next save")
+        if told == "by the next save":
+            saver.save(3, _state(3), after_finite_step=True)
+        saver.wait()
+
+    with pytest.raises(StorageError, match="No space left on device"):
+        fail()
+    for step in (3, 4):
+        saver.save(step, _state(step), after_finite_step=False)
+    saver.close()
+    complete = {f.name: checkpoint.read_document(f)["checkpoint"] for f in folders.complete_steps(tmp_path)}
+    finite = {name: facts["after_finite_step"] for name, facts in complete.items()}
+    assert finite == {"step-00000004": False, "step-00000003": True, "step-00000001": True}
