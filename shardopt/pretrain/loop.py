@@ -129,10 +129,8 @@ class Run:
         self.meter.clock.watch_update(self.engine.state.inner)
         self.tokens_before = self.progress.tokens
 
-        root = config.store / "checkpoints"
-        saver = checkpoint.Saver(
-            root, config.checkpoint.rules, ranks=ranks, asynchronous=config.checkpoint.asynchronous
-        )
+        root, saves = config.store / "checkpoints", config.checkpoint
+        saver = checkpoint.Saver(root, saves.rules, ranks=ranks, asynchronous=saves.asynchronous)
         self.saver = stack.enter_context(saver)
         self.tracker = ranks.together(
             lambda: Tracker(
@@ -147,8 +145,7 @@ class Run:
             )
         )
         stack.push(self._close_tracker)
-        said = self.report.say, self.report.warn
-        self.profiler = Profiler(config.profile, config.folder / "profile", ranks, *said)
+        self.profiler = Profiler(config.profile, config.folder / "profile", ranks, self.report.say, self.report.warn)
         stack.callback(self.profiler.close)
         self._report_start()
 
@@ -329,10 +326,13 @@ class Run:
             self.report.warn(f"{error}. The run goes on, and saves again later ({failed} in a row have failed)")
 
     def _give_up(self, reason: str) -> NoReturn:
-        self.saver.wait()
-        raise NonFiniteError(
-            f"{reason}. Lower optimizer.lr or train.grad_clip; {last_good(self.saver.root, self.ranks)}"
-        )
+        also, cause = "", None
+        try:
+            self.saver.wait()
+        except (InputError, RuntimeError) as error:  # not why the run ends
+            also, cause = f". The save before has failed, too: {error}", error
+        good = last_good(self.saver.root, self.ranks)
+        raise NonFiniteError(f"{reason}. Lower optimizer.lr or train.grad_clip; {good}{also}") from cause
 
     def _report_start(self) -> None:
         config, engine, progress = self.config, self.engine, self.progress

@@ -203,6 +203,8 @@ def test_a_folder_that_is_no_checkpoint_says_what_it_is(tmp_path: Path) -> None:
     assert _number((tmp_path / "step-00000001").rename(tmp_path / "best")) == 1
     (tmp_path / "best").rename(tmp_path / "step-00000002")
     assert "is not of the step in its name: it was saved as step-00000001" in said(tmp_path / "step-00000002")
+    with pytest.raises(InputError, match=r"is not of the step in its name: it was saved as step-00000001"):
+        checkpoint.load_extras(tmp_path / "step-00000002", ["rng"])
 
 
 @pytest.mark.parametrize("folder", ["", ".", "/", "..", None, "zip://x.zip", "memory://"])

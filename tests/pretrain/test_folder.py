@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from shardopt import checkpoint
 from shardopt.checkpoint import blocks, export, saving
-from shardopt.errors import InputError, StorageError
+from shardopt.errors import InputError, NonFiniteError, StorageError
 from shardopt.pretrain import lock, loop
 from shardopt.pretrain.lock import RunLock
 from shardopt.pretrain.model_files import ModelFiles
@@ -225,6 +226,30 @@ def test_a_folder_that_is_removed_while_it_is_saved_to_is_made_again_by_the_next
     said = " ".join(capsys.readouterr().out.split())
     assert "has been removed while it was written. The run goes on, and saves again later (1 in a row" in said
     assert f"somebody has removed {here}: it is made again" in said
+
+
+def test_a_run_that_gives_up_says_why_before_it_says_that_a_save_has_failed(tmp_path, monkeypatch):
+    tiny.corpus(tmp_path / "text")
+    real, step = saving.write_document, loop.Run._step
+
+    def full(folder, document):
+        if document["step"] == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(folder, document)
+
+    def poisoned(run, stop):
+        if run.progress.step == 2:
+            run.engine.state.slices()[0].tensors[0].data.fill_(math.inf)
+        step(run, stop)
+
+    monkeypatch.setattr(saving, "write_document", full)
+    monkeypatch.setattr(loop.Run, "_step", poisoned)
+    said = (
+        r"^1 steps in a row, up to step 3, had a loss or a gradient that is not finite\. Lower .*"
+        r"the last good checkpoint is .*step-00000001\. The save before has failed, too: .*No space left on device"
+    )
+    with pytest.raises(NonFiniteError, match=said):
+        tiny.run(0, 1, tmp_path, **ALONE | {"checkpoint__every": 1, "train__max_nonfinite_steps": 0})
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
