@@ -22,6 +22,7 @@ from shardopt.engines.state import ShardedState, require_state
 from shardopt.errors import InputError, few
 from shardopt.optim import states
 from shardopt.optim.precision import BLOCK, blocks
+from shardopt.optim.schema import LOW_HALF, MASTERS
 from shardopt.slices import Layout, Slice, local_tensor
 
 Tensors = Mapping[tuple[str, str], StoredTensor]  # by name and kind
@@ -60,7 +61,8 @@ def load(
         convert: let a vector change its dtype or format, rounded once, to nearest. (A block format that keeps its
             format and changes its layout goes through fp32, and a buffer takes the dtype here, without being asked.)
         kinds: for a kind here ("m1") the kind there that it is read from ("exp_avg"), where the names differ; None for
-            a kind that is left alone, here and there.
+            a kind that is left alone, here and there. Masters are made of fp32 weights by {"master": "weight"}, split
+            ones by {"master_low": "weight"} ("master" of a checkpoint that has such), with `convert`: exactly.
 
     Returns:
         The checkpoint's document: what `save` was given, and "checkpoint" (see `read_document`).
@@ -145,6 +147,8 @@ def _renamed(stored: Tensors, kinds: Mapping[str, str | None]) -> Tensors:
         if kind != EXTRA and kind not in kinds and (kind == "weight" or kind not in sources):
             renamed[name, kind] = there
         renamed |= {(name, here): there for here, source in kinds.items() if source == kind}
+    if kinds.get(LOW_HALF) is not None:  # the bf16 weight is the other half of the same values
+        renamed |= {(name, "weight"): there for (name, kind), there in renamed.items() if kind == LOW_HALF}
     return renamed
 
 
@@ -174,9 +178,7 @@ def _check_match(folder: Path, stored: Entries, live: Entries, *, strict: bool, 
     wanted, there = ({key for key in of if key[0] in shared} for of in (live, stored))
     # Not strict either: weights without their masters, or averages without their counts, would go on wrong.
     if missing_kinds := {vector_key(*k) for k in wanted - there}:
-        # fp32 masters of bf16 weights are in no other checkpoint than its fp32 weights.
-        masters = all(kind == "master" for _, kind in wanted - there)
-        hint = ", or load with kinds={'master': 'weight'}, convert=True" if masters else ""
+        hint = _hint_of_masters({kind for _, kind in wanted - there}, {kind for _, kind in stored})
         problems.append(f"the checkpoint has no {few(missing_kinds)}; set optimizer as it was{hint}")
     if strict and (extra_kinds := {vector_key(*k) for k in there - wanted}):
         taken = f"nothing here takes its {few(extra_kinds)}"
@@ -196,13 +198,21 @@ def _check_match(folder: Path, stored: Entries, live: Entries, *, strict: bool, 
         raise InputError(f"checkpoint {folder} does not fit: " + "; ".join(problems))
 
 
+def _hint_of_masters(missing: set[str], there: set[str]) -> str:
+    """How to load masters of 16-bit weights from what a checkpoint has in their place; empty where it cannot be."""
+    if not missing <= {key for key, _ in MASTERS.values()} or LOW_HALF in there:
+        return ""
+    kinds = dict.fromkeys(sorted(missing), "master" if "master" in there else "weight")
+    return f", or load with kinds={kinds}, convert=True"
+
+
 def _check_slice(folder: Path, s: Slice, stored: Tensors) -> None:
     there = stored.get((s.name, s.kind))
     if there is None or not s.layout.ranges:
         return
     here = [manifest.dtype_name(t.dtype) for t in s.tensors]
     names = (*here, *there.entry.dtypes)
-    floating = all(DTYPES[n].is_floating_point for n in names)
+    floating = all(DTYPES[n].is_floating_point for n in (names[len(here) :] if s.kind == LOW_HALF else names))
     if tuple(here) != there.entry.dtypes and s.format is None and there.entry.format is None and not floating:
         raise InputError(f"checkpoint {folder}: {s.name}/{s.kind} cannot become {here[0]} from {names[-1]}")
 
@@ -232,10 +242,18 @@ def read_slices(folder: Path, index: Index, stored: Tensors, slices: Iterable[Sl
 
 def _is_direct(s: Slice, there: StoredTensor) -> bool:
     """True where the stored elements can be read straight into the live tensors."""
-    if there.entry.format != s.format:
+    if there.entry.format != s.format or _is_rounded(s, there):
         return False
     cuts = ((r, there.overlapping(r)) for r in s.layout.ranges) if s.format is not None else ()
     return all(same_blocks(r, chunks[:, 0], chunks[:, 1]) for r, chunks in cuts)
+
+
+def _is_rounded(s: Slice, there: StoredTensor) -> bool:
+    """True for bf16 weights and their low halves that are made of wider values: see `states.write_slice`."""
+    (dtype, *_) = (t.dtype for t in s.tensors)
+    return dtype != DTYPES[there.entry.dtypes[0]] and (
+        s.kind == LOW_HALF or (s.kind, dtype) == ("weight", torch.bfloat16)
+    )
 
 
 def wanted(s: Slice, there: StoredTensor) -> Iterator[tuple[int, Wanted]]:

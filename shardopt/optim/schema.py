@@ -55,7 +55,8 @@ WORDS = {tensor.key: tensor.word for tensor in STATE_TENSORS} | {"weight": Word(
 ROUNDED = tuple(tensor.key for tensor in STATE_TENSORS)
 UNSIGNED = {tensor.key for tensor in STATE_TENSORS if not tensor.signed}
 # `master_weights` -> state key and dtype of what a 16-bit weight lacks
-MASTERS = {"fp32": ("master", torch.float32), "split": ("master_low", torch.int16)}
+LOW_HALF = "master_low"
+MASTERS = {"fp32": ("master", torch.float32), "split": (LOW_HALF, torch.int16)}
 COUNTS = ("step", "schedule_step")
 SCALES = tuple(f"{key}_scale" for key in ROUNDED)
 STATE_KEYS = {*COUNTS, *ROUNDED, *SCALES, *(key for key, _ in MASTERS.values())}

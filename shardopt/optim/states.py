@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shardopt.errors import InputError
-from shardopt.optim.precision import Format, blocks
-from shardopt.optim.schema import format_of, formats_of
+from shardopt.optim.precision import Format, blocks, round_to_weight, split_fp32
+from shardopt.optim.schema import LOW_HALF, format_of, formats_of
 from shardopt.slices import Layout, Slice, canonical_name, layout_of, local_tensor
 
 Layouts = Layout | Sequence[Layout]
@@ -255,8 +255,15 @@ def read_slice(piece: Slice) -> Tensor:
 
 
 def write_slice(piece: Slice, values: Tensor) -> None:
-    """Store what `read_slice` returned, in the slice's own format, rounded to nearest."""
+    """Store what `read_slice` returned, in the slice's own format, rounded to nearest.
+
+    Of fp32 values bf16 weights and "master_low" take the two halves, which together are those values bit for bit.
+    """
     fmt, done = _format_of(piece), 0
+    if piece.kind == LOW_HALF:
+        values = split_fp32(values)[1]
+    elif piece.kind == "weight":
+        values = round_to_weight(values, piece.tensors[0].dtype)
     for codes, scale in _slice_ranges(piece):
         fmt.encode(values[done : done + codes.numel()].to(codes.device), None, codes, scale)
         done += codes.numel()

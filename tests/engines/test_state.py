@@ -15,6 +15,7 @@ from shardopt.engines import FsdpConfig
 from shardopt.engines.state import ModuleState
 from shardopt.engines.zero import ZeroState
 from shardopt.errors import InputError
+from shardopt.optim.precision import join_fp32
 from tests.distributed.pool import on_ranks
 from tests.engines.test_native import batch, engine, train
 
@@ -118,6 +119,66 @@ def test_partial_load_of_a_parameter_is_refused_by_name(tmp_path):
     _, fewer = trained(1, betas=(0.0, 0.999, 0.9999), **bf16)  # what is too much may be left
     checkpoint.load(tmp_path / "a", fewer, strict=False)
     assert fewer.step_counts()["0.weight"] == {"step": 3}
+
+
+def in_fp32(state):
+    """The values that split masters stand for, by name."""
+    halves = {(s.name, s.kind): s.tensors[0] for s in state.slices()}
+    return {
+        name: join_fp32(halves[name, "weight"], low) for (name, kind), low in halves.items() if kind == "master_low"
+    }
+
+
+def test_split_masters_are_made_of_fp32_weights_or_masters_bit_for_bit(tmp_path):
+    model, state = trained(3)
+    with torch.no_grad():  # ties of bf16, and their neighbours
+        ties = torch.tensor([0x3F808000, 0x3F818000, 0x3F81FFFF, 0x3F807FFF]).int().view(torch.float32)
+        model[0].weight.view(-1)[:4] = ties
+    checkpoint.save(tmp_path / "fp32", state)
+    split = {"master_weights": "split", "dtype": torch.bfloat16}
+    _, loaded = trained(1, **split)
+    with pytest.raises(InputError, match=r"or load with kinds=\{'master_low': 'weight'\}, convert=True"):
+        checkpoint.load(tmp_path / "fp32", loaded)
+    checkpoint.load(tmp_path / "fp32", loaded, kinds={"master_low": "weight"}, convert=True)
+    assert all(torch.equal(values, model.get_parameter(name)) for name, values in in_fp32(loaded).items())
+    assert len(in_fp32(loaded)) == 4
+
+    model, state = trained(3, master_weights="fp32", dtype=torch.bfloat16)
+    checkpoint.save(tmp_path / "masters", state)
+    other, loaded = trained(1, **split)
+    with pytest.raises(InputError, match=r"or load with kinds=\{'master_low': 'master'\}, convert=True"):
+        checkpoint.load(tmp_path / "masters", loaded)
+    checkpoint.load(tmp_path / "masters", loaded, kinds={"master_low": "master"}, convert=True)
+    for number in (3, 4):
+        for each, optimizer in ((model, state.optimizer), (other, loaded.optimizer)):
+            step(each, optimizer, number)
+    masters = {s.name: s.tensors[0] for s in state.slices() if s.kind == "master"}
+    assert all(torch.equal(values, masters[name]) for name, values in in_fp32(loaded).items())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def _zero_split(rank, world_size, folder):
+    """The weights of a checkpoint as ZeRO's ranks together hold their halves."""
+    optimizer = ZeroOptimizer(net(torch.bfloat16), AdEMAMix, lr=1e-2, master_weights="split")
+    state = ZeroState(optimizer)
+    checkpoint.load(folder, state, kinds={"master_low": "weight"}, convert=True)
+    halves = {}
+    for s in state.slices():
+        if s.kind in ("weight", "master_low"):
+            held = torch.zeros(s.layout.shape, dtype=torch.int16)
+            s.layout.copy_to_whole(s.tensors[0].view(torch.int16), held)
+            halves[s.name, s.kind] = held
+    return halves
+
+
+def test_split_masters_under_zero_are_the_halves_of_the_weights_that_are_loaded(tmp_path):
+    model, state = trained(3)
+    checkpoint.save(tmp_path / "fp32", state)
+    first, second = on_ranks(2, _zero_split, tmp_path / "fp32")
+    for name, param in model.named_parameters():
+        assert torch.equal(first[name, "weight"], second[name, "weight"])
+        low = first[name, "master_low"] + second[name, "master_low"]
+        assert torch.equal(join_fp32(first[name, "weight"].view(torch.bfloat16), low), param)
 
 
 def test_parameter_that_is_not_in_the_checkpoint_keeps_its_count(tmp_path):
