@@ -143,10 +143,12 @@ def test_a_plan_and_the_memory_of_the_copy_are_kept_until_something_changes(tmp_
 
 
 def test_a_save_in_the_background_writes_the_same_bytes(tmp_path: Path) -> None:
-    held = [_whole("w", 1000), _whole("v", 3, torch.bfloat16)]
+    """Between the tensors, too, where another plan, of as many bytes, had elements before."""
+    before, held = ([_whole("w", 1000), _whole("v", n, torch.bfloat16)] for n in (20, 3))
     for asynchronous in (True, False):
         saver = Saver(tmp_path / str(asynchronous), 1, ranks=made.ranks_here(), asynchronous=asynchronous)
-        saver.save(1, made.State(held, saver.ranks))
+        for step, state in enumerate((before, held)):
+            saver.save(step, made.State(state, saver.ranks))
         saver.close()
     one, other = (tmp_path / name / "step-00000001" / "rank-00000.data" for name in ("True", "False"))
     # But for the header, which has the save's id.

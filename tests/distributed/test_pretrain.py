@@ -207,6 +207,8 @@ def test_the_command_that_starts_ranks_stops_with_a_checkpoint_and_without_a_tra
     output = stopped_with_a_checkpoint(folder, "started", signal.SIGTERM, process)
     assert process.returncode == 0, output
     assert "Traceback (most" not in output
+    for log in ("death signal", "closing signal", "torch/distributed/elastic"):  # torchrun's own
+        assert log not in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -388,7 +390,7 @@ def test_ranks_that_are_started_here_share_the_cores_and_outlive_a_wait_for_each
 
 
 @pytest.mark.parametrize(("exits", "status"), [(2, 2), (-9, 1)])
-def test_status_of_ranks_that_fail_is_that_of_the_first(folder, monkeypatch, exits, status):
+def test_status_of_ranks_that_fail_is_that_of_the_first(folder, monkeypatch, capsys, exits, status):
     def fails(_):
         raise ChildFailedError("shardopt", {0: ProcessFailure(0, 1, exits, "no file")})
 
@@ -399,6 +401,7 @@ def test_status_of_ranks_that_fail_is_that_of_the_first(folder, monkeypatch, exi
     config = folder / "fails.yaml"
     config.write_text(json.dumps(tiny.tree(folder, run__name="fails")))
     assert main(["pretrain", "--nproc-per-node=2", str(config)]) == status
+    assert ("rank 0 was ended by SIGKILL" in capsys.readouterr().err) == (exits < 0)
 
 
 def test_run_whose_last_checkpoint_is_gone_ends_with_an_error(folder, monkeypatch):

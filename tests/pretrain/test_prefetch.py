@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from shardopt import checkpoint
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError, NonFiniteError
 from shardopt.pretrain.data import Batches, DataConfig, TrainData, prepare, streams
@@ -247,6 +248,9 @@ def test_a_streamed_run_is_stopped_and_goes_on_with_other_ranks_as_if_it_never_w
     assert _losses(tmp_path, "in-the-loop") == whole
     parts = {"run__name": "parts", "engine": "{name: zero}", **same}
     assert on_ranks(2, _streamed, tmp_path, 5, **parts) == [[], []]
+    # The place of every shard, and not of rank 0's alone: the others would be read again from their beginning.
+    place = checkpoint.read_document(tmp_path / "runs" / "parts" / "checkpoints" / "step-00000005")["data"]
+    assert [shard["samples"] for shard in place["streams"]["0"]] == [5 * 8] * 4
     assert on_ranks(4, _streamed, tmp_path, 8, **parts) == [[]] * 4
     assert on_ranks(2, _streamed, tmp_path, **parts) == [[], []]
     assert _losses(tmp_path, "parts") == pytest.approx(whole, rel=1e-4)
