@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
@@ -178,6 +178,23 @@ def put_file(source: Path, path: Path) -> None:
     with asking(path):
         fs.makedirs(own.rpartition("/")[0], exist_ok=True)
         fs.put_file(str(source), own)
+
+
+def get(path: Path, target: Path) -> None:
+    """Copy a file of a store, or a folder with all that is in it, to `target` on this machine; nothing of nothing.
+
+    Raises:
+        InputError: a name in it leads out of the folder.
+        OSError: it cannot be read now, or `target` not be written.
+    """
+    fs, own = _of(path)
+    with asking(path):
+        for name in fs.find(own):
+            inside = PurePosixPath(name.strip("/")).relative_to(own.strip("/"))
+            if ".." in inside.parts:
+                raise InputError(f"{path} holds {name}, which leads out of it")
+            (target / inside).parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(name, str(target / inside))
 
 
 @contextmanager

@@ -350,7 +350,21 @@ def test_commands_take_urls(url: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(torch.equal(there[name], here[name]) for name in here)
     there = say("checkpoint", "inspect", f"{run}/again", "--verify")[1]
     assert "every checksum is right" in there
-    assert "copy it to this machine" in say("checkpoint", "convert", f"{run}/y.pt", str(tmp_path / "z"))[2]
+    titan = tmp_path / "titan"
+    assert say("checkpoint", "convert", run, str(titan), "--to", "torchtitan")[0] == 0
+    for path in filter(Path.is_file, titan.rglob("*")):
+        put(folder / "titan" / path.relative_to(titan).as_posix(), path.read_bytes())
+    for number, source in enumerate(("y.pt", "titan", "again")):
+        status, _, error = say(
+            "checkpoint", "convert", f"{run}/{source}", str(tmp_path / f"{number}.pt"), "--to", "torch"
+        )
+        assert status == 0, error
+        back = torch.load(tmp_path / f"{number}.pt", weights_only=True)
+        assert all(torch.equal(back["model"][name], here[name]) for name in here)
+        assert set(back["optimizer"]["state"][0]) == {"m1", "m2", "nu", "step"}
+    for source, said in (("none.pt", "is not there"), ("model", "is none of: a checkpoint or run of shardopt, a .pt")):
+        told = say("checkpoint", "convert", f"{run}/{source}", str(tmp_path / "z"))[2]
+        assert " ".join(told.split()).startswith(f"shardopt: {run}/{source} {said}")
 
 
 def _trained() -> ModuleState:

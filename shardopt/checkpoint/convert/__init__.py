@@ -16,7 +16,7 @@ from shardopt.checkpoint.convert import deepspeed, native, state_dict, torchtita
 from shardopt.checkpoint.convert.state import Scratch, TrainingState, reading
 from shardopt.checkpoint.export import cannot_write
 from shardopt.checkpoint.inspect import size
-from shardopt.checkpoint.store import as_folder, exists, is_local, sync
+from shardopt.checkpoint.store import as_folder, exists, get, is_local, sync
 from shardopt.checkpoint.stored import SLICES, locate
 from shardopt.errors import InputError, NonFiniteError, did_you_mean
 
@@ -43,9 +43,7 @@ def read(source: Path) -> TrainingState:
     with reading(source):
         if not exists(source):
             raise InputError(f"{source} is not there")
-    if not is_local(source) and not native.holds(source):
-        raise InputError(f"{source} is no checkpoint or run of shardopt: copy it to this machine, and convert that")
-    if is_local(source) and native.holds(source) and (newest := locate(source)) != source and newest.name == SLICES:
+    if native.holds(source) and (newest := locate(source)) != source and newest.name == SLICES:
         source = newest.parent  # HF Trainer's, whose own files have what is not trained
     for form in _SOURCES:
         if form.holds(source):
@@ -71,14 +69,14 @@ def convert(
     """Write what `source` holds to `target`, bit for bit where the format keeps the dtype.
 
     Args:
-        source: of any format; it is recognised.
+        source: of any format; it is recognised. In a store, what is not shardopt's own is copied to this machine first.
         target: a new folder or file.
         to: one of `TARGETS`.
         optimizer: "ademamix" takes over AdamW's state as AdEMAMix.from_adamw does; "adamw" leaves m2 out.
         drop: state tensors and counts to leave out, by key.
 
     Returns:
-        What was written.
+        What was written; its tensors may lie in temporary files that are gone.
 
     Raises:
         InputError: a source that is damaged, a format that has no place for part of the state, a target that exists
@@ -95,13 +93,34 @@ def convert(
         raise InputError(f"{target}: {to} is a file, so name it .pt")
     if to not in _FILES and target.suffix in (".pt", ".pth"):
         raise InputError(f"{target}: {to} is a folder; for a file give --to {', --to '.join(_FILES)}")
-    state = read(source).for_optimizer(optimizer).without(drop)
-    with folders.made_here(target) as here:
+    with _on_this_machine(source) as copy, folders.made_here(target) as here:
+        state = read(copy).for_optimizer(optimizer).without(drop)
         try:
             _write(here, target, to, state)
         except NonFiniteError as error:
             raise InputError(f"{source} is not converted: {error}") from error
     return state
+
+
+@contextlib.contextmanager
+def _on_this_machine(source: Path) -> Iterator[Path]:
+    """`source` itself or, where torch, DCP or safetensors must read it and it is in a store, a temporary copy."""
+    with reading(source):
+        if is_local(source) or (native.holds(source) and locate(source).name != SLICES):
+            copy = None
+        else:
+            copy = Path(tempfile.mkdtemp(prefix="shardopt-"))
+    if copy is None:
+        yield source
+        return
+    try:
+        with reading(source):
+            get(source, copy / source.name)
+        yield copy / source.name
+    except InputError as error:
+        raise InputError(str(error).replace(str(copy / source.name), str(source))) from error
+    finally:
+        shutil.rmtree(copy)
 
 
 def _write(here: Path, target: Path, to: str, state: TrainingState) -> None:
