@@ -20,6 +20,7 @@ run; the status is 1 unless all are caught.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import multiprocessing
 import os
@@ -114,7 +115,13 @@ def judge(tree: Path, fault: Fault, seconds: float) -> str:
     whole = path.read_text()
     if (count := whole.count(fault.old)) != 1:
         return f"stale: its text stands {count} times in {fault.file}"
-    path.write_text(whole.replace(fault.old, fault.new))
+    planted = whole.replace(fault.old, fault.new)
+    if path.suffix == ".py":
+        try:
+            ast.parse(planted)
+        except SyntaxError as error:  # which every test would notice
+            return f"stale: with it {fault.file} is no Python: {error}"
+    path.write_text(planted)
     try:
         outcome = run_tests(tree, fault.tests, seconds)
     finally:
