@@ -17,6 +17,7 @@ class Command(NamedTuple):
     help: str
     example: str  # of its arguments
     page: str  # of the documentation
+    overrides: bool = False  # whether it takes key.sub=value, which may stand after an option
 
     def epilog(self, name: str) -> str:
         return f"example: shardopt {name} {self.example}\nmore: {self.page}"
@@ -28,8 +29,20 @@ COMMANDS = {
     ),
     "config": Command("list the keys of a config, with their defaults and units", "train.steps", "docs/config.md"),
     "init": Command("write a config of your own, with every key explained", "--model llama-124m", "docs/config.md"),
+    "compare": Command(
+        "train with several optimizers and compare them",
+        "configs/quickstart.yaml --optimizers ademamix,adamw --seeds 3",
+        "docs/compare.md",
+        overrides=True,
+    ),
     "export": Command(
         "write a checkpoint's weights for transformers", "runs/quickstart --dtype bf16", "docs/checkpoints.md"
+    ),
+    "sweep": Command(
+        "train at every point of a grid and compare them",
+        "configs/quickstart.yaml --grid optimizer.lr=3e-3,6e-3",
+        "docs/compare.md",
+        overrides=True,
     ),
 }
 
@@ -44,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     importlib.import_module(f"shardopt.commands.{name}").add_arguments(parser)
-    arguments = parser.parse_args(argv[1:])
+    parse = parser.parse_intermixed_args if COMMANDS[name].overrides else parser.parse_args
+    arguments = parse(argv[1:])
     try:
         return arguments.run(arguments)
     except (InputError, MissingExtraError) as e:

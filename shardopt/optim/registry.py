@@ -34,6 +34,11 @@ class OptimizerSpec:
     elementwise: bool = True
     reason: str = ""
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Every hyper-parameter with its value, the class's defaults included."""
+        return {k: p.default for k, p in inspect.signature(self.cls).parameters.items() if k != "params"} | self.kwargs
+
     def groups(self, named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
         """Torch-style parameter groups of (name, parameter) pairs, in the order given.
 

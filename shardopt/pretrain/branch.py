@@ -6,7 +6,6 @@ there on; the run folder keeps what was taken over and what is new, in branch.ya
 
 from __future__ import annotations
 
-import inspect
 import json
 import textwrap
 from collections.abc import Mapping
@@ -32,10 +31,10 @@ from shardopt.pretrain import rng
 from shardopt.pretrain.config import Config, OptimizerConfig, changes
 from shardopt.pretrain.data import Batches
 from shardopt.pretrain.progress import Progress, read_document, restore_generators
+from shardopt.pretrain.report import COLUMNS
 from shardopt.pretrain.schedule import lr_factor
 
 RECORD = "branch.yaml"
-_COLUMNS = 65  # of 80, beside the labels of the report
 _MOST_CHANGES = 12
 _OF_THE_RUN = {"run.name", "run.from"}  # which differ in every branch
 
@@ -197,7 +196,7 @@ def _take_over(old: dict[str, Any], config: Config) -> _Taken:
         )
     elif now.cls is AdEMAMix and (differ := (_kept(was) ^ _kept(now)) & {"m1"}):
         raise InputError(
-            f"optimizer.betas: {_arguments(was)['betas']} → {_arguments(now)['betas']}: where beta1 is 0 there is no "
+            f"optimizer.betas: {was.arguments['betas']} → {now.arguments['betas']}: where beta1 is 0 there is no "
             f"{differ.pop()}, so the state cannot be taken over"
         )
     if "weight_ema" in _kept(now) - _kept(was):
@@ -215,22 +214,16 @@ def _spec(tree: dict[str, Any]) -> OptimizerSpec:
     return OptimizerConfig.model_validate(tree["optimizer"]).spec(tree["train"]["steps"], tree["run"]["seed"])
 
 
-def _arguments(spec: OptimizerSpec) -> dict[str, Any]:
-    """Every setting of the optimizer, defaults included."""
-    defaults = {k: p.default for k, p in inspect.signature(spec.cls).parameters.items() if k != "params"}
-    return defaults | spec.kwargs
-
-
 def _kept(spec: OptimizerSpec) -> set[str]:
     """The state tensors that an AdEMAMix of these settings has; empty for others."""
-    return {t.key for t in STATE_TENSORS if t.kept(_arguments(spec))} if spec.cls is AdEMAMix else set()
+    return {t.key for t in STATE_TENSORS if t.kept(spec.arguments)} if spec.cls is AdEMAMix else set()
 
 
 def _settings(tree: dict[str, Any], spec: OptimizerSpec, both: list[OptimizerSpec]) -> dict[str, Any]:
     """The config with the settings that its optimizer really has, of those that both optimizers know."""
-    common = set.intersection(*(set(_arguments(one)) for one in both))
+    common = set.intersection(*(set(one.arguments) for one in both))
     given = tree["optimizer"].keys()
-    known = {key: value for key, value in _arguments(spec).items() if key in common or key in given}
+    known = {key: value for key, value in spec.arguments.items() if key in common or key in given}
     return tree | {"optimizer": known | {"name": tree["optimizer"]["name"]}}
 
 
@@ -254,15 +247,15 @@ def _facts(record: dict[str, Any]) -> dict[str, object]:
         lines[_MOST_CHANGES - 1 :] = [f"and {len(lines) - _MOST_CHANGES + 1} more, in {RECORD}"]
     return {
         "from": record["checkpoint"],
-        "taken over": textwrap.wrap(taken, _COLUMNS),
-        "begins anew": textwrap.wrap(", ".join(record["begins_anew"]), _COLUMNS) or None,
+        "taken over": textwrap.wrap(taken, COLUMNS),
+        "begins anew": textwrap.wrap(", ".join(record["begins_anew"]), COLUMNS) or None,
         "left behind": ", ".join(record["left_behind"]) or None,
-        "text": textwrap.wrap(record["data"], _COLUMNS),
+        "text": textwrap.wrap(record["data"], COLUMNS),
         "new": lines or "nothing: it is the run it came from",
     }
 
 
 def _line(key: str, old: object, new: object) -> str:
-    room = max(8, (_COLUMNS - len(key) - len(":  → ")) // 2)
+    room = max(8, (COLUMNS - len(key) - len(":  → ")) // 2)
     shown = [text if len(text := str(value)) <= room else text[: room - 3] + "..." for value in (old, new)]
     return f"{key}: {shown[0]} → {shown[1]}"

@@ -256,12 +256,12 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Old and new value of each key that differs and changes what is computed, of two `Config.as_dict()`."""
+def changes(old: dict[str, Any], new: dict[str, Any], also: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of each key that differs and changes what is computed, or is in `also`, of two `as_dict()`."""
     a, b = _flat(old), _flat(new)
     keys = [k for k in a | b if a.get(k) != b.get(k)]
     free = [k for k in keys if any(k == name or k.startswith(name + ".") for name in MAY_CHANGE)]
-    bound = [k for k in keys if k not in free or k == "checkpoint.dir"]  # elsewhere are other checkpoints
+    bound = [k for k in keys if k not in free or k in ("checkpoint.dir", *also)]  # elsewhere are other checkpoints
     return {k: (a.get(k), b.get(k)) for k in bound}
 
 

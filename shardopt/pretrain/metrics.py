@@ -7,6 +7,7 @@ mode that was asked for by name and cannot be had.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -23,6 +24,9 @@ from shardopt.errors import InputError
 from shardopt.pretrain.plot import draw_loss
 from shardopt.pretrain.section import Section, Steps
 from shardopt.pretrain.wandb_run import Status, WandbConfig, WandbRun, cause
+
+# Bytes at the end of metrics.jsonl that hold a whole row.
+_TAIL = 1 << 16
 
 
 class TrackingConfig(Section):
@@ -199,6 +203,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole row of a metrics.jsonl, which may be long and still be written; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):
+            if isinstance(row := json.loads(line), dict) and isinstance(row.get("step"), int):
+                return row
+    return None
 
 
 def _plain(value: float | int) -> float | int | None:

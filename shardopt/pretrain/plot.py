@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw_loss(rows: Sequence[Mapping[str, Any]], target: Path, title: str) -> None:
@@ -15,45 +18,61 @@ def draw_loss(rows: Sequence[Mapping[str, Any]], target: Path, title: str) -> No
     The first steps fall from far above: the y axis ends where the rest, all but the first twentieth, ends.
     Without any loss nothing is drawn.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     train, held_out = (
         [(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in ("loss", "eval_loss")
     )
     if not train and not held_out:
         return
-    # Its own canvas: pyplot would choose a back end for the whole process and keep the figure.
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(8, 4.5)
     axes = figure.add_subplot()
     if train:
         steps, losses = [step for step, _ in train], [loss for _, loss in train]
-        smooth = _smooth(losses, max(1.0, len(losses) / 50))
+        smoothed = smooth(losses, max(1.0, len(losses) / 50))
         marker = "o" if len(train) == 1 else ""
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, marker=marker, label="train, raw")
-        axes.plot(steps, smooth, color="tab:blue", linewidth=1.8, label="train, smoothed")
+        axes.plot(steps, smoothed, color="tab:blue", linewidth=1.8, label="train, smoothed")
     if held_out:
         label = f"held-out ({held_out[-1][1]:.3f} at step {held_out[-1][0]})"
         points = [step for step, _ in held_out], [loss for _, loss in held_out]
         axes.plot(*points, "o--", color="tab:red", markersize=5, linewidth=1, label=label, zorder=3)
     if len(train) >= 40:
-        settled = [loss for _, loss in train[len(train) // 20 :]] + [loss for _, loss in held_out[1:]]
-        low, high = min(settled), max(settled)
-        margin = 0.05 * (high - low) or 0.1
-        axes.set_ylim(low - margin, high + margin)
+        axes.set_ylim(*limits([*(loss for _, loss in train[len(train) // 20 :]), *(loss for _, loss in held_out[1:])]))
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    save(figure, target)
+
+
+def canvas(width: float, height: float) -> Figure:
+    """A figure of inches, of 150 pixels each, with a canvas of its own: pyplot would choose a back end for the whole
+    process and keep the figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, target: Path) -> None:
+    """Write `figure` as a PNG, aside and then in its place."""
     aside = target.with_suffix(".png.tmp")
     figure.savefig(aside, format="png", dpi=150)
     aside.replace(target)
 
 
-def _smooth(values: list[float], span: float) -> list[float]:
+def limits(values: Sequence[float]) -> tuple[float, float]:
+    """Of an axis that shows all of `values`."""
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def smooth(values: list[float], span: float) -> list[float]:
+    """Exponential average over about `span` values, corrected for its start."""
     decay = 1 - 1 / span
     averages = accumulate(values, lambda average, value: decay * average + (1 - decay) * value, initial=0.0)
     return [average / (1 - decay**count) for count, average in enumerate(averages) if count]

@@ -39,6 +39,8 @@ _LABELS = {
 }
 _MOST_RANK_COLUMNS = 4
 _LABEL_WIDTH = 14
+COLUMNS = 65
+"""What is left of a line of 80 beside a label."""
 _SAMPLE_CHARACTERS = 800
 # A terminal need not be drawn more often, and a step may be short.
 _REDRAW_SECONDS = 0.1
@@ -179,8 +181,8 @@ class Report:
         """
         word = "branched" if branched else "resumed"
         self._since = "it branched" if branched else "it was resumed"
-        self._title(run_name, f"{word} at step {step:,}" if step else "")
-        self._facts(facts)
+        self.title(run_name, f"{word} at step {step:,}" if step else "")
+        self.facts(facts)
         self.console.print()
         self.console.print(render(held))
         self.console.print()
@@ -199,7 +201,7 @@ class Report:
     def end(self, result: Result) -> None:
         """Print the results of the run and their places on disk."""
         stopped = result.stopped_by and f"stopped by {result.stopped_by}; run it again to go on"
-        self._title(result.run_name, stopped or result.status)
+        self.title(result.run_name, stopped or result.status)
         facts: dict[str, object] = {}
         if result.loss is not None:
             mean = "" if result.loss_steps == 1 else f", mean of the last {result.loss_steps} steps"
@@ -208,24 +210,26 @@ class Report:
             facts["held-out loss"] = _held_out(result.holdout_loss, result.holdout_bits_per_byte)
         resumed = f" since {self._since}, {count(result.tokens)} in all" if result.tokens_before else ""
         seen = count(result.tokens - result.tokens_before)
-        facts["tokens seen"] = f"{seen} in {_duration(result.seconds)}{resumed}"
+        facts["tokens seen"] = f"{seen} in {duration(result.seconds)}{resumed}"
         if result.skipped:
             facts["skipped steps"] = f"{result.skipped:,}: their loss or gradient was not finite"
         facts |= {"run folder": result.folder, "checkpoint": result.checkpoint, "loss curve": result.plot}
-        self._facts(facts | {"export": result.export, "W&B": result.tracking})
+        self.facts(facts | {"export": result.export, "W&B": result.tracking})
         if (text := result.sample) is not None:
             if len(text) > _SAMPLE_CHARACTERS:
                 text = text[:_SAMPLE_CHARACTERS] + " ..."
             body = Text(self._safe(text), overflow="fold")
             self.console.print(Panel(body, title="sample", title_align="left", border_style="dim", box=box.ROUNDED))
 
-    def _title(self, run_name: str, note: str) -> None:
+    def title(self, run_name: str, note: str) -> None:
+        """A rule with the name of what follows."""
         title = Text(self._safe(run_name), style="bold", overflow="fold")
         if note:
             title.append(f" {self._safe(note)}", style="not bold")
         self.console.print(Rule(title, align="left", style="dim"))
 
-    def _facts(self, facts: Mapping[str, object]) -> None:
+    def facts(self, facts: Mapping[str, object]) -> None:
+        """A line or a list of lines per fact that is not None."""
         for label, value in facts.items():
             if isinstance(value, list):
                 value = f"\n{'':{_LABEL_WIDTH}} ".join(value)
@@ -283,7 +287,7 @@ class Training:
             parts.append(f"{_rate(self._rate):>6} tokens/s")
         (then, first), (now, last) = self._passed[0], self._passed[-1]
         if last > first and step < self._total:
-            parts.append(f"{_duration((self._total - step) * (now - then) / (last - first))} left")
+            parts.append(f"{duration((self._total - step) * (now - then) / (last - first))} left")
         return "  ".join(parts)
 
 
@@ -329,7 +333,8 @@ def _held_out(loss: float, bits_per_byte: float | None) -> str:
     return f"{loss:.4f}" if bits_per_byte is None else f"{loss:.4f}, {bits_per_byte:.3f} bits per byte"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`seconds` as 1:23, 2:03:04 or 3 d 4 h."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
