@@ -17,13 +17,13 @@ from shardopt.errors import InputError
 from shardopt.optim import registry
 from shardopt.pretrain.config_errors import explain
 from shardopt.pretrain.data.config import DataConfig, holds_tokenizer
-from shardopt.pretrain.metrics import TrackingConfig
 from shardopt.pretrain.model import ModelConfig, transformers_config
 from shardopt.pretrain.profile import ProfileConfig
 from shardopt.pretrain.schedule import ScheduleConfig
 from shardopt.pretrain.section import Folder, Section, Sequences, Steps, Tokens, in_unit
 from shardopt.pretrain.spikes import LossSpikeConfig
 from shardopt.pretrain.strict_yaml import Loader
+from shardopt.pretrain.tracking import TrackingConfig
 
 
 class RunConfig(Section):

@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any, NoReturn
 
 from shardopt import checkpoint, engines
-from shardopt.checkpoint.folders import made_here, publish
+from shardopt.checkpoint.folders import made_here, publish, step_folder
 from shardopt.checkpoint.store import is_local
 from shardopt.distributed import Ranks
 from shardopt.engines.base import DTYPES, EngineInputs
 from shardopt.errors import InputError, NonFiniteError, StorageError
 from shardopt.pretrain import branch, data, model, report, rng
+from shardopt.pretrain.about import about, console_facts
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.flops import flops_per_token, peak_flops
 from shardopt.pretrain.folder import RunFolder, writing
@@ -24,6 +25,7 @@ from shardopt.pretrain.loss import loss_in_forward
 from shardopt.pretrain.meter import Meter
 from shardopt.pretrain.metrics import Tracker, peak_memory
 from shardopt.pretrain.model_files import ModelFiles
+from shardopt.pretrain.probes import Probes
 from shardopt.pretrain.profile import Profiler
 from shardopt.pretrain.progress import Progress, last_good, newest, resume, saved
 from shardopt.pretrain.report import Result
@@ -127,6 +129,7 @@ class Run:
         self.tokens_a_step = config.train.global_batch * config.data.block_size
         self.meter = Meter(ranks, self.tokens_a_step, flops, peak_flops(ranks.device))
         self.meter.clock.watch_update(self.engine.state.inner)
+        self.probes = Probes(config.tracking, self.engine, config.train)
         self.tokens_before = self.progress.tokens
 
         root, saves = config.store / "checkpoints", config.checkpoint
@@ -139,6 +142,7 @@ class Run:
                 config.as_dict(),
                 config.run.name,
                 self.progress.step if document else None,
+                about=about(self.engine, self.parameters, self.train_data.fingerprint) if ranks.is_main else None,
                 run_id=document.get("wandb_id"),
                 is_main=ranks.is_main,
                 warn=self.report.warn,
@@ -205,6 +209,8 @@ class Run:
             bar.step(step, self.logged["loss"], self.logged["tokens_per_second"])
         else:
             bar.step(step)
+        if config.eval.sample_tokens and not last and config.tracking.samples_at(step):
+            self._sample()
         if hopeless:
             self._give_up(
                 f"{progress.skipped_in_row} steps in a row, up to step {step}, had a loss or a gradient that is not "
@@ -216,6 +222,7 @@ class Run:
     def _step(self, stop: Stop) -> None:
         """One optimizer step. Notes its loss over the global batch, and whether any rank was asked to stop."""
         self.meter.begin()
+        self.probes.begin(self.progress.step + 1)
         engine, ranks, train, progress = self.engine, self.ranks, self.config.train, self.progress
         factor = lr_factor(progress.step + 1, train.steps, self.config.schedule)
         for group, lr in zip(engine.optimizer.param_groups, self.base_lrs, strict=True):
@@ -232,6 +239,7 @@ class Run:
         )
         if done.failed:
             ranks.together(self.batches.check)
+        self.probes.end(done.norm, done.taken)
         if done.taken:
             progress.skipped_in_row = 0
             self.finite_since_save = True
@@ -262,11 +270,17 @@ class Run:
 
     def _evaluate(self) -> HeldOut:
         with self.engine.state.use_weight_ema():  # the weights that are exported
-            return held_out(self.engine, self.holdout_data, self._scored_blocks, self.config.train.micro_batch)
+            return held_out(self.engine, self.holdout_data, self.scored_blocks, self.config.train.micro_batch)
 
     @property
-    def _scored_blocks(self) -> int:
+    def scored_blocks(self) -> int:
         return min(self.config.eval.batches * self.config.train.global_batch, self.holdout_data.n_blocks)
+
+    def _sample(self) -> str:
+        with self.engine.state.use_weight_ema():  # the weights that the held-out loss is of
+            text = generate(self.engine, self.tokenizer, self.config.eval.sample_tokens, self.config.data.block_size)
+        self.tracker.sample(self.progress.step, text)
+        return text
 
     # ---------------------------------------------------------------- checkpoints, metrics, the console
 
@@ -282,6 +296,7 @@ class Run:
             "lr": engine.optimizer.param_groups[0]["lr"],
             **statistics,
             **measured,
+            **self.probes.read(),
             "memory_bytes": peak_memory(self.ranks.device),
             "skipped_steps": self.progress.skipped,
         }
@@ -335,24 +350,8 @@ class Run:
         raise NonFiniteError(f"{reason}. Lower optimizer.lr or train.grad_clip; {good}{also}") from cause
 
     def _report_start(self) -> None:
-        config, engine, progress = self.config, self.engine, self.progress
-        held = report.holdings(engine.state)
-        world_size, tokens = self.ranks.world_size, self.train_data.tokens
-        text = "a stream" if tokens is None else f"{report.count(tokens)} tokens"
-        scored = f"{self._scored_blocks:,} of {self.holdout_data.n_blocks:,} blocks scored"
-        ema = engine.optimizer.param_groups[0].get("weight_ema")
-        facts = {
-            "model": f"{report.count(self.parameters)} parameters",
-            "engine": f"{engine.name}, {world_size} rank{'s' * (world_size != 1)} on {self.ranks.device.type}",
-            "optimizer": f"{config.optimizer.name}, {getattr(engine.optimizer, 'kernel', 'torch')} kernel",
-            "data": f"{text}, fingerprint {self.train_data.fingerprint[:12]}",
-            "held-out text": f"{report.count(self.holdout_data.tokens)} tokens, {scored}",
-            "weight EMA": f"decay {ema}; held-out loss, export and sample are of it" if ema is not None else None,
-            "run folder": config.folder,
-            "checkpoints": root if (root := config.store) != config.folder else None,
-            **self.origin,
-        }
-        self.report.start(config.run.name, facts, held, progress.step, branched=bool(self.origin))
+        held, branched = report.holdings(self.engine.state), bool(self.origin)
+        self.report.start(self.config.run.name, console_facts(self), held, self.progress.step, branched=branched)
 
     def _finish(self, stop: Stop) -> Result:
         config, engine = self.config, self.engine
@@ -366,8 +365,9 @@ class Run:
                     self.model_files.export(export, engine.state, DTYPES[config.checkpoint.export_dtype])
                 except InputError as e:  # on every rank
                     failure, export = e, None
-            if finished and config.eval.sample_tokens:
-                sample = generate(engine, self.tokenizer, config.eval.sample_tokens, config.data.block_size)
+        if finished and config.eval.sample_tokens:
+            sample = self._sample()
+        self.tracker.keep(step_folder(self.saver.root, self.progress.step), export)
         where = self.tracker.where
         self.tracker.close("finished" if finished else "interrupted")
         result = Result(

@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, its page in W&B, and loss.png at the end.
+"""The record of a run: metrics.jsonl, its pages in W&B and TensorBoard, and loss.png at the end.
 
 A tracker that fails never stops training: it warns once, with the cause, goes on, and says at the end how
 much was lost. Only what is known before the first step is an error: a folder that cannot be written, a W&B
@@ -13,47 +13,44 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 
 from shardopt.errors import InputError
 from shardopt.pretrain.plot import draw_loss
-from shardopt.pretrain.section import Section, Steps
-from shardopt.pretrain.wandb_run import Status, WandbConfig, WandbRun, cause
+from shardopt.pretrain.sink import Sink, Status
+from shardopt.pretrain.tensorboard import TensorboardLog
+from shardopt.pretrain.tracking import TrackingConfig
+from shardopt.pretrain.wandb_run import WandbRun, cause
 
 # Bytes at the end of metrics.jsonl that hold a whole row.
 _TAIL = 1 << 16
 
 
-class TrackingConfig(Section):
-    """Where metrics go, and how often."""
-
-    log_every: Steps = Field(10, ge=1)
-    """Steps between rows of metrics."""
-    wandb: WandbConfig = WandbConfig()
-
-
 class Tracker:
-    """Writes one row of metrics per logged step, on rank 0; on the other ranks every method does nothing.
+    """Writes one row of metrics per logged step to every sink, on rank 0; on the other ranks every method does nothing.
+
+    The sinks are metrics.jsonl, W&B, and TensorBoard where it is asked for; samples of text are kept in samples.jsonl.
 
     Args:
         folder: the run folder.
         config: the `tracking` section.
         run_config, run_name, run_id: see `WandbRun`; the name is also the title of loss.png.
         resume_step: the step of the checkpoint that the run continues from; None where it starts afresh.
+        about: facts about the run; see `about`.
         is_main: whether this is rank 0. Construct it on all ranks under `Ranks.together`.
         warn: called with one line.
 
     Attributes:
         run_id: of W&B, for the checkpoints; None on other ranks and where there never was W&B.
-        where: see `WandbRun.where`; None on other ranks.
+        where: by the name of a sink, its page or the command that shows it.
 
     Raises:
-        InputError, MissingExtraError: metrics.jsonl cannot be written, or see `WandbRun`.
+        InputError, MissingExtraError: metrics.jsonl cannot be written, or see `WandbRun` and `TensorboardLog`.
     """
 
     def __init__(
@@ -67,18 +64,28 @@ class Tracker:
         warn: Callable[[str], None],
         run_id: str | None = None,
         is_main: bool = True,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.plot_path = folder / "loss.png"
-        self._name, self._warn = run_name, warn
+        self._name, self._warn, self._about = run_name, warn, dict(about or {})
         self._last_step = resume_step
         self._failures: dict[str, int] = {}
         self._closed = not is_main
+        self._sinks: list[Sink] = []
         self.run_id: str | None = None
-        self.where: str | None = None
         if is_main:
             self._file = MetricsFile(folder / "metrics.jsonl", resume_step)
-            self._wandb = WandbRun(folder, config.wandb, run_config, run_name, self._file.logged_step, run_id, warn)
-            self.run_id, self.where = self._wandb.id, self._wandb.where
+            samples = MetricsFile(folder / "samples.jsonl", resume_step, keeps="text")
+            told = {**run_config, "about": self._about}
+            wandb = WandbRun(folder, config.wandb, told, run_name, self._file.logged_step, run_id, warn, samples.read())
+            self._sinks = [self._file, samples, wandb]
+            if config.tensorboard:
+                self._sinks.append(TensorboardLog(folder, resume_step or 0, self._about))
+            self.run_id = wandb.id
+
+    @property
+    def where(self) -> dict[str, str]:
+        return {sink.name: sink.where for sink in self._sinks if sink.where is not None}
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Write the metrics of one step, held-out ones included; what is None was not measured: left out.
@@ -94,44 +101,85 @@ class Tracker:
             )
         self._last_step = step
         row = {"step": step, **{name: value for name, value in metrics.items() if value is not None}}
-        self._attempt("metrics.jsonl", self._file.write, row)
-        self._attempt("W&B", self._wandb.log, step, row)
+        self._all(lambda sink: sink.log(step, row))
+
+    def sample(self, step: int, text: str) -> None:
+        """Record text that the model has written after `step`."""
+        if not self._closed:
+            self._all(lambda sink: sink.sample(step, text))
+
+    def keep(self, checkpoint: Path, export: Path | None) -> None:
+        """Hand the newest checkpoint, and the export if there is one, to the sinks that keep them."""
+        if not self._closed:
+            self._all(lambda sink: sink.keep("checkpoint", checkpoint))
+            if export is not None:
+                self._all(lambda sink: sink.keep("export", export))
 
     def rewind(self, step: int) -> None:
-        """The run goes back to `step`: metrics.jsonl forgets what came after; W&B keeps it, and drops the new rows."""
-        if self._closed or self._last_step is None:
+        """The run goes back to `step`: the files forget what came after; W&B keeps it, and drops the new rows."""
+        if self._closed or (last := self._last_step) is None:
             return
-        self._attempt("metrics.jsonl", self._file.cut, step)
-        self._wandb.drop_through(self._last_step)
+        self._all(lambda sink: sink.rewind(step, last))
         self._last_step = step
 
     def close(self, status: Status = "finished") -> None:
-        """Draw loss.png, end the W&B run and say what was lost; a second call does nothing."""
+        """Draw loss.png, end the sinks and say what was lost; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        self._file.close()
-        self._attempt("loss.png", lambda: draw_loss(read_metrics(self._file.path), self.plot_path, self._name))
-        self._attempt("W&B", self._wandb.finish, status)
+        rows: list[dict[str, Any]] = []
+        self._attempt("metrics.jsonl", lambda: rows.extend(self._file.read()))
+        self._attempt("loss.png", lambda: draw_loss(rows, self.plot_path, self._name))
+        self._all(lambda sink: sink.close(status, summary(rows)))
         for sink, count in self._failures.items():
             if count > 1:
                 self._warn(f"{sink}: {count} writes failed in all")
 
-    def _attempt(self, sink: str, action: Callable[..., object], *args: Any) -> None:
+    def _all(self, action: Callable[[Sink], object]) -> None:
+        for sink in self._sinks:
+            self._attempt(sink.name, partial(action, sink))
+
+    def _attempt(self, name: str, action: Callable[[], object]) -> None:
         """Run `action`; a failure is warned of once per sink, and counted."""
         try:
-            action(*args)
+            action()
         except Exception as error:
-            self._failures[sink] = self._failures.get(sink, 0) + 1
-            if self._failures[sink] == 1:
-                self._warn(f"{sink} failed, training goes on without it: {cause(error)}")
+            self._failures[name] = self._failures.get(name, 0) + 1
+            if self._failures[name] == 1:
+                self._warn(f"{name} failed, training goes on without it: {cause(error)}")
 
 
-class MetricsFile:
-    """metrics.jsonl: one JSON object per line, `step` first, written at once and whole; not finite is null.
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+    """Figures of a whole run, however often it was resumed, from its rows of metrics.
+
+    Returns:
+        `step` and `tokens` at its end; `hours` that its steps took, without evaluations and checkpoints;
+        `final_eval_loss`, `best_eval_loss` and `best_eval_step`, of those that are finite, if any are.
+    """
+    if not rows:
+        return {}
+    steps = [0, *(row["step"] for row in rows)]
+    seconds = sum(
+        (row.get("step_time") or 0) * (row["step"] - before) for row, before in zip(rows, steps, strict=False)
+    )
+    figures = {"step": rows[-1]["step"], "tokens": rows[-1].get("tokens", 0), "hours": seconds / 3600}
+    held_out = [(row["eval_loss"], row["step"]) for row in rows if row.get("eval_loss") is not None]
+    if held_out:
+        best, at = min(held_out)
+        figures |= {"final_eval_loss": held_out[-1][0], "best_eval_loss": best, "best_eval_step": at}
+    return figures
+
+
+class MetricsFile(Sink):
+    """A file of one JSON object per line, `step` first, written at once and whole; not finite is null.
 
     When the run resumes at step S the rows beyond S are cut (written aside, then renamed); when it starts
     afresh, all are. So no step stands twice.
+
+    Args:
+        path: of the file; one of samples is there once there is one.
+        resume_step: see `Tracker`.
+        keeps: what is written in it: rows of metrics, or samples of text.
 
     Attributes:
         logged_step: the last step that was in it before; 0 for none.
@@ -140,24 +188,44 @@ class MetricsFile:
         InputError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, resume_step: int | None) -> None:
-        self.path, self._torn, self.logged_step = path, False, 0
+    def __init__(self, path: Path, resume_step: int | None, keeps: Literal["metrics", "text"] = "metrics") -> None:
+        self.name, self.path, self._keeps = path.name, path, keeps
+        self._torn, self.logged_step = False, 0
+        self._file: int | None = None
         try:
             if path.exists():
                 rows = read_metrics(path)
                 self.logged_step = rows[-1]["step"] if rows else 0
                 self._keep(resume_step or 0)
-            self._file = self._open()
+            if keeps == "metrics":
+                self._file = self._open()
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}; choose another run.dir") from error
 
-    def cut(self, step: int) -> None:
-        """Forget the rows beyond `step`."""
-        os.close(self._file)
-        try:
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        if self._keeps == "metrics":
+            self._write(row)
+
+    def sample(self, step: int, text: str) -> None:
+        if self._keeps == "text":
+            self._write({"step": step, "text": text})
+
+    def rewind(self, step: int, last: int) -> None:
+        self._end()
+        if self.path.exists():
             self._keep(step)
-        finally:
-            self._file = self._open()
+
+    def close(self, status: Status, summary: Mapping[str, float | int]) -> None:
+        self._end()
+
+    def read(self) -> list[dict[str, Any]]:
+        """Its rows; see `read_metrics`."""
+        return read_metrics(self.path) if self.path.exists() else []
+
+    def _end(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     def _keep(self, step: int) -> None:
         kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
@@ -169,9 +237,9 @@ class MetricsFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
-    def write(self, row: dict[str, Any]) -> None:
-        if not self.path.exists():  # removed, perhaps with its folder
-            os.close(self._file)
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if self._file is None or not self.path.exists():  # removed, perhaps with its folder
+            self._end()
             self._file, self._torn = self._open(), False
         plain = {name: _plain(value) for name, value in row.items()}
         line = (json.dumps(plain, allow_nan=False) + "\n").encode()
@@ -184,9 +252,6 @@ class MetricsFile:
         if self._torn:
             os.write(self._file, line[written:])
             self._torn = False
-
-    def close(self) -> None:
-        os.close(self._file)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -220,9 +285,9 @@ def last_row(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _plain(value: float | int) -> float | int | None:
+def _plain(value: float | int | str) -> float | int | str | None:
     """`value` as JSON can hold it: torch's and numpy's scalars become Python's, the non-finite null."""
-    if isinstance(value, int):
+    if isinstance(value, int | str):
         return value
     number = float(value)
     return number if math.isfinite(number) else None

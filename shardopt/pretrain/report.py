@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -124,6 +124,7 @@ class Result:
         tokens, seconds: tokens of the whole run, seconds of this start, which went on after `tokens_before`.
         loss: train loss of the last row of metrics, the mean of `loss_steps` steps, in nats per token.
         skipped: steps skipped because a loss or a gradient was not finite.
+        tracking: see `Tracker.where`.
     """
 
     run_name: str
@@ -142,7 +143,7 @@ class Result:
     checkpoint: Path | None = None
     plot: Path | None = None
     export: Path | None = None
-    tracking: str | None = None
+    tracking: Mapping[str, str] = field(default_factory=dict)
     sample: str | None = None
 
 
@@ -214,7 +215,7 @@ class Report:
         if result.skipped:
             facts["skipped steps"] = f"{result.skipped:,}: their loss or gradient was not finite"
         facts |= {"run folder": result.folder, "checkpoint": result.checkpoint, "loss curve": result.plot}
-        self.facts(facts | {"export": result.export, "W&B": result.tracking})
+        self.facts(facts | {"export": result.export, **result.tracking})
         if (text := result.sample) is not None:
             if len(text) > _SAMPLE_CHARACTERS:
                 text = text[:_SAMPLE_CHARACTERS] + " ..."

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from shardopt.checkpoint.store import is_local
 from shardopt.errors import InputError, MissingExtraError
-from shardopt.pretrain.section import Section
-
-Status = Literal["finished", "interrupted", "failed"]
+from shardopt.pretrain.sink import Sink, Status
+from shardopt.pretrain.tracking import WandbConfig
 
 # wandb itself reports 255 for a run that was interrupted, so that its page says so.
 _EXIT_CODES: dict[Status, int] = {"finished": 0, "interrupted": 255, "failed": 1}
@@ -26,22 +28,7 @@ _ENVIRONMENT_MODES = {"run": "online", "dryrun": "offline"}
 _ENVIRONMENT_MODES |= {mode: mode for mode in ("online", "shared", "offline", "disabled")}
 
 
-class WandbConfig(Section):
-    """The W&B run: mode, project and labels."""
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: as WANDB_MODE says; without it online where there is an API key, else offline. Never asks."""
-    project: str = "shardopt"
-    """Project that the run belongs to."""
-    entity: str | None = None
-    """User or team; None: the account's default."""
-    group: str | None = None
-    """Group of runs that W&B shows as one; None: none."""
-    tags: tuple[str, ...] = ()
-    """Words to find the run by."""
-
-
-class WandbRun:
+class WandbRun(Sink):
     """A run of W&B under the id kept in FOLDER/wandb/run-id; where W&B cannot be had, every method does nothing.
 
     Its step is the run's step, declared as the x axis too. No step stands twice when a run is resumed, since the
@@ -49,7 +36,7 @@ class WandbRun:
     which is cut at the checkpoint, is the record where something was changed.
 
     - offline, every start makes another folder with the same id, and `wandb sync` on all of them (`where` gives
-      the command) makes one run; the steps that an earlier folder has are dropped here.
+      the command) makes one run; the steps that an earlier start has logged offline are dropped here.
     - online, the run is continued (`resume="allow"`), and wandb itself drops steps that the server has.
 
     Args:
@@ -58,16 +45,20 @@ class WandbRun:
         run_config: the whole resolved config as plain data, shown by W&B.
         name: name of the run.
         logged_step: the last step that earlier starts logged, 0 for none.
+        samples: the samples of text that earlier starts logged, as `step` and `text`.
         run_id: the id that the checkpoint kept, for a run folder that lost its own.
         warn: called with one line.
 
     Attributes:
         id: the run's id; None where there never was W&B.
+        where: the page of the run, or the command that uploads an offline one; None without W&B.
 
     Raises:
         InputError: W&B is to be online and there is no API key.
         MissingExtraError: mode is online or offline and wandb is not installed (with auto: a warning).
     """
+
+    name = "W&B"
 
     def __init__(
         self,
@@ -78,9 +69,11 @@ class WandbRun:
         logged_step: int,
         run_id: str | None,
         warn: Callable[[str], None],
+        samples: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.id, self._folder, self._run = run_id, folder, None
-        self._offline_step = 0
+        self._offline_step, self._artifacts = 0, config.artifacts
+        self._samples = [[row["step"], row["text"]] for row in samples]
         wandb, mode = _choose_mode(config, warn)
         if wandb is None:
             return
@@ -91,7 +84,8 @@ class WandbRun:
             return
         for attempt in dict.fromkeys((mode, "offline")):
             try:
-                self._run = self._init(wandb, attempt, config, run_config, name)
+                self._wandb, self._run = wandb, self._init(wandb, attempt, config, run_config, name)
+                self._note(logged_step, offline=self._run.offline)
                 return
             except Exception as error:
                 then = "the run is logged offline" if attempt != "offline" else "training goes on without it"
@@ -100,8 +94,7 @@ class WandbRun:
                     wandb.teardown()  # its service still holds the id otherwise
 
     @property
-    def where(self) -> str | None:
-        """The page of the run, or the command that uploads an offline one; None without W&B."""
+    def where(self) -> str | None:  # type: ignore[override]
         if self._run is None:
             return None
         if self._run.offline:
@@ -113,31 +106,49 @@ class WandbRun:
         if self._run is not None and step > self._offline_step:
             self._run.log(dict(row), step=step)
 
-    def drop_through(self, step: int) -> None:
-        """Drop rows up to `step`, which is logged already."""
-        self._offline_step = max(self._offline_step, step)
+    def sample(self, step: int, text: str) -> None:
+        self._samples.append([step, text])
+        if self._run is not None:  # a table stands for all rows of its own
+            self.log(step, {"step": step, "samples": self._wandb.Table(["step", "text"], self._samples)})
 
-    def finish(self, status: Status) -> None:
+    def keep(self, kind: Literal["checkpoint", "export"], folder: Path) -> None:
+        if self._run is None or self._artifacts not in ("all", kind):
+            return
+        name = re.sub(r"[^\w.-]", "-", f"{self._run.name}-{kind}")
+        artifact = self._wandb.Artifact(name, type="model" if kind == "export" else kind)
+        if is_local(folder):
+            artifact.add_dir(str(folder))
+        else:  # it is in a store already
+            artifact.add_reference(str(folder))
+        self._run.log_artifact(artifact)
+
+    def rewind(self, step: int, last: int) -> None:
+        """Keep what is logged, and drop the rows up to `last` that come again."""
+        self._offline_step = max(self._offline_step, last)
+
+    def close(self, status: Status, summary: Mapping[str, float | int]) -> None:
         if self._run is not None:
+            self._run.summary.update(dict(summary))
             self._run.finish(exit_code=_EXIT_CODES[status])
 
     def _identify(self, logged_step: int) -> None:
-        """Find or make the run's id, and the last step that an offline folder of it may have."""
-        kept = self._folder / "wandb" / "run-id"
-        if kept.exists():
-            run_id, _, before = kept.read_text(encoding="utf-8").partition(" ")
-            self.id = run_id.strip() or self.id
-            # A run stopped again before it got so far has cut its metrics meanwhile.
-            logged_step = max(logged_step, int(before or 0))
-        self.id = self.id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        """Find or make the run's id, and the last step that an earlier start has logged offline."""
+        kept = self._folder / "wandb" / "run.json"
+        before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        self.id = before.get("id") or self.id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        # A run stopped again before it got so far has cut its metrics meanwhile.
+        self._offline_step = max(logged_step, before["logged_step"]) if before.get("offline") else 0
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(f"{self.id} {logged_step}\n", encoding="utf-8")
-        offline = any(kept.parent.glob(f"offline-run-*-{self.id}*"))
-        self._offline_step = logged_step if offline else 0
+
+    def _note(self, logged_step: int, offline: bool) -> None:
+        """Write down for later starts what this one has found, and whether its rows stay on this disk."""
+        kept, logged_step = self._folder / "wandb" / "run.json", max(logged_step, self._offline_step)
+        offline = offline or self._offline_step > 0
+        kept.write_text(json.dumps({"id": self.id, "logged_step": logged_step, "offline": offline}), encoding="utf-8")
 
     def _init(self, wandb: ModuleType, mode: str, config: WandbConfig, run_config: Mapping[str, Any], name: str) -> Any:
         run = wandb.init(
-            **config.model_dump(exclude={"mode"}),
+            **config.model_dump(exclude={"mode", "artifacts"}),
             name=name,
             id=self.id,
             resume="allow",

@@ -6,6 +6,7 @@ float64, the learning rate from its definition, bytes counted in the files. A fi
 """
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -20,12 +21,14 @@ import wandb
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardopt.distributed import Ranks
+from shardopt.errors import InputError
 from shardopt.pretrain import data, loop, model
 from shardopt.pretrain.metrics import read_metrics
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
-from tests.pretrain.test_metrics import history, offline_records
+from tests.pretrain.wandb_server import online, rows_on
 
+PARAMETERS = 2 * 257 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), False)
 SINGLE = {"engine": "{name: single}"}
 # Clipping at some steps and not at others, both warm-ups ending within the run, a decay on the matrices alone.
@@ -38,6 +41,7 @@ FIGURES = {
     "eval__every": 3,
     "eval__batches": 100,
     "data__holdout": 0.12,
+    "tracking__layers_every": 2,
 }
 
 
@@ -99,7 +103,36 @@ def learning_rate(step, config):
     return lowest + (peak - lowest) * (1 + math.cos(math.pi * place)) / 2
 
 
-def oracle(folder, skipped=(), **changes):
+def by_layer(net, value):
+    """Root of the sum of `value(parameter)` over the parameters of each layer."""
+    sums = {}
+    for name, p in net.named_parameters():
+        parts = name.removeprefix("model.").split(".")
+        layer = ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
+        sums[layer] = sums.get(layer, 0.0) + value(p)
+    return {layer: math.sqrt(total) for layer, total in sums.items()}
+
+
+class Noise:
+    """The noise scale by its definition, from pieces of the batch: McCandlish et al., appendix A.1."""
+
+    def __init__(self, few):
+        self.few, self.trace, self.square, self.scales = few, 0.0, 0.0, []
+
+    def add(self, net, tokens):
+        def square(part):
+            loss = net(input_ids=part, labels=part).loss
+            return sum(g.double().square().sum().item() for g in torch.autograd.grad(loss, list(net.parameters())))
+
+        pieces, whole = torch.cat((tokens[::2], tokens[1::2])).split(self.few), len(tokens)  # as two ranks take them
+        small, big = sum(map(square, pieces)) / len(pieces), square(tokens)
+        self.square = 0.95 * self.square + 0.05 * (whole * big - self.few * small) / (whole - self.few)
+        self.trace = 0.95 * self.trace + 0.05 * (small - big) / (1 / self.few - 1 / whole)
+        assert self.square > 0
+        self.scales.append(self.trace / self.square)
+
+
+def oracle(folder, skipped=(), noises=(), **changes):
     """The rows of metrics of the run, by plain torch on one process; the steps `skipped` have a NaN for a loss."""
     config = tiny.config(folder, **changes)
     given = config.optimizer.model_extra
@@ -115,6 +148,8 @@ def oracle(folder, skipped=(), **changes):
     squares = dict.fromkeys(("m1", "m2", "update"), 0.0)
     for step in range(1, config.train.steps + 1):
         tokens = train.batch(step - 1, 0, config.train.global_batch)
+        for noise in noises:
+            noise.add(net, tokens)
         net.zero_grad()
         loss = net(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -125,6 +160,9 @@ def oracle(folder, skipped=(), **changes):
             alpha, beta3 = alpha_and_beta3(t, given)
             clip = min(1.0, config.train.grad_clip / norm) if config.train.grad_clip is not None else 1.0
             squares = dict.fromkeys(squares, 0.0)
+            gradients = by_layer(net, lambda p: p.grad.double().square().sum().item())
+            weights = by_layer(net, lambda p: p.double().square().sum().item())
+            before = {p: p.detach().clone() for p in net.parameters()}
             for p, (m1, m2, nu) in state.items():
                 g = p.grad.double() * clip
                 m1.mul_(beta1).add_(g, alpha=1 - beta1)
@@ -147,6 +185,10 @@ def oracle(folder, skipped=(), **changes):
             **{f"{name}_norm": math.sqrt(square) for name, square in squares.items()},
             "skipped_steps": step - t,
         }
+        if step % config.tracking.layers_every == 0 and step not in skipped:
+            moved = by_layer(net, lambda p: (p - before[p]).double().square().sum().item())  # noqa: B023
+            row |= {f"grad_norm/{layer}": value for layer, value in gradients.items()}
+            row |= {f"update_ratio/{layer}": value / weights[layer] for layer, value in moved.items()}
         if step % config.eval.every == 0 or step == config.train.steps:
             blocks = config.eval.batches * config.train.global_batch
             row["eval_loss"], row["eval_bits_per_byte"] = held_out_loss(net, holdout, blocks)
@@ -169,8 +211,14 @@ def assert_same_figures(rows, expected):
 
 
 @pytest.fixture(scope="module")
-def expected(folder):
-    rows = oracle(folder, **FIGURES)
+def noises():
+    """By the sequences of a piece that ranks reduce at once; filled by `expected`."""
+    return {few: Noise(few) for few in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def expected(folder, noises):
+    rows = oracle(folder, noises=noises.values(), **FIGURES)
     norms = [row["grad_norm"] for row in rows]
     assert min(norms) < FIGURES["train__grad_clip"] < max(norms)
     return rows
@@ -214,12 +262,21 @@ def _runs(rank, world_size, folder, engines, changes):
         tiny.run(rank, world_size, folder, run__name=name, engine=engine, **changes)
 
 
-def test_two_ranks_log_the_figures_of_the_whole_model_and_batch(folder, expected):
+def test_two_ranks_log_the_figures_of_the_whole_model_and_batch(folder, expected, noises):
     _, holdout = prepared(tiny.config(folder, **FIGURES))
     assert holdout.n_blocks % 4 in (1, 2)  # of the last micro-batches of 2 rank 1 has none
-    on_ranks(2, _runs, folder, ENGINES, FIGURES)
+    on_ranks(2, _runs, folder, ENGINES, FIGURES | {"tracking__noise_scale": True})
     for name in ENGINES:
-        assert_same_figures(rows_of(folder, name), expected)
+        rows = rows_of(folder, name)
+        scales = [row.pop("noise_scale") for row in rows]
+        # Stage 1 and DDP reduce once a step, of four sequences, the others each micro-batch of two.
+        assert scales == pytest.approx(noises[4 if name in ("zero-1", "ddp") else 2].scales, rel=1e-3), name
+        assert_same_figures(rows, expected)
+
+
+def test_a_noise_scale_that_cannot_be_measured_is_refused(folder):
+    with pytest.raises(InputError, match=r"tracking\.noise_scale: needs engine\.name zero, ddp or fsdp and at least 2"):
+        tiny.run(0, 1, folder, run__name="no-noise", tracking__noise_scale=True, **SINGLE)
 
 
 def test_a_row_averages_the_loss_since_the_row_before(folder, expected):
@@ -395,18 +452,9 @@ def test_a_resumed_run_logs_what_an_unbroken_one_does(folder, monkeypatch, bad_s
 # W&B
 
 
-@pytest.fixture
-def stranger(tmp_path, monkeypatch):
-    """A machine on which nobody has ever used W&B."""
-    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    yield
-    wandb.teardown()
-
-
-def test_wandb_has_every_row_and_says_how_the_run_ended(folder, stranger, monkeypatch, bad_steps):
-    changes = {"train__steps": 4, "eval__every": 2, "tracking__wandb__mode": "offline"} | SINGLE
+def test_wandb_has_every_row_and_says_how_the_run_ended(folder, home, backend, monkeypatch, bad_steps):
+    changes = {"train__steps": 4, "eval__every": 2, "tracking__wandb__mode": "auto"} | SINGLE
+    online(backend, home)
 
     def run(name, **more):
         return tiny.run(0, 1, folder, run__name=name, **changes, **more)
@@ -420,12 +468,17 @@ def test_wandb_has_every_row_and_says_how_the_run_ended(folder, stranger, monkey
         run("failed", train__max_nonfinite_steps=1)
     wandb.teardown()  # its service has then written everything
 
+    told = {run["displayName"]: (run_id, run) for run_id, run in backend.runs.items()}
     for name, steps, code in (("finished", 4, 0), ("interrupted", 3, 255), ("failed", 3, 1)):
-        (records,) = offline_records(folder / "runs" / name)
-        assert [record.exit.exit_code for record in records if record.HasField("exit")] == [code], name
+        run_id, run = told[name]
+        assert run["exit_code"] == code, name
         rows = rows_of(folder, name)
         assert len(rows) == steps
-        logged = [{k: v for k, v in row.items() if not k.startswith("_")} for row in history(records)]
+        logged = [{k: v for k, v in row.items() if k != "samples"} for row in rows_on(backend, run_id)]
         assert [{k: None if math.isnan(v) else v for k, v in row.items()} for row in logged] == rows
-        (begun,) = [record.run for record in records if record.HasField("run")]
-        assert begun.display_name == name
+        about = json.loads(run["config"])["about"]["value"]
+        assert about["world_size"] == 1
+        assert about["parameters"] == PARAMETERS
+    summary = told["finished"][1]["summary"]
+    losses = [row["eval_loss"] for row in rows_of(folder, "finished") if "eval_loss" in row]
+    assert (summary["final_eval_loss"], summary["best_eval_loss"]) == (losses[-1], min(losses))

@@ -1,13 +1,9 @@
 import json
 import math
 import os
-import re
 import resource
 import subprocess
 import sys
-import threading
-import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import matplotlib.image
@@ -17,23 +13,13 @@ import wandb
 from pydantic import ValidationError
 
 from shardopt.errors import InputError, MissingExtraError
-from shardopt.pretrain.metrics import Tracker, TrackingConfig, read_metrics
-from shardopt.pretrain.wandb_run import WandbConfig
+from shardopt.pretrain.about import git_commit
+from shardopt.pretrain.metrics import Tracker, last_row, read_metrics, summary
+from shardopt.pretrain.tracking import TrackingConfig, WandbConfig
+from tests.pretrain.wandb_server import KEY, online, rows_on
 
 OFF = TrackingConfig(wandb=WandbConfig(mode="disabled"))
-KEY = "0123456789" * 4
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path_factory, monkeypatch):
-    """A machine on which nobody has ever used W&B."""
-    folder = tmp_path_factory.mktemp("home")
-    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(folder))
-    monkeypatch.chdir(folder)
-    yield folder
-    wandb.teardown()
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def track(folder, config=OFF, resume_step=None, *, warnings=None, run_config=None, **options):
@@ -63,33 +49,8 @@ def lines(folder):
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-def offline_records(folder):
-    """The records of each of a run folder's offline files, oldest first; checks every checksum on the way."""
-    from wandb.proto import wandb_internal_pb2
-
-    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    return [list(map(wandb_internal_pb2.Record.FromString, _log_entries(file.read_bytes()))) for file in files]
-
-
-def _log_entries(data):
-    assert data[:4] == b":W&B"
-    at, entry = 7, b""
-    while at + 7 <= len(data):
-        if (left := 32768 - at % 32768) < 7:
-            at += left
-            continue
-        crc, length, kind = int.from_bytes(data[at : at + 4], "little"), data[at + 4] + 256 * data[at + 5], data[at + 6]
-        part = data[at + 7 : at + 7 + length]
-        assert crc == zlib.crc32(part, zlib.crc32(bytes([kind]))), "checksum"
-        entry, at = (part if kind in (1, 2) else entry + part), at + 7 + length
-        if kind in (1, 4):
-            yield entry
-    assert at == len(data), "the file ends within a record"
-
-
-def history(records):
-    rows = [record.history.item for record in records if record.HasField("history")]
-    return [{(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in row} for row in rows]
+def sink(tracker, name):
+    return next(sink for sink in tracker._sinks if sink.name == name)
 
 
 # metrics.jsonl
@@ -163,7 +124,7 @@ def test_other_ranks_leave_nothing(tmp_path):
     log(tracker, [1, 1])
     tracker.close()
     assert tracker.run_id is None
-    assert tracker.where is None
+    assert tracker.where == {}
     assert not list(tmp_path.iterdir())
 
 
@@ -201,36 +162,6 @@ def test_run_without_rows_ends_quietly_without_a_plot(tmp_path):
 # W&B
 
 
-def test_offline_runs_of_one_id_make_one_history(tmp_path, capfd):
-    run_config = {"optimizer": {"name": "ademamix", "betas": [0.9, 0.999, 0.9999]}}
-    tracker = track(tmp_path, TrackingConfig(), run_config=run_config)
-    first = tracker.run_id
-    log(tracker, range(10, 310, 10))  # over several blocks of the file, records in parts among them
-    tracker.log(310, {f"a_rather_long_name_of_a_metric_{number}": 1.0 for number in range(1000)})
-    tracker.log(320, {"loss": 1.0})
-    end(tracker, "failed")
-    tracker = track(tmp_path, TrackingConfig(), resume_step=310, run_config=run_config)
-    assert tracker.run_id == first
-    log(tracker, [320, 330, 340])
-    end(tracker)
-
-    before, after = offline_records(tmp_path)
-    assert [row["step"] for row in history(before)] == list(range(10, 330, 10))
-    assert [(row["step"], row["_step"], row["loss"]) for row in history(after)] == [
-        (330, 330, 1 / 330),
-        (340, 340, 1 / 340),
-    ]  # the first folder has step 320
-    for records in (before, after):
-        (run,) = [record.run for record in records if record.HasField("run")]
-        logged = {item.key: json.loads(item.value_json) for item in run.config.update}
-        assert (run.run_id, run.display_name, run.project) == (first, "a run", "shardopt")
-        assert logged["optimizer"] == run_config["optimizer"]
-        axes = {record.metric.name or record.metric.glob_name: record.metric.step_metric for record in records}
-        assert axes["*"] == "step"
-    assert [record.exit.exit_code for record in after if record.HasField("exit")] == [0]
-    assert capfd.readouterr() == ("", "")
-
-
 def test_run_id_survives_in_a_checkpoint(tmp_path):
     tracker = track(tmp_path / "a", TrackingConfig())
     tracker.close()
@@ -250,11 +181,11 @@ def test_failures_of_wandb_warn_once_and_training_goes_on(tmp_path, monkeypatch)
         raise ConnectionResetError("Connection\nlost")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracker._wandb._run, "log", fail)
+        patch.setattr(sink(tracker, "W&B")._run, "log", fail)
         log(tracker, [1, 2])
     assert warnings == ["W&B failed, training goes on without it: ConnectionResetError: Connection lost"]
     log(tracker, [3])
-    monkeypatch.setattr(tracker._wandb._run, "finish", fail)
+    monkeypatch.setattr(sink(tracker, "W&B")._run, "finish", fail)
     tracker.close()
     assert warnings[1:] == ["W&B: 3 writes failed in all"]
     assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3]
@@ -318,90 +249,14 @@ def test_config_is_checked():
             TrackingConfig.model_validate(wrong)
 
 
-class Backend(BaseHTTPRequestHandler):
-    """As much of a W&B server as the real client needs to create, resume and fill a run."""
-
-    rows: dict[str, list[str]]
-    url: str
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        self.answer({})
-
-    def do_PUT(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.answer({})
-
-    def do_POST(self):
-        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.path == "/graphql":
-            body = json.loads(raw)
-            name = re.search(r"(?:query|mutation) (\w+)", body["query"]).group(1)
-            self.answer({"data": self.graphql(name, body.get("variables") or {})})
-        elif run := re.search(r"/([^/]+)/file_stream$", self.path):
-            sent = json.loads(raw).get("files", {}).get("wandb-history.jsonl")
-            if sent:
-                self.rows[run[1]][sent["offset"] :] = sent["content"]
-            self.answer({"limits": {}})
-        else:
-            self.answer({})
-
-    def graphql(self, name, given):
-        run = given.get("name")
-        place = {"id": "p", "name": "shardopt", "entity": {"id": "e", "name": "me"}}
-        if name == "UpsertBucket":
-            rows = self.rows.setdefault(run, [])
-            bucket = {"id": "r", "name": run, "config": "{}", "project": place, "historyLineCount": len(rows)}
-            return {"upsertBucket": {"bucket": bucket, "inserted": not rows}}
-        if name == "RunResumeStatus":
-            rows = self.rows.get(run)
-            bucket = rows and {
-                "id": "r", "name": run, "config": "{}", "tags": [], "wandbConfig": '{"t": 1}',
-                "summaryMetrics": rows[-1], "historyTail": json.dumps(rows[-1:]), "eventsTail": "[]",
-                "historyLineCount": len(rows), "eventsLineCount": 0, "logLineCount": 0,
-            }  # fmt: skip
-            return {"model": {**place, "bucket": bucket} if rows else None}
-        if name == "CreateRunFiles":
-            files = [{"name": file, "uploadUrl": f"{self.url}/{file}"} for file in given["files"]]
-            return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
-        return {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
-
-    def answer(self, reply):
-        body = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
-@pytest.fixture
-def backend(monkeypatch):
-    Fresh = type("Fresh", (Backend,), {"rows": {}})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Fresh)
-    Fresh.url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("WANDB_BASE_URL", Fresh.url)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield Fresh
-    wandb.teardown()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 def steps_on(backend, run_id):
     return [(row["_step"], row["step"]) for row in map(json.loads, backend.rows[run_id])]
 
 
 def test_online_where_there_is_a_key_and_no_step_twice_after_resuming(tmp_path, backend, home, capfd):
-    host = backend.url.removeprefix("http://")
-    (home / ".netrc").write_text(f"machine {host} login user password {KEY}\n")
-    (home / ".netrc").chmod(0o600)
+    online(backend, home)
     tracker = track(tmp_path, TrackingConfig())
-    assert tracker.where == f"{backend.url}/me/shardopt/runs/{tracker.run_id}"
+    assert tracker.where == {"W&B": f"{backend.url}/me/shardopt/runs/{tracker.run_id}"}
     log(tracker, range(10, 60, 10))
     end(tracker, "failed")
     tracker = track(tmp_path, TrackingConfig(), resume_step=30)
@@ -411,8 +266,69 @@ def test_online_where_there_is_a_key_and_no_step_twice_after_resuming(tmp_path, 
     assert capfd.readouterr() == ("", "")
 
 
-def test_offline_folders_sync_into_one_run(tmp_path, backend):
+def test_wandb_has_labels_facts_summary_and_exit_code(tmp_path, backend, home):
+    online(backend, home)
+    labels = WandbConfig(group="a group", tags=("small", "new"), notes="to see\nwhat comes")
+    about = {"parameters": 1234, "world_size": 2, "git_commit": "abc+"}
+    run_config = {"optimizer": {"name": "ademamix", "betas": [0.9, 0.999, 0.9999]}}
+    config = TrackingConfig(wandb=labels)
+    tracker = track(tmp_path, config, run_config=run_config, about=about)
+    for step, held_out in ((10, 3.0), (20, 2.5), (30, None), (40, 2.75)):
+        tracker.log(step, {"loss": 1 / step, "tokens": 100 * step, "step_time": 36.0, "eval_loss": held_out})
+    tracker.log(50, {f"a_rather_long_name_of_a_metric_{number}": math.nan for number in range(1000)})
+    end(tracker, "interrupted")
+    tracker = track(tmp_path, config, 40, run_config=run_config, about=about)
+    tracker.log(61, {"loss": 1.0, "tokens": 6100, "step_time": 36.0})
+    end(tracker, "failed")
+
+    told = backend.runs[tracker.run_id]
+    assert (told["groupName"], told["tags"], told["notes"]) == ("a group", ["small", "new"], "to see\nwhat comes")
+    assert (told["displayName"], told["exit_code"]) == ("a run", 1)
+    shown = json.loads(told["config"])
+    assert shown["optimizer"]["value"] == run_config["optimizer"]
+    assert shown["about"]["value"] == about
+    expected = {"tokens": 6100, "final_eval_loss": 2.75, "best_eval_loss": 2.5, "best_eval_step": 20}
+    assert expected.items() <= told["summary"].items()
+    assert told["summary"]["hours"] == pytest.approx(0.61)
+    rows = rows_on(backend, tracker.run_id)
+    assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 61]
+    assert len(rows[4]) == 1001
+
+
+def test_samples_are_kept_in_a_file_and_as_one_table_over_all_starts(tmp_path):
     tracker = track(tmp_path, TrackingConfig())
+    tracker.sample(20, "Once\nupon")
+    tracker.sample(40, "another")
+    end(tracker, "failed")
+    tracker = track(tmp_path, TrackingConfig(), resume_step=30)
+    tracker.sample(60, "a time | <b>")
+    end(tracker)
+    said = [[20, "Once\nupon"], [60, "a time | <b>"]]
+    assert [[row["step"], row["text"]] for row in read_metrics(tmp_path / "samples.jsonl")] == said
+    tables = [json.loads(path.read_text()) for path in tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")]
+    assert {"columns": ["step", "text"], "data": said} in tables
+
+
+def test_artifacts_are_kept_where_they_are_asked_for(tmp_path, monkeypatch):
+    for name in ("export", "step-00000010"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    model, checkpoint = (("a-run-export", "model", ["file"]), ("a-run-checkpoint", "checkpoint", ["file"]))
+    for asked, expected in (("none", []), ("export", [model]), ("all", [checkpoint, model])):
+        tracker = track(tmp_path / f"run-{asked}", TrackingConfig(wandb=WandbConfig(artifacts=asked)))
+        kept = []
+
+        def keep(one, kept=kept):
+            kept.append((one.name, one.type, list(one.manifest.entries)))
+
+        monkeypatch.setattr(sink(tracker, "W&B")._run, "log_artifact", keep)
+        tracker.keep(tmp_path / "step-00000010", tmp_path / "export")
+        tracker.close()
+        assert kept == expected
+
+
+def test_offline_folders_sync_into_one_run(tmp_path, backend):
+    tracker = track(tmp_path, TrackingConfig(), run_config={"optimizer": {"betas": [0.9, 0.99]}})
     log(tracker, range(10, 60, 10))
     end(tracker, "failed")
     tracker = track(tmp_path, TrackingConfig(), resume_step=30)
@@ -425,7 +341,7 @@ def test_offline_folders_sync_into_one_run(tmp_path, backend):
 
     def sync():
         subprocess.run(
-            f"{tracker.where} --yes",
+            f"{tracker.where['W&B']} --yes",
             shell=True,  # the command is for a person's shell
             env={**os.environ, "WANDB_API_KEY": KEY, "PATH": f"{binaries}:{os.environ['PATH']}"},
             check=True,
@@ -435,6 +351,8 @@ def test_offline_folders_sync_into_one_run(tmp_path, backend):
 
     sync()
     assert steps_on(backend, tracker.run_id) == [(step, step) for step in range(10, 80, 10)]
+    told = backend.runs[tracker.run_id]
+    assert (told["project"], told["displayName"], told["exit_code"]) == ("shardopt", "a run", 0)
     # Whether or not a folder is uploaded already, what it has is not logged again.
     tracker = track(tmp_path, TrackingConfig(), resume_step=60)
     log(tracker, [70, 80])
@@ -453,5 +371,77 @@ def test_server_that_does_not_answer_leaves_the_run_offline(tmp_path, monkeypatc
     end(tracker)
     assert len(warnings) == 1
     assert "could not be started online, the run is logged offline" in warnings[0]
-    (records,) = offline_records(tmp_path)
-    assert [row["step"] for row in history(records)] == [1]
+    assert tracker.where["W&B"].startswith("wandb sync ")
+    assert list(tmp_path.glob(f"wandb/offline-run-*-{tracker.run_id}"))
+
+
+# TensorBoard
+
+
+def scalars(folder):
+    """What TensorBoard itself reads back: the steps and values of each scalar, and the text."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    text = {tag: [(e.step, e.tensor_proto.string_val[0].decode()) for e in read.Tensors(tag)]
+            for tag in read.Tags()["tensors"]}  # fmt: skip
+    return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}, text
+
+
+def test_tensorboard_has_every_row_once_also_after_resuming_and_going_back(tmp_path):
+    config = TrackingConfig(tensorboard=True, wandb=WandbConfig(mode="disabled"))
+    tracker = track(tmp_path, config, about={"git_commit": "abc"})
+    assert tracker.where == {"TensorBoard": f"tensorboard --logdir {tmp_path}"}
+    log(tracker, range(10, 60, 10))  # and no close: it was killed
+    tracker = track(tmp_path, config, resume_step=30)
+    log(tracker, [40, 50, 60], loss=lambda step: 2.0)
+    tracker.rewind(40)
+    log(tracker, [50], loss=lambda step: 3.0)
+    tracker.sample(50, "a *b*\n<c>")
+    tracker.log(60, {"loss": math.nan, "grad_norm/layers.0": 0.5})
+    tracker.close()
+    values, text = scalars(tmp_path)
+    shown = [(step, None if math.isnan(value) else pytest.approx(value)) for step, value in values.pop("loss")]
+    assert shown == [(row["step"], row["loss"]) for row in lines(tmp_path)]
+    assert [step for step, _ in shown] == [10, 20, 30, 40, 50, 60]
+    assert values == {"grad_norm/layers.0": [(60, 0.5)]}
+    assert text["sample/text_summary"] == [(50, "    a *b*\n    <c>")]
+    assert "| git_commit | abc |" in text["about/text_summary"][0][1]
+    assert "| status | finished |" in text["summary/text_summary"][-1][1]
+
+
+def test_tensorboard_that_is_not_installed_is_told_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r"shardopt\[tensorboard\]"):
+        track(tmp_path, TrackingConfig(tensorboard=True, wandb=WandbConfig(mode="disabled")))
+
+
+def test_summary_of_a_run_without_evaluations_has_no_losses():
+    assert summary([]) == {}
+    assert summary([{"step": 4, "tokens": 8, "step_time": 900.0}]) == {"step": 4, "tokens": 8, "hours": 1.0}
+
+
+def test_the_commit_says_where_tracked_files_differ_from_it(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = {f"GIT_{role}_{what}": "a@b" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        ran = subprocess.run(["git", *arguments], cwd=tmp_path, env=os.environ | who, capture_output=True, check=True)
+        return ran.stdout.decode().strip()
+
+    assert git_commit(tmp_path) is None
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-q", "-m", "a")
+    (tmp_path / "run.log").write_text("not tracked")
+    assert git_commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "code.py").write_text("2")
+    assert git_commit(tmp_path) == git("rev-parse", "HEAD") + "+"
+    monkeypatch.setenv("PATH", "")
+    assert git_commit(tmp_path) is None
+
+
+def test_last_row_is_found_while_the_next_is_written(tmp_path):
+    assert last_row(tmp_path / "metrics.jsonl") is None
+    rows = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 3000)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 3000, "lo')
+    assert last_row(tmp_path / "metrics.jsonl")["step"] == 2999

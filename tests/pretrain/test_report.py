@@ -139,7 +139,7 @@ OUTCOME = Result(
     checkpoint=Path("runs/quick/checkpoints/step-00000300"),
     plot=Path("runs/quick/loss.png"),
     export=Path("runs/quick") / ("long-" * 20) / "export",
-    tracking="wandb sync runs/quick/wandb/offline-run-*-abcdefgh*",
+    tracking={"W&B": "wandb sync runs/quick/wandb/offline-run-*-abcdefgh*"},
     sample="main():\n\t[red]x[/red] \x1b[31m\x1b]0;title\x07\u202e\r\n[/nothing] 日本 \ud800 end " + "word " * 400,
 )
 
@@ -163,7 +163,7 @@ def test_end_says_what_came_of_it_and_no_sample_breaks_the_terminal(console):
     for part in ("1.2346 at step 300", "1.3457, 1.941 bits per byte", "2.46 M in 1:02:03", "runs/quick/loss.png"):
         assert part in text
     assert str(OUTCOME.export) in text  # in one piece, however long
-    assert OUTCOME.tracking in text
+    assert OUTCOME.tracking["W&B"] in text
     sample = text[text.index("sample") :]
     assert r"[red]x[/red] \x1b[31m\x1b]0;title\x07\u202e" in sample
     assert r"[/nothing] 日本 \ud800 end" in sample
