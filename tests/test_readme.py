@@ -105,6 +105,11 @@ def test_the_quickstart_trains_keeps_its_promises_on_disk_and_says_what_each_ran
     assert all(len(line) <= 80 or str(tmp_path) in line for line in done.stdout.splitlines())
 
 
+def test_it_stays_short_and_shows_the_loss_and_the_memory_of_a_rank():
+    assert len(README.splitlines()) < 200
+    assert re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README) == ["docs/loss.png", "docs/memory.png"]
+
+
 def test_every_file_and_key_that_it_names_is_there():
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or Path(link).exists(), link
@@ -112,7 +117,8 @@ def test_every_file_and_key_that_it_names_is_there():
         assert Path(path).exists(), path
     from shardopt.pretrain.config import Config
 
-    sections = re.findall(r"^\| `(\w+)` \| [^|]* \| (.*) \|$", README, re.MULTILINE)
+    guide = Path("docs/getting-started.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^\| `(\w+)` \| [^|]* \| (.*) \|$", guide, re.MULTILINE)
     assert {name for name, _ in sections} == set(Config.model_fields)
     for name, keys in sections:
         if name in ("model", "optimizer"):  # these take the keys of what they name
