@@ -85,8 +85,8 @@ def test_a_grid_has_every_combination_and_a_list_is_one_value():
     variants = plan.grid(["optimizer.lr=1e-3,3e-3", "optimizer.betas=[0.9, 0.99, 0.999],[0.8, 0.99, 0.999]"])
     assert [v.name for v in variants][::3] == ["lr-0.001_betas-0.9_0.99_0.999", "lr-0.003_betas-0.8_0.99_0.999"]
     assert variants[1].settings == {"optimizer.lr": 0.001, "optimizer.betas": [0.8, 0.99, 0.999]}
-    names = [variant.name for variant in plan.grid(["schedule.name=cosine,wsd", "optimizer.name=adam,adamw"])]
-    assert names[-1] == "schedule.name-wsd_optimizer.name-adamw"
+    names = [variant.name for variant in plan.grid(["schedule.name=cosine,wsd", "source.name=a,b"])]
+    assert names[-1] == "schedule.name-wsd_source.name-b"
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,7 @@ def test_a_grid_has_every_combination_and_a_list_is_one_value():
         (["sweep", "--grid", "optimizer.lr=1,[2"], "--grid optimizer.lr=1,[2: the value is not valid YAML"),
         (["sweep", "--grid", "optimizer.lr=1e-3,0.001"], "--grid: lr-0.001 stands twice"),
         (["sweep", "--grid", "run.seed=1,2"], "--grid run.seed: run is not for a grid, --name and --seeds set it"),
+        (["sweep", "--grid", "optimizer.name=adam,adamw"], "--grid optimizer.name: optimizers have keys of their own"),
         (["sweep", "--grid", "engine.name=ddp"], "--grid engine.name: engine is not for a grid"),
         (["sweep", "--grid", "optimizer.lr=1", "--grid", "optimizer.lr=2"], "--grid optimizer.lr: stands twice"),
         (["sweep", "--grid", "optimizer.lr=1e-3,-1"], "lr--1: optimizer ademamix: lr"),

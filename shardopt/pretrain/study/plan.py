@@ -208,6 +208,8 @@ def grid(axes: Sequence[str]) -> list[Variant]:
         section = key.partition(".")[0]
         if section in _OF_THE_STUDY:
             raise InputError(f"--grid {key}: {section} is not for a grid, {_OF_THE_STUDY[section]}")
+        if key == "optimizer.name":
+            raise InputError("--grid optimizer.name: optimizers have keys of their own; use shardopt compare")
         if key in values:
             raise InputError(f"--grid {key}: stands twice; write all its values in one")
         values[key] = points

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import textwrap
 
+import torch
+
 from shardopt.checkpoint.document import DOCUMENT
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
@@ -59,7 +61,9 @@ def run(study: Study, jobs: int | None, dry_run: bool, report: Report | None = N
 
 def _prepare(study: Study) -> None:
     """Pack what the cache lacks, once for all runs, and hold it against what finished runs have seen."""
-    alone, fingerprints = Ranks.current(), dict[str, str]()
+    # On the CPU: a GPU's memory is for the runs.
+    alone = Ranks(0, 1, 0, torch.device("cpu"), distributed=False)
+    fingerprints: dict[str, str] = {}
     for trial in study.trials:
         config, newest = trial.config, trial.checkpoint
         key = config.data.model_dump_json()
