@@ -89,7 +89,8 @@ def _introduce(study: Study, places: list[dict[str, str]] | None, sweep: str, re
     }
     if places:
         gpus = ", ".join(dict.fromkeys(p["CUDA_VISIBLE_DEVICES"] for p in places if "CUDA_VISIBLE_DEVICES" in p))
-        where = f"GPU {gpus}" if gpus else f"{places[0]['OMP_NUM_THREADS']} threads each"
+        threads = places[0]["OMP_NUM_THREADS"]
+        where = f"GPU {gpus}" if gpus else f"{threads} thread{'s' * (threads != '1')} each"
         facts["at once"] = f"{len(places)}, {where}"
     report.title(study.name, "")
     report.facts(facts)
