@@ -98,12 +98,12 @@ def described(layouts: Sequence[Layout], table: bytes) -> manifest.Description:
     """What `manifest.describe` makes of `slices_of(layouts)`, in less time."""
     named = sorted(enumerate(layouts), key=lambda pair: pair[1].name)
     columns = [
-        (len(KINDS) * number + KINDS.index(kind), r.global_start, r.length)
+        (len(KINDS) * number + KINDS.index(kind), r.global_start, r.length, r.row, r.stride)
         for kind in sorted(KINDS)
         for number, layout in named
         for r in layout.ranges
     ]
-    rows = np.array(columns, dtype=np.int64).reshape(-1, 3).T
+    rows = np.array(columns, dtype=np.int64).reshape(-1, 5).T
     return manifest.Description(table, zlib.compress(rows.tobytes(), 1))
 
 

@@ -1,3 +1,5 @@
+import math
+import random
 import subprocess
 import sys
 
@@ -5,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from shardopt import slices
 from shardopt.slices import (
     Layout,
     PlacementError,
@@ -74,6 +77,10 @@ def test_layout_refuses_ranges_that_cannot_be():
         (Range(0, 0, 4), Range(4, 3, 2)),  # overlaps in the local tensor alone
         (Range(5, 0, 3),),
         (Range(2, 0, 1), Range(0, 1, 1)),
+        (Range(0, 0, 4, 2, 2),),  # rows without a gap between them
+        (Range(0, 0, 3, 2, 3),),  # a row and a half
+        (Range(2, 0, 4, 2, 3),),
+        (Range(0, 0, 4, 2, 3), Range(2, 4, 1)),  # between the rows of the one before
     ]:
         with pytest.raises(ValueError, match="w:"):
             Layout("w", (2, 3), ranges)
@@ -114,7 +121,7 @@ def _row_shards(rank, world_size, rows):
     mine = torch.full((layout.local_numel,), -1.0)
     layout.copy_from_whole(mine, whole)
     assert torch.equal(mine, local_tensor(shard).reshape(-1))
-    return [tuple(r) for r in layout.ranges]
+    return [tuple(r)[:3] for r in layout.ranges]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7])
@@ -125,23 +132,78 @@ def test_row_shards_are_found_by_arithmetic_uneven_and_empty_ones_too(rows):
     assert [start for start, _, _ in covered] == sorted(start for start, _, _ in covered)
 
 
+def test_the_layout_of_any_cuts_holds_what_torch_leaves():
+    """Of random shapes, cut and cut again over any dimensions, with and without pieces."""
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    draw = random.Random(0)
+    for _ in range(600):
+        shape = tuple(draw.choice([0, 1, 2, 3, 4, 5, 6, 6]) for _ in range(draw.randint(0, 4)))
+        whole = torch.arange(math.prod(shape)).view(shape)
+        left, cuts = whole, []
+        for _ in range(draw.randint(0, 3) if shape else 0):
+            dim, parts, pieces = draw.randrange(len(shape)), draw.randint(1, 3), draw.choice([1, 1, 2, 3])
+            cuts.append((dim, parts, draw.randrange(parts), pieces))
+            placement = Shard(dim) if pieces == 1 else _StridedShard(dim, split_factor=pieces)
+            left = placement._split_tensor(left, parts, with_padding=False)[0][cuts[-1][2]]
+        layout = Layout("w", shape, slices._cut(shape, tuple(cuts)))
+        mine = torch.full((layout.local_numel,), -1)
+        layout.copy_from_whole(mine, whole)
+        assert torch.equal(mine, left.reshape(-1)), (shape, cuts)
+        rows = [row for r in layout.ranges for row in r.rows()]
+        assert [row.global_start + i for row in rows for i in range(row.length)] == mine.tolist()
+        back = torch.full(shape, -1)
+        layout.copy_to_whole(mine, back)
+        assert torch.equal(back[back >= 0], mine.sort().values), (shape, cuts)
+
+
+def test_columns_are_one_range_however_many_rows_there_are():
+    for shape, cuts in [
+        ((4096, 4096), ((1, 8, 3, 1),)),
+        ((4096, 4096), ((0, 2, 1, 1), (1, 8, 3, 1))),
+        ((16, 64, 3, 3), ((1, 4, 1, 1),)),
+        ((16, 64, 48), ((2, 4, 1, 1),)),
+    ]:
+        (r,) = slices._cut(shape, cuts)
+        assert r.length == math.prod(shape) // math.prod(parts for _, parts, *_ in cuts)
+
+
+def test_a_part_of_a_range_is_of_one_row_or_of_whole_rows():
+    r = Range(10, 5, 12, 4, 7)
+    assert r.part(1, 3) == Range(11, 6, 3)
+    assert r.part(4, 4) == Range(17, 9, 4)
+    assert r.part(4, 8) == Range(17, 9, 8, 4, 7)
+    for begin, length in ((3, 2), (0, 6), (2, 8)):
+        with pytest.raises(ValueError, match="no whole rows"):
+            r.part(begin, length)
+
+
 def _placements(rank, world_size):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.placement_types import _StridedShard
 
     mesh = init_device_mesh("cpu", (2, 2))
-    whole = torch.arange(24.0).view(6, 4)
-    hybrid = layout_of(distribute_tensor(whole, mesh, [Replicate(), Shard(0)]), "w")
-    replicated = layout_of(distribute_tensor(whole, mesh, [Replicate(), Replicate()]), "w")
-    for placement in ([_StridedShard(0, split_factor=2), Replicate()], [Partial(), Replicate()]):
-        with pytest.raises(PlacementError, match="w has placements"):
-            layout_of(DTensor.from_local(whole, mesh, placement, run_check=False), "w")
-    for placement in ([Shard(1), Replicate()], [Shard(0), Shard(0)]):
-        with pytest.raises(PlacementError, match="w has placements"):
-            layout_of(distribute_tensor(whole, mesh, placement), "w")
-    return hybrid.ranges[0].global_start, replicated.is_whole
+    whole = torch.arange(24.0).view(4, 6)
+    for placements in (
+        [Replicate(), Shard(0)], [Replicate(), Replicate()], [Shard(1), Replicate()], [Shard(0), Shard(1)],
+        [Shard(0), Shard(0)], [_StridedShard(0, split_factor=2), Shard(0)],
+        [_StridedShard(1, split_factor=3), Shard(0)],
+    ):  # fmt: skip
+        param = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        layout = layout_of(param, "w")
+        mine = torch.full((layout.local_numel,), -1.0)
+        layout.copy_from_whole(mine, whole)
+        assert torch.equal(mine, local_tensor(param).reshape(-1)), placements
+    with pytest.raises(PlacementError, match=r"w has placements .*Partial.*: a partial sum must be"):
+        layout_of(DTensor.from_local(whole, mesh, [Partial(), Replicate()], run_check=False), "w")
+    wrong = DTensor.from_local(whole, mesh, [Shard(0), Replicate()], run_check=False, shape=whole.shape, stride=(6, 1))
+    with pytest.raises(PlacementError, match=r"w of shape \(4, 6\) .* holds 24 elements here, where these say 12"):
+        layout_of(wrong, "w")
+    hybrid = layout_of(distribute_tensor(whole, mesh, [Replicate(), Shard(0)], src_data_rank=None), "w")
+    return hybrid.ranges[0].global_start
 
 
-def test_replicated_dimensions_do_not_matter_and_other_placements_are_refused_by_name():
-    assert on_ranks(4, _placements) == [(0, True), (12, True), (0, True), (12, True)]
+def test_layouts_of_dtensors_on_a_mesh_and_those_that_say_nothing_are_refused_by_name():
+    assert on_ranks(4, _placements) == [0, 12, 0, 12]

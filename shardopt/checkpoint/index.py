@@ -23,7 +23,7 @@ from shardopt.checkpoint.blocks import (
 )
 from shardopt.checkpoint.document import index_file, infix_of, records_of
 from shardopt.checkpoint.manifest import Entry, dtype_name, vector_key
-from shardopt.checkpoint.ranges import Ints
+from shardopt.checkpoint.ranges import Ints, ends
 from shardopt.errors import InputError
 from shardopt.optim.precision import BLOCK, FORMATS
 from shardopt.optim.schema import format_of
@@ -38,7 +38,7 @@ DTYPES = {
     )
 }  # fmt: skip
 SCALE = torch.float32
-_COLUMNS = 5
+_COLUMNS = 5, 7  # of the table, without and with ranges of several rows
 
 
 class Sizes(NamedTuple):
@@ -67,14 +67,18 @@ class StoredTensor(NamedTuple):
 
     entry: Entry
     chunks: Ints
-    """[chunks, 4], sorted: first element of the flattened tensor, elements, number of the file, first byte in it. In a
-    block format the codes lie there, and their scales after them (see `scales_at`)."""
+    """[chunks, 6], sorted: first element of the flattened tensor, elements, number of the file, first byte in it, row
+    and stride (see `slices.Range`). In a block format the codes lie there, and their scales after them (see
+    `scales_at`)."""
 
     def overlapping(self, r: Range) -> Ints:
-        """The chunks that have elements of `r`."""
+        """The chunks that have elements of `r`, and maybe some between its rows."""
         starts = self.chunks[:, 0]
+        if self.chunks[:, 4].any():  # the next may begin between the rows of one
+            end = ends(starts, *self.chunks[:, [1, 4, 5]].T)
+            return self.chunks[(starts < r.global_end) & (end > r.global_start)]
         first = np.searchsorted(starts, r.global_start, side="right") - 1
-        return self.chunks[first : np.searchsorted(starts, r.global_start + r.length)]
+        return self.chunks[first : np.searchsorted(starts, r.global_end)]
 
 
 class Index(NamedTuple):
@@ -92,9 +96,11 @@ class Index(NamedTuple):
     def of(cls, document: dict[str, Any], table: Ints) -> Index:
         """From a document and the content of its index, both checked (see `read_table`)."""
         entries = manifest.entries_of(document["checkpoint"])
-        ends = np.searchsorted(table[:, 0], np.arange(len(entries) + 1))
+        cut = np.searchsorted(table[:, 0], np.arange(len(entries) + 1))
+        chunks = np.zeros((len(table), 6), dtype=np.int64)
+        chunks[:, : table.shape[1] - 1] = table[:, 1:]
         tensors = {
-            key: StoredTensor(entry, table[ends[i] : ends[i + 1], 1:]) for i, (key, entry) in enumerate(entries.items())
+            key: StoredTensor(entry, chunks[cut[i] : cut[i + 1]]) for i, (key, entry) in enumerate(entries.items())
         }
         infix, records = infix_of(document), records_of(document)
         del records[index_file(infix)]
@@ -150,7 +156,8 @@ def read_index(folder: Path, document: dict[str, Any]) -> Index:
 
 
 def read_table(folder: Path, document: dict[str, Any]) -> Ints:
-    """The index, checked against the document: [chunks, 5], number of the tensor and `StoredTensor.chunks`.
+    """The index, checked against the document: [chunks, 5 or 7], number of the tensor and `StoredTensor.chunks`, whose
+    rows and strides are left out where they are all 0.
 
     Raises:
         DamagedError: it is missing, is not what was written, or does not fit the document.
@@ -159,11 +166,12 @@ def read_table(folder: Path, document: dict[str, Any]) -> Ints:
     infix, records, written = infix_of(document), records_of(document), document["checkpoint"]
     path, record = folder / index_file(infix), records[index_file(infix)]
     try:
-        if record.size < HEADER or (record.size - HEADER) % (8 * _COLUMNS):
+        columns = written.get("columns", _COLUMNS[0])
+        if columns not in _COLUMNS or record.size < HEADER or (record.size - HEADER) % (8 * columns):
             raise ValueError(f"{record.size} bytes are no table")
         content = torch.empty((record.size - HEADER) // 8, dtype=torch.int64)
         read_file(path, written["save_id"], record, [Wanted(HEADER, torch.int64, content)])
-        table = content.view(-1, _COLUMNS).numpy()
+        table = content.view(-1, columns).numpy()
         entries = list(manifest.entries_of(written).values())
         for entry in entries:
             _check_entry(folder, entry)
@@ -188,7 +196,8 @@ def _dtypes_of(kind: str, name: str) -> list[str]:
 
 def _check(table: Ints, entries: Sequence[Entry], records: dict[str, FileRecord], infix: str) -> None:
     """Raise ValueError where the table does not hold every element once, or names data that no file has."""
-    tensor, start, length, file, byte = table.T
+    tensor, start, length, file, byte = table.T[:5]
+    row, stride = table.T[5:] if table.shape[1] > 5 else np.zeros((2, len(table)), dtype=np.int64)
     if (table < 0).any() or (tensor >= len(entries)).any() or (length == 0).any():
         raise ValueError("it has numbers that are no counts, or of no tensor")
     sizes = Sizes.of(entries)
@@ -196,9 +205,14 @@ def _check(table: Ints, entries: Sequence[Entry], records: dict[str, FileRecord]
     numel, itemsize, in_blocks = (column[tensor] for column in sizes)
     if (start > numel).any() or (length > numel - start).any():
         raise ValueError("it has a chunk beyond its tensor's end")
+    divisor = np.maximum(row, 1)
+    if ((row > 0) & ((length % divisor > 0) | (stride <= row))).any():
+        raise ValueError("it has a chunk of rows that are none")
+    if ((row > 0) & (length // divisor - 1 > (numel - start - row) // np.maximum(stride, 1))).any():
+        raise ValueError("it has a chunk with rows beyond its tensor's end")
     if ((np.diff(tensor) < 0) | ((np.diff(tensor) == 0) & (np.diff(start) <= 0))).any():
         raise ValueError("its chunks are not in order")
-    if wrong := manifest.uncovered(entries, sizes.numel, tensor, start, length):
+    if wrong := manifest.uncovered(entries, sizes.numel, tensor, start, length, row, stride):
         raise ValueError(wrong)
     numbers, which = np.unique(file, return_inverse=True)
     for number in numbers.tolist():

@@ -16,14 +16,14 @@ from shardopt.checkpoint.document import read_document
 from shardopt.checkpoint.folders import check_name
 from shardopt.checkpoint.index import DTYPES, SCALE, Index, StoredTensor, read_index, read_table, scales_at
 from shardopt.checkpoint.manifest import EXTRA, Entries, vector_key
-from shardopt.checkpoint.ranges import Ints, overlap, packed, same_blocks
+from shardopt.checkpoint.ranges import Ints, packed, same_blocks, shared
 from shardopt.checkpoint.store import as_folder, check_shared
 from shardopt.engines.state import ShardedState, require_state
 from shardopt.errors import InputError, few
 from shardopt.optim import states
 from shardopt.optim.precision import BLOCK, blocks
 from shardopt.optim.schema import LOW_HALF, MASTERS
-from shardopt.slices import Layout, Slice, local_tensor
+from shardopt.slices import Layout, Range, Slice, local_tensor
 
 Tensors = Mapping[tuple[str, str], StoredTensor]  # by name and kind
 
@@ -245,7 +245,7 @@ def _is_direct(s: Slice, there: StoredTensor) -> bool:
     if there.entry.format != s.format or _is_rounded(s, there):
         return False
     cuts = ((r, there.overlapping(r)) for r in s.layout.ranges) if s.format is not None else ()
-    return all(same_blocks(r, chunks[:, 0], chunks[:, 1]) for r, chunks in cuts)
+    return all(same_blocks(r, *chunks[:, [0, 1, 4, 5]].T) for r, chunks in cuts)
 
 
 def _is_rounded(s: Slice, there: StoredTensor) -> bool:
@@ -262,13 +262,13 @@ def wanted(s: Slice, there: StoredTensor) -> Iterator[tuple[int, Wanted]]:
     values = s.tensors[0].view(-1)
     scale = 0
     for r in s.layout.ranges:
-        for start, length, file, byte in there.overlapping(r).tolist():
-            first, count = overlap(r, start, length)
-            target = values.narrow(0, r.local_start + first - r.global_start, count)
-            yield file, Wanted(byte + (first - start) * dtype.itemsize, dtype, target)
-            if s.format is not None:
-                at = scale + (first - r.global_start) // BLOCK
-                yield file, Wanted(scales_at(byte, length, dtype), SCALE, s.tensors[1].narrow(0, at, blocks(count)))
+        for start, length, file, byte, row, stride in there.overlapping(r).tolist():
+            for here, at, count in shared(r, Range(start, 0, length, row, stride)):
+                target = values.narrow(0, r.local_start + here, count)
+                yield file, Wanted(byte + at * dtype.itemsize, dtype, target)
+                if s.format is not None:
+                    scales = s.tensors[1].narrow(0, scale + here // BLOCK, blocks(count))
+                    yield file, Wanted(scales_at(byte, length, dtype), SCALE, scales)
         scale += blocks(r.length)
 
 
@@ -284,15 +284,14 @@ def recode(folder: Path, index: Index, there: StoredTensor, s: Slice) -> None:
     dtype = DTYPES[there.entry.dtypes[0]]
     rows = {tuple(row) for r in mine.ranges for row in there.overlapping(r).tolist()}
     chunks = {row: (torch.empty(row[1], dtype=dtype), torch.empty(blocks(row[1]), dtype=SCALE)) for row in rows}
-    index.read(folder, (w for (_, length, file, byte), (codes, scales) in chunks.items() for w in (
+    index.read(folder, (w for (_, length, file, byte, *_), (codes, scales) in chunks.items() for w in (
         (file, Wanted(byte, dtype, codes)), (file, Wanted(scales_at(byte, length, dtype), SCALE, scales)),
     )))  # fmt: skip
-    for (start, length, _, _), tensors in chunks.items():
-        layout = Layout.contiguous(s.name, s.layout.shape, start, length)
+    for (start, length, _, _, row, stride), tensors in chunks.items():
+        chunk = Range(start, 0, length, row, stride)
+        layout = Layout(s.name, s.layout.shape, (chunk,))
         source = states.read_slice(Slice(s.name, s.kind, layout, tensors, there.entry.format))
         for r in mine.ranges:
-            first, count = overlap(r, start, length)
-            if count > 0:
-                target = values.narrow(0, r.local_start + first - r.global_start, count)
-                target.copy_(source.narrow(0, first - start, count))
+            for here, at, count in shared(r, chunk):
+                values.narrow(0, r.local_start + here, count).copy_(source.narrow(0, at, count))
     states.write_slice(s, values)

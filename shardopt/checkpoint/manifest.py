@@ -45,11 +45,11 @@ class Description(NamedTuple):
     table: bytes
     """JSON of its entries."""
     chunks: bytes
-    """Three rows of int64, one column for each range in the order of `file_order`: number of the entry in the table,
-    first element, elements."""
+    """Five rows of int64, one column for each range in the order of `file_order`: number of the entry in the table,
+    first element, elements, row and stride (see `slices.Range`)."""
 
     def columns(self) -> Ints:
-        return np.frombuffer(zlib.decompress(self.chunks), dtype=np.int64).reshape(3, -1)
+        return np.frombuffer(zlib.decompress(self.chunks), dtype=np.int64).reshape(5, -1)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -96,8 +96,8 @@ def describe(slices: Sequence[Slice]) -> tuple[Description, list[Slice]]:
         for chunk in by_range(slices[number]):
             (r,) = chunk.layout.ranges
             chunks.append(chunk)
-            columns.append((number, r.global_start, r.length))
-    rows = np.array(columns, dtype=np.int64).reshape(-1, 3).T
+            columns.append((number, r.global_start, r.length, r.row, r.stride))
+    rows = np.array(columns, dtype=np.int64).reshape(-1, 5).T
     return Description(table, zlib.compress(rows.tobytes(), 1)), chunks
 
 
@@ -160,9 +160,9 @@ def entries_of(written: Mapping[str, Any]) -> dict[tuple[str, str], Entry]:
     return {(e.name, e.kind): e for e in sorted(entries, key=lambda e: file_order((e.name, e.kind)))}
 
 
-def uncovered(entries: Sequence[Entry], numel: Ints, tensor: Ints, start: Ints, length: Ints) -> str:
+def uncovered(entries: Sequence[Entry], numel: Ints, *ranges: Ints) -> str:
     """Which tensors have elements that are not there exactly once; empty for none. Arguments: see `ranges.gaps`."""
-    errors = gaps(numel, tensor, start, length)
+    errors = gaps(numel, *ranges)
     named = (f"{vector_key(entries[n].name, entries[n].kind)}: {error}" for n, error in errors.items())
     return f"incomplete: {few(named)}" if errors else ""
 

@@ -79,49 +79,55 @@ def make_plan(descriptions: Sequence[Description]) -> tuple[Plan, list[Share]]:
     columns = [d.columns() for d in descriptions]
     counts = np.array([c.shape[1] for c in columns])
     tensor = np.concatenate([numbered[d.table][c[0]] for d, c in zip(descriptions, columns, strict=True)])
-    start, length = (np.concatenate([c[i] for c in columns]) for i in (1, 2))
+    start, length, row, stride = (np.concatenate([c[i] for c in columns]) for i in (1, 2, 3, 4))
     rank = np.repeat(np.arange(len(columns)), counts)
 
     # All tensors in one line, tensor after tensor; of equal ranges the first rank's comes first.
     sizes = Sizes.of(entries)
     line = np.cumsum(sizes.numel) - sizes.numel
     order = np.argsort(line[tensor] + start, kind="stable")
-    tensor, start, length = tensor[order], start[order], length[order]
+    ranges = np.stack([tensor, start, length, row, stride])[:, order]
+    tensor, start, length, row, stride = ranges
     is_new = np.ones(len(order), dtype=bool)
-    is_new[1:] = (np.diff(tensor) != 0) | (np.diff(start) != 0) | (np.diff(length) != 0)
+    is_new[1:] = (np.diff(ranges) != 0).any(0)
     once = np.flatnonzero(is_new)
-    if wrong := manifest.uncovered(entries, sizes.numel, tensor[once], start[once], length[once]):
+    if wrong := manifest.uncovered(entries, sizes.numel, *ranges[:, once]):
         raise InputError(wrong)
 
     if len(once) == len(order):
         source, begin, replicas = order, np.zeros_like(start), None
     else:
         replicas = _replicas(order, is_new, tensor, start, entries)
-        which, source, begin, length = _deal(order, once, rank, length, sizes.itemsize[tensor])
-        tensor, start = tensor[which], start[which] + begin
+        which, source, begin, length = _deal(order, once, rank, length, row, sizes.itemsize[tensor])
+        tensor, start, row, stride = ranges[[0, 1, 3, 4]][:, which]
+        start = start + np.where(row > 0, begin // np.maximum(row, 1) * stride, begin)
+        row, stride = np.where(length > row, [row, stride], 0)
     writer = rank[source]
     by_writer = np.argsort(writer, kind="stable")
     ends = np.searchsorted(writer[by_writer], np.arange(len(columns) + 1))
     byte = np.empty_like(start)
-    row = source - (np.cumsum(counts) - counts)[writer]
+    held = source - (np.cumsum(counts) - counts)[writer]
     shares: list[Share] = []
     for first, last in pairwise(ends):
         mine = by_writer[first:last]
         spans = sizes.spans(tensor[mine], length[mine])
         byte[mine] = HEADER + np.cumsum(spans) - spans
-        shares.append(np.stack([row[mine], begin[mine], length[mine]], axis=1) if replicas is not None else None)
-    table = np.stack([tensor, start, length, writer, byte], axis=1)
+        shares.append(np.stack([held[mine], begin[mine], length[mine]], axis=1) if replicas is not None else None)
+    rows = [row, stride] if row.any() else []
+    table = np.stack([tensor, start, length, writer, byte, *rows], axis=1)
     return Plan(manifest.parameters_of(merged), manifest.extras_of(merged), table, replicas), shares
 
 
-def _deal(order: Ints, once: Ints, rank: Ints, length: Ints, itemsize: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+def _deal(
+    order: Ints, once: Ints, rank: Ints, length: Ints, row: Ints, itemsize: Ints
+) -> tuple[Ints, Ints, Ints, Ints]:
     """Deal out ranges that several ranks hold: each set of holders cuts the bytes of all it holds into equal parts.
 
     Args:
         order: of all ranges, after which equal ones lie together.
         once: where in this order each range stands first.
         rank: of each range as it was given.
-        length, itemsize: of each range in this order.
+        length, row, itemsize: of each range in this order.
 
     Returns:
         Of each piece: its range by place in the order, and the same of its holder as it was given; its first element in
@@ -143,8 +149,9 @@ def _deal(order: Ints, once: Ints, rank: Ints, length: Ints, itemsize: Ints) -> 
     which = np.repeat(np.arange(len(once)), parts)
     turn = np.arange(len(which)) - (np.cumsum(parts) - parts - first)[which]
     byte = turn * total[which] // holders[which] - before[which]
-    # Whole blocks, so that their codes stay beside their scales.
-    begin = np.clip(byte // itemsize[which] // BLOCK * BLOCK, 0, length[which])
+    # Whole blocks, so that their codes stay beside their scales; and whole rows.
+    unit = np.lcm(BLOCK, np.maximum(row[once], 1))[which]
+    begin = np.clip(byte // itemsize[which] // unit * unit, 0, length[which])
     end = np.append(begin[1:], 0)
     is_last = turn == last[which]
     end[is_last] = length[which][is_last]

@@ -219,6 +219,7 @@ def prepare(
             "parameters": plan.parameters,
             "step_counts": step_counts,
             "extras": plan.extras,
+            "columns": plan.table.shape[1],
             "files": {name: record._asdict() for name, record in records.items()},
         }
         write_document(partial, content)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardopt.slices import local_tensor
@@ -46,6 +47,13 @@ class UnusedGradients:
 def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
     """The `.grad` of those that have one."""
     return [param.grad for param in params if param.grad is not None]
+
+
+def placed_as(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient placed as its parameter, to which partial sums are added up. A collective, where it is not yet."""
+    if not isinstance(param, DTensor) or not isinstance(grad, DTensor) or grad.placements == param.placements:
+        return grad
+    return grad.redistribute(placements=param.placements)
 
 
 def fsdp_groups(module: nn.Module) -> Iterator[Any]:

@@ -8,22 +8,23 @@ from __future__ import annotations
 import abc
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardopt.distributed import Ranks
-from shardopt.engines.held_gradients import UnusedGradients, drop_in_fsdp, gradients_of, held_by_fsdp
+from shardopt.engines.held_gradients import UnusedGradients, drop_in_fsdp, gradients_of, held_by_fsdp, placed_as
 from shardopt.errors import InputError
 from shardopt.optim import states
-from shardopt.slices import Layout, Slice, layout_of, local_tensor, named_parameters, persistent_buffers
+from shardopt.slices import Layout, Slice, layout_of, local_tensor, named_parameters, persistent_buffers, shards_of
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,10 @@ class ShardedState(Saveable):
     @property
     @abc.abstractmethod
     def replicas(self) -> int:
-        """Number of ranks that hold each element of the optimizer's state (1 where it is fully sharded)."""
+        """Number of ranks that hold each element of the optimizer's state (1 where it is fully sharded).
+
+        The least where parameters differ; see `shares`.
+        """
 
     def layouts(self) -> dict[Tensor, tuple[Layout, ...]]:
         """The elements that each parameter of the inner optimizer stands for."""
@@ -164,24 +168,29 @@ class ShardedState(Saveable):
         """
         if not hasattr(self.inner, "statistics"):
             return {}
-        sums = self.inner.statistics()
+        sums = self.inner.statistics(self.shares())
         totals = self.total([value.item() for value in sums.values()])
         norms = {f"{key}_norm": math.sqrt(total) for key, total in zip(sums, totals, strict=True)}
         return {**self.inner.schedule_values(), **norms}
 
     @torch.no_grad()
-    def _clip(self, grads: list[Tensor], max_norm: float | None) -> float:
-        """`clip_grad_norm` of gradients that are tensors on this rank."""
-        norm = math.sqrt(self.total([sum_of_squares(grads)])[0])
+    def _clip(self, grads: Mapping[float, list[Tensor]], max_norm: float | None) -> float:
+        """`clip_grad_norm` of gradients that are tensors on this rank, by what their parameters count (`shares`)."""
+        norm = math.sqrt(self.total([sum(share * sum_of_squares(held) for share, held in grads.items())])[0])
         if max_norm is not None and max_norm < norm < math.inf:
-            torch._foreach_mul_(grads, max_norm / norm)
+            torch._foreach_mul_(list(chain.from_iterable(grads.values())), max_norm / norm)
         return norm
 
+    def shares(self) -> Callable[[Tensor], float]:
+        """What a parameter's elements held here count in `total`: less than 1 where more than `replicas` hold them."""
+        return lambda param: 1.0
+
     def total(self, values: Sequence[float]) -> list[float]:
-        """Sums over the whole model of `values`, each a sum over the elements held here. A collective."""
-        if self.replicas == self.ranks.world_size:
+        """Sums over the whole model of `values`, each a sum over the elements held here by `shares`. A collective."""
+        replicas = self.replicas
+        if replicas == self.ranks.world_size:
             return list(values)
-        return [value / self.replicas for value in self.ranks.sum(list(values))]
+        return [value / replicas for value in self.ranks.sum(list(values))]
 
     @contextmanager
     def use_weight_ema(self) -> Iterator[None]:
@@ -227,7 +236,8 @@ class ShardedState(Saveable):
 
 
 class ModuleState(ShardedState):
-    """Parameters that are the module's own: whole tensors (one process, DDP) or row-sharded DTensors (FSDP2).
+    """Parameters that are the module's own: whole tensors (one process, DDP), or DTensors on a mesh of all processes
+    (FSDP2, tensor parallelism, both).
 
     Args:
         optimizer: any elementwise torch optimizer over the model's parameters, best given with their names.
@@ -272,7 +282,16 @@ class ModuleState(ShardedState):
         return (param for group in self.optimizer.param_groups for param in group["params"])
 
     def clip_grad_norm(self, max_norm: float | None) -> float:
-        return self._clip([local_tensor(g) for g in gradients_of(self._trained())], max_norm)
+        """As of any state. Gradients that are placed otherwise than their parameters are placed as these before: of
+        tensor parallelism without FSDP2 some are partial sums, or whole."""
+        share = self.shares()
+        grads: dict[float, list[Tensor]] = {}
+        for param in self._trained():
+            if param.grad is not None:
+                if (placed := placed_as(param, param.grad)) is not param.grad:
+                    param.grad = placed
+                grads.setdefault(share(param), []).append(local_tensor(placed))
+        return self._clip(grads, max_norm)
 
     def holds_gradients(self) -> bool:
         return self._unused.are_there() or held_by_fsdp(self.model)
@@ -286,12 +305,11 @@ class ModuleState(ShardedState):
 
     @property
     def replicas(self) -> int:
-        for param in self._trained():
-            if isinstance(param, DTensor):
-                mesh = zip(param.device_mesh.shape, param.placements, strict=True)
-                shards = math.prod(size for size, placement in mesh if not isinstance(placement, Replicate))
-                return self.ranks.world_size // shards
-        return self.ranks.world_size
+        return self.ranks.world_size // max(map(shards_of, self._trained()), default=1)
+
+    def shares(self) -> Callable[[Tensor], float]:
+        most = max(map(shards_of, self._trained()), default=1)
+        return lambda param: shards_of(param) / most
 
     def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
         for param, (layout,) in self._weights().items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 
 from shardopt.errors import InputError
 from shardopt.optim import kernels, precision, reference, schema, states
-from shardopt.optim.checked import CheckedOptimizer, Stored, check_state, shards_of
+from shardopt.optim.checked import CheckedOptimizer, Stored, check_state
 from shardopt.optim.kernels.table import Entry
 from shardopt.optim.plan import Plan
 from shardopt.optim.schema import STATE_TENSORS, HyperParameters
@@ -102,7 +101,7 @@ class AdEMAMix(CheckedOptimizer):
     def set_layout(self, param: Tensor, layout: states.Layouts | None) -> None:
         """Say which elements of which parameter the local tensor `param` holds.
 
-        Ordinary tensors and row-sharded DTensors need no word. A flat partition of several parameters takes a
+        Ordinary tensors and DTensors need no word. A flat partition of several parameters takes a
         sequence of layouts, whose local starts count in `param`; elements that no layout names (padding) are not
         updated. To be called before the first step: the random bits of later steps depend on it. None forgets.
         """
@@ -119,11 +118,14 @@ class AdEMAMix(CheckedOptimizer):
         return {"alpha": scalars.alpha, "beta3": scalars.beta3}
 
     @torch.no_grad()
-    def statistics(self) -> dict[str, Tensor]:
+    def statistics(self, share: Callable[[Tensor], float] = lambda param: 1.0) -> dict[str, Tensor]:
         """LOCAL sums of squares (0-d float64, on the CPU) of m1, m2 and the update u of the state as it stands.
 
         u is before lr and weight decay. With beta1 = 0 there is no m1: its sum is 0, and u takes the gradient in
         its place where that is still there.
+
+        Args:
+            share: what a parameter's squares count, for sums over ranks of which some hold the same elements.
         """
         sums = {key: torch.zeros((), dtype=torch.float64) for key in ("m1", "m2", "update")}
         for entry in self._current_plan().entries:
@@ -138,7 +140,7 @@ class AdEMAMix(CheckedOptimizer):
                     fast = grad.reshape(-1).narrow(0, where.local, where.numel).to(m2.dtype)
                     fast = -fast if s.maximize else fast
                 for key, value in (("m1", m1), ("m2", m2), ("update", reference.direction(fast, m2, nu, s))):
-                    sums[key] += value.double().square().sum().cpu()
+                    sums[key] += value.double().square().sum().cpu() * share(entry.param)
         return sums
 
     @contextmanager
@@ -246,9 +248,8 @@ class AdEMAMix(CheckedOptimizer):
         layouts = self._layouts(group, param)
         if not hasattr(param, "placements"):
             return torch.Size([sum(precision.blocks(r.length) for layout in layouts for r in layout.ranges)])
-        shards = shards_of(param)
-        largest = param.numel() if shards == 1 else -(-param.shape[0] // shards) * math.prod(param.shape[1:])
-        return torch.Size([1, precision.blocks(largest)])
+        first = layout_of(param, "the first shard", [0] * len(param.placements))  # none is larger
+        return torch.Size([1, sum(precision.blocks(r.length) for r in first.ranges)])
 
     def _create_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         self._plan, state = None, super()._create_state(group, param)

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import states
 from shardopt.optim.schema import COUNTS, PAPER_NAMES, STATE_KEYS, HyperParameter, signature
-from shardopt.slices import canonical_name, layout_of, local_tensor
+from shardopt.slices import canonical_name, is_shard, layout_of, local_tensor, shards_of
 
 
 class Stored(NamedTuple):
@@ -216,7 +216,8 @@ class CheckedOptimizer(Optimizer, abc.ABC):
                 tensor = torch.empty(local.shape, dtype=value.dtype, device=value.device)
                 layout_of(param, name).copy_from_whole(tensor, value)
             placements = getattr(value, "placements", None)
-            if (tensor.dtype, tensor.shape) != want or placements not in (None, getattr(param, "placements", None)):
+            fitting = (None, _placements(param, per_shard=key.endswith("_scale")))
+            if (tensor.dtype, tensor.shape) != want or placements not in fitting:
                 placed = "" if placements is None else f", placed as {placements}"
                 raise InputError(
                     f"the saved {key} of parameter {name} is {tensor.dtype} of shape {tuple(tensor.shape)}{placed}; "
@@ -305,10 +306,14 @@ def check_state(name: str, state: Mapping[str, Any], weight: Tensor, stored: Map
             )
 
 
-def shards_of(param: Tensor) -> int:
-    """Into how many shards `param` is cut; 1 for an ordinary tensor."""
-    placements = getattr(param, "placements", ())
-    return math.prod(param.device_mesh.size(i) for i, p in enumerate(placements) if p.is_shard())  # type: ignore[attr-defined]
+def _placements(param: Tensor, *, per_shard: bool) -> tuple[Any, ...] | None:
+    """Those of a state tensor of `param`: as its own or, of one that has a row for each shard, by these rows."""
+    placements = getattr(param, "placements", None)
+    if placements is None or not per_shard:
+        return placements
+    from torch.distributed.tensor import Shard
+
+    return tuple(Shard(0) if is_shard(p) else p for p in placements)
 
 
 def _zeros(param: Tensor, key: str, want: Stored) -> Tensor:
@@ -330,4 +335,5 @@ def placed_like(param: Tensor, local: Tensor, *, per_shard: bool = False) -> Ten
     assert isinstance(param, DTensor)
     shape = torch.Size([shards_of(param), local.shape[1]]) if per_shard else param.shape
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    return DTensor.from_local(local, param.device_mesh, param.placements, run_check=False, shape=shape, stride=stride)
+    placements = _placements(param, per_shard=per_shard)
+    return DTensor.from_local(local, param.device_mesh, placements, run_check=False, shape=shape, stride=stride)

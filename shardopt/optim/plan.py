@@ -28,7 +28,7 @@ from shardopt.optim.kernels.table import pointed
 from shardopt.optim.precision import follow_weight
 from shardopt.optim.reference import scalars_of
 from shardopt.optim.schema import COUNTS, TYPES, Scalars
-from shardopt.slices import Layout, Range, local_tensor
+from shardopt.slices import Layout, local_tensor
 
 _TILE = 1 << 20  # elements that a temporary may have where strided tensors are copied in parts
 _ORDINARY = {Tensor, torch.nn.Parameter, NoneType}
@@ -262,7 +262,8 @@ class Plan:
         if getattr(grad, "placements", None) != placements:
             raise InputError(
                 f"the gradient of {self.entries[index].name} is placed as {getattr(grad, 'placements', None)}, its "
-                f"parameter as {placements}: redistribute it first"
+                f"parameter as {placements}: redistribute it first (param.grad = "
+                f"param.grad.redistribute(placements=param.placements))"
             )
         local = local_tensor(grad)
         return local.wait() if hasattr(local, "wait") else local  # an AsyncCollectiveTensor
@@ -391,5 +392,5 @@ def _clipped(layout: Layout, start: int, length: int) -> Layout:
     for r in layout.ranges:
         first, last = max(r.local_start, start), min(r.local_start + r.length, start + length)
         if first < last:
-            ranges.append(Range(r.global_start + first - r.local_start, first - start, last - first))
+            ranges.append(r.part(first - r.local_start, last - first)._replace(local_start=first - start))
     return Layout(layout.name, layout.shape, tuple(ranges))

@@ -68,15 +68,20 @@ def random_words(word: Word, stream: int, first: int, count: int, device: torch.
     while done < count:  # the keys change where the number passes a multiple of 2^32
         number = first + done
         some = min(count - done, (1 << 32) - (number & _MASK32))
-        keys = mix64((stream + (number >> 32) * 0xD1B54A32D192ED03) & _MASK64)
         x = words[done : done + some]
         x.copy_(torch.arange(number & _MASK32, (number & _MASK32) + some, device=device))
-        x.bitwise_xor_(_signed(keys & _MASK32))
-        _xor_shifted(x, 17).mul_(_signed(0xED5AD4BB))
-        _xor_shifted(x, 11).add_(_signed(keys >> 32)).mul_(_signed(0xAC4C1B51))
-        _xor_shifted(_xor_shifted(x, word.before).mul_(_signed(word.multiplier)), word.after)
+        _hash(x, word, stream, number >> 32)
         done += some
     return words
+
+
+def _hash(x: Tensor, word: Word, stream: int, high: int) -> Tensor:
+    """Words from the low halves (int32) of their numbers, in place; `high` is the upper half of all of them."""
+    keys = mix64((stream + high * 0xD1B54A32D192ED03) & _MASK64)
+    x.bitwise_xor_(_signed(keys & _MASK32))
+    _xor_shifted(x, 17).mul_(_signed(0xED5AD4BB))
+    _xor_shifted(x, 11).add_(_signed(keys >> 32)).mul_(_signed(0xAC4C1B51))
+    return _xor_shifted(_xor_shifted(x, word.before).mul_(_signed(word.multiplier)), word.after)
 
 
 def _signed(word: int) -> int:
@@ -95,6 +100,17 @@ def random_bits(word: Word, base: int, step: int, start: int, length: int, devic
     words = random_words(word, stream_key(base, step), first, ((start + length + 1) >> 1) - first, device)
     halves = torch.stack([words & 0xFFFF, (words >> 16) & 0xFFFF], 1).view(-1)
     return halves.narrow(0, start & 1, length)
+
+
+def random_bits_at(word: Word, base: int, step: int, indices: Tensor) -> Tensor:
+    """The 16 random bits (int32, 0 .. 65535) that round the elements of these indices (int64) of one tensor."""
+    number, stream = indices >> 1, stream_key(base, step)
+    words = number.int()  # the low halves
+    high = number >> 32
+    for one in high.unique().tolist():
+        some = high == one
+        words[some] = _hash(words[some], word, stream, one)
+    return torch.where(indices & 1 == 1, words >> 16, words) & 0xFFFF
 
 
 # -- formats ------------------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ class Scalars(NamedTuple):
 FLAGS = tuple(name for name, kind in get_type_hints(Scalars).items() if kind is bool)
 DOUBLES = Scalars._fields[: -len(FLAGS)]
 
-# -- a row of a kernel's table: one contiguous local range of one parameter (see kernels/__init__.py) ----------------
+# -- a row of a kernel's table: one range of one parameter (see kernels/__init__.py) -------------------------------
 
 TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 5, torch.float64: 6}  # of weights and gradients
 NONE = 0  # the format of a state tensor that is not there, and the kind of no master
@@ -244,7 +244,8 @@ POINTERS = ("weight", "grad", *ROUNDED, "master")
 KINDS = ("weight_type", "grad_type", *(f"{key}_format" for key in ROUNDED), "master_kind", "flags")
 SEGMENT = np.dtype(
     [(name, np.uint64) for name in (*POINTERS, *SCALES)]
-    + [("length", np.int64), ("start", np.int64), ("key", np.uint64), ("step", np.int64)]
+    + [(name, np.int64) for name in ("length", "start", "row", "stride")]
+    + [("key", np.uint64), ("step", np.int64)]
     + [(name, np.float64) for name in DOUBLES]
     # what a captured step computes its scalars from, on the device
     + [(name, np.float64) for name in ("alpha_final", "beta3_final", "alpha_warmup", "beta3_warmup")]

@@ -16,7 +16,7 @@ from shardopt.checkpoint import Saver, manifest, planning
 from shardopt.checkpoint.index import read_index
 from shardopt.checkpoint.ranges import part
 from shardopt.errors import InputError
-from shardopt.slices import Layout, Slice
+from shardopt.slices import Layout, Range, Slice
 from tests.checkpoint import made
 from tests.distributed.pool import on_ranks
 
@@ -66,6 +66,29 @@ def test_each_set_of_replicas_shares_its_own_elements() -> None:
     assert [_nbytes(s) for s in written] == pytest.approx([200_000, 200_000, 200_000, 204_000], abs=512)
     for i, slices in enumerate(written):
         assert all(r.global_start // 100_000 == i % 2 for s in slices if s.name == "w" for r in s.layout.ranges)
+
+
+@pytest.mark.parametrize("width", [300, 512])
+def test_columns_that_several_ranks_hold_are_shared_out_in_whole_rows_and_blocks(width: int) -> None:
+    """As on a mesh of 2 x 2 whose first dimension replicates: ranks 0 and 2 hold the left half, 1 and 3 the right."""
+
+    def rank(half: int) -> list[Slice]:
+        layout = Layout("w", (1000, 2 * width), (Range(width * half, 0, 1000 * width, width, 2 * width),))
+        codes, scales = torch.zeros(1000 * width, dtype=torch.int8), torch.zeros(-(-1000 * width // 128))
+        return [
+            Slice("w", "m1", layout, (codes, scales), "block8"),
+            Slice("w", "m2", layout, (torch.zeros(1000 * width),)),
+        ]
+
+    written = _written([rank(0), rank(1), rank(0), rank(1)])
+    for own in written:
+        assert _nbytes(own) == pytest.approx(_nbytes(rank(0)) / 2, rel=0.05)
+    pieces = [r for slices in written for s in slices if s.kind == "m2" for r in s.layout.ranges]
+    whole = torch.zeros(2000 * width)
+    for r in pieces:
+        r.of_whole(whole).add_(1)
+        assert r.length == 1000 * width or r.length % 128 == 0 or r.global_end >= 1999 * width
+    assert (whole == 1).all()
 
 
 def test_ranks_without_replicas_write_what_they_hold_and_are_told_nothing() -> None:

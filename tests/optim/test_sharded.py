@@ -1,6 +1,7 @@
 """DTensor shards: the same bits as unsharded, and state that torch.distributed.checkpoint treats like any other."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -172,27 +173,117 @@ def test_from_adamw_on_shards():
     assert on_ranks(2, take_over_adamw) == [True, True]
 
 
-def refuse_columns(rank, size):
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+def refuse_partial_sums(rank, size):
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor, init_device_mesh
 
     mesh = init_device_mesh("cpu", (size,))
-    param = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
-    param.grad = distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)])
+    param = nn.Parameter(DTensor.from_local(torch.ones(4, 6), mesh, [Partial()], run_check=False))
+    param.grad = DTensor.from_local(torch.ones(4, 6), mesh, [Partial()], run_check=False)
     rounded = shardopt.AdEMAMix([("w", param)], state_dtype="bf16")
     with pytest.raises(InputError, match=r"stochastic rounding cannot place w: .* use state_dtype='fp32'"):
         rounded.step()
     exact = shardopt.AdEMAMix([("w", param)])
     exact.step()  # nothing is rounded: where the elements belong does not matter
-    assert exact.state[param]["m1"].placements == (Shard(1),)
-    misplaced = shardopt.AdEMAMix([("w", param)])
-    param.grad = distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)])
-    with pytest.raises(InputError, match="gradient of w is placed as"):
-        misplaced.step()
+    assert exact.state[param]["m1"].placements == (Partial(),)
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
+    misplaced = shardopt.AdEMAMix([("w", param)], state_dtype="bf16")
+    for grad in (
+        distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)]),
+        DTensor.from_local(torch.ones(4, 6), mesh, [Partial()], run_check=False),
+    ):
+        param.grad = grad
+        with pytest.raises(InputError, match=r"of w is placed as .*, its parameter as .*dim=1.*: redis"):
+            misplaced.step()
+    param.grad = param.grad.redistribute(placements=param.placements)
+    misplaced.step()
+    assert misplaced.state[param]["step"] == 1
     return True
 
 
-def test_placements_that_cannot_be_described_are_refused_where_it_matters():
-    assert on_ranks(2, refuse_columns) == [True, True]
+def test_placements_that_say_nothing_are_refused_where_it_matters():
+    assert on_ranks(2, refuse_partial_sums) == [True, True]
+
+
+# Columns in rows of whole blocks (of 1,024 on four ranks and on two), of other lengths, and of an odd stride.
+WIDE = {"wide": (4, 1024), "even": (8, 20), "odd": (12, 9), "deep": (4, 4, 6), "vector": (40,)}
+
+
+def placements_of(mesh, dims):
+    """All combinations of placements on a 2-D mesh that torch can distribute to."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    single = [Replicate(), *(Shard(dim) for dim in range(dims))]
+    strided = [(_StridedShard(dim, split_factor=mesh.size(1)), Shard(dim)) for dim in range(dims)]
+    return [*itertools.product(single, single), *strided]
+
+
+def train_wide(named, grads, place, options, layouts=None):
+    """An optimizer after two steps; names alone key the random bits, so that each placement has one of its own."""
+    optimizer = shardopt.AdEMAMix(named.items(), lr=0.1, weight_decay=0.1, seed=5, **options)
+    for name, layout in (layouts or {}).items():
+        optimizer.set_layout(named[name], layout)
+    for step in range(2):
+        for name, param in named.items():
+            param.grad = place(grads[name][step], name)
+        optimizer.step()
+    return optimizer
+
+
+def compare_every_placement(rank, size, options, dtype):
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    generator = torch.Generator().manual_seed(0)
+    (weights, *grads) = ({n: torch.randn(s, generator=generator).to(dtype) for n, s in WIDE.items()} for _ in range(3))
+    grads = {name: [grad[name] for grad in grads] for name in WIDE}
+    full = {name: nn.Parameter(weight.clone()) for name, weight in weights.items()}
+    whole = train_wide(full, grads, lambda grad, name: grad.clone(), options)
+    count = 0
+    for shape in ((1, 4), (2, 2), (4, 1)):
+        mesh = init_device_mesh("cpu", shape)
+        every = {name: placements_of(mesh, len(size)) for name, size in WIDE.items()}
+        for number in range(max(map(len, every.values()))):
+            chosen = {name: found[number % len(found)] for name, found in every.items()}
+
+            def place(tensor, name, chosen=chosen, mesh=mesh):
+                return distribute_tensor(tensor.clone(), mesh, chosen[name], src_data_rank=None)
+
+            def local(tensor, name, place=place):
+                return place(tensor, name).to_local().clone()
+
+            ours = {name: nn.Parameter(place(weight, name)) for name, weight in weights.items()}
+            state = train_wide(ours, grads, place, options).state
+            if options.get("state_dtype") == "block8":  # blocks are along the shard: the same for one layout
+                plain = {name: nn.Parameter(local(weight, name)) for name, weight in weights.items()}
+                layouts = {name: layout_of(param, name) for name, param in ours.items()}
+                expected = train_wide(plain, grads, local, options, layouts).state
+                cut = {name: {"weight": plain[name].detach(), **expected[plain[name]]} for name in WIDE}
+            else:
+                held = {name: {"weight": full[name].detach(), **whole.state[full[name]]} for name in WIDE}
+                cut = {n: {k: v if k == "step" else local(v, n) for k, v in of.items()} for n, of in held.items()}
+            for name, param in ours.items():
+                for key, value in {"weight": param.detach(), **state[param]}.items():
+                    if key == "step":
+                        continue
+                    values = value.to_local().view(-1)[: cut[name][key].numel()]  # a smaller shard leaves scales unused
+                    assert torch.equal(values, cut[name][key].view(-1)), (shape, chosen[name], name, key)
+                count += 1
+    return count
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"state_dtype": {"m2": "bf16", "nu": "bf16"}, "weight_ema": 0.9}, torch.float32),
+        ({"state_dtype": "bf16"}, torch.bfloat16),
+        ({"state_dtype": "bf16", "kernel": "torch"}, torch.bfloat16),
+        ({"master_weights": "split"}, torch.bfloat16),
+        ({"state_dtype": "block8"}, torch.float32),
+    ],
+    ids=str,
+)
+def test_every_placement_on_every_mesh_has_the_bits_of_the_whole(options, dtype):
+    assert on_ranks(4, compare_every_placement, {**options}, dtype) == [3 * 19 * len(WIDE)] * 4
 
 
 def block_state_through_dcp(rank, size, folder, save):

@@ -22,6 +22,7 @@ from shardopt.optim import kernels
 from shardopt.optim.schema import FLAG_BITS
 from shardopt.slices import Layout, Range
 from tests.optim.test_kernels import (
+    COLUMNS,
     STATES,
     WEIGHTS,
     assert_same,
@@ -102,6 +103,13 @@ def test_indices_beyond_32_bits(interpreted, state):
     # The keys change in the middle of a program; and a row that does not begin on 16 bytes.
     layout = Layout("p0", (3 << 32,), (Range((1 << 33) - 601, 1, 1300),))
     interpreted(same_as_torch, sizes=(1301,), layouts=[layout], state_dtype=state, weight=torch.bfloat16)
+
+
+@pytest.mark.parametrize("state", ["bf16", "block8"])
+@pytest.mark.parametrize("layout", [COLUMNS[4], COLUMNS[5]], ids=("short rows", "beyond 2^33"))
+def test_columns(interpreted, state, layout):
+    options = {"sizes": (layout.local_numel,), "layouts": [layout], "state_dtype": state, "weight": torch.bfloat16}
+    interpreted(same_as_torch, **options)
 
 
 def extremes(state):

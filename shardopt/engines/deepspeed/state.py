@@ -130,7 +130,7 @@ class DeepspeedState(ShardedState):
         super().load_step_counts(leading)
 
     def clip_grad_norm(self, max_norm: float | None) -> float:
-        norm = self._clip(self.stage.gradients(), max_norm)
+        norm = self._clip({1.0: self.stage.gradients()}, max_norm)
         if (max_norm is None or norm <= max_norm) and norm * norm > torch.finfo(torch.float32).max:
             return float("inf")  # DeepSpeed squares in fp32 and would skip the step
         return norm

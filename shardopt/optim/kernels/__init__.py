@@ -4,10 +4,12 @@ The interface
 -------------
 The optimizer hands a kernel one `Table` a step, with everything on one device:
 
-* `table.rows`, a numpy array of `SEGMENT`, one row a contiguous local range of one parameter. Pointers are to the
-  row's FIRST element (not to the tensor's), `start` is that element's index in the whole parameter (the counter of
-  the random bits), `key` is `precision.base_key(seed, name_key)`. A block format's blocks of 128 start at the
-  row's first element, and its scale pointer is to that block's scale. Rows with `flags & SKIP` are left alone.
+* `table.rows`, a numpy array of `SEGMENT`, one row a range of one parameter, contiguous in the local tensor. Pointers
+  are to the row's FIRST element (not to the tensor's), `start` is that element's index in the whole parameter (the
+  counter of the random bits), that of element k is `start + k`, or, where `row` is not 0 (a part of the columns),
+  `start + k // row * stride + k % row`. `key` is `precision.base_key(seed, name_key)`. A block format's
+  blocks of 128 are of the local elements from the row's first one on, whose scale its scale pointer is to. Rows with
+  `flags & SKIP` are left alone.
 * For kernels that take tensors: `table.entries[table.row_entry[i]]` has the state tensors that row i points into,
   `table.weights` and `table.grads` (in the order of the entries, contiguous; None where there is no gradient) the
   local weight and gradient, `table.row_local` the place of the row's first element in them, `table.row_block` that

@@ -205,6 +205,18 @@ static void fill(Randoms *r, uint64_t stream, uint64_t index, int n, int which) 
     }
 }
 
+/* The same of elements that lie in rows: n of them from the one of this index on, which is number `column` of its row. */
+static void fill_rows(Randoms *r, uint64_t stream, uint64_t index, int64_t column, int64_t row, int64_t stride, int n, int which) {
+    for (int done = 0, some; done < n; done += some, index += (uint64_t)(stride - column), column = 0) {
+        Randoms one;
+        some = row - column < n - done ? (int)(row - column) : n - done;
+        fill(&one, stream, index, some, which);
+#define COPY(key, bit, before, multiplier, after) if (which & bit) memcpy(r->key.bits + done, one.key.bits + (index & 1), 2 * (size_t)some);
+        WORDS(COPY)
+#undef COPY
+    }
+}
+
 /* -- values ---------------------------------------------------------------------------------------------- */
 
 INLINE U magnitude(F x) { return (U)x & 0x7FFFFFFFu; }
@@ -403,17 +415,23 @@ typedef struct { /* where elements of a row lie */
     void *codes[4];
     float *scale[4];
     uint64_t index; /* of the first in the whole parameter */
+    int64_t column, row, stride; /* and its place in its row, where elements lie in rows; else 0 */
 } Place;
 
 #define SIZE(code) ((code) == NONE ? 0 : (code) == FP32 ? 4 : (code) == BLOCK8 ? 1 : 2)
 #define MASTER_SIZE(kind) ((kind) == FP32_MASTER ? 4 : (kind) == SPLIT_MASTER ? 2 : 0)
+
+INLINE uint64_t index_of(const Segment *s, int64_t at) {
+    return (uint64_t)(s->row ? s->start + at / s->row * s->stride + at % s->row : s->start + at);
+}
 
 INLINE Place place_of(const Segment *s, const Kind k, int64_t at) {
 #define AT(field, size) ((char *)(uintptr_t)s->field + at * (size))
 #define SCALE(field) ((float *)(uintptr_t)s->field + at / BLOCK)
     return (Place){AT(weight, SIZE(k.weight)), AT(master, MASTER_SIZE(k.master)), AT(grad, SIZE(k.grad)),
         {AT(m1, SIZE(k.m1)), AT(m2, SIZE(k.m2)), AT(nu, SIZE(k.nu)), AT(weight_ema, SIZE(k.weight_ema))},
-        {SCALE(m1_scale), SCALE(m2_scale), SCALE(nu_scale), SCALE(weight_ema_scale)}, (uint64_t)(s->start + at)};
+        {SCALE(m1_scale), SCALE(m2_scale), SCALE(nu_scale), SCALE(weight_ema_scale)}, index_of(s, at),
+        s->row ? at % s->row : 0, s->row, s->stride};
 #undef AT
 #undef SCALE
 }
@@ -424,11 +442,12 @@ INLINE void block(const Place p, const Scalars c, int n, const Kind k) {
     const int which = (k.m1 > FP32 ? M1_BITS : 0) | (k.m2 > FP32 ? M2_BITS : 0) | (k.nu > FP32 ? NU_BITS : 0)
         | (k.weight_ema > FP32 ? WEIGHT_EMA_BITS : 0) | (rounds_weight ? WEIGHT_BITS : 0);
     Randoms r;
-    const int odd = k.aside ? (int)(p.index & 1) : 0;
+    const int cut = p.row % BLOCK != 0, odd = k.aside && !cut ? (int)(p.index & 1) : 0;
     const uint64_t keys = keys_of(c.stream, p.index >> 1);
     const U a = all((uint32_t)keys), b = all((uint32_t)(keys >> 32));
     U number = lanes_from(p.index >> 1);
-    if (k.aside) fill(&r, c.stream, p.index, n, which);
+    if (k.aside && cut) fill_rows(&r, c.stream, p.index, p.column, p.row, p.stride, n, which);
+    else if (k.aside) fill(&r, c.stream, p.index, n, which);
     State m1s, m2s, nus, emas;
 #define BEGIN(state, number, key)                                                                                    \
     state.codes = p.codes[number], state.scale = p.scale[number], state.bits = r.key.bits + odd, begin(&state, k.key);
@@ -583,7 +602,7 @@ static void part(const Segment *s, const Scalars *c, const Kind *k, int64_t at, 
 #undef REPEAT
     }
     const Place here = {copies[1], copies[2], copies[0], {copies[3], copies[4], copies[5], copies[6]},
-        {p.scale[0], p.scale[1], p.scale[2], p.scale[3]}, p.index};
+        {p.scale[0], p.scale[1], p.scale[2], p.scale[3]}, p.index, p.column, p.row, p.stride};
     some(&here, c, k, whole);
     for (int t = k->stays ? 3 : 1; t < 7; t++) {
         if (shapes[t]) walk(starts[t], (char *)copies[t], shapes[t], s->local + at, n, (size_t)sizes[t], 1);
@@ -594,8 +613,9 @@ static void part(const Segment *s, const Scalars *c, const Kind *k, int64_t at, 
 static void chunk(const Segment *s, int64_t from, int64_t n) {
     Kind k = kind_of(s);
     const Scalars c = scalars_of(s);
-    const uint64_t first = (uint64_t)(s->start + from), last = first + (uint64_t)n + TURN;
-    k.aside = (first & 1) || first >> 33 != last >> 33; /* words that begin in the middle, or change their keys */
+    const uint64_t first = index_of(s, from), last = index_of(s, from + n - 1) + 1 + TURN;
+    /* words that begin in the middle, or change their keys, or are not of elements that follow one another in a block */
+    k.aside = (first & 1) || first >> 33 != last >> 33 || (s->stride & 1) || s->row % BLOCK;
     const int64_t end = from + n, whole = s->weight_shape ? from : from + n / BLOCK * BLOCK;
     if (whole > from) blocks_of(&k)(s, &c, &k, from, whole);
     for (int64_t at = whole; at < end; at += BLOCK) part(s, &c, &k, at, end - at < BLOCK ? (int)(end - at) : BLOCK);

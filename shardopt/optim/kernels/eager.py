@@ -30,10 +30,10 @@ class EagerKernel(Kernel):
     def run(self, table: Table) -> None:
         size = _TILE_OF_A_THREAD * torch.get_num_threads() if table.device.type == "cpu" else _TILE
         temporaries = _Temporaries()
-        names = ("flags", "start", "length", "key", "step")
+        names = ("flags", "start", "length", "row", "stride", "key", "step")
         fields = [table.rows[name].tolist() for name in names]  # numpy's own numbers are slow
         fields += [table.doubles.tolist(), table.row_entry.tolist(), table.row_local.tolist(), table.row_block.tolist()]
-        for flags, start, length, key, step, doubles, owner, local, block in zip(*fields, strict=True):
+        for flags, start, length, row, stride, key, step, doubles, owner, local, block in zip(*fields, strict=True):
             if flags & SKIP:
                 continue
             entry, weight, grad = table.entries[owner], table.weights[owner], table.grads[owner]
@@ -50,7 +50,7 @@ class EagerKernel(Kernel):
                     parts = [t[done : done + size] for t in flat]
                     _update_in_place(parts, scalars, temporaries.like(parts[0]), _NUMPY if ours else _TORCH)
                 continue
-            for where in Tile(start, local, block, length).tiles(size):
+            for where in Tile(start, local, block, length, row, stride).tiles(size):
                 _step(entry, weight, grad, (key, step), scalars, where, temporaries)
 
 
@@ -101,6 +101,8 @@ def _step(
         return tensor.view(-1).narrow(0, where.local, where.numel)
 
     def bits(key: str) -> Tensor:
+        if where.row:
+            return precision.random_bits_at(WORDS[key], *key_and_step, where.indices(weight.device))
         return precision.random_bits(WORDS[key], *key_and_step, where.start, where.numel, weight.device)
 
     weight = part(whole_weight)

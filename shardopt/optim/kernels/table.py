@@ -1,4 +1,4 @@
-"""The table that a kernel takes: one row (schema.SEGMENT) for each contiguous local range of each parameter.
+"""The table that a kernel takes: one row (schema.SEGMENT) for each range of each parameter.
 
 A table is kept from step to step for as long as the layout of the rows is the same. Before each step `point` fills in
 the addresses, every one of which the plan has checked, and `set_scalars` the scalars.
@@ -37,25 +37,40 @@ _BITS = tuple(schema.FLAG_BITS.values())
 
 
 class Tile(NamedTuple):
-    """Consecutive elements of one parameter that lie together, from the start of a block on.
+    """Elements of one parameter that lie together in the local tensor, from the start of a block on.
 
     Args:
         start: index of the first in the whole parameter.
         local: in the local tensor.
         block: number of its block among those that are here.
         numel: number of elements.
+        row, stride: as those of a slices.Range.
+        column: place of the first in its row.
     """
 
     start: int
     local: int
     block: int
     numel: int
+    row: int = 0
+    stride: int = 0
+    column: int = 0
 
     def tiles(self, size: int) -> Iterator[Tile]:
         """These elements in parts of at most `size`, a multiple of precision.BLOCK."""
-        start, local, block, length = self
+        start, local, block, length, row, stride, column = self
         for done in range(0, length, size):
-            yield Tile(start + done, local + done, block + done // precision.BLOCK, min(size, length - done))
+            rows, at = divmod(column + done, row) if row else (0, done)
+            first = start - column + rows * stride + at
+            numel = min(size, length - done)
+            yield Tile(first, local + done, block + done // precision.BLOCK, numel, row, stride, at if row else 0)
+
+    def indices(self, device: torch.device) -> Tensor:
+        """Of each element in the whole parameter, int64."""
+        number = torch.arange(self.column, self.column + self.numel, device=device)
+        if not self.row:
+            return number + self.start
+        return self.start - self.column + number // self.row * self.stride + number % self.row
 
 
 @dataclass(slots=True)
@@ -79,11 +94,11 @@ class Entry:
     kernel: Kernel
 
     def ranges(self) -> Iterator[tuple[str, Tile]]:
-        """Each contiguous range, with the name of the parameter that it is of."""
+        """Each range, with the name of the parameter that it is of."""
         block = 0
         for layout in self.layouts:
             for r in layout.ranges:
-                yield layout.name, Tile(r.global_start, r.local_start, block, r.length)
+                yield layout.name, Tile(r.global_start, r.local_start, block, r.length, r.row, r.stride)
                 block += blocks(r.length)
 
     def tiles(self, size: int) -> Iterator[Tile]:
@@ -155,8 +170,8 @@ class Table:
         self._flagged: list[tuple[Any, ...]] = []
         self._of_row = np.arange(0)
         self.row_entry = owner = np.array([i for i, _, _ in ranges], dtype=np.int64)
-        columns = np.array([tile for _, _, tile in ranges], dtype=np.int64).reshape(-1, 4).T
-        rows["start"], self.row_local, self.row_block, rows["length"] = columns
+        columns = np.array([tile[:-1] for _, _, tile in ranges], dtype=np.int64).reshape(-1, 6).T
+        rows["start"], self.row_local, self.row_block, rows["length"], rows["row"], rows["stride"] = columns
         rows["local"] = self.row_local
         # where shapes are, addresses are of the tensors' first elements
         self._from_start = np.where(np.isin(owner, list(shaped)), 0, self.row_local)

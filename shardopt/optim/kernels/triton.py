@@ -59,7 +59,7 @@ _WORDS = tl.constexpr(schema.SEGMENT.itemsize // _ONE_WORD)
 
 # A row on the device, in 64-bit words: the first fields of a row as they are, then what is worked out from the rest,
 # then, two by two, the doubles as floats, the rates 1 - beta, and the gradient's sign.
-_COPIED = (*schema.POINTERS, *schema.SCALES, "length", "start")
+_COPIED = (*schema.POINTERS, *schema.SCALES, "length", "start", "row", "stride")
 assert schema.SEGMENT.names is not None
 assert schema.SEGMENT.names[: len(_COPIED)] == _COPIED
 _ROW = (*_COPIED, "stream", "first", "flags")
@@ -100,7 +100,8 @@ def _unsigned(name):
 
 # What a kernel is compiled for: the bytes schema.KINDS of a row in one number, with the bits to shift each down by.
 _KIND_BITS = {name: 8 * i for i, name in enumerate(schema.KINDS)}
-_ALIGNED = tl.constexpr(1 << 6)  # in the place of a flag: the row begins on 16 bytes everywhere
+# In the place of flags: the row begins on 16 bytes everywhere; its elements lie in rows of the whole parameter.
+_ALIGNED, _ROWS = tl.constexpr(1 << 6), tl.constexpr(1 << 5)
 
 
 def kind_of(**codes: int) -> int:
@@ -150,12 +151,25 @@ def _hash(stream, first, offsets):
 
 
 @triton.jit
-def _bits(x, first, offsets, NAME: tl.constexpr):
-    """The 16 random bits of a tensor: half a word."""
+def _hash_at(stream, index):
+    """The same, of elements of any indices (uint64)."""
+    number = index >> 1
+    keys = _mix64(stream + (number >> 32) * 0xD1B54A32D192ED03)
+    x = number.to(tl.uint32) ^ keys.to(tl.uint32)
+    x ^= x >> 17
+    x *= 0xED5AD4BB
+    x ^= x >> 11
+    x += (keys >> 32).to(tl.uint32)
+    return x * 0xAC4C1B51
+
+
+@triton.jit
+def _bits(x, odd, NAME: tl.constexpr):
+    """The 16 random bits of a tensor: half a word, the upper one where the element's index is odd."""
     x ^= x >> _last_round(NAME, "before")
     x *= _last_round(NAME, "multiplier")
     x ^= x >> _last_round(NAME, "after")
-    return (x >> ((((first & 1).to(tl.uint32) + offsets.to(tl.uint32)) & 1) * 16)) & 0xFFFF
+    return (x >> (odd * 16)) & 0xFFFF
 
 
 # -- memory: `at` is the address of a row's first element ------------------------------------------------------------
@@ -250,7 +264,7 @@ def _write_state(
     KIND: tl.constexpr,
     x,
     hashed,
-    first,
+    odd,
     block,
     left,
     offsets,
@@ -258,7 +272,7 @@ def _write_state(
     FULL: tl.constexpr,
 ):
     FORMAT: tl.constexpr = _code(KIND, NAME + "_format")
-    bits = _bits(hashed, first, offsets, NAME) if FORMAT > _FP32 else hashed
+    bits = _bits(hashed, odd, NAME) if FORMAT > _FP32 else hashed
     IS_NU: tl.constexpr = _unsigned(NAME)
     at = tl.load(row + _word(NAME))
     if FORMAT == _FP32:
@@ -358,7 +372,6 @@ def _update(row, block, left, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
     if WEIGHT_EMA != 0:
         weight_ema = _read_state(row, "weight_ema", KIND, block, left, offsets, ALIGNED, FULL)
         weight_ema_rate = _scalar(row, "weight_ema_rate")
-    first = (tl.load(row + _word("start")) + block).to(tl.uint64)
     lr = _scalar(row, "lr")
 
     g = g * _scalar(row, "sign")
@@ -381,19 +394,31 @@ def _update(row, block, left, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
 
     ROUNDS_WEIGHT: tl.constexpr = WEIGHT == _BF16 and MASTER == 0
     hashed = tl.zeros(offsets.shape, tl.uint32)
+    odd = hashed
     if M1 > _FP32 or M2 > _FP32 or NU > _FP32 or WEIGHT_EMA > _FP32 or ROUNDS_WEIGHT:
-        hashed = _hash(tl.load(row + _word("stream")).to(tl.uint64), first, offsets)
+        stream = tl.load(row + _word("stream")).to(tl.uint64)
+        start = tl.load(row + _word("start"))
+        if _flag(KIND, _ROWS):
+            length = tl.load(row + _word("row"))
+            number = block.to(tl.int64) + offsets
+            index = start + number // length * tl.load(row + _word("stride")) + number % length
+            hashed = _hash_at(stream, index.to(tl.uint64))
+            odd = (index & 1).to(tl.uint32)
+        else:
+            first = (start + block).to(tl.uint64)
+            hashed = _hash(stream, first, offsets)
+            odd = ((first & 1).to(tl.uint32) + offsets.to(tl.uint32)) & 1
     if M1 != 0:
-        _write_state(row, "m1", KIND, fast, hashed, first, block, left, offsets, ALIGNED, FULL)
-    _write_state(row, "m2", KIND, m2, hashed, first, block, left, offsets, ALIGNED, FULL)
-    _write_state(row, "nu", KIND, nu, hashed, first, block, left, offsets, ALIGNED, FULL)
+        _write_state(row, "m1", KIND, fast, hashed, odd, block, left, offsets, ALIGNED, FULL)
+    _write_state(row, "m2", KIND, m2, hashed, odd, block, left, offsets, ALIGNED, FULL)
+    _write_state(row, "nu", KIND, nu, hashed, odd, block, left, offsets, ALIGNED, FULL)
     if moves:
         if WEIGHT == _FP32:
             _write(weight_at, tl.float32, w, block, left, offsets, ALIGNED, FULL)
         elif WEIGHT == _FP16:
             _write(weight_at, tl.float16, w.to(tl.float16), block, left, offsets, ALIGNED, FULL)
         else:
-            code = _to_bf16(w, _bits(hashed, first, offsets, "weight")) if ROUNDS_WEIGHT else _nearest_bf16(w)
+            code = _to_bf16(w, _bits(hashed, odd, "weight")) if ROUNDS_WEIGHT else _nearest_bf16(w)
             _write(weight_at, tl.uint16, code, block, left, offsets, ALIGNED, FULL)
             if MASTER == _SPLIT_MASTER:
                 rest = w.to(tl.uint32, bitcast=True) - (code.to(tl.uint32) << 16)
@@ -402,7 +427,7 @@ def _update(row, block, left, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
             _write(master_at, tl.float32, w, block, left, offsets, ALIGNED, FULL)
     if WEIGHT_EMA != 0:
         weight_ema = weight_ema + (w - weight_ema) * weight_ema_rate
-        _write_state(row, "weight_ema", KIND, weight_ema, hashed, first, block, left, offsets, ALIGNED, FULL)
+        _write_state(row, "weight_ema", KIND, weight_ema, hashed, odd, block, left, offsets, ALIGNED, FULL)
 
 
 @triton.jit
@@ -583,6 +608,7 @@ def _launches(table: Table, raw: np.ndarray, capturing: bool) -> list[_Launch]:
     kinds = bytes_of_rows[:, _FIELDS[schema.KINDS[0]][1] :][:, : len(schema.KINDS)].copy()
     addresses = np.bitwise_or.reduce(raw[:, : len(schema.POINTERS)], axis=1)
     kinds[:, -1] = kinds[:, -1] & _YOGI.value | np.where(addresses & 15, 0, _ALIGNED.value)
+    kinds[:, -1] |= np.where(table.rows["row"], _ROWS.value, 0).astype(np.uint8)
     cache = table.cache
     known = cache.get("triton_kinds")
     if known is not None:  # a row that is skipped this time keeps its kind, so that nothing is built anew
