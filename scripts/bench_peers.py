@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scripts.bench_step import bytes_alone, now, ours, parameters
+from scripts.bench_step import now, ours, parameters
+from shardopt.optim.kernels.bytes_alone import bytes_alone
 
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "1 x 50M": [(50_000_000,)],

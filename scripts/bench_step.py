@@ -11,49 +11,18 @@ allows. Other optimizers: scripts/bench_peers.py.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import platform
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import shardopt
-
-
-def bytes_alone(read: int, changed: list[int]) -> Callable[[int], Callable[[], object]]:
-    """A loop on the CPU that reads elements of `read` bytes and adds them to arrays of elements of `changed` bytes."""
-    types = {1: "uint8_t", 2: "uint16_t", 4: "uint32_t"}
-    arrays = ", ".join(f"{types[size]} *restrict a{i}" for i, size in enumerate(changed))
-    adds = " ".join(f"a{i}[i] += ({types[size]})x;" for i, size in enumerate(changed))
-    source = f"""#include <stdint.h>
-    void stream(long n, const {types[read]} *restrict g, {arrays}) {{
-    #pragma omp parallel for schedule(dynamic, 1)
-        for (long from = 0; from < n; from += 32768) {{
-            const long to = from + 32768 < n ? from + 32768 : n;
-    #pragma GCC ivdep
-            for (long i = from; i < to; i++) {{ const {types[read]} x = g[i]; {adds} }}
-        }}
-    }}"""
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "stream.so"
-        options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
-        subprocess.run(["cc", *options], input=source, text=True, check=True)
-        function = ctypes.CDLL(str(library)).stream
-
-    def build(count: int) -> Callable[[], object]:
-        held = [torch.zeros(count * size, dtype=torch.uint8) for size in (read, *changed)]
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in held]
-        return lambda alive=held: function(ctypes.c_long(count), *pointers)
-
-    return build
+from shardopt.optim.kernels.bytes_alone import bytes_alone
 
 
 def ours(**options: object) -> Callable[[list[Tensor]], Callable[[], object]]:

@@ -35,8 +35,15 @@ COMMANDS = {
         "docs/compare.md",
         overrides=True,
     ),
+    "doctor": Command("tell what this machine offers a run, and what is missing", "--json", "docs/doctor.md"),
     "export": Command(
         "write a checkpoint's weights for transformers", "runs/quickstart --dtype bf16", "docs/checkpoints.md"
+    ),
+    "plan": Command(
+        "tell memory, traffic and hours of a run before it starts",
+        "configs/apertus-8b.yaml --world-size 64 --gpu h100",
+        "docs/planning.md",
+        overrides=True,
     ),
     "sweep": Command(
         "train at every point of a grid and compare them",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from shardopt.pretrain.model import routed_experts
 
-# Dense bf16, in TFLOPS, by the words of a device's name; the makers' data sheets. More words go before fewer.
-_PEAKS = {
-    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0, "H100": 989.4, "H200": 989.4, "GH200": 989.4,
-    "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "MI250X": 383.0, "MI300X": 1307.4, "MI325X": 1307.4,
+
+class Gpu(NamedTuple):
+    """A device's dense bf16 operations (TFLOPS, the maker's data sheet), and the GiB of memory that torch finds."""
+
+    peak: float
+    memory: float
+
+
+# By the words of a device's name. More words go before fewer.
+GPUS = {
+    "H100 PCIe": Gpu(756.0, 79.1), "H100 NVL": Gpu(835.0, 93.1), "H200 NVL": Gpu(835.0, 139.8),
+    "H100": Gpu(989.4, 79.1), "H200": Gpu(989.4, 139.8), "GH200": Gpu(989.4, 94.5), "B200": Gpu(2250.0, 178.3),
+    "A100": Gpu(312.0, 79.1), "L40S": Gpu(362.0, 44.4), "MI250X": Gpu(383.0, 64.0), "MI300X": Gpu(1307.4, 191.7),
+    "MI325X": Gpu(1307.4, 255.7),
 }  # fmt: skip
 _ATTENDING = {"full_attention", "sliding_attention"}
 
@@ -26,9 +37,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 def peak_of(name: str) -> float | None:
     """Dense bf16 operations a second of the device called `name`, as "NVIDIA H100 80GB HBM3"."""
-    for words, tera in _PEAKS.items():
+    for words, gpu in GPUS.items():
         if all(re.search(rf"\b{word}\b", name) for word in words.split()):
-            return tera * 1e12
+            return gpu.peak * 1e12
     return None
 
 

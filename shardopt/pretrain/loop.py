@@ -105,7 +105,7 @@ class Run:
             self.report.warn(limit)
         loss_in_forward(meta, config.train.loss_chunks)
         if config.train.activation_checkpointing:
-            meta.gradient_checkpointing_enable({"use_reentrant": False})
+            model.checkpoint_activations(meta)
         self.engine = engines.build(
             config.engine,
             EngineInputs(

@@ -205,6 +205,13 @@ def _constructing() -> Iterator[dict[Tensor, Tensor]]:
         del constructed[param]
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let each block's activations be computed again in backward. Changes the model."""
+    # Transformers 5 renamed it.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def check_attention(attention: str | None, device: torch.device, compute_dtype: str) -> None:
     """Raise InputError where `attention` (see ModelConfig) cannot train on `device` with `engine.compute_dtype`."""
     flash = attention is not None and attention.startswith("flash")

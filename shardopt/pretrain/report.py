@@ -95,7 +95,7 @@ def render(held: Holdings) -> Table:
     world_size = len(held.per_rank)
     few = world_size <= _MOST_RANK_COLUMNS
     totals, whole = [sum(sizes.values()) for sizes in held.per_rank], sum(held.unsharded.values())
-    unit, name = _unit(max(*totals, whole))
+    unit, name = unit_of(max(*totals, whole))
     decimals = 2 if max(*totals, whole) < 1000 * unit else 1  # 8 characters at most
 
     def cells(by_rank: list[int], unsharded: int) -> list[str]:
@@ -306,7 +306,7 @@ def printable(text: str, encoding: str = "utf-8") -> str:
     return kept.encode(encoding, "replace").decode(encoding)
 
 
-def _unit(largest: int) -> tuple[int, str]:
+def unit_of(largest: int) -> tuple[int, str]:
     """One unit for a whole table, so that its columns compare at a glance."""
     # 10 of it, so that the small rows keep their digits.
     for power, name, least in ((4, "TiB", 10), (3, "GiB", 10), (2, "MiB", 1)):

@@ -8,7 +8,7 @@ finishes them, so that buckets fill and are sent one after the other while backw
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,6 +34,17 @@ def bucket_bytes(bucket_mb: float | None, depth: int, world_size: int, narrowing
     """
     size = (25 if bucket_mb is None else bucket_mb) * 2**20 * 2 / depth
     return max(size, world_size * _MESSAGE_BYTES / narrowing) if bucket_mb is None else size
+
+
+def budget(buckets: Sequence[Bucket], depth: int, takes_messages: bool, piece_bytes: float) -> float:
+    """Bytes of gradients that may wait, be packed and be in flight, besides one that is sent in pieces.
+
+    Args:
+        depth, takes_messages: of the communicator.
+        piece_bytes: of a bucket, where it does not hold one larger parameter.
+    """
+    largest = max(bucket.nbytes for bucket in buckets)
+    return depth * (largest if takes_messages else min(largest, piece_bytes))
 
 
 @dataclass(frozen=True)

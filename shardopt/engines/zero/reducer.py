@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from shardopt.engines.zero.buckets import Bucket, Member, Message
+from shardopt.engines.zero.buckets import Bucket, Member, Message, budget
 from shardopt.engines.zero.flat import FlatParameters
 from shardopt.engines.zero.transports import Communicator, Part, PeerError, Reduction
 from shardopt.errors import InputError
@@ -74,9 +74,8 @@ class Reducer:
         self._sequence, self._arrivals = list(buckets), [m.index for b in buckets for m in b.members]
         self.learns = True  # until the ranks have agreed on a sequence
         self._members = {m.index: m for b in buckets for m in b.members}
-        self.piece_bytes, largest = piece_bytes, max(b.nbytes for b in buckets)
-        # Besides a gradient that is sent in pieces.
-        self.budget = comm.depth * (largest if comm.takes_messages else min(largest, piece_bytes))
+        self.piece_bytes = piece_bytes
+        self.budget = budget(buckets, comm.depth, comm.takes_messages, piece_bytes)
         self.peak_bytes = 0  # of the budget, since construction
         self.may_wait = True  # for room, within a backward
         self.is_last = False  # whether sums over replicas may start within this backward

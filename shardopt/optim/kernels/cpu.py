@@ -111,7 +111,7 @@ def _load() -> ctypes.CDLL:
         except OSError as e:  # such as another C library than that of the wheel
             unusable = f"; nor can the package's own library be loaded: {e}"
     try:
-        compiler = _Compiler()
+        compiler = Compiler()
     except InputError as e:
         raise InputError(f"{e}{unusable}") from e
     try:
@@ -129,8 +129,13 @@ def _load() -> ctypes.CDLL:
     return loaded
 
 
-class _Compiler:
-    """The C compiler of this machine, cpu.c behind its header, and the flags.
+class Compiler:
+    """The C compiler of this machine, for cpu.c behind its header.
+
+    Attributes:
+        name, version: as it was found (a path, or what CC says), and what it says of itself.
+        command: `name`, split.
+        key: of the library that it makes here.
 
     Raises:
         InputError: there is none, or it does not run.
@@ -142,10 +147,11 @@ class _Compiler:
             raise InputError("no C compiler found (cc, gcc or clang; CC names another)")
         self.name, self.command = found, shlex.split(found)
         try:
-            version = subprocess.run([*self.command, "--version"], capture_output=True, text=True, check=True).stdout
+            shown = subprocess.run([*self.command, "--version"], capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as e:
             raise InputError(f"the C compiler {found!r} does not run: {e}") from e
-        self.key = _hash(_source(), version, repr((self.command, _FLAGS, _VARIANTS)), _processor())
+        self.version = shown.stdout
+        self.key = _hash(_source(), self.version, repr((self.command, _FLAGS, _VARIANTS)), _processor())
 
     def run(self, library: Path, variants: Sequence[Sequence[str]] = _VARIANTS) -> None:
         """Compile (a few seconds), with the first of the `variants` of flags that the compiler knows.
@@ -185,7 +191,7 @@ def ship(package: Path) -> list[Path]:
     """
     if platform.machine() not in _LEVELS:
         raise InputError(f"wheels have no library for {platform.machine()}, only for {', '.join(_LEVELS)}")
-    compiler, folder = _Compiler(), package / _SHIPPED.relative_to(_PACKAGE)
+    compiler, folder = Compiler(), package / _SHIPPED.relative_to(_PACKAGE)
     folder.mkdir()
     libraries = [folder / f"{level}-{_hash(_source())}.so" for level in _LEVELS[platform.machine()].values()]
     for library in libraries:
@@ -193,7 +199,7 @@ def ship(package: Path) -> list[Path]:
     return libraries
 
 
-def build(compiler: _Compiler | None = None) -> Path:
+def build(compiler: Compiler | None = None) -> Path:
     """The cached library for this source, compiler and CPU; compiled where it is not there yet.
 
     A library that is there is never replaced: over NFS that would pull it from under a machine that has it mapped.
@@ -201,7 +207,7 @@ def build(compiler: _Compiler | None = None) -> Path:
     Raises:
         InputError: no C compiler, it failed, the cache folder cannot be used, or the library there is damaged.
     """
-    compiler = _Compiler() if compiler is None else compiler
+    compiler = Compiler() if compiler is None else compiler
     folder = cache_folder()
     target = folder / f"cpu-{compiler.key}.so"
     if not target.exists():

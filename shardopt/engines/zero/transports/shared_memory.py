@@ -32,6 +32,7 @@ from shardopt.engines.zero.transports.base import Communicator, Part, PeerError,
 _WORD = 8  # bytes; mailboxes and tables are of 64-bit integers
 _PAUSE = 1e-6  # seconds; every pause between two looks into a mailbox is longer by this
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _TwoIovecs = ctypes.c_uint64 * 4  # the kernel's struct iovec: an address and a length in bytes
 _mailboxes: list[ctypes.Array[ctypes.c_int64]] = []  # never freed: a peer may still read one after its owner failed
 
@@ -86,6 +87,39 @@ class _Process:
         into = (ctypes.c_int64 * count)()
         self.read(address, ctypes.addressof(into), count * _WORD)
         return list(into)
+
+
+def refusal() -> str | None:
+    """Why ranks of this machine cannot read each other's memory, which two processes try; None where they can."""
+    if _process_vm_readv() is None:
+        return "it needs Linux on x86-64"
+    word = ctypes.c_int64(secrets.randbits(63))
+    peer = _Process(0, 0, ctypes.addressof(word), word.value)
+    until_closed, writer = os.pipe()
+    if not (pid := os.fork()):
+        os.close(writer)
+        os.read(until_closed, 1)
+        os._exit(0)
+    peer.pid = pid
+    if not (reader := os.fork()):  # another child: Yama lets a parent read its own
+        code = 1
+        try:
+            code = int(peer.words(peer.address, 1) != [word.value])
+        except PeerError:
+            pass
+        finally:
+            os._exit(code)
+    try:
+        _, status = os.waitpid(reader, 0)
+    finally:
+        os.close(writer)
+        os.close(until_closed)
+        os.waitpid(pid, 0)
+    if not status:
+        return None
+    scope = _YAMA.read_text().strip() if _YAMA.exists() else "0"
+    by = f"kernel.yama.ptrace_scope is {scope}" if scope != "0" else "a container's seccomp profile, most likely"
+    return f"the kernel forbids process_vm_readv between processes ({by})"
 
 
 def join(
