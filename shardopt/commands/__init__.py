@@ -35,6 +35,9 @@ COMMANDS = {
         "docs/compare.md",
         overrides=True,
     ),
+    "data": Command(
+        "prepare a run's text before it starts, and show what it is", "inspect configs/quickstart.yaml", "docs/data.md"
+    ),
     "doctor": Command("tell what this machine offers a run, and what is missing", "--json", "docs/doctor.md"),
     "export": Command(
         "write a checkpoint's weights for transformers", "runs/quickstart --dtype bf16", "docs/checkpoints.md"

@@ -12,6 +12,7 @@ import transformers
 
 from shardopt import __version__
 from shardopt.engines.base import Engine
+from shardopt.pretrain.data import in_short
 from shardopt.pretrain.report import count
 
 if TYPE_CHECKING:
@@ -44,17 +45,13 @@ def about(engine: Engine, parameters: int, fingerprint: str) -> dict[str, Any]:
 
 def console_facts(run: Run) -> dict[str, object]:
     """What the console says of a run at its start; see `Report.start`."""
-    config, engine, ranks, holdout = run.config, run.engine, run.ranks, run.holdout_data
-    tokens = run.train_data.tokens
-    text = "a stream" if tokens is None else f"{count(tokens)} tokens"
-    scored = f"{run.scored_blocks:,} of {holdout.n_blocks:,} blocks scored"
+    config, engine, ranks = run.config, run.engine, run.ranks
     ema = engine.optimizer.param_groups[0].get("weight_ema")
     return {
         "model": f"{count(run.parameters)} parameters",
         "engine": f"{engine.name}, {ranks.world_size} rank{'s' * (ranks.world_size != 1)} on {ranks.device.type}",
         "optimizer": f"{config.optimizer.name}, {getattr(engine.optimizer, 'kernel', 'torch')} kernel",
-        "data": f"{text}, fingerprint {run.train_data.fingerprint[:12]}",
-        "held-out text": f"{count(holdout.tokens)} tokens, {scored}",
+        **in_short(run.data_report),
         "weight EMA": f"decay {ema}; held-out loss, export and sample are of it" if ema is not None else None,
         "run folder": config.folder,
         "checkpoints": root if (root := config.store) != config.folder else None,

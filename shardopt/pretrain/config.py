@@ -251,8 +251,8 @@ class Config(Section):
 MAY_CHANGE = (
     "run.dir", "run.resume", "run.device", "run.timeout_minutes", "engine", "train.micro_batch",
     "train.activation_checkpointing", "train.compile", "train.loss_chunks", "train.max_nonfinite_steps", "eval",
-    "checkpoint", "tracking", "data.cache", "data.prefetch", "data.tokenizer.trust_remote_code", "model.attention",
-    "model.trust_remote_code", "profile",
+    "checkpoint", "tracking", "data.cache", "data.max_broken", "data.prefetch", "data.tokenizer.trust_remote_code",
+    "model.attention", "model.trust_remote_code", "profile",
 )  # fmt: skip
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -62,6 +64,11 @@ class RunFolder:
         with writing(recorded):
             temporary.write_text(config.as_yaml(), encoding="utf-8")
             temporary.replace(recorded)
+
+    def write(self, name: str, values: dict[str, Any]) -> None:
+        """Write JSON values into a file of the folder."""
+        with writing(self.path / name):
+            (self.path / name).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
     def keep(self, config: Config) -> bool:
         """Before something is written: false where somebody has removed the folder, which is then made again.

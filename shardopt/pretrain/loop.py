@@ -151,6 +151,10 @@ class Run:
         stack.push(self._close_tracker)
         self.profiler = Profiler(config.profile, config.folder / "profile", ranks, self.report.say, self.report.warn)
         stack.callback(self.profiler.close)
+        self.data_report = data.describe(
+            config.data, self.train_data, self.holdout_data, config.train.steps, self.scored_blocks
+        )
+        ranks.together(lambda: self.folder.write("data.json", self.data_report) if self.folder is not None else None)
         self._report_start()
 
     def _write_models_config(self) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.rule import Rule
@@ -191,6 +191,11 @@ class Report:
     def evaluated(self, step: int, loss: float, bits_per_byte: float | None = None) -> None:
         """One line with the held-out loss at `step`."""
         self.say(f"step {step:,}: held-out loss {_held_out(loss, bits_per_byte)}")
+
+    def show(self, parts: Iterable[RenderableType]) -> None:
+        """Tables and panels, one below the other."""
+        for part in parts:
+            self.console.print(part)
 
     @contextmanager
     def training(self, total: int, start: int = 0) -> Iterator[Training]:

@@ -329,7 +329,7 @@ def test_the_cache_is_used_and_its_key_covers_what_shaped_it(tmp_path: Path, mon
     one = packed_folders(tmp_path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Corpus, "documents", lambda self: pytest.fail("read again"))
+        patch.setattr(Corpus, "read", lambda self, *_: pytest.fail("read again"))
         assert load(tmp_path, source)[0].fingerprint == first.fingerprint
         # Cut and mixed when opened, so not built again; but the samples are others.
         assert load(tmp_path, source, block_size=8)[0].fingerprint != first.fingerprint

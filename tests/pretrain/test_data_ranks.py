@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 from shardopt.pretrain.data import DataConfig, prepare
+from shardopt.pretrain.data.reading import Piece
 from shardopt.pretrain.data.sources import Corpus
 from tests.distributed.pool import on_ranks
 
@@ -30,14 +31,14 @@ def body(
 ) -> dict[str, Any]:
     """Prepare `a.jsonl` with the cache `cache`, both in this rank's folder: one folder is one machine."""
     read: list[str] = []
-    documents: Callable[[Corpus], Iterator[str]] = Corpus.documents
+    pieces: Callable[[Corpus], list[Piece]] = Corpus.pieces
 
-    def watched(corpus: Corpus) -> Iterator[str]:
+    def watched(corpus: Corpus) -> list[Piece]:
         read.append(corpus.where)
         time.sleep(slow)
-        return documents(corpus)
+        return pieces(corpus)
 
-    Corpus.documents = watched  # type: ignore[method-assign]
+    Corpus.pieces = watched  # type: ignore[method-assign]
     ranks = Ranks(rank, world_size, local_ranks[rank], torch.device("cpu"), distributed=True)
     source = {"source": "jsonl", "paths": "a.jsonl"}
     config = {"sources": [source], "cache": "cache", "block_size": 16, "holdout": 0.2, "tokenizer": tokenizer}
@@ -52,7 +53,7 @@ def body(
         return {"error": str(error), "read": read, "in_step": ranks.sum([1.0]) == [world_size]}
     finally:
         os.chdir(home)
-        Corpus.documents = documents  # type: ignore[method-assign]
+        Corpus.pieces = pieces  # type: ignore[method-assign]
 
 
 def impatient_body(rank: int, world_size: int, folder: str, patience: float, slow: float) -> dict[str, Any]:

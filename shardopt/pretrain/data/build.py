@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
@@ -20,15 +21,14 @@ from shardopt.pretrain.data.config import BpeTokenizer, ByteTokenizer, DataConfi
 from shardopt.pretrain.data.packing import (
     FORMAT,
     Packed,
-    Tick,
     aside,
     checksum,
     is_built,
     is_held_out,
-    pack,
     read_meta,
     write_meta,
 )
+from shardopt.pretrain.data.parts import join, pack_parts
 from shardopt.pretrain.data.sources import Corpus, digest
 from shardopt.pretrain.data.streams import Stream
 from shardopt.pretrain.data.tokenizers import (
@@ -42,13 +42,21 @@ from shardopt.pretrain.data.tokenizers import (
     vocab_size,
 )
 
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
 logger = logging.getLogger("shardopt.data")
 
 T = TypeVar("T")
 
 
 def prepare(
-    config: DataConfig, ranks: Ranks, seed: int, global_batch: int, weights: Path | None = None
+    config: DataConfig,
+    ranks: Ranks,
+    seed: int,
+    global_batch: int,
+    weights: Path | None = None,
+    processes: int = 1,
 ) -> tuple[TrainData, HoldoutData]:
     """Tokenise and pack what the cache lacks, and open it. A collective.
 
@@ -61,11 +69,12 @@ def prepare(
         seed: decides the order of the samples and how sources are mixed, not what is held out.
         global_batch: sequences per step, over all ranks.
         weights: the folder of a trained model, whose tokenizer must give the same ids.
+        processes: that tokenise; with more than 1 the program must begin under `if __name__ == "__main__"`.
 
     Raises:
         InputError: on every rank; the message names the key to change.
     """
-    build = partial(_build, config, weights, progress=ranks.is_main)
+    build = partial(_build, config, weights, processes, progress=ranks.is_main)
     folders = ranks.from_main(_while_others_wait(ranks, build if ranks.is_main else None) or [])
     lacking = not all((folder / "meta.json").exists() for folder in folders)
     if ranks.any(lacking):
@@ -83,7 +92,7 @@ def prepare(
     if ranks.is_main:
         for index, corpus in enumerate(train.corpora):
             if corpus.skipped:
-                examples = ", ".join(corpus.skipped_examples)
+                examples = ", ".join(corpus.tally.skipped_examples[:3])
                 message = "data.sources[%d]: skipped %d files that are not UTF-8 text (%s)"
                 logger.warning(message, index, corpus.skipped, examples)
         for index, source in enumerate(train.sources):
@@ -122,7 +131,7 @@ def _while_others_wait(ranks: Ranks, action: Callable[[], T] | None) -> T | None
     return ranks.together(future.result)
 
 
-def _build(config: DataConfig, weights: Path | None, progress: bool) -> list[Path]:
+def _build(config: DataConfig, weights: Path | None, processes: int, progress: bool) -> list[Path]:
     """Build what the cache lacks for `config`; the folders of the tokenizer and of each source's packed tokens."""
     corpora = [Corpus(config, index) for index in range(len(config.sources))]
     tokenizer = _build_tokenizer(config, corpora, progress)
@@ -131,7 +140,8 @@ def _build(config: DataConfig, weights: Path | None, progress: bool) -> list[Pat
             check_same_ids(tokenizer, weights)
         else:
             logger.warning("model.path holds no tokenizer: its weights must have been trained on data.tokenizer's ids")
-    return [tokenizer.folder, *(_build_packed(config, corpus, tokenizer, progress) for corpus in corpora)]
+    packed = [_build_packed(config, corpus, tokenizer, processes, progress) for corpus in corpora]
+    return [tokenizer.folder, *packed]
 
 
 def _build_tokenizer(config: DataConfig, corpora: list[Corpus], progress: bool) -> SavedTokenizer:
@@ -167,7 +177,7 @@ def _saved_tokenizer(config: DataConfig, folder: Path) -> SavedTokenizer:
 def _train(config: DataConfig, shape: BpeTokenizer, corpora: list[Corpus], progress: bool) -> Any:
     total_weight = sum(corpus.source.weight for corpus in corpora)
 
-    def texts(tick: Tick) -> Iterator[str]:
+    def texts(tick: Callable[[int], None]) -> Iterator[str]:
         for corpus in corpora:
             left = shape.train_mb * 1e6 * corpus.source.weight / total_weight
             for text in corpus.documents():
@@ -178,39 +188,72 @@ def _train(config: DataConfig, shape: BpeTokenizer, corpora: list[Corpus], progr
                     tick(1)
                     yield text
 
-    with _progress(f"training a bpe tokenizer of {shape.vocab_size}", progress) as tick:
+    with _counter(f"training a bpe tokenizer of {shape.vocab_size}", progress) as tick:
         return train_bpe(texts(tick), shape.vocab_size)
 
 
-def _build_packed(config: DataConfig, corpus: Corpus, tokenizer: SavedTokenizer, progress: bool) -> Path:
+def _build_packed(
+    config: DataConfig, corpus: Corpus, tokenizer: SavedTokenizer, processes: int, progress: bool
+) -> Path:
     scan = corpus.source.scan if isinstance(corpus.source, HfSource) and corpus.source.streaming else None
     key = digest(FORMAT, corpus.key, tokenizer.key, config.holdout, scan)
-    folder = config.cache_folder / "packed" / key
-    if not is_built(folder):
-        with aside(folder) as building, _progress(f"tokenising {corpus.source.source}", progress) as tick:
-            sides = pack(corpus.documents(), tokenizer, config.holdout, building, tick)
-            meta = {
-                "corpus": corpus.key,
-                "skipped": len(corpus.skipped),
-                "skipped_examples": [str(path) for path in corpus.skipped[:3]],
-                "dtype": tokenizer.dtype.name,
-                **{side: asdict(one) for side, one in sides.items()},
-            }
-            write_meta(building, meta, {f"{side}.bin": one.sha256 for side, one in sides.items()})
+    folder, kept = config.cache_folder / "packed" / key, config.cache_folder / "packed" / f".parts-{key}"
+    if is_built(folder):
+        packed = Packed.open(folder)
+        corpus.check(packed.tally, packed.documents, config.max_broken)  # which may be another now
+        return folder
+    with aside(folder) as building:
+        with _bar(f"tokenising {corpus.source.source}", progress) as tick:
+            parts = pack_parts(corpus, tokenizer, config.holdout, kept, processes, tick)
+        joined = join(parts, building)
+        try:
+            corpus.check(joined.tally, sum(side.documents for side in joined.sides.values()), config.max_broken)
+        except InputError:
+            if len(parts) == 1:  # else what took long is not to be done again with another data.max_broken
+                shutil.rmtree(kept)
+            raise
+        meta = {
+            "corpus": corpus.key,
+            "dtype": tokenizer.dtype.name,
+            "tally": asdict(joined.tally),
+            "longest": joined.longest,
+            **{side: asdict(one) for side, one in joined.sides.items()},
+        }
+        write_meta(building, meta, {f"{side}.bin": one.sha256 for side, one in joined.sides.items()})
+    shutil.rmtree(kept, ignore_errors=True)
     return folder
 
 
 @contextlib.contextmanager
-def _progress(label: str, shown: bool) -> Iterator[Tick]:
+def _counter(label: str, shown: bool) -> Iterator[Callable[[int], None]]:
     """A bar on stderr that counts documents; how many there are is not known before they are read."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TimeElapsedColumn
+    from rich.progress import BarColumn, TimeElapsedColumn
 
-    columns = ("{task.description}", BarColumn(), "{task.completed:,} documents", TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    with _progress(
+        shown, "{task.description}", BarColumn(), "{task.completed:,} documents", TimeElapsedColumn()
+    ) as bar:
         task = bar.add_task(label, total=None)
         yield lambda documents: bar.advance(task, documents)
         bar.update(task, total=bar.tasks[0].completed)
+
+
+@contextlib.contextmanager
+def _bar(label: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that is told the bytes done and in all."""
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
+
+    with _progress(
+        shown, "{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn(elapsed_when_finished=True)
+    ) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _progress(shown: bool, *columns: str | ProgressColumn) -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)
 
 
 def _open(config: DataConfig, folders: list[Path], seed: int, global_batch: int) -> tuple[TrainData, HoldoutData]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,9 @@ from shardopt.pretrain.section import Section, Tokens, in_unit
 class _Source(Section):
     weight: Annotated[float, in_unit("relative to the others")] = Field(default=1.0, gt=0)
     """Share of the samples drawn from this source, relative to the other sources' weights."""
+    label: str | None = Field(default=None, pattern=r"^\w[\w.-]*$")
+    """What reports and metrics call it; None is its kind or the last part of its name, numbered where several are
+    alike."""
 
 
 class StdlibSource(_Source):
@@ -44,7 +48,7 @@ class TextSource(_FileSource):
 
 
 class JsonlSource(_FileSource):
-    """One JSON object per line, or a JSON array of objects. A file that is not UTF-8 is skipped and counted."""
+    """One JSON object per line, or a JSON array of objects."""
 
     source: Literal["jsonl"] = "jsonl"
     column: str = "text"
@@ -136,6 +140,9 @@ class DataConfig(Section):
     """Target tokens of a sequence; a block has one more, because targets are the inputs shifted by one."""
     holdout: Annotated[float, in_unit("share of the documents")] = Field(default=0.01, gt=0, lt=1)
     """Share of the documents kept out of training, chosen by a hash of their text."""
+    max_broken: Annotated[float, in_unit("share of the rows")] = Field(default=0.001, ge=0, lt=1)
+    """Largest share of a source's rows that may be broken, and are counted and left out: no JSON, no such column, no
+    text. A row with half a character is broken too, but stays, with U+FFFD in its place."""
     prefetch: Annotated[int, in_unit("batches")] = Field(default=4, ge=0)
     """Batches that a thread prepares ahead of the step; 0: each is prepared when its step begins."""
     cache: Path | None = None
@@ -166,6 +173,15 @@ class DataConfig(Section):
         if isinstance(value, Section) or (isinstance(value, dict) and "type" in value):
             return value
         raise ValueError("must be byte, bpe, {bpe: VOCAB_SIZE}, or {path: FOLDER_OR_NAME}")
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each source, no two alike."""
+        names = [
+            one.label or re.sub(r"[^\w.-]", "-", getattr(one, "name", one.source).rstrip("/").split("/")[-1])
+            for one in self.sources
+        ]
+        return [name if names.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(names)]
 
     @property
     def cache_folder(self) -> Path:

@@ -12,22 +12,22 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from shardopt.errors import InputError
+from shardopt.pretrain.data.reading import Tally
 from shardopt.pretrain.data.sources import digest
-from shardopt.pretrain.data.tokenizers import SavedTokenizer
 
 logger = logging.getLogger(__name__)
 
 # Part of every key: raise it when the code gives other tokens for the same corpus.
-FORMAT = 3
-_CHUNK_CHARACTERS = 4 << 20
+FORMAT = 4
 _ABANDONED_SECONDS = 24 * 3600
+_PARTS_KEPT_SECONDS = 30 * 24 * 3600
 
-Tick = Callable[[int], None]
+T = TypeVar("T")
 
 
 def is_held_out(text: str, holdout: float) -> bool:
@@ -51,20 +51,36 @@ class Side:
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed source in the cache: train.bin and holdout.bin, flat token ids, `eos` after each document."""
+    """A packed source in the cache: train.bin and holdout.bin, flat token ids, `eos` after each document.
+
+    Attributes:
+        corpus: its key.
+        tally: what became of its rows.
+        longest: its longest documents: tokens, bytes, place, beginning.
+    """
 
     folder: Path
     corpus: str
-    skipped: int
-    skipped_examples: list[str]
     dtype: str
     train: Side
     holdout: Side
+    tally: Tally
+    longest: list[dict[str, Any]]
 
     @classmethod
     def open(cls, folder: Path) -> Packed:
         meta = read_meta(folder)
-        return cls(folder=folder, **meta | {side: Side(**meta[side]) for side in ("train", "holdout")})
+        sides = {side: Side(**meta[side]) for side in ("train", "holdout")}
+        return cls(folder=folder, **meta | sides | {"tally": Tally.of(meta["tally"])})
+
+    @property
+    def documents(self) -> int:
+        return self.train.documents + self.holdout.documents
+
+    @property
+    def skipped(self) -> int:
+        """Files that are not UTF-8 text."""
+        return self.tally.skipped
 
     def blocks(self, side: str, block_size: int) -> Blocks:
         return Blocks(self.folder / f"{side}.bin", np.dtype(self.dtype), getattr(self, side).tokens, block_size)
@@ -97,54 +113,18 @@ class Blocks:
         return self._windows[index]
 
 
-def pack(
-    documents: Iterable[str], tokenizer: SavedTokenizer, holdout: float, folder: Path, tick: Tick
-) -> dict[str, Side]:
-    """Tokenise each document once and write it to its side; returns the sizes of both."""
-    encode = tokenizer.encoder()
-    writers = {side: _Writer(folder / f"{side}.bin", tokenizer) for side in ("train", "holdout")}
-    with contextlib.ExitStack() as stack:
-        for writer in writers.values():
-            stack.enter_context(writer.file)
-        for texts in chunks(documents, _CHUNK_CHARACTERS):
-            for text, ids in zip(texts, encode(texts), strict=True):
-                writers["holdout" if is_held_out(text, holdout) else "train"].add(text, ids)
-            tick(len(texts))
-    return {side: writer.side() for side, writer in writers.items()}
-
-
-class _Writer:
-    def __init__(self, path: Path, tokenizer: SavedTokenizer) -> None:
-        self.file = path.open("wb")
-        self._dtype = tokenizer.dtype
-        self._end = np.asarray([tokenizer.eos], self._dtype)
-        self._documents = self._tokens = self._bytes = 0
-        self._sha = hashlib.sha256()
-
-    def add(self, text: str, ids: np.ndarray) -> None:
-        data = np.concatenate([ids.astype(self._dtype, copy=False), self._end]).tobytes()
-        self.file.write(data)
-        self._sha.update(data)
-        self._documents += 1
-        self._tokens += len(ids) + 1
-        self._bytes += len(text.encode())
-
-    def side(self) -> Side:
-        return Side(self._documents, self._tokens, self._bytes, self._sha.hexdigest())
-
-
-def chunks(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
+def chunks(documents: Iterable[T], characters: int, text: Callable[[T], str]) -> Iterator[list[T]]:
     """The documents in lists of at least `characters` in all, the last one shorter."""
-    texts: list[str] = []
+    found: list[T] = []
     size = 0
-    for text in documents:
-        texts.append(text)
-        size += len(text)
+    for document in documents:
+        found.append(document)
+        size += len(text(document))
         if size >= characters:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
+            yield found
+            found, size = [], 0
+    if found:
+        yield found
 
 
 class DamagedError(InputError):
@@ -231,8 +211,9 @@ def aside(folder: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove what killed builds left; one still alive has written within the day."""
-    for old in parent.glob(".building-*"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - max(path.stat().st_mtime for path in [old, *old.iterdir()]) > _ABANDONED_SECONDS:
-                shutil.rmtree(old, ignore_errors=True)
+    """Remove what killed builds left; one still alive has written within the day. Parts wait to be gone on with."""
+    for name, seconds in ((".building-*", _ABANDONED_SECONDS), (".parts-*", _PARTS_KEPT_SECONDS)):
+        for old in parent.glob(name):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - max(path.stat().st_mtime for path in [old, *old.iterdir()]) > seconds:
+                    shutil.rmtree(old, ignore_errors=True)

@@ -6,17 +6,32 @@ import contextlib
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import lzma
 import sysconfig
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardopt.errors import InputError
-from shardopt.pretrain.data.config import DataConfig, HfSource, StdlibSource, TextSource
+from shardopt.errors import InputError, few
+from shardopt.pretrain.data import reading
+from shardopt.pretrain.data.config import DataConfig, HfSource, JsonlSource, ParquetSource, StdlibSource
+from shardopt.pretrain.data.reading import (
+    Document,
+    Piece,
+    Place,
+    RowError,
+    Tally,
+    is_compressed,
+    read_jsonl,
+    read_parquet,
+    read_text,
+    split_jsonl,
+    split_parquet,
+    text_in,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -27,7 +42,6 @@ CONTENT_KEY_BYTES = 256 << 20
 _TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def digest(*parts: Any) -> str:
@@ -53,7 +67,7 @@ class Corpus:
         self._column = getattr(self.source, "column", "text")
         self.files: list[Path] = []
         self._hub_cache = config.cache_folder / "hf"
-        shape = self.source.model_dump(mode="json", exclude={"weight", "paths", "scan", "streaming", "shards"})
+        shape = self.source.model_dump(mode="json", exclude={"weight", "label", "paths", "scan", "streaming", "shards"})
         if isinstance(self.source, HfSource):
             self.key = digest(shape, self._hub_key())
             return
@@ -62,51 +76,84 @@ class Corpus:
         names = [path.relative_to(root).as_posix() if root else path.name for path in self.files]
         total_bytes = sum(path.stat().st_size for path in self.files)
         if total_bytes == 0:
-            raise InputError(f"{self.where}: every file is empty ({_some(self.files)})")
+            raise InputError(f"{self.where}: every file is empty ({few(map(str, self.files), 3)})")
         self.key = digest(shape, _files_key(self.files, names, total_bytes))
 
-    def documents(self) -> Iterator[str]:
-        """The non-empty documents in order, once.
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which reads pieces: without what only asks the hub."""
+        return {name: value for name, value in self.__dict__.items() if name != "_builder"}
+
+    def pieces(self) -> list[Piece]:
+        """All of it, in order, in pieces that can be read apart from each other."""
+        if isinstance(self.source, HfSource):
+            place, rows = Path(self.source.name), self._rows
+            if self.source.streaming:
+                return [Piece(place, 0)]
+            step = max(1, len(rows) * reading.PIECE_BYTES // max(1, rows.data.nbytes))
+            size = rows.data.nbytes // max(1, len(rows)) * step
+            return [Piece(place, size, at, min(at + step, len(rows)), at) for at in range(0, len(rows), step)]
+        split = {"jsonl": split_jsonl, "parquet": split_parquet}.get(self.source.source)
+        pieces: list[Piece] = []
+        for path in self.files:
+            with self._errors(f"{path} "):
+                pieces += split(path) if split else [Piece(path, path.stat().st_size)]
+        return pieces
+
+    def read(self, piece: Piece, tally: Tally) -> Iterator[Document]:
+        """The documents of a piece, in order; `tally` counts what became of its rows.
 
         Raises:
-            InputError: no document, a malformed file, or a column that is missing or is not text.
+            InputError: a malformed file; or many rows were read, none of which gives a document.
         """
-        empty = True
-        with self._errors(), self._open() as rows:
-            if rows.column_names and self._column in rows.column_names:
-                rows = rows.select_columns([self._column])
-            for text in filter(None, map(self.text, rows)):
-                empty = False
-                yield text
-        if empty:
-            raise InputError(f"{self.where}: the corpus holds no text")
+        path, source = piece.path, self.source
+        if getattr(source, "sample_by", None) == "document" and piece.size >= 2**31:
+            raise InputError(
+                f"{self.where}: {path} is over 2 GiB, too large for one document; set sample_by to paragraph or line"
+            )
+        with self._errors("" if isinstance(source, HfSource) else f"{path} "):
+            yield from self._documents(piece, tally)
+        tally.check_hope(self.where)
+
+    def _documents(self, piece: Piece, tally: Tally) -> Iterator[Document]:
+        source = self.source
+        if isinstance(source, HfSource):
+            rows = self._rows if source.streaming else self._rows.select(range(piece.start, piece.stop))
+            places = (Place(source.name, 0, number) for number in itertools.count(piece.first + 1))
+            return tally.documents(zip(places, rows, strict=False), source.column)
+        if isinstance(source, JsonlSource):
+            return read_jsonl(piece, source.column, tally)
+        if isinstance(source, ParquetSource):
+            return read_parquet(piece, source.column, tally)
+        return read_text(piece.path, getattr(source, "sample_by", "document"), tally)
+
+    def documents(self) -> Iterator[str]:
+        """The texts of all documents, in order."""
+        tally = Tally()
+        return (document.text for piece in self.pieces() for document in self.read(piece, tally))
+
+    def check(self, tally: Tally, documents: int, most_broken: float) -> None:
+        """Raise InputError where reading all of it gave no document, or more than `most_broken` of its rows are broken.
+
+        Args:
+            tally: of the whole corpus.
+        """
+        tally.check(self.where, most_broken)
+        if documents:
+            return
+        if tally.skipped:
+            raise InputError(f"{self.where}: no file is UTF-8 text ({few(tally.skipped_examples, 3)})")
+        raise InputError(f"{self.where}: the corpus holds no text")
 
     def text(self, row: dict[str, Any]) -> str:
-        """The text of one row, "" where it is null.
+        """The text of one row of a stream, "" where it is null.
 
         Raises:
             InputError: the row has no such column, or it is not text.
         """
-        if self._column not in row:
-            raise InputError(
-                f"{self.where}.column: there is no column {self._column!r}; there are {', '.join(sorted(row))}"
-            )
-        text = row[self._column]
-        if not isinstance(text, str | None):
-            raise InputError(f"{self.where}.column: {self._column!r} holds {type(text).__name__}, not text")
-        return text or ""
-
-    @functools.cached_property
-    def skipped(self) -> list[Path]:
-        """The files left out because they are not UTF-8 text. Reads them all."""
-        if self.source.source in ("parquet", "hf"):
-            return []
-        left_out = []
-        for path in self.files:
-            with self._errors(f"{path} "):
-                if not _is_text(path):
-                    left_out.append(path)
-        return left_out
+        try:
+            return text_in(row, self._column)
+        except RowError as error:
+            raise InputError(f"{self.where}.column: {error}") from None
 
     def stream(self, shards: int = 1, index: int = 0) -> datasets.IterableDataset:
         """A hub dataset's rows in order, those of shard `index`; its `state_dict` is the place after the last row.
@@ -124,42 +171,18 @@ class Corpus:
                 return rows.shard(num_shards=shards, index=index, contiguous=False)
             return split_dataset_by_node(rows, rank=index, world_size=shards)
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[Any]:
-        import datasets
-
-        if isinstance(self.source, HfSource):
+    @functools.cached_property
+    def _rows(self) -> Any:
+        """The rows of a hub dataset; the first ones of a streaming one."""
+        assert isinstance(self.source, HfSource)
+        with self._errors(), _quiet():
             if self.source.streaming:
-                yield self.stream().take(self.source.scan)
+                rows = self.stream().take(self.source.scan)
             else:
-                with _quiet():
-                    self._builder.download_and_prepare()
-                    rows = self._builder.as_dataset(split=self.source.split)
-                yield rows
-            return
-        if isinstance(self.source, TextSource) and self.source.sample_by == "document":
-            for path in self.files:
-                if path.stat().st_size >= 2**31:
-                    raise InputError(
-                        f"{self.where}: {path} is over 2 GiB, too large for one document; set sample_by to "
-                        f"paragraph or line"
-                    )
-        kind = {"stdlib": "text", "text": "text", "jsonl": "json", "parquet": "parquet"}[self.source.source]
-        skipped = set(self.skipped)
-        files = [path for path in self.files if path not in skipped and path.stat().st_size]
-        if not files:
-            raise InputError(f"{self.where}: no file is UTF-8 text ({_some(self.skipped)})")
-        extra = {"sample_by": getattr(self.source, "sample_by", "document")} if kind == "text" else {}
-        # datasets leaves a lock file in its cache even where it caches nothing.
-        with tempfile.TemporaryDirectory(prefix="shardopt-") as scratch, _quiet():
-            yield datasets.load_dataset(
-                kind,
-                data_files={"train": [glob.escape(str(path)) for path in files]},
-                split="train",
-                streaming=True,
-                cache_dir=scratch,
-                **extra,
-            )
+                self._builder.download_and_prepare()
+                rows = self._builder.as_dataset(split=self.source.split)
+            column = self.source.column
+            return rows.select_columns([column]) if column in (rows.column_names or ()) else rows
 
     @functools.cached_property
     def _builder(self) -> Any:
@@ -254,7 +277,7 @@ def _find(kind: str, paths: tuple[str, ...], where: str) -> list[Path]:
 
 def _kind(path: Path) -> str:
     """The kind of a file in a folder: by its name, and text where that says nothing."""
-    return _KINDS.get((path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix, "text")
+    return _KINDS.get((path.with_suffix("") if is_compressed(path) else path).suffix, "text")
 
 
 def _files_key(files: list[Path], names: list[str], total_bytes: int) -> list[Any]:
@@ -265,17 +288,6 @@ def _files_key(files: list[Path], names: list[str], total_bytes: int) -> list[An
         (name, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest())
         for name, path in zip(names, files, strict=True)
     ]
-
-
-def _is_text(path: Path) -> bool:
-    """True for UTF-8 without NUL, which no text has and most other files do."""
-    import fsspec
-
-    with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8") as file:
-        try:
-            return not any("\0" in chunk for chunk in iter(lambda: file.read(1 << 20), ""))
-        except UnicodeDecodeError:
-            return False
 
 
 @contextlib.contextmanager
@@ -294,7 +306,3 @@ def _quiet() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _some(paths: list[Path]) -> str:
-    return ", ".join(str(path) for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

@@ -138,7 +138,7 @@ class _Shard:
         if self._place is not None:
             dataset.load_state_dict(self._place)
         documents = filter(None, map(self._corpus.text, dataset))
-        for texts in chunks(documents, _STREAM_CHARACTERS):
+        for texts in chunks(documents, _STREAM_CHARACTERS, str):
             if kept := [text for text in texts if not is_held_out(text, self._holdout)]:
                 self._place = dataset.state_dict()
                 yield kept
