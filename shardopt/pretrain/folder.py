@@ -16,6 +16,7 @@ from shardopt.checkpoint.stored import step_of
 from shardopt.errors import InputError
 from shardopt.pretrain import branch
 from shardopt.pretrain.config import Config, differences
+from shardopt.pretrain.data import check_sources
 from shardopt.pretrain.lock import RunLock
 from shardopt.pretrain.progress import read_document
 
@@ -138,3 +139,12 @@ class RunFolder:
                 for folder in sorted(self.path.rglob("*"), reverse=True):
                     folder.rmdir()
                 self.path.rmdir()
+
+
+def open_folder(config: Config) -> RunFolder:
+    """The folder of `config`'s run; of several mistakes in the config, the one in its data is said first."""
+    try:
+        return RunFolder(config)
+    except InputError:
+        check_sources(config.data)  # under another run.name it would come next
+        raise

@@ -20,7 +20,7 @@ from shardopt.pretrain import branch, data, model, report, rng
 from shardopt.pretrain.about import about, console_facts
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.flops import flops_per_token, peak_flops
-from shardopt.pretrain.folder import RunFolder, writing
+from shardopt.pretrain.folder import open_folder, writing
 from shardopt.pretrain.loss import loss_in_forward
 from shardopt.pretrain.meter import Meter
 from shardopt.pretrain.metrics import Tracker, peak_memory
@@ -30,7 +30,7 @@ from shardopt.pretrain.profile import Profiler
 from shardopt.pretrain.progress import Progress, last_good, newest, resume, saved
 from shardopt.pretrain.report import Result
 from shardopt.pretrain.schedule import lr_factor
-from shardopt.pretrain.scoring import HeldOut, generate, held_out, limits
+from shardopt.pretrain.scoring import HeldOut, check_documents_apart, generate, held_out, limits
 from shardopt.pretrain.signals import Stop, patience_of_torchrun, stop_signals
 from shardopt.pretrain.step import take_step
 
@@ -78,7 +78,7 @@ class Run:
         # Cheap checks of the optimizer and the run folder come before data and model are touched.
         model.check_attention(config.model.attention, ranks.device, config.engine.compute_dtype)
         spec = config.optimizer.spec(config.train.steps, config.run.seed)
-        self.folder = ranks.together(lambda: self._open_folder() if ranks.is_main else None)
+        self.folder = ranks.together(lambda: open_folder(self.config) if ranks.is_main else None)
         if self.folder is not None:
             stack.callback(self.folder.release)
         self.config = config = ranks.from_main(self.folder.config if self.folder is not None else config)
@@ -103,7 +103,8 @@ class Run:
         ranks.together(self._write_models_config)
         for limit in limits(model_config, self.holdout_data):
             self.report.warn(limit)
-        loss_in_forward(meta, config.train.loss_chunks)
+        document_start = self.tokenizer.eos_token_id if config.data.document_mask else None
+        loss_in_forward(meta, config.train.loss_chunks, document_start)
         if config.train.activation_checkpointing:
             model.checkpoint_activations(meta)
         self.engine = engines.build(
@@ -126,6 +127,8 @@ class Run:
             self.progress, document = resume(resume_from, self.engine.state, self.batches, config.run.seed)
         elif config.run.source is not None:
             self.progress, self.origin = branch.start(config, self.engine.state, self.batches)
+        if document_start is not None:
+            check_documents_apart(self.engine, document_start, config.data.block_size, config.train.micro_batch)
         self.tokens_a_step = config.train.global_batch * config.data.block_size
         self.meter = Meter(ranks, self.tokens_a_step, flops, peak_flops(ranks.device))
         self.meter.clock.watch_update(self.engine.state.inner)
@@ -171,14 +174,6 @@ class Run:
                 f"somebody has removed {self.config.folder}: it is made again, and holds what is written from now on"
             )
             self._write_models_config()
-
-    def _open_folder(self) -> RunFolder:
-        try:
-            return RunFolder(self.config)
-        except InputError:
-            # A mistake in the config is said first: under another run.name it would come next.
-            data.check_sources(self.config.data)
-            raise
 
     # ---------------------------------------------------------------- a run, step by step
 

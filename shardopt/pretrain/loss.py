@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from shardopt.errors import InputError
 
 
-def loss_in_forward(model: PreTrainedModel, chunks: int = 1) -> None:
+def loss_in_forward(model: PreTrainedModel, chunks: int = 1, document_start: int | None = None) -> None:
     """Let `model(input_ids=..., targets=...)` return the sum of the cross-entropy: nats, fp32. Changes the model.
 
     It is made inside the model's forward, within the engine's hooks and autocast. With several `chunks` of the sequence
@@ -26,14 +27,23 @@ def loss_in_forward(model: PreTrainedModel, chunks: int = 1) -> None:
     Args:
         model: on the meta device; not yet in the hands of an engine.
         chunks: 1 makes all logits at once.
+        document_start: the token that a document begins with. Positions begin at 0 with each, from which transformers
+            masks attention between documents. None: a sequence is one document.
 
     Raises:
-        InputError: no chunks can be made of this model's head.
+        InputError: no chunks can be made of this model's head, or it takes no positions.
     """
     forward = model.forward
+    if document_start is not None and "position_ids" not in inspect.signature(forward).parameters:
+        raise InputError(
+            f"data.document_mask: {type(model).__name__} takes no position_ids, by which documents are told apart; "
+            f"leave it at false"
+        )
     base = _base(model) if chunks > 1 else None
 
     def forward_with_loss(*args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        if document_start is not None:
+            kwargs["position_ids"] = document_positions(kwargs["input_ids"], document_start)
         if targets is None:
             return forward(*args, **kwargs)
         if base is None:
@@ -49,6 +59,12 @@ def loss_in_forward(model: PreTrainedModel, chunks: int = 1) -> None:
         return total
 
     model.forward = forward_with_loss
+
+
+def document_positions(tokens: Tensor, start: int) -> Tensor:
+    """Position of each token (sequences, tokens) in its document; one begins with each token `start`, and each row."""
+    place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return place - torch.where(tokens == start, place, 0).cummax(1).values
 
 
 def _loss_sum(logits: Tensor, targets: Tensor) -> Tensor:

@@ -157,17 +157,17 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
     packed: list[int] = []
     real = parts.pack_part
 
-    def cut(corpus: Any, pieces: list[reading.Piece], *rest: Any) -> None:
-        if len(packed) == 3:
+    def pack_part(corpus: Any, pieces: list[reading.Piece], *rest: Any) -> None:
+        if len(packed) == most:
             raise KeyboardInterrupt
         packed.append(pieces[0].start)
         real(corpus, pieces, *rest)
 
-    monkeypatch.setattr(parts, "pack_part", cut)
+    monkeypatch.setattr(parts, "pack_part", pack_part)
+    most = 3
     with pytest.raises(KeyboardInterrupt):
         load(tmp_path, source)
-    first = packed.copy()
-    monkeypatch.setattr(parts, "pack_part", lambda corpus, pieces, *rest: (packed.append(pieces[0].start), real(corpus, pieces, *rest)))  # fmt: skip
+    first, most = packed.copy(), 1000
     train, _ = load(tmp_path, source)
     assert len(first) == 3
     assert packed == sorted(set(packed))

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from shardopt.errors import InputError
-from shardopt.pretrain.loss import loss_in_forward
+from shardopt.pretrain.loss import document_positions, loss_in_forward
 from shardopt.pretrain.model import ModelConfig, initialise, meta_model, transformers_config
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
@@ -42,7 +42,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def made(name: str, chunks: int | None, **changes: Any) -> PreTrainedModel:
     shape = {"model_type": name, **COMMON, **FAMILIES.get(name, {}), **changes}
-    model = meta_model(transformers_config(ModelConfig(**shape), VOCABULARY, 0, LENGTH))
+    section = ModelConfig(**shape)
+    model = meta_model(transformers_config(section, VOCABULARY, 0, LENGTH), attention=section.attention)
     if chunks is not None:
         loss_in_forward(model, chunks)
     initialise(model, torch.device("cpu"), 0)
@@ -145,3 +146,83 @@ def test_chunks_that_cannot_be_are_refused(tmp_path):
         tiny.config(tmp_path, train__loss_chunks=2, train__compile="model")
     with pytest.raises(InputError, match=r"train.loss_chunks: 33 is more than the tokens of a sequence"):
         tiny.config(tmp_path, train__loss_chunks=33)
+
+
+START = 0
+DOCUMENTS = [[24], [1, 1, 9, 13], [5, 19]]
+"""Lengths of the documents in each row; the first of row 2 began in the block before."""
+
+
+def packed() -> torch.Tensor:
+    """`tokens`, with the token START where a document begins."""
+    ids = tokens() % (VOCABULARY - 1) + 1
+    for row, lengths in zip(ids, DOCUMENTS, strict=True):
+        row[[sum(lengths[:n]) for n in range(len(lengths))]] = START
+    ids[2, 0] = 7
+    return ids
+
+
+def test_positions_begin_with_each_document() -> None:
+    expected = [[place for length in lengths for place in range(length)] for lengths in DOCUMENTS]
+    assert document_positions(packed()[:, :-1], START).tolist() == expected
+
+
+def loss_apart(model: PreTrainedModel) -> torch.Tensor:
+    """The loss of each document of `packed` by itself, summed; every token but a row's first is a target."""
+    total = torch.zeros(())
+    for row, lengths in zip(packed(), DOCUMENTS, strict=True):
+        begin = 0
+        for length in lengths:
+            part = row[begin : begin + length + 1]
+            logits = model(input_ids=part[None, :-1], use_cache=False).logits
+            total = total + nn.functional.cross_entropy(logits[0], part[1:], reduction="sum")
+            begin += length
+    return total
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_masked_documents_train_as_if_apart(family: str, attention: str) -> None:
+    plain = made(family, None, attention=attention)
+    expected = loss_apart(plain)
+    expected.backward()
+    for chunks, start in ((1, START), (5, START), (1, None)):
+        model = made(family, None, attention=attention)
+        loss_in_forward(model, chunks, start)
+        loss = model(input_ids=packed()[:, :-1], targets=packed()[:, 1:], use_cache=False)
+        loss.backward()
+        errors = [(g - gradients(plain)[name]).abs().max() for name, g in gradients(model).items()]
+        largest = max(g.abs().max() for g in gradients(plain).values())
+        if start is None:  # it can fail
+            assert max(errors) > 1e-3 * largest
+        else:
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+            assert max(errors) <= 1e-5 * largest
+
+
+def test_masked_documents_have_the_same_loss_under_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward alone: its backward is not there on the CPU, and compiling it needs a C++ compiler."""
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    losses = []
+    for attention in ("sdpa", "flex_attention"):
+        model = made("llama", None, attention=attention)
+        loss_in_forward(model, 1, START)
+        with torch.no_grad():
+            losses.append(model(input_ids=packed()[:, :-1], targets=packed()[:, 1:], use_cache=False).item())
+            expected = loss_apart(made("llama", None, attention="sdpa")).item()
+    assert losses == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def test_a_model_that_takes_no_positions_is_refused() -> None:
+    with pytest.raises(InputError, match=r"data\.document_mask: MambaForCausalLM .* leave it at false"):
+        loss_in_forward(made("mamba", None), 1, START)
+
+
+def test_a_model_that_sees_the_document_before_is_refused_at_the_start(tmp_path) -> None:
+    tiny.corpus(tmp_path / "text")
+    same = {"engine": "{name: single}", "train__steps": 1, "data__document_mask": True}
+    assert tiny.run(0, 1, tmp_path, **same).step == 1
+    recurrent = "{model_type: recurrent_gemma, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 3, "
+    recurrent += "num_attention_heads: 2, lru_width: 32, attention_window_size: 16}"
+    with pytest.raises(InputError, match=r"data\.document_mask: \w+ sees the documents before"):
+        tiny.run(0, 1, tmp_path, run__name="leak", model=recurrent, **same)

@@ -138,6 +138,9 @@ class DataConfig(Section):
     the one in the folder of model.path, if it has one, else byte."""
     block_size: Tokens = Field(default=256, ge=1)
     """Target tokens of a sequence; a block has one more, because targets are the inputs shifted by one."""
+    document_mask: bool = False
+    """Attention stays within a document, which begins with the end of the one before it, and positions begin at 0 with
+    each. False: a block is one text, though several documents stand in it."""
     holdout: Annotated[float, in_unit("share of the documents")] = Field(default=0.01, gt=0, lt=1)
     """Share of the documents kept out of training, chosen by a hash of their text."""
     max_broken: Annotated[float, in_unit("share of the rows")] = Field(default=0.001, ge=0, lt=1)
