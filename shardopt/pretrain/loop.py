@@ -101,7 +101,7 @@ class Run:
         flops = flops_per_token(meta, config.data.block_size)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
         ranks.together(self._write_models_config)
-        for limit in limits(model_config, self.holdout_data):
+        for limit in limits(model_config, self.holdout_data, self._scored_blocks):
             self.report.warn(limit)
         document_start = self.tokenizer.eos_token_id if config.data.document_mask else None
         loss_in_forward(meta, config.train.loss_chunks, document_start)
@@ -302,8 +302,9 @@ class Run:
         if self.config.train.loss_spike is not None:
             metrics["rewinds"] = self.progress.rewinds
         if holdout is not None:
-            metrics |= {"eval_loss": holdout.loss, "eval_bits_per_byte": holdout.bits_per_byte}
-            self.report.evaluated(step, holdout.loss, holdout.bits_per_byte)
+            metrics |= holdout.metrics()
+            of_sources = {label: one.bits_per_byte for label, one in holdout.sources.items()}
+            self.report.evaluated(step, holdout.loss, holdout.bits_per_byte, of_sources)
         self.tracker.log(step, metrics)
         return metrics
 

@@ -188,9 +188,18 @@ class Report:
         self.console.print(render(held))
         self.console.print()
 
-    def evaluated(self, step: int, loss: float, bits_per_byte: float | None = None) -> None:
-        """One line with the held-out loss at `step`."""
+    def evaluated(
+        self,
+        step: int,
+        loss: float,
+        bits_per_byte: float | None = None,
+        of_sources: Mapping[str, float] | None = None,
+    ) -> None:
+        """One line with the held-out loss at `step`, and one with the bits per byte of each source."""
         self.say(f"step {step:,}: held-out loss {_held_out(loss, bits_per_byte)}")
+        if of_sources:
+            parts = ", ".join(f"{label} {figure:.3f}" for label, figure in of_sources.items())
+            self.say(f"  bits per byte of {parts}")
 
     def show(self, parts: Iterable[RenderableType]) -> None:
         """Tables and panels, one below the other."""

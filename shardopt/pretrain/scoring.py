@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,31 @@ _MOST_LEAK = 0.02
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss on the scored held-out blocks, in nats per token and in bits per UTF-8 byte of their own text."""
+    """Mean loss on the scored held-out blocks, in nats per token and in bits per UTF-8 byte of their own text.
+
+    Attributes:
+        sources: the same of each source's blocks alone, by its label; empty where there is one source.
+    """
 
     loss: float
     bits_per_byte: float
+    sources: Mapping[str, HeldOut] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, nats: float, targets: float, text_bytes: float, sources: Mapping[str, HeldOut] | None = None
+    ) -> HeldOut:
+        """From sums over the blocks."""
+        return cls(nats / targets, nats / math.log(2) / text_bytes if text_bytes else math.nan, sources or {})
+
+    def metrics(self) -> dict[str, float]:
+        """The names and values that are logged."""
+        named = {"": self, **{f"/{label}": one for label, one in self.sources.items()}}
+        return {
+            f"{name}{label}": value
+            for label, one in named.items()
+            for name, value in (("eval_loss", one.loss), ("eval_bits_per_byte", one.bits_per_byte))
+        }
 
 
 def token_loss_sum(engine: Engine, tokens: Tensor) -> Tensor:
@@ -81,27 +102,40 @@ def check_documents_apart(engine: Engine, start: int, tokens: int, rows: int) ->
 
 @torch.no_grad()
 def held_out(engine: Engine, holdout: HoldoutData, blocks: int, micro_batch: int) -> HeldOut:
-    """Loss on the first `blocks` held-out blocks, whatever the number of ranks. A collective."""
+    """Loss on the first `blocks` held-out blocks, whatever the number of ranks, a source at a time. A collective."""
     ranks = engine.ranks
-    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    text_bytes = 0
+    sums: list[float] = []
+    sets = {label: numbers for label, numbers in holdout.sets(blocks).items() if len(numbers)}
     engine.model.eval()
-    for start in range(0, blocks, ranks.world_size * micro_batch):
-        first = start + ranks.rank * micro_batch
-        last = min(first + micro_batch, blocks)
-        # A rank that has run out goes through the forward all the same: sharded weights are gathered in it.
-        tokens = holdout.batch(first, last) if first < last else holdout.batch(0, 1)
-        loss = token_loss_sum(engine, tokens.to(ranks.device)).double()
-        if first < last:
-            total += loss
-            text_bytes += holdout.target_bytes(tokens)
+    for numbers in sets.values():
+        total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        text_bytes = 0
+        for start in range(0, len(numbers), ranks.world_size * micro_batch):
+            first = start + ranks.rank * micro_batch
+            mine = numbers[first : first + micro_batch]
+            # A rank that has run out goes through the forward all the same: sharded weights are gathered in it.
+            tokens = holdout.rows(mine if len(mine) else numbers[:1])
+            loss = token_loss_sum(engine, tokens.to(ranks.device)).double()
+            if len(mine):
+                total += loss
+                text_bytes += holdout.target_bytes(tokens)
+        sums += [total.item(), text_bytes]
     engine.model.train()
-    nats, whole = ranks.sum([total.item(), text_bytes])
-    return HeldOut(nats / (blocks * holdout.block_size), nats / math.log(2) / whole)
+    sums = ranks.sum(sums)
+    counts = [len(numbers) * holdout.block_size for numbers in sets.values()]
+    parts = {
+        label: HeldOut.of(nats, count, text_bytes)
+        for label, nats, text_bytes, count in zip(sets, sums[::2], sums[1::2], counts, strict=True)
+    }
+    return HeldOut.of(sum(sums[::2]), sum(counts), sum(sums[1::2]), parts if len(holdout.labels) > 1 else None)
 
 
-def limits(config: Any, holdout: HoldoutData) -> Iterator[str]:
-    """Warnings of a loss that is left out (`config` is the model's), and of a held-out loss that means little."""
+def limits(config: Any, holdout: HoldoutData, scored: int) -> Iterator[str]:
+    """Warnings of a loss that is left out (`config` is the model's), and of a held-out loss that means little.
+
+    Args:
+        scored: blocks that an evaluation scores.
+    """
     if experts := routed_experts(config):
         yield (
             f"model: {config.model_type} routes tokens to {experts} experts, and no loss that balances its router is "
@@ -111,4 +145,9 @@ def limits(config: Any, holdout: HoldoutData) -> Iterator[str]:
         yield (
             f"data.holdout: only {holdout.n_blocks} blocks of {holdout.block_size} tokens are held out, too few for a "
             f"held-out loss to trust; raise data.holdout or add text"
+        )
+    if without := [label for label, numbers in holdout.sets(scored).items() if not len(numbers)]:
+        yield (
+            f"eval.batches: of the {scored} held-out blocks that are scored none is of {', '.join(without)}, which "
+            f"gets no figure of its own; raise eval.batches or data.holdout"
         )

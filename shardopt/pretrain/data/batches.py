@@ -231,10 +231,19 @@ class HoldoutData:
         block_size: target tokens of a block, which holds one token more.
         n_blocks: how many there are.
         tokens: how many tokens they were cut from.
+        labels: of the sources.
     """
 
-    def __init__(self, blocks: list[Blocks], block_size: int, tokens: int, token_bytes: np.ndarray) -> None:
+    def __init__(
+        self,
+        blocks: list[Blocks],
+        block_size: int,
+        tokens: int,
+        token_bytes: np.ndarray,
+        labels: Sequence[str] | None = None,
+    ) -> None:
         self._blocks, self.block_size = blocks, block_size
+        self.labels = list(labels) if labels is not None else [str(index) for index in range(len(blocks))]
         self._starts = np.cumsum([0, *(one.n_blocks for one in blocks)])
         self.n_blocks = int(self._starts[-1])
         self.tokens, self._token_bytes = tokens, token_bytes
@@ -243,9 +252,23 @@ class HoldoutData:
         """Blocks start..stop: int64, [stop - start, block_size + 1]; the first are a fair sample of all."""
         if not 0 <= start <= stop <= self.n_blocks:
             raise IndexError(f"held-out blocks {start}..{stop}, but there are {self.n_blocks}")
-        index = permute(np.arange(start, stop), self.n_blocks, "holdout")
-        which = np.searchsorted(self._starts, index, side="right") - 1
+        return self.rows(np.arange(start, stop))
+
+    def rows(self, numbers: np.ndarray) -> torch.Tensor:
+        """Blocks by their numbers in that order: int64, [len(numbers), block_size + 1]."""
+        index, which = self._find(numbers)
         return _gather(self._blocks, which, index - self._starts[which], self.block_size + 1)
+
+    def _find(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where blocks stand among those of all sources, one source after another, and whose they are."""
+        index = permute(numbers, self.n_blocks, "holdout")
+        return index, np.searchsorted(self._starts, index, side="right") - 1
+
+    def sets(self, blocks: int) -> dict[str, np.ndarray]:
+        """The numbers of each source's blocks among the first `blocks`, in order, by the source's label."""
+        numbers = np.arange(blocks)
+        _, which = self._find(numbers)
+        return {label: numbers[which == index] for index, label in enumerate(self.labels)}
 
     def target_bytes(self, batch: torch.Tensor) -> int:
         """UTF-8 bytes of the text that the targets of `batch` stand for."""

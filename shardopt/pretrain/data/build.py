@@ -280,7 +280,7 @@ def _open(config: DataConfig, folders: list[Path], seed: int, global_batch: int)
             sources.append(Shuffled(blocks, seed, index))
     holdout_tokens = sum(one.holdout.tokens for one in packed)
     held_out = [one.blocks("holdout", config.block_size) for one in packed]
-    holdout = HoldoutData(held_out, config.block_size, holdout_tokens, tokenizer.token_bytes())
+    holdout = HoldoutData(held_out, config.block_size, holdout_tokens, tokenizer.token_bytes(), config.labels)
     if holdout.n_blocks == 0:
         documents = sum(one.train.documents + one.holdout.documents for one in packed)
         raise InputError(

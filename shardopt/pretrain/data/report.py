@@ -30,6 +30,7 @@ def describe(config: DataConfig, train: TrainData, holdout: HoldoutData, steps: 
     """
     share = [weight / sum(train.weights) for weight in train.weights]
     samples = steps * train.global_batch
+    sets = holdout.sets(scored)
     return {
         "fingerprint": train.fingerprint,
         "vocab_size": train.vocab_size,
@@ -41,6 +42,7 @@ def describe(config: DataConfig, train: TrainData, holdout: HoldoutData, steps: 
         "samples": samples,
         "sources": [
             _source(label, packed, isinstance(source, Stream), part, part * samples, train.block_size)
+            | {"holdout_blocks_scored": len(sets[label])}
             for label, packed, source, part in zip(config.labels, train.corpora, train.sources, share, strict=True)
         ],
     }
