@@ -63,6 +63,15 @@ class ParquetSource(_FileSource):
     """The column that holds a document's text."""
 
 
+class TokensSource(_FileSource):
+    """Token ids that were made elsewhere with `data.tokenizer`: .bin files of nanoGPT or llm.c, whose documents its
+    end-of-text token parts, or of Megatron, with the .idx file beside each (`paths` may leave .bin out)."""
+
+    source: Literal["tokens"] = "tokens"
+    dtype: Literal["uint16", "uint32"] = "uint16"
+    """Of the ids in a file that does not say, as nanoGPT's."""
+
+
 class HfSource(_Source):
     """A dataset of the Hugging Face hub, or a local folder laid out like one."""
 
@@ -120,7 +129,9 @@ def holds_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"))
 
 
-Source = Annotated[StdlibSource | TextSource | JsonlSource | ParquetSource | HfSource, Field(discriminator="source")]
+Source = Annotated[
+    StdlibSource | TextSource | JsonlSource | ParquetSource | TokensSource | HfSource, Field(discriminator="source")
+]
 Tokenizer = Annotated[ByteTokenizer | BpeTokenizer | PathTokenizer, Field(discriminator="type")]
 
 

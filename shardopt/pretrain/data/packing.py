@@ -30,12 +30,13 @@ _PARTS_KEPT_SECONDS = 30 * 24 * 3600
 T = TypeVar("T")
 
 
-def is_held_out(text: str, holdout: float) -> bool:
+def is_held_out(text: str | bytes, holdout: float) -> bool:
     """True for a document that is kept out of training: decided by its text alone, whatever the corpus, seed or order.
 
-    So exact copies always fall on the same side, in one source or in several.
+    So exact copies always fall on the same side, in one source or in several. Of ids, their bytes stand for the text.
     """
-    hashed = hashlib.blake2b(text.encode(), digest_size=8, person=b"holdout").digest()
+    content = text.encode() if isinstance(text, str) else text
+    hashed = hashlib.blake2b(content, digest_size=8, person=b"holdout").digest()
     return int.from_bytes(hashed, "little") < holdout * 2**64
 
 

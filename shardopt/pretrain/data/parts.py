@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +21,7 @@ import numpy as np
 
 from shardopt.pretrain.data import reading
 from shardopt.pretrain.data.packing import Side, chunks, is_held_out
-from shardopt.pretrain.data.reading import Piece, Place, Tally, in_file, merge, show
+from shardopt.pretrain.data.reading import Document, Piece, Place, Tally, in_file, merge, show
 from shardopt.pretrain.data.sources import Corpus
 from shardopt.pretrain.data.tokenizers import Encode, SavedTokenizer
 
@@ -160,20 +159,30 @@ def pack_part(
 ) -> None:
     """Tokenise the documents of some pieces, each to its side; `file` is written last."""
     tally = Tally()
-    documents = (document for piece in pieces for document in corpus.read(piece, tally))
+    documents = (document for piece in pieces for document in corpus.read(piece, tally, tokenizer))
     end = np.asarray([tokenizer.eos], tokenizer.dtype).tobytes()
     counts = {side: [0, 0, 0] for side in SIDES}
     longest: list[Long] = []
     with contextlib.ExitStack() as stack:
         files = {side: stack.enter_context(_whole(_ids_file(file, side))) for side in SIDES}
-        for some in chunks(documents, _CHUNK_CHARACTERS, attrgetter("text")):
-            for document, ids in zip(some, encode([document.text for document in some]), strict=True):
-                side = "holdout" if is_held_out(document.text, holdout) else "train"
-                files[side].write(ids.astype(tokenizer.dtype, copy=False).tobytes() + end)
-                size = (1, len(ids) + 1, len(document.text.encode()))
-                counts[side] = [old + new for old, new in zip(counts[side], size, strict=True)]
-                _note(longest, Long(size[1], size[2], document.place, " ".join(document.text[:_BEGINNING].split())))
+        for document, ids in _encoded(documents, encode):
+            content = ids.astype(tokenizer.dtype, copy=False).tobytes()
+            given = document.ids is not None
+            side = "holdout" if is_held_out(content if given else document.text, holdout) else "train"
+            files[side].write(content + end)
+            size = (1, len(ids) + 1, document.bytes if given else len(document.text.encode()))
+            counts[side] = [old + new for old, new in zip(counts[side], size, strict=True)]
+            beginning = " ".join(document.text[:_BEGINNING].split()) or f"ids {ids[:8].tolist()}"
+            _note(longest, Long(size[1], size[2], document.place, beginning))
     Part({side: tuple(one) for side, one in counts.items()}, tally, longest).save(file)
+
+
+def _encoded(documents: Iterator[Document], encode: Encode) -> Iterator[tuple[Document, np.ndarray]]:
+    """Documents and their ids; texts are encoded many at a time."""
+    for some in chunks(documents, _CHUNK_CHARACTERS, lambda document: document.text or " "):
+        encoded = iter(encode([document.text for document in some if document.ids is None]))
+        for document in some:
+            yield document, next(encoded) if document.ids is None else document.ids
 
 
 def _note(longest: list[Long], one: Long) -> None:

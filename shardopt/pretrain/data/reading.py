@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
 from shardopt.errors import InputError
 
 # Larger files are read in pieces, which several processes can take.
@@ -28,8 +30,12 @@ class Place(NamedTuple):
 
 
 class Document(NamedTuple):
+    """A text; or the ids that it became elsewhere, with the UTF-8 bytes that they stand for."""
+
     text: str
     place: Place
+    ids: np.ndarray | None = None
+    bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardopt.errors import InputError, few
 from shardopt.pretrain.data import reading
-from shardopt.pretrain.data.config import DataConfig, HfSource, JsonlSource, ParquetSource, StdlibSource
+from shardopt.pretrain.data.config import DataConfig, HfSource, JsonlSource, ParquetSource, StdlibSource, TokensSource
 from shardopt.pretrain.data.reading import (
     Document,
     Piece,
@@ -32,15 +32,18 @@ from shardopt.pretrain.data.reading import (
     split_parquet,
     text_in,
 )
+from shardopt.pretrain.data.token_files import TokenFile, index_of, read_tokens
 
 if TYPE_CHECKING:
     import datasets
+
+    from shardopt.pretrain.data.tokenizers import SavedTokenizer
 
 # Up to here a corpus is known by its content, so that a copy or a `touch` changes nothing; a larger one,
 # which would take long to read at every start, by its files' paths, sizes and times.
 CONTENT_KEY_BYTES = 256 << 20
 _TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".bin": "tokens"}
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 
@@ -77,7 +80,13 @@ class Corpus:
         total_bytes = sum(path.stat().st_size for path in self.files)
         if total_bytes == 0:
             raise InputError(f"{self.where}: every file is empty ({few(map(str, self.files), 3)})")
-        self.key = digest(shape, _files_key(self.files, names, total_bytes))
+        indices = (
+            [path for path in map(index_of, self.files) if path.exists()]
+            if isinstance(self.source, TokensSource)
+            else []
+        )
+        names += [path.name for path in indices]
+        self.key = digest(shape, _files_key([*self.files, *indices], names, total_bytes))
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which reads pieces: without what only asks the hub."""
@@ -92,15 +101,25 @@ class Corpus:
             step = max(1, len(rows) * reading.PIECE_BYTES // max(1, rows.data.nbytes))
             size = rows.data.nbytes // max(1, len(rows)) * step
             return [Piece(place, size, at, min(at + step, len(rows)), at) for at in range(0, len(rows), step)]
-        split = {"jsonl": split_jsonl, "parquet": split_parquet}.get(self.source.source)
+        split = {"jsonl": split_jsonl, "parquet": split_parquet, "tokens": self._split_tokens}.get(self.source.source)
         pieces: list[Piece] = []
         for path in self.files:
             with self._errors(f"{path} "):
                 pieces += split(path) if split else [Piece(path, path.stat().st_size)]
         return pieces
 
-    def read(self, piece: Piece, tally: Tally) -> Iterator[Document]:
+    def _split_tokens(self, path: Path) -> list[Piece]:
+        return self._token_file(path).pieces()
+
+    def _token_file(self, path: Path) -> TokenFile:
+        assert isinstance(self.source, TokensSource)
+        return TokenFile.open(path, self.source.dtype)
+
+    def read(self, piece: Piece, tally: Tally, tokenizer: SavedTokenizer | None = None) -> Iterator[Document]:
         """The documents of a piece, in order; `tally` counts what became of its rows.
+
+        Args:
+            tokenizer: that made the ids of a source of tokens.
 
         Raises:
             InputError: a malformed file; or many rows were read, none of which gives a document.
@@ -111,11 +130,17 @@ class Corpus:
                 f"{self.where}: {path} is over 2 GiB, too large for one document; set sample_by to paragraph or line"
             )
         with self._errors("" if isinstance(source, HfSource) else f"{path} "):
-            yield from self._documents(piece, tally)
+            yield from self._documents(piece, tally, tokenizer)
         tally.check_hope(self.where)
 
-    def _documents(self, piece: Piece, tally: Tally) -> Iterator[Document]:
+    def _documents(self, piece: Piece, tally: Tally, tokenizer: SavedTokenizer | None) -> Iterator[Document]:
         source = self.source
+        if isinstance(source, TokensSource):
+            if tokenizer is None:
+                raise InputError(
+                    f"{self.where}: has no text to train a bpe on; set data.tokenizer to its own tokenizer"
+                )
+            return read_tokens(self._token_file(piece.path), piece, tally, tokenizer, self.where)
         if isinstance(source, HfSource):
             rows = self._rows if source.streaming else self._rows.select(range(piece.start, piece.stop))
             places = (Place(source.name, 0, number) for number in itertools.count(piece.first + 1))
@@ -138,6 +163,12 @@ class Corpus:
             tally: of the whole corpus.
         """
         tally.check(self.where, most_broken)
+        if isinstance(self.source, TokensSource) and tally.rows <= len(self.files):
+            files = few(map(str, self.files), 3)
+            raise InputError(
+                f"{self.where}: the end-of-text token of data.tokenizer does not part documents in {files}: take the "
+                f"tokenizer that they were made with"
+            )
         if documents:
             return
         if tally.skipped:
@@ -253,6 +284,8 @@ def _find(kind: str, paths: tuple[str, ...], where: str) -> list[Path]:
     found: dict[Path, None] = {}
     for text in paths:
         path = Path(text).expanduser()
+        if kind == "tokens" and not path.exists() and index_of(path.with_name(f"{path.name}.bin")).exists():
+            path = path.with_name(f"{path.name}.bin")  # Megatron's own way to name the two files
         if path.is_dir():
             matches = [
                 file

@@ -6,13 +6,16 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shardopt.errors import InputError
 from shardopt.pretrain.data import reading
 from shardopt.pretrain.data.reading import Document, Piece, Place, Tally
-from shardopt.pretrain.data.tokenizers import SavedTokenizer
+
+if TYPE_CHECKING:
+    from shardopt.pretrain.data.tokenizers import SavedTokenizer
 
 # llm.c, dev/data/data_common.py: magic number, version, dtype of the ids that follow 256 int32.
 _LLMC_HEADER = 1024
@@ -60,7 +63,7 @@ class TokenFile:
 
     @classmethod
     def _megatron(cls, path: Path) -> TokenFile:
-        index = index_of(path).read_bytes()
+        index = index_of(path).read_bytes().ljust(_MEGATRON.size)
         magic, version, code, sequences, documents = _MEGATRON.unpack_from(index)
         if magic != _MEGATRON_MAGIC or version != 1 or code not in _MEGATRON_DTYPES:
             raise ValueError(f"{index_of(path).name} is no index of Megatron's with ids of whole numbers")
