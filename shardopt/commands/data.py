@@ -39,9 +39,10 @@ def _run(arguments: argparse.Namespace) -> int:
     config = configuration.load(arguments.config, arguments.overrides)
     from shardopt.pretrain import data, model
     from shardopt.pretrain.data.report import in_short, render
+    from shardopt.pretrain.hub import local
     from shardopt.pretrain.report import Report
 
-    weights = model.weight_files(config.model.path)
+    weights = model.weight_files(local(config.model).path)
     train, holdout = data.prepare(
         config.data,
         Ranks.current(),

@@ -17,6 +17,7 @@ from shardopt.errors import InputError
 from shardopt.optim import registry
 from shardopt.pretrain.config_errors import explain
 from shardopt.pretrain.data.config import DataConfig, holds_tokenizer
+from shardopt.pretrain.hub import is_hub_name, local
 from shardopt.pretrain.model import ModelConfig, transformers_config
 from shardopt.pretrain.profile import ProfileConfig
 from shardopt.pretrain.schedule import ScheduleConfig
@@ -178,10 +179,10 @@ class Config(Section):
         if not isinstance(model, dict) or not isinstance(data, dict) or "tokenizer" in data:
             return tree
         folder = model.get("path")
-        if not isinstance(folder, str) or not holds_tokenizer(Path(folder)):
+        if not isinstance(folder, str) or not (holds_tokenizer(Path(folder)) or is_hub_name(folder)):
             return tree
-        trusted = model.get("trust_remote_code", False)
-        return tree | {"data": data | {"tokenizer": {"path": folder, "trust_remote_code": trusted}}}
+        of_both = {key: model[key] for key in ("path", "revision", "commit", "trust_remote_code") if key in model}
+        return tree | {"data": data | {"tokenizer": of_both}}
 
     @field_validator("engine", mode="before")
     @classmethod
@@ -213,7 +214,7 @@ class Config(Section):
         self.checkpoint.rules.check(self.checkpoint.every, self.eval.every)
         self.optimizer.spec(train.steps, self.run.seed)
         # The tokenizer comes later; all but the size of its vocabulary can be checked now.
-        transformers_config(self.model, 257, 256, self.data.block_size)
+        transformers_config(local(self.model, weights=False), 257, 256, self.data.block_size)
         return self
 
     def check_ranks(self, world_size: int, distributed: bool = True) -> None:

@@ -14,7 +14,7 @@ from shardopt import checkpoint
 from shardopt.checkpoint.document import DOCUMENT
 from shardopt.checkpoint.stored import step_of
 from shardopt.errors import InputError
-from shardopt.pretrain import branch
+from shardopt.pretrain import branch, hub
 from shardopt.pretrain.config import Config, differences
 from shardopt.pretrain.data import check_sources
 from shardopt.pretrain.lock import RunLock
@@ -40,7 +40,7 @@ class RunFolder:
         config: of this run.
 
     Attributes:
-        config: the same, with the checkpoint itself as `run.from`.
+        config: the same, with the checkpoint itself as `run.from`, and the commits of what is on the hub.
 
     Raises:
         InputError: the folder cannot be written, is not a run's, holds another run, is in use, or does not fit
@@ -49,12 +49,14 @@ class RunFolder:
 
     def __init__(self, config: Config) -> None:
         self.path = config.folder
+        self._began = False  # whether it holds anything of this run that must not be lost
         with writing(f"the run folder {self.path}"):
             self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = RunLock(self.path / ".lock")
         try:
-            self.config = config = self._check(config)
+            config = self._check(config)
+            self.config = config = config if self._began else hub.pin(config)
             self._record(config)
         except BaseException:
             self.release()
@@ -100,13 +102,13 @@ class RunFolder:
     def _check_same(self, recorded: Path, config: Config) -> Config:
         """`config`, which is of the same run as `recorded`: config.yaml, or the document of its newest checkpoint."""
         newest = checkpoint.latest(config.store / "checkpoints")
-        began = newest is not None or (self.path / "metrics.jsonl").exists()
+        self._began = began = newest is not None or (self.path / "metrics.jsonl").exists()
         try:
             if recorded.name == DOCUMENT:
                 old = read_document(recorded.parent)["config"]
             else:
                 old = yaml.safe_load(recorded.read_text(encoding="utf-8"))
-            config = branch.keep_source(old, config) if began else config
+            config = hub.keep(old, branch.keep_source(old, config)) if began else config
             changed = differences(old, config.as_dict())
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as e:
             raise InputError(f"{recorded} is damaged ({e}): restore it, or choose another run.name") from e

@@ -21,6 +21,7 @@ from shardopt.pretrain.about import about, console_facts
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.flops import flops_per_token, peak_flops
 from shardopt.pretrain.folder import open_folder, writing
+from shardopt.pretrain.hub import local
 from shardopt.pretrain.loss import loss_in_forward
 from shardopt.pretrain.meter import Meter
 from shardopt.pretrain.metrics import Tracker, peak_memory
@@ -84,7 +85,8 @@ class Run:
         self.config = config = ranks.from_main(self.folder.config if self.folder is not None else config)
         resume_from = newest(config.store, ranks, config.run.resume, self.report.warn)
 
-        weights = model.weight_files(config.model.path)
+        section = ranks.together(lambda: local(config.model))
+        weights = model.weight_files(section.path)
         self.train_data, self.holdout_data = data.prepare(
             config.data, ranks, config.run.seed, config.train.global_batch, weights[0].parent if weights else None
         )
@@ -93,10 +95,10 @@ class Run:
         self.tokenizer = self.train_data.tokenizer  # loaded anew at every access
         model_config = ranks.together(
             lambda: model.transformers_config(
-                config.model, self.train_data.vocab_size, self.tokenizer.eos_token_id, config.data.block_size
+                section, self.train_data.vocab_size, self.tokenizer.eos_token_id, config.data.block_size
             )
         )
-        self.model_files = ModelFiles(config.model, model_config, self.tokenizer)
+        self.model_files = ModelFiles(section, model_config, self.tokenizer)
         meta = model.meta_model(model_config, config.model.trust_remote_code, config.model.attention)
         flops = flops_per_token(meta, config.data.block_size)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
@@ -112,7 +114,7 @@ class Run:
             EngineInputs(
                 ranks=ranks,
                 model=meta,
-                initialise=lambda m: model.initialise(m, ranks.device, config.run.seed, config.model.path),
+                initialise=lambda m: model.initialise(m, ranks.device, config.run.seed, section.path),
                 optimizer=spec,
                 blocks=model.blocks_of(meta),
                 compile=config.train.compile,

@@ -42,7 +42,12 @@ class ModelConfig(Section):
     model_type: str | None = None
     """Any causal-LM type that transformers knows: llama, qwen3, gpt2, ..."""
     path: str | None = None
-    """A local folder. Its safetensors weights are loaded if it has any, else only its config is used."""
+    """A local folder, whose safetensors weights are loaded if it has any, else only its config is used; or the name of
+    a model on the hub, whose weights are."""
+    revision: str | None = None
+    """On the hub: branch, tag or commit; None is the newest."""
+    commit: str | None = None
+    """On the hub: the commit that `revision` was at when the run began, recorded then."""
     attention: str | None = None
     """How attention is computed, as transformers' attn_implementation: sdpa, eager, flash_attention_2, flex_attention,
     ...; null: as transformers chooses."""

@@ -84,6 +84,8 @@ class HfSource(_Source):
     """Split to read."""
     revision: str | None = None
     """Branch, tag or commit; None is the newest."""
+    commit: str | None = None
+    """The commit that `revision` was at when the run began: found and recorded then, and opened again on resume."""
     column: str = "text"
     """The column that holds a document's text."""
     streaming: bool = False
@@ -120,6 +122,10 @@ class PathTokenizer(Section):
     type: Literal["path"] = "path"
     path: str
     """A folder, or a name on the hub."""
+    revision: str | None = None
+    """On the hub: branch, tag or commit; None is the newest."""
+    commit: str | None = None
+    """On the hub: the commit that `revision` was at when the run began, recorded then."""
     trust_remote_code: bool = False
     """Run the Python code that comes with it, if it needs any."""
 
@@ -146,7 +152,7 @@ class DataConfig(Section):
     """Where the text comes from: a source, or a list of them to mix by weight; `stdlib` is {source: stdlib}."""
     tokenizer: Tokenizer = ByteTokenizer()
     """`byte`, `bpe`, `{bpe: VOCAB_SIZE}`, or a transformers tokenizer: its folder or its name on the hub. By default
-    the one in the folder of model.path, if it has one, else byte."""
+    the one in the folder of model.path, or with it on the hub, if it has one, else byte."""
     block_size: Tokens = Field(default=256, ge=1)
     """Target tokens of a sequence; a block has one more, because targets are the inputs shifted by one."""
     document_mask: bool = False

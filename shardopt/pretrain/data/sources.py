@@ -70,7 +70,9 @@ class Corpus:
         self._column = getattr(self.source, "column", "text")
         self.files: list[Path] = []
         self._hub_cache = config.cache_folder / "hf"
-        shape = self.source.model_dump(mode="json", exclude={"weight", "label", "paths", "scan", "streaming", "shards"})
+        shape = self.source.model_dump(
+            mode="json", exclude={"weight", "label", "commit", "paths", "scan", "streaming", "shards"}
+        )
         if isinstance(self.source, HfSource):
             self.key = digest(shape, self._hub_key())
             return
@@ -224,7 +226,10 @@ class Corpus:
         try:
             with _quiet():
                 builder = datasets.load_dataset_builder(
-                    source.name, source.subset, revision=source.revision, cache_dir=str(self._hub_cache)
+                    source.name,
+                    source.subset,
+                    revision=source.commit or source.revision,
+                    cache_dir=str(self._hub_cache),
                 )
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(

@@ -132,7 +132,9 @@ def load_path(config: PathTokenizer) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        revision = config.commit or config.revision
+        of = {} if revision is None else {"revision": revision}
+        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **of)
     except (OSError, ValueError, ImportError) as error:
         advice = f"; to run it, write data.tokenizer='{{path: {config.path}, trust_remote_code: true}}'"
         raise InputError(
