@@ -8,6 +8,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import shardopt
 from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import registry
@@ -79,7 +81,10 @@ def _section(groups: list[keys.Group], path: str, value: Any, given: Any, indent
             key = known[name]
             limits = ", ".join(word for word in (key.type if " | " in key.type else "", key.unit) if word)
             yield from _prose(f"{key.text} ({limits})" if limits else key.text, inner)
-        yield f"{inner}{'' if name in given else '#'}{name}: {keys.shown(given.get(name, resolved))}"
+        line = f"{inner}{'' if name in given else '#'}{name}: {keys.shown(given.get(name, resolved))}"
+        if isinstance(own, list) and len(line) > _WIDTH:
+            line = f"{inner}{name}:\n" + textwrap.indent(yaml.safe_dump(own, sort_keys=False).rstrip(), f"{inner}  ")
+        yield from line.splitlines()
 
 
 def _is(where: str, value: Any) -> bool:

@@ -63,7 +63,7 @@ def test_each_source_has_its_own_bits_per_byte(tmp_path, capsys):
 
 def test_a_source_without_a_scored_block_is_warned_of(tmp_path, capsys):
     changes = {"data__sources": two_sources(tmp_path), "engine": "{name: single}", "train__global_batch": 2}
-    tiny.run(0, 1, tmp_path, train__steps=1, **changes)
+    tiny.run(0, 1, tmp_path, train__steps=2, **changes)
     _, holdout = data.prepare(tiny.config(tmp_path, **changes).data, tiny.ALONE, 0, 2)
     without = [label for label, numbers in holdout.sets(2).items() if not len(numbers)]
     said = capsys.readouterr().out

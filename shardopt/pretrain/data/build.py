@@ -203,7 +203,7 @@ def _build_packed(
         corpus.check(packed.tally, packed.documents, config.max_broken)  # which may be another now
         return folder
     with aside(folder) as building:
-        with _bar(f"tokenising {corpus.source.source}", progress) as tick:
+        with _bar(f"tokenising {corpus.label}", progress) as tick:
             parts = pack_parts(corpus, tokenizer, config.holdout, kept, processes, tick)
         joined = join(parts, building)
         try:

@@ -56,7 +56,7 @@ class Corpus:
     """One source of the config, found and identified but not yet read.
 
     Attributes:
-        where: its place in the config, for messages.
+        where, label: its place in the config, for messages, and its name.
         key: hash of everything that decides which documents it gives.
         files: what it reads, in order; empty for a hub dataset.
 
@@ -66,7 +66,7 @@ class Corpus:
 
     def __init__(self, config: DataConfig, index: int) -> None:
         self.source = config.sources[index]
-        self.where = f"data.sources[{index}]"
+        self.where, self.label = f"data.sources[{index}]", config.labels[index]
         self._column = getattr(self.source, "column", "text")
         self.files: list[Path] = []
         self._hub_cache = config.cache_folder / "hf"

@@ -70,11 +70,11 @@ class TokenFile:
         sizes = np.frombuffer(index, "<i4", sequences, _MEGATRON.size)
         # The byte where each sequence begins follows from the sizes; then the sequence that each document begins with.
         bounds = np.frombuffer(index, "<i8", documents, _MEGATRON.size + 12 * sequences)
-        ids = np.memmap(path, np.dtype(_MEGATRON_DTYPES[code]), "r")
+        dtype, size = np.dtype(_MEGATRON_DTYPES[code]), path.stat().st_size
         ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        if ends[-1] != len(ids):
-            raise ValueError(f"{index_of(path).name} says {ends[-1]:,} tokens, and there are {len(ids):,}")
-        return cls(path, ids, ends[bounds])
+        if ends[-1] * dtype.itemsize != size:
+            raise ValueError(f"{index_of(path).name} says {ends[-1]:,} tokens of {dtype}, which are not {size:,} bytes")
+        return cls(path, np.memmap(path, dtype, "r"), ends[bounds])
 
     def pieces(self) -> list[Piece]:
         """The documents that begin among some tokens, or some documents, at a time."""
