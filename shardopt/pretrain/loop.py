@@ -103,7 +103,7 @@ class Run:
         flops = flops_per_token(meta, config.data.block_size)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
         ranks.together(self._write_models_config)
-        for limit in limits(model_config, self.holdout_data, self._scored_blocks):
+        for limit in limits(model_config, self.holdout_data, self.scored_blocks):
             self.report.warn(limit)
         document_start = self.tokenizer.eos_token_id if config.data.document_mask else None
         loss_in_forward(meta, config.train.loss_chunks, document_start)
@@ -156,9 +156,8 @@ class Run:
         stack.push(self._close_tracker)
         self.profiler = Profiler(config.profile, config.folder / "profile", ranks, self.report.say, self.report.warn)
         stack.callback(self.profiler.close)
-        self.data_report = data.describe(
-            config.data, self.train_data, self.holdout_data, config.train.steps, self.scored_blocks
-        )
+        texts = self.train_data, self.holdout_data
+        self.data_report = data.describe(config.data, *texts, config.train.steps, self.scored_blocks)
         ranks.together(lambda: self.folder.write("data.json", self.data_report) if self.folder is not None else None)
         self._report_start()
 
