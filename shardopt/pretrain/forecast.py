@@ -30,6 +30,7 @@ from shardopt.pretrain.config import Config
 from shardopt.pretrain.data.config import BpeTokenizer, PathTokenizer
 from shardopt.pretrain.data.tokenizers import load_path, vocab_size
 from shardopt.pretrain.flops import flops_per_token
+from shardopt.pretrain.hub import local
 from shardopt.pretrain.model import blocks_of, meta_model, transformers_config
 from shardopt.slices import named_parameters, persistent_buffers
 
@@ -260,7 +261,9 @@ def model_of(config: Config) -> PreTrainedModel:
     elif isinstance(tokenizer, PathTokenizer):
         told = "vocab_size" in (config.model.model_extra or {}) or config.model.path is not None
         vocabulary = 257 if told else vocab_size(load_path(tokenizer))
-    section = transformers_config(config.model, vocabulary, vocabulary - 1, config.data.block_size)
+    section = transformers_config(
+        local(config.model, weights=False), vocabulary, vocabulary - 1, config.data.block_size
+    )
     return meta_model(section, config.model.trust_remote_code, config.model.attention)
 
 

@@ -12,6 +12,7 @@ from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 from shardopt.pretrain import data, model
 from shardopt.pretrain.folder import writing
+from shardopt.pretrain.hub import local
 from shardopt.pretrain.lock import RunLock
 from shardopt.pretrain.progress import read_document
 from shardopt.pretrain.report import COLUMNS, Report
@@ -68,7 +69,7 @@ def _prepare(study: Study) -> None:
         config, newest = trial.config, trial.checkpoint
         key = config.data.model_dump_json()
         if key not in fingerprints:
-            weights = model.weight_files(config.model.path)
+            weights = model.weight_files(local(config.model).path)
             folder = weights[0].parent if weights else None
             train, _ = data.prepare(config.data, alone, config.run.seed, config.train.global_batch, folder)
             fingerprints[key] = train.fingerprint
