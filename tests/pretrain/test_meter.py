@@ -120,7 +120,10 @@ def test_parts_of_a_runs_steps_are_logged_and_every_rank_writes_its_trace(tmp_pa
         trace = json.loads(gzip.decompress(path.read_bytes()))
         names = [event.get("name") for event in trace["traceEvents"]]
         assert sorted({name for name in names if str(name).startswith("step ")}) == ["step 2", "step 3"]
-        assert "aten::mm" in names
+        (last,) = (event for event in trace["traceEvents"] if event.get("name") == "step 3")
+        products = [event["ts"] for event in trace["traceEvents"] if event.get("name") == "aten::mm"]
+        assert products
+        assert max(products) < last["ts"] + last["dur"]  # nothing of the steps after it
 
 
 def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path, capsys, monkeypatch):
