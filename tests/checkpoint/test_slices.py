@@ -374,7 +374,7 @@ def test_replicas_of_a_block_format_are_shared_out_and_exact(tmp_path: Path, fmt
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_block_format_goes_through_fp32_to_another_layout(tmp_path: Path, fmt: str) -> None:
     on_ranks(3, _save_blocks, tmp_path / "a", fmt, 2)
-    on_ranks(2, _load_blocks, tmp_path / "a", fmt, 1, False)
+    on_ranks(2, _load_blocks, tmp_path / "a", fmt, 2, False)  # whose bounds are within chunks, too
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -116,6 +116,7 @@ def _place(**changed: int) -> Callable[[Table], None]:
         (_place(byte=2**63 - 64), "has a chunk without its data"),
         (_place(byte=0), "has a chunk without its data"),
         (_place(byte=130), "has a chunk without its data"),
+        (_place(byte=1280), "has a chunk without its data"),  # of which a part is there
         (_place(byte=128), "has chunks that lie over each other"),
         (lambda table: table[:-1], "norm.weight/weight: elements 0 to 1 of 1 are held by no rank"),
         (lambda table: table[::-1].copy(), "its chunks are not in order"),
