@@ -79,6 +79,14 @@ def test_micro_batches_of_other_sizes_grow_by_as_much_a_sequence():
     assert simulation.peak(6, "fp32") == pytest.approx(measured(TINY, 6, "fp32", 1, False), rel=0.05)
 
 
+def test_gradients_that_are_kept_are_not_counted():
+    """Those of a wide model take more than the activations of a short micro-batch."""
+    wide = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 2}
+    peak = Simulation(made(wide), LENGTH).peak(1, "fp32")
+    assert peak == pytest.approx(measured(wide, 1, "fp32", 1, False), rel=0.05)
+    assert peak < 4 * sum(p.numel() for p in made(wide).parameters())
+
+
 def test_a_model_that_does_not_run_without_data_is_told_by_name():
     simulation = Simulation(made(TINY), LENGTH)
     simulation.model.model.forward = lambda **kwargs: kwargs["input_ids"].sum().item()
