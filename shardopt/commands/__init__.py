@@ -27,14 +27,13 @@ COMMANDS = {
     "checkpoint": Command(
         "look into checkpoints, and write those of other codes", "inspect runs/quickstart", "docs/checkpoints.md"
     ),
-    "config": Command("list the keys of a config, with their defaults and units", "train.steps", "docs/config.md"),
-    "init": Command("write a config of your own, with every key explained", "--model llama-124m", "docs/config.md"),
     "compare": Command(
         "train with several optimizers and compare them",
         "configs/quickstart.yaml --optimizers ademamix,adamw --seeds 3",
         "docs/compare.md",
         overrides=True,
     ),
+    "config": Command("list the keys of a config, with their defaults and units", "train.steps", "docs/config.md"),
     "data": Command(
         "prepare a run's text before it starts, and show what it is", "inspect configs/quickstart.yaml", "docs/data.md"
     ),
@@ -42,6 +41,7 @@ COMMANDS = {
     "export": Command(
         "write a checkpoint's weights for transformers", "runs/quickstart --dtype bf16", "docs/checkpoints.md"
     ),
+    "init": Command("write a config of your own, with every key explained", "--model llama-124m", "docs/config.md"),
     "plan": Command(
         "tell memory, traffic and hours of a run before it starts",
         "configs/apertus-8b.yaml --world-size 64 --gpu h100",
@@ -58,7 +58,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command of `COMMANDS` in this process alone; the exit status: 0 done, 1 damage was found, 2 bad input."""
+    """Run a command of `COMMANDS` in this process alone; the exit status: 0 done, 1 damage was found or a
+    run has failed, 2 bad input, 130 interrupted."""
     name = argv[0]
     parser = argparse.ArgumentParser(
         prog=f"shardopt {name}",
@@ -74,3 +75,8 @@ def main(argv: Sequence[str]) -> int:
     except (InputError, MissingExtraError) as e:
         print(f"shardopt: {e}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as e:
+        print(f"shardopt: {MissingExtraError(e.name or 'a package', 'pretrain')}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

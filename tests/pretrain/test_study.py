@@ -117,6 +117,28 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_written(tmp_path, caps
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (
+            ModuleNotFoundError("no", name="rich"),
+            2,
+            "rich is not installed. Install it with: pip install 'shardopt[pret",
+        ),
+    ],
+)
+def test_ctrl_c_or_a_missing_package_before_the_runs_leaves_no_traceback(
+    tmp_path, capsys, monkeypatch, raised, status, said
+):
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr("shardopt.commands.studies.run", fail)
+    assert cli.main(["sweep", written(tmp_path), "--grid", "optimizer.lr=1"]) == status
+    assert said in capsys.readouterr().err
+
+
 def test_a_study_under_torchrun_is_refused(finished, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(InputError, match="without torchrun"):
