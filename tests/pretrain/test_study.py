@@ -317,8 +317,16 @@ def test_files_of_the_results_can_be_read_back(finished):
     red, _, blue = picture.transpose(2, 0, 1)
     assert (blue - red > 0.3).sum() > 200  # a curve of each
     assert (red - blue > 0.3).sum() > 200
-    pale = (blue - red > 0.05) & (blue - red < 0.3)
-    assert pale.sum() > 300  # and a band
+
+
+def test_curves_have_bands_as_wide_as_the_spread(finished, tmp_path, monkeypatch):
+    def pale(spread):
+        monkeypatch.setattr("shardopt.pretrain.study.results.stdev", lambda values: spread)
+        curves.draw(Results(finished), tmp_path / "curves.png")
+        red, _, blue = matplotlib.image.imread(tmp_path / "curves.png")[..., :3].transpose(2, 0, 1)
+        return ((abs(blue - red) > 0.05) & (abs(blue - red) < 0.3)).sum()
+
+    assert pale(0.5) > pale(0.0) + 100_000  # of 1,350,000 pixels
 
 
 def test_the_table_fits_80_columns_and_shows_runs_that_are_missing(finished):
