@@ -89,6 +89,10 @@ def test_batches_ahead_are_the_same_and_the_place_is_that_after_the_last_one_use
         wait_until_ahead(batches)
     batches.begin(16)
     assert torch.equal(batches.batch(16), expected[0])
+    if ahead:
+        wait_until_ahead(batches)
+    batches.load_state_dict(places[9], 17)
+    assert torch.equal(batches.batch(17), expected[10])
     batches.close()
     assert threads() == []
 
