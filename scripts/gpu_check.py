@@ -40,7 +40,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import shardopt  # noqa: E402
-from shardopt.slices import Layout  # noqa: E402
+from shardopt.slices import Layout, Range  # noqa: E402
 
 Row = tuple[str, bool, str]  # what, whether it holds, in what figures
 DEVICE = "cuda"
@@ -63,6 +63,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"grad": torch.bfloat16},
     {"grad": torch.float16, "state_dtype": "block16"},
     {"layout": Layout.contiguous("p", (3 << 32,), (1 << 33) - 2500, 5000), "sizes": (5000,), "state_dtype": "bf16"},
+    {"layout": Layout("p", (70, 201), (Range(77, 0, 4900, 70, 201),)), "sizes": (4900,), "state_dtype": "bf16"},
+    {
+        "layout": Layout("p", (9, 3 << 30), (Range(640, 0, 4608, 512, 3 << 30),)),
+        "sizes": (4608,),
+        "state_dtype": "block8",
+    },
 ]
 
 

@@ -190,7 +190,8 @@ def simulate(model: str, engine: str, ranks: int, root: Path) -> Row:
             "format": FORMAT, "save_id": "0" * 32, "name": "simulated", "time": 0.0, "loss": None,
             "after_finite_step": True, "torch": torch.__version__, "byteorder": sys.byteorder, "world_size": ranks,
             "parameters": plan.parameters, "step_counts": {name: {"step": 123456} for name in shapes}, "groups": [],
-            "extras": plan.extras, "files": {name: record._asdict() for name, record in files.items()},
+            "extras": plan.extras, "columns": plan.table.shape[1],
+            "files": {name: record._asdict() for name, record in files.items()},
         }  # fmt: skip
         write_document(root, {"checkpoint": written})
 

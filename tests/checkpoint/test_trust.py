@@ -240,3 +240,41 @@ def test_a_folder_written_by_plain_dcp_is_refused(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         dcp.save({"x": torch.ones(3)}, checkpoint_id=tmp_path / "a")
     _load_refused(tmp_path / "a", "is not a complete checkpoint")
+
+
+HALVES = [[0, 0, 64, 0, 128, 16, 32], [0, 16, 64, 0, 384, 16, 32]]  # the columns of a weight of 4 x 32
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        ((0, 5), 16, None),
+        ((0, 5), 17, "has a chunk of rows that are none"),
+        ((0, 5), -16, "numbers that are no counts"),
+        ((1, 6), 16, "has a chunk of rows that are none"),
+        ((1, 6), 38, "has a chunk with rows beyond its tensor's end"),
+        ((1, 6), 2**62, "has a chunk with rows beyond its tensor's end"),
+        ((1, 5), 8, "has a chunk with rows beyond its tensor's end"),
+        ((1, 6), 30, "elements 46 to 48 of 128 are held in two ranges"),
+        ((1, 1), 17, "has a chunk with rows beyond its tensor's end"),
+        (None, 6, "bytes are no table"),
+    ],
+)
+def test_an_index_of_columns_is_read_and_one_whose_rows_cannot_be_is_refused(
+    tmp_path: Path, place: tuple[int, int] | None, value: int, reason: str | None
+) -> None:
+    layout, values = Layout.whole("w", (4, 32)), torch.arange(128.0)
+    checkpoint.save(tmp_path / "a", made.State([Slice("w", "m1", layout, (values,))], made.ranks_here()))
+    table = np.array(HALVES)
+    if place is not None:
+        table[place] = value
+    _rewrite(tmp_path / "a", lambda _: table)
+    _seal(tmp_path / "a", lambda written: written.update(columns=7 if place else value))
+    live = torch.zeros(4, 32)
+    state = made.State([Slice("w", "m1", layout, (live,))], made.ranks_here())
+    if reason is None:
+        checkpoint.load(tmp_path / "a", state)
+        assert torch.equal(live, torch.cat([half.view(4, 16) for half in values.split(64)], 1))
+        return
+    with pytest.raises(DamagedError, match=reason):
+        checkpoint.load(tmp_path / "a", state)

@@ -158,10 +158,10 @@ def test_c_equals_torch_where_a_tensor_holds_several_ranges_in_blocks(state):
 # Columns of a weight of rows of these lengths: whole blocks, odd ones, of an odd stride, and where the keys change.
 COLUMNS = [
     Layout("p0", (40, 3 * 512), (Range(512, 0, 40 * 512, 512, 3 * 512),)),
-    Layout("p0", (400, 3 * 128 + 1), (Range(129, 0, 400 * 128, 128, 3 * 128 + 1),)),
+    Layout("p0", (400, 3 * 128 + 1), (Range(128, 0, 400 * 128, 128, 3 * 128 + 1),)),
     Layout("p0", (4000, 77), (Range(13, 0, 4000 * 21, 21, 77),)),  # more than a tile and a thread's part
     Layout("p0", (9000, 2), (Range(1, 0, 9000, 1, 2),)),
-    Layout("p0", (6, 40, 50), tuple(Range(2000 * i + 7, 40 * i, 40, 2, 50) for i in range(6))),
+    Layout("p0", (6, 40, 50), tuple(Range(2000 * i + 8, 40 * i, 40, 2, 50) for i in range(6))),
     Layout("p0", (3 << 16, 1 << 16), (Range((1 << 33) - (1 << 17) + 384, 0, 4 * 384, 384, 1 << 16),)),
 ]
 
