@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,7 +22,7 @@ from shardopt.errors import InputError, MissingExtraError
 if TYPE_CHECKING:
     from shardopt.pretrain.config import Config
 
-_PRETRAIN = "pretrain"
+PRETRAIN = "pretrain"
 # How long a rank waits for rank 0 to print the error that both have.
 _SAYING = timedelta(seconds=30)
 # Longer than the ranks wait for each other, so that they can say whom they waited for.
@@ -41,11 +42,25 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     if command is None:
         if given[:1] and given[0] in commands.COMMANDS:
             return commands.main(given)
-        if given[:1] != [_PRETRAIN]:
+        if given[:1] != [PRETRAIN]:
             _overview().parse_args(given)
         given = given[1:]
+    arguments = parser(None if command else f"shardopt {PRETRAIN}").parse_intermixed_args(given)
+    try:
+        return _pretrain(arguments)
+    except (InputError, MissingExtraError) as e:
+        if arguments.debug:
+            traceback.print_exc()
+        _say(str(e))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `shardopt pretrain`'s arguments."""
     parser = argparse.ArgumentParser(
-        prog=None if command else f"shardopt {_PRETRAIN}",
+        prog=prog,
         description="Pretrain a language model with sharded AdEMAMix.",
         epilog="example: shardopt pretrain configs/quickstart.yaml --nproc-per-node 2 optimizer.lr=1e-3\n"
         "more: docs/training.md, docs/data.md, docs/checkpoints.md",
@@ -57,19 +72,13 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         "--nproc-per-node", metavar="N", help="start N ranks here (a number, or gpu); not needed under torchrun"
     )
     parser.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
-    arguments = parser.parse_intermixed_args(given)
-    try:
-        return _pretrain(arguments)
-    except (InputError, MissingExtraError) as e:
-        _say(str(e))
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    commands.add_debug(parser)
+    return parser
 
 
 def _overview() -> argparse.ArgumentParser:
     """What `shardopt --help` shows; it takes no command that there is."""
-    helps = {_PRETRAIN: "pretrain a language model"} | {name: each.help for name, each in commands.COMMANDS.items()}
+    helps = {PRETRAIN: "pretrain a language model"} | {name: each.help for name, each in commands.COMMANDS.items()}
     width = max(map(len, helps))
     listing = "\n".join(f"  {name:{width}}  {text}" for name, text in helps.items())
     parser = argparse.ArgumentParser(
@@ -167,7 +176,8 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
     os.environ.setdefault(SHUTDOWN_TIMEOUT, str(math.ceil(patience.total_seconds())))
     for logger in (agent.logger, processes.logger):  # whom they signal and which process failed
         logger.setLevel(logging.CRITICAL)
-    command = ["-m", "shardopt", "pretrain", arguments.config, *arguments.overrides]
+    debug = ["--debug"] if arguments.debug else []
+    command = ["-m", "shardopt", PRETRAIN, *debug, arguments.config, *arguments.overrides]
     with TemporaryDirectory(prefix="shardopt-") as scratch:
         done = Path(scratch) / "done"
         os.environ[_DONE] = str(done)

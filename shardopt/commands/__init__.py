@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +26,7 @@ class Command(NamedTuple):
         return f"example: shardopt {name} {self.example}\nmore: {self.page}"
 
 
+_DEBUG = "--debug"
 COMMANDS = {
     "checkpoint": Command(
         "look into checkpoints, and write those of other codes", "inspect runs/quickstart", "docs/checkpoints.md"
@@ -33,6 +37,11 @@ COMMANDS = {
         "docs/compare.md",
         overrides=True,
     ),
+    "completion": Command(
+        "print a script that completes commands and keys in bash",
+        "bash > ~/.local/share/bash-completion/completions/shardopt",
+        "docs/getting-started.md",
+    ),
     "config": Command("list the keys of a config, with their defaults and units", "train.steps", "docs/config.md"),
     "data": Command(
         "prepare a run's text before it starts, and show what it is", "inspect configs/quickstart.yaml", "docs/data.md"
@@ -41,7 +50,9 @@ COMMANDS = {
     "export": Command(
         "write a checkpoint's weights for transformers", "runs/quickstart --dtype bf16", "docs/checkpoints.md"
     ),
-    "init": Command("write a config of your own, with every key explained", "--model llama-124m", "docs/config.md"),
+    "init": Command(
+        "write a config of your own, with every key explained", "--model llama-124m", "docs/config.md", overrides=True
+    ),
     "plan": Command(
         "tell memory, traffic and hours of a run before it starts",
         "configs/apertus-8b.yaml --world-size 64 --gpu h100",
@@ -57,10 +68,8 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run a command of `COMMANDS` in this process alone; the exit status: 0 done, 1 damage was found or a
-    run has failed, 2 bad input, 130 interrupted."""
-    name = argv[0]
+def parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a command's arguments."""
     parser = argparse.ArgumentParser(
         prog=f"shardopt {name}",
         description=COMMANDS[name].help.capitalize() + ".",
@@ -68,15 +77,42 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     importlib.import_module(f"shardopt.commands.{name}").add_arguments(parser)
-    parse = parser.parse_intermixed_args if COMMANDS[name].overrides else parser.parse_args
-    arguments = parse(argv[1:])
+    add_debug(parser)
+    return parser
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """Declare the option with which a mistake shows its traceback."""
+    parser.add_argument(_DEBUG, action="store_true", help="show where in the code a mistake was noticed")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command of `COMMANDS` in this process alone; the exit status: 0 done, 1 damage was found or a run has
+    failed, 2 bad input, 130 interrupted."""
+    name = argv[0]
+    given = parser(name)
+    parse = given.parse_intermixed_args if COMMANDS[name].overrides else given.parse_args
+    arguments = parse([word for word in argv[1:] if word != _DEBUG])  # also after a command of a command
     try:
-        return arguments.run(arguments)
+        return _run(arguments)
     except (InputError, MissingExtraError) as e:
+        if _DEBUG in argv:
+            traceback.print_exc()
         print(f"shardopt: {e}", file=sys.stderr)
         return 2
-    except ModuleNotFoundError as e:
-        print(f"shardopt: {MissingExtraError(e.name or 'a package', 'pretrain')}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        status = arguments.run(arguments)
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.split(".")[0] == "shardopt":
+            raise
+        raise MissingExtraError(e.name, "pretrain") from e
+    sys.stdout.flush()
+    return status

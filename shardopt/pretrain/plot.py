@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_FEW = 100  # losses that can be told apart without smoothing
+
 
 def draw_loss(rows: Sequence[Mapping[str, Any]], target: Path, title: str) -> None:
     """Draw the `loss` and `eval_loss` of rows of metrics over their `step`, as a PNG of 1200 × 675 pixels.
 
-    Smoothing is an exponential average over about a fiftieth of the logged steps, corrected for its start.
+    Smoothing is an exponential average over about a fiftieth of the logged steps, corrected for its start; up to a
+    hundred steps there is nothing to smooth, and each has a point of its own.
     The first steps fall from far above: the y axis ends where the rest, all but the first twentieth, ends.
     Without any loss nothing is drawn.
     """
@@ -27,16 +30,18 @@ def draw_loss(rows: Sequence[Mapping[str, Any]], target: Path, title: str) -> No
     axes = figure.add_subplot()
     if train:
         steps, losses = [step for step, _ in train], [loss for _, loss in train]
-        smoothed = smooth(losses, max(1.0, len(losses) / 50))
-        marker = "o" if len(train) == 1 else ""
-        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, marker=marker, label="train, raw")
-        axes.plot(steps, smoothed, color="tab:blue", linewidth=1.8, label="train, smoothed")
+        if len(train) <= _FEW:
+            axes.plot(steps, losses, "o-", color="tab:blue", markersize=4, linewidth=1.8, label="train")
+        else:
+            axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="train, raw")
+            axes.plot(steps, smooth(losses, len(losses) / 50), color="tab:blue", linewidth=1.8, label="train, smoothed")
     if held_out:
         label = f"held-out ({held_out[-1][1]:.3f} at step {held_out[-1][0]})"
         points = [step for step, _ in held_out], [loss for _, loss in held_out]
         axes.plot(*points, "o--", color="tab:red", markersize=5, linewidth=1, label=label, zorder=3)
     if len(train) >= 40:
         axes.set_ylim(*limits([*(loss for _, loss in train[len(train) // 20 :]), *(loss for _, loss in held_out[1:])]))
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title, parse_math=False)

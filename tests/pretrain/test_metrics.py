@@ -13,6 +13,7 @@ import wandb
 from pydantic import ValidationError
 
 from shardopt.errors import InputError, MissingExtraError
+from shardopt.pretrain import plot
 from shardopt.pretrain.about import git_commit
 from shardopt.pretrain.metrics import Tracker, last_row, read_metrics, summary
 from shardopt.pretrain.tracking import TrackingConfig, WandbConfig
@@ -150,6 +151,17 @@ def test_plot_shows_the_losses(tmp_path):
     assert heights[2] - heights[0] > 100
     assert points[:, 200:1100].sum() > 300
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("count", [1, 3, 30, 100, 101])
+def test_plot_of_few_losses_is_one_line_with_a_point_for_each(tmp_path, monkeypatch, count):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, target: figures.append(figure))
+    plot.draw_loss([{"step": step, "loss": 5 / step} for step in range(1, count + 1)], tmp_path / "loss.png", "few")
+    lines = [(line.get_label(), line.get_marker(), len(line.get_xdata())) for line in figures[0].axes[0].get_lines()]
+    smoothed = [("train, raw", "None", count), ("train, smoothed", "None", count)]
+    assert lines == ([("train", "o", count)] if count <= 100 else smoothed)
+    assert all(float(tick).is_integer() for tick in figures[0].axes[0].get_xticks())
 
 
 def test_run_without_rows_ends_quietly_without_a_plot(tmp_path):
