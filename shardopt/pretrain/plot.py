@@ -21,6 +21,8 @@ def draw_loss(rows: Sequence[Mapping[str, Any]], target: Path, title: str) -> No
     The first steps fall from far above: the y axis ends where the rest, all but the first twentieth, ends.
     Without any loss nothing is drawn.
     """
+    from matplotlib.ticker import MaxNLocator
+
     train, held_out = (
         [(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in ("loss", "eval_loss")
     )
@@ -41,7 +43,7 @@ def draw_loss(rows: Sequence[Mapping[str, Any]], target: Path, title: str) -> No
         axes.plot(*points, "o--", color="tab:red", markersize=5, linewidth=1, label=label, zorder=3)
     if len(train) >= 40:
         axes.set_ylim(*limits([*(loss for _, loss in train[len(train) // 20 :]), *(loss for _, loss in held_out[1:])]))
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title, parse_math=False)
