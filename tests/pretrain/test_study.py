@@ -168,16 +168,45 @@ def test_runs_of_one_seed_begin_alike_whatever_their_optimizer(finished):
 
 
 def test_a_study_whose_config_has_changed_is_refused_by_name_and_more_seeds_are_not(finished):
-    compare(finished.path, seeds=3).check()
-    compare(finished.path, names=("adamw", "sgd"), overrides=["eval.sample_tokens=3", "data.prefetch=1"]).check()
+    compare(finished.path, seeds=3).settle()
+    compare(finished.path, names=("adamw", "sgd"), overrides=["eval.sample_tokens=3", "data.prefetch=1"]).settle()
     for override, said in (
         ("optimizer.lr=1e-3", r"adamw-seed1: optimizer.lr: 0.003 → 0.001"),
         ("eval.batches=1", r"ademamix-seed0: eval.batches: 2 → 1"),
     ):
         with pytest.raises(InputError, match=said) as refused:
-            compare(finished.path, overrides=[override]).check()
+            compare(finished.path, overrides=[override]).settle()
         assert str(finished.folder) in str(refused.value)
         assert "another --name" in str(refused.value)
+
+
+def test_every_run_of_a_study_has_the_hubs_commit_of_the_first(finished, tmp_path, monkeypatch):
+    overrides = ["data.sources=[{source: hf, name: owner/name}]", f"run.dir={tmp_path}"]
+
+    def settled(now):
+        monkeypatch.setattr("shardopt.pretrain.hub.commit_of", lambda *_: now * 40)
+        study = compare(finished.path, overrides=overrides)
+        study.settle()
+        return study.trials, {trial.config.data.sources[0].commit for trial in study.trials}
+
+    trials, commits = settled("a")
+    assert commits == {"a" * 40}
+    begun = trials[2].config
+    begun.folder.mkdir(parents=True)
+    (begun.folder / "config.yaml").write_text(begun.as_yaml())
+    (begun.folder / "metrics.jsonl").touch()
+    assert settled("b")[1] == {"a" * 40}
+
+
+def test_a_study_that_branched_goes_on_from_the_checkpoint_that_it_found(finished):
+    overrides = [f"run.from={finished.trials[0].config.folder}", "train.steps=7", "schedule.name=constant"]
+    study = compare(finished.path, ("ademamix",), 2, overrides, name="branched", baseline="ademamix")
+    study.settle()
+    assert {trial.config.run.source for trial in study.trials} == {finished.trials[0].checkpoint}
+    pretrain(study.trials[0].config)
+    again = compare(finished.path, ("ademamix",), 2, overrides, name="branched", baseline="ademamix")
+    again.settle()
+    assert [trial.finished for trial in again.trials] == [True, False]
 
 
 def test_a_second_call_starts_nothing_and_shows_the_results(finished, monkeypatch):

@@ -22,6 +22,7 @@ from shardopt.checkpoint.stored import step_of
 from shardopt.engines import SingleConfig
 from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import registry
+from shardopt.pretrain import branch, hub
 from shardopt.pretrain.config import Config, changes, load, parse
 from shardopt.pretrain.strict_yaml import Loader
 
@@ -129,22 +130,28 @@ class Study:
         """The engine of one process, with the precision of the config's own."""
         return {"name": SingleConfig.name, "compute_dtype": getattr(self.base.engine, "compute_dtype", "auto")}
 
-    def check(self) -> None:
-        """Refuse to go on with a study whose runs have begun with another config.
+    def settle(self) -> None:
+        """Give every run what the runs that have begun were given: commits of the hub, the checkpoint of run.from.
+
+        Those of now, where none has begun.
 
         Raises:
-            InputError: naming the runs and the keys.
+            InputError: a run has begun with another config, naming the runs and the keys; or see `branch.resolve`.
         """
+        recorded = {trial.name: old for trial in self.trials if (old := _recorded(trial)) is not None}
+        if (origin := next(iter(recorded.values()), None)) is None:
+            base = hub.pin(self.base)
+            origin = (base if base.run.source is None else branch.resolve(base)).as_dict()
         lines = []
-        for trial in self.trials:
-            recorded = trial.config.folder / "config.yaml"
-            if recorded.exists() and (trial.config.folder / "metrics.jsonl").exists():
-                try:
-                    old = yaml.safe_load(recorded.read_text(encoding="utf-8"))
-                    differ = changes(old, trial.config.as_dict(), _ALSO_FIXED)
-                except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as e:
-                    raise InputError(f"{recorded} is damaged ({e}): restore it, or remove that run's folder") from e
-                lines += [f"{trial.name}: {key}: {was} → {now}" for key, (was, now) in differ.items()]
+        for i, trial in enumerate(self.trials):
+            old = recorded.get(trial.name)
+            try:
+                config = hub.keep(old or origin, branch.keep_source(old or origin, trial.config))
+                differ = {} if old is None else changes(old, config.as_dict(), _ALSO_FIXED)
+            except (AttributeError, KeyError, TypeError) as e:
+                raise InputError(f"{trial.config.folder}/config.yaml is damaged ({e}): remove that run's folder") from e
+            self.trials[i] = Trial(trial.variant, config)
+            lines += [f"{trial.name}: {key}: {was} → {now}" for key, (was, now) in differ.items()]
         if lines:
             more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
             listed = "\n  ".join(lines[:8]) + more
@@ -152,6 +159,17 @@ class Study:
                 f"--name: {self.folder} already holds runs of another config; these keys differ:\n  {listed}\n"
                 f"Set them back to go on with it, or choose another --name."
             )
+
+
+def _recorded(trial: Trial) -> dict[str, Any] | None:
+    """The config of a run that has begun; None where it has not."""
+    recorded = trial.config.folder / "config.yaml"
+    if not (recorded.exists() and (trial.config.folder / "metrics.jsonl").exists()):
+        return None
+    try:
+        return yaml.safe_load(recorded.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise InputError(f"{recorded} is damaged ({e}): remove that run's folder") from e
 
 
 def optimizers(base: Config, names: Sequence[str], settings: Sequence[str] = ()) -> list[Variant]:

@@ -44,7 +44,7 @@ def run(study: Study, jobs: int | None, dry_run: bool, report: Report | None = N
         study.folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock(study.folder / ".lock")
     try:
-        study.check()
+        study.settle()
         with writing(study.folder):
             sweep = wandb_sweep.write(study)
         if dry_run:
