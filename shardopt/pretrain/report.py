@@ -202,9 +202,9 @@ class Report:
             self.say(f"  bits per byte of {parts}")
 
     def show(self, parts: Iterable[RenderableType]) -> None:
-        """Tables and panels, one below the other."""
+        """Lines, which may come from outside, tables and panels, one below the other."""
         for part in parts:
-            self.console.print(part)
+            self.say(part) if isinstance(part, str) else self.console.print(part)
 
     @contextmanager
     def training(self, total: int, start: int = 0) -> Iterator[Training]:

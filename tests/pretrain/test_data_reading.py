@@ -198,6 +198,7 @@ def test_several_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pyte
 def test_inspect_says_what_the_data_is_and_a_run_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.corpus(tmp_path / "text")
     broken_file(tmp_path / "a.jsonl")
+    (tmp_path / "text" / "000.txt").write_text("\x1b[2Jgone " * 400)  # the longest, which a terminal must not obey
     sources = [
         {"source": "text", "paths": str(tmp_path / "text"), "weight": 3, "label": "made"},
         {"source": "jsonl", "paths": str(tmp_path / "a.jsonl")},
@@ -218,6 +219,8 @@ def test_inspect_says_what_the_data_is_and_a_run_keeps_it(tmp_path: Path, capsys
     assert commands.main(["data", "inspect", str(config)]) == 0
     said = capsys.readouterr().out
     assert max(len(line) for line in said.splitlines() if str(tmp_path) not in line) <= 80
+    assert f"{jsonl['longest'][0]['tokens']:>13,} tokens  {jsonl['longest'][0]['place']}" in said  # in one piece
+    assert "\x1b" not in said
     assert "made 75.0% (" in said
     assert f"left out of jsonl: 7 broken ({tmp_path}/a.jsonl:2 is not JSON" in said.replace("\n", "")
     assert commands.main(["data", "prepare", str(config), "data.max_broken=0.01"]) == 2

@@ -68,7 +68,7 @@ def losses(folder: Path, name: str) -> list[float]:
     return [row["loss"] for row in tiny.metrics(folder, name)]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_goes_on_with_the_commit_that_it_began_with(tmp_path: Path, there: Hub, streaming: bool) -> None:
     for commit, start in ((FIRST, 0), (SECOND, 500)):
         texts = [" ".join(str(start + n * k) for k in range(60)) for n in range(80)]

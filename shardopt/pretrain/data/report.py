@@ -11,13 +11,14 @@ from shardopt.pretrain.data.config import DataConfig
 from shardopt.pretrain.data.packing import Packed, Side
 from shardopt.pretrain.data.reading import show
 from shardopt.pretrain.data.streams import Stream
-from shardopt.pretrain.report import count
+from shardopt.pretrain.report import count, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _MOST_SOURCES = 4
 _BLOCK_CHARACTERS = 400
+_COLUMNS = 80
 
 
 def describe(config: DataConfig, train: TrainData, holdout: HoldoutData, steps: int, scored: int) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def in_short(report: dict[str, Any]) -> dict[str, object]:
 
 
 def render(report: dict[str, Any], blocks: list[str]) -> list[RenderableType]:
-    """The report for a console of at least 80 columns, and the text of some packed blocks."""
+    """The report for a console of at least 80 columns, and the text of some packed blocks; see `Report.show`."""
     from rich import box
     from rich.panel import Panel
     from rich.table import Table
@@ -146,25 +147,19 @@ def render(report: dict[str, Any], blocks: list[str]) -> list[RenderableType]:
             count(one["tokens"]),
             f"{one['tokens_per_byte']:.3f}",
             f"{one['share']:.1%}",
-            "stream" if one["epochs"] is None else f"{one['epochs']:.2f}",
+            "stream" if one["epochs"] is None else f"{one['epochs']:.3g}",
             f"{count(one['holdout']['tokens'])} tokens",
         )
-    shown: list[RenderableType] = [table, Text()]
+    shown: list[RenderableType] = [table, ""]
     for one in report["sources"]:
-        shown += [Text(f"{one['label']} left out: {what}", overflow="fold")] if (what := left_out(one)) else []
-        shown += [Text(f"  {example}", overflow="fold") for example in one["broken_examples"][:10]]
-        if one["longest"]:
-            shown.append(Text(f"{one['label']}, longest documents:"))
-        shown += [
-            Text(
-                f"  {long['tokens']:>11,} tokens  {long['place']}  {long['beginning']!r}",
-                overflow="ellipsis",
-                no_wrap=True,
-            )
-            for long in one["longest"]
-        ]
+        shown += [f"{one['label']} left out: {what}"] if (what := left_out(one)) else []
+        shown += [f"  {example}" for example in one["broken_examples"][:10]]
+        shown += [f"{one['label']}, longest documents:"] if one["longest"] else []
+        for long in one["longest"]:
+            line = f"{long['tokens']:>13,} tokens  {long['place']}  "
+            shown.append(line + long["beginning"][: max(0, _COLUMNS - len(line))])
     for number, text in enumerate(blocks):
         cut = text if len(text) <= _BLOCK_CHARACTERS else f"{text[:_BLOCK_CHARACTERS]} ..."
         title = f"sample {number}: {report['block_size']} tokens"
-        shown.append(Panel(Text(cut, overflow="fold"), title=title, title_align="left", border_style="dim"))
+        shown.append(Panel(Text(printable(cut), overflow="fold"), title=title, title_align="left", border_style="dim"))
     return shown
