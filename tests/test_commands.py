@@ -131,9 +131,9 @@ def test_the_time_of_a_checkpoint_is_that_of_the_save(run, tmp_path, capsys):
     assert written[0][:4] == written[1][:4]
 
 
-def test_averaged_export_of_the_last_step_is_the_runs_own_export(run, tmp_path, capsys):
-    status, text, _ = say(capsys, "export", run, tmp_path / "out", "--averaged", "--dtype", "fp32")
-    assert (status, text) == (0, f"{run}/checkpoints/step-00000006 is exported to {tmp_path}/out\n")
+def test_export_of_the_last_step_is_the_runs_own_export_of_the_weight_ema(run, tmp_path, capsys):
+    status, text, _ = say(capsys, "export", run, tmp_path / "out", "--dtype", "fp32")
+    assert (status, text) == (0, f"{run}/checkpoints/step-00000006, its weight EMA, is exported to {tmp_path}/out\n")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in (run / "export").iterdir())
     for path in (run / "export").iterdir():
         ours = tmp_path / "out" / path.name
@@ -144,7 +144,7 @@ def test_averaged_export_of_the_last_step_is_the_runs_own_export(run, tmp_path, 
 
 
 def test_export_of_an_earlier_step_in_another_dtype_loads_in_transformers(run, capsys):
-    status, _, _ = say(capsys, "export", run, "--step", 4, "--dtype", "bf16")
+    status, _, _ = say(capsys, "export", run, "--step", 4, "--dtype", "bf16", "--raw")
     assert status == 0
     model = AutoModelForCausalLM.from_pretrained(run / "export-4")
     assert model.dtype == torch.bfloat16
@@ -192,7 +192,7 @@ def test_export_gives_averages_the_dtype_of_their_weights_and_leaves_buffers_the
     checkpoint.save(tmp_path / "a", made.State(held, made.ranks_here()))
     for arguments, dtype in ([], torch.bfloat16), (["--dtype", "fp16"], torch.float16):
         out = tmp_path / f"out{len(arguments)}"
-        assert say(capsys, "export", tmp_path / "a", out, "--averaged", *arguments)[0] == 0
+        assert say(capsys, "export", tmp_path / "a", out, *arguments)[0] == 0
         exported = load_file(out / "model.safetensors")
         assert torch.equal(exported["w"], average.bfloat16().to(dtype))
         assert exported["w"].dtype == dtype
@@ -225,7 +225,6 @@ def test_checkpoint_of_hf_trainer_is_exported_with_the_config_and_tokenizer_arou
         (["checkpoint", "list", "{run}/export"], "has no checkpoints: give a run's folder"),
         (["export", "{run}/checkpoints/step-00000002", "--step", "4"], "--step 4: {run}/checkpoints/step-00000002 is"),
         (["export", "{run}", "{run}/export"], "{run}/export exists already: name another folder"),
-        (["export", "{made}", "{made}-out", "--averaged"], "keeps no weight EMA: set optimizer.weight_ema"),
         (["export", "{made}", "/proc/out"], "cannot write"),
         (["export", "{made}"], "{made} is not in a run's folder: name the folder to write, after {made}"),
     ],
@@ -238,6 +237,35 @@ def test_a_mistake_is_one_line_that_names_what_to_change(run, tmp_path, capsys, 
     assert said.format(**places) in error
     assert error.count("\n") == 1
     assert not (tmp_path / "made-out").exists()
+
+
+def test_export_and_convert_of_a_damaged_checkpoint_name_the_newest_older_one_that_is_whole(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    for step in 4, 6:
+        data = copy / f"checkpoints/step-0000000{step}/rank-00000.data"
+        content = bytearray(data.read_bytes())
+        content[-1] ^= 1
+        data.write_bytes(content)
+    for command in ("export", copy), ("checkpoint", "convert", copy):
+        status, _, error = say(capsys, *command, tmp_path / "out")
+        assert status == 2
+        assert "step-00000006/rank-00000.data is damaged" in error
+        assert error.endswith(f"The newest older one that is whole is {copy}/checkpoints/step-00000002\n")
+    _, _, error = say(capsys, "export", shutil.move(copy / "checkpoints/step-00000006", tmp_path), tmp_path / "out")
+    assert error.endswith("No older one beside it is whole\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_step_in_the_name_of_a_conversion_is_that_of_its_source(run, tmp_path, capsys):
+    for name, right, to in (
+        ("checkpoint-3", "checkpoint-6", "trainer"),
+        ("step-00000003", "step-00000006", "shardopt"),
+    ):
+        status, _, error = say(capsys, "checkpoint", "convert", run, tmp_path / name, "--to", to)
+        assert status == 2
+        assert f"the source is of step 6, and whoever resumes goes by the number: {tmp_path / right}" in error
+    assert say(capsys, "checkpoint", "convert", run, tmp_path / "step-00000006")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
 
 
 def test_export_refuses_a_dtype_that_cannot_hold_the_weights_and_leaves_nothing(tmp_path, capsys):
@@ -256,7 +284,7 @@ def test_commands_of_the_documentation_run_as_they_stand(run, tmp_path, monkeypa
     shutil.copytree(run, tmp_path / "runs/mine")
     theirs = (tmp_path / "runs/mine/checkpoints/step-00000004").rename(tmp_path / "runs/mine/checkpoints/step-00000020")
     document = checkpoint.read_document(theirs)
-    document["checkpoint"]["name"] = theirs.name
+    document["checkpoint"]["name"], document["step"] = theirs.name, 20
     write_document(theirs, document)
     monkeypatch.chdir(tmp_path)
     commands = [line for block in re.findall(r"```bash\n(.*?)```", DOCS, re.DOTALL) for line in block.splitlines()]

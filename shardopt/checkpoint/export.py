@@ -187,7 +187,7 @@ def cannot_write(target: Path, disk: Path, error: BaseException) -> InputError:
 
 
 def export_checkpoint(
-    folder: str | Path, out: str | Path, *, dtype: torch.dtype | None = None, averaged: bool = False
+    folder: str | Path, out: str | Path, *, dtype: torch.dtype | None = None, raw: bool = False
 ) -> list[str]:
     """Write a checkpoint's weights and buffers for `from_pretrained`, one at a time; no job, no training data.
 
@@ -195,14 +195,14 @@ def export_checkpoint(
         folder: a complete checkpoint.
         out: does not exist yet, or is an empty folder.
         dtype: of the exported weights, rounded to nearest; by default as in the checkpoint. Buffers keep theirs.
-        averaged: the weight EMA in the place of the weights.
+        raw: the weights themselves where there is a weight EMA of them, which is exported else, as a run does.
 
     Returns:
         The names of the files of the model's config and tokenizer that were copied beside the weights; none where
         neither the run nor HF Trainer has kept them.
 
     Raises:
-        InputError: `out` is there, the weights do not fit `dtype`, no weight EMA, no space.
+        InputError: `out` is there, the weights do not fit `dtype`, no space.
     """
     stored = Stored(folder)
     kept, out = model_files(stored.folder), as_folder(out)
@@ -210,7 +210,7 @@ def export_checkpoint(
         raise InputError(f"{out} exists already: name another folder, or move it away")
 
     def parameters() -> Iterator[tuple[str, Tensor]]:
-        for name, value in stored.weights(averaged):
+        for name, value in stored.weights(raw):
             if dtype is None or "buffer" in stored.parameters[name]["kinds"]:
                 yield name, value
                 continue

@@ -186,13 +186,16 @@ def _check_match(folder: Path, stored: Entries, live: Entries, *, strict: bool, 
     if not convert:
         was, now = ({key: of[key].stored_as for key in wanted & there} for of in (stored, live))
         changed = {key for key in was if was[key] != now[key]}
-        for kind in sorted({kind for _, kind in changed} - {"buffer"}):
-            names = {n for n, k in changed if k == kind}
-            key = min(names), kind
-            setting = "the weights' dtype" if kind == "weight" else f"optimizer.state_dtype (of {kind})"
+        alike: dict[tuple[str, str, bool], set[tuple[str, str]]] = {}  # is said once
+        for name, kind in changed:
+            if kind != "buffer":
+                alike.setdefault((was[name, kind], now[name, kind], kind == "weight"), set()).add((name, kind))
+        for (before, after, of_weights), keys in sorted(alike.items()):
+            kinds = few({kind for _, kind in keys})
+            setting = "the weights' dtype" if of_weights else f"the optimizer's state_dtype (of {kinds})"
             problems.append(
-                f"{kind} is {was[key]} there and {now[key]} here, in {few(names)}; "
-                f"set {setting} as it was, or load with convert=True"
+                f"{kinds} is {before} there and {after} here, in {few({name for name, _ in keys})}; set {setting} as "
+                f"it was (where a program calls checkpoint.load itself: or convert=True)"
             )
     if problems:
         raise InputError(f"checkpoint {folder} does not fit: " + "; ".join(problems))

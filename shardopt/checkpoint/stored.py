@@ -29,9 +29,32 @@ def step_of(folder: Path) -> int | None:
     return folders.step_of(folder.name)
 
 
+def store_of(run: Path) -> Path:
+    """Where a run keeps its checkpoints, export and model: its own folder, unless its config says `checkpoint.dir`.
+
+    Raises:
+        InputError: its config.yaml cannot be read.
+    """
+    recorded = run / "config.yaml"
+    if not is_local(run) or not recorded.is_file():
+        return run
+    import yaml
+
+    with reading(recorded):
+        text = recorded.read_bytes()
+    try:
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{recorded} is damaged, so that its checkpoint.dir is not known: {error}") from error
+    match config:  # another program's config.yaml says nothing here
+        case {"run": {"name": str(name)}, "checkpoint": {"dir": str(elsewhere)}}:
+            return as_folder(elsewhere) / name
+    return run
+
+
 def root_of(path: Path) -> Path | None:
-    """The folder of a run's checkpoints: of a run, or of itself; None where `path` is no such folder."""
-    for root in (path / "checkpoints", path):
+    """The folder of a run's checkpoints: of a run, wherever it keeps them, or of itself; None where there is none."""
+    for root in dict.fromkeys((store_of(path) / "checkpoints", path / "checkpoints", path)):
         with reading(root):
             names = listing(root)
         if any(folders.step_of(name) is not None or folders.trainers_step_of(name) is not None for name in names):
@@ -134,17 +157,11 @@ class Stored:
         read_slices(self.folder, self._index, self._index.tensors, [whole])
         return into
 
-    def weights(self, averaged: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Weights and buffers, one after the other; `averaged` gives the weight EMA of the weights that have one.
-
-        Raises:
-            InputError: `averaged`, and there is no weight EMA.
-        """
-        if averaged and not any(kind == "weight_ema" for _, kind in self.keys):
-            raise InputError(f"{self.folder} keeps no weight EMA: set optimizer.weight_ema before the run")
+    def weights(self, raw: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Weights and buffers, one after the other: the weight EMA of the weights that have one, unless `raw`."""
         for name, parameter in self.parameters.items():
             kinds = parameter["kinds"]
             if "weight" in kinds or "buffer" in kinds:
                 own = "weight" if "weight" in kinds else "buffer"
-                value = self.read(name, "weight_ema" if averaged and "weight_ema" in kinds else own)
+                value = self.read(name, "weight_ema" if "weight_ema" in kinds and not raw else own)
                 yield name, value.to(self.dtype(name, own))

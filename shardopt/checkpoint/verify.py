@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from shardopt.checkpoint.blocks import DamagedError, FileRecord, check_file, rea
 from shardopt.checkpoint.document import read_document
 from shardopt.checkpoint.index import read_index
 from shardopt.checkpoint.store import as_folder, exists
+from shardopt.checkpoint.stored import SLICES, complete_in, step_of
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 
@@ -95,6 +97,34 @@ def find_damage(folder: str | Path, ranks: Ranks) -> str | None:
             check_file(folder / name, save_id, records[name], numbers)
 
     return first_damage(check, ranks)
+
+
+def refuse_damage(folder: Path, ranks: Ranks) -> None:
+    """Raise DamagedError where a checkpoint is not what was written, naming an older one that is. A collective."""
+    if (reason := find_damage(folder, ranks)) is not None:
+        raise DamagedError(f"{reason}. {_older_whole(folder, ranks)}")
+
+
+@contextmanager
+def naming_whole(folder: Path) -> Iterator[None]:
+    """Around what reads a checkpoint in one process: where it is damaged, the error names an older one that is not."""
+    try:
+        yield
+    except DamagedError as error:
+        raise DamagedError(f"{error}. {_older_whole(folder, Ranks.current())}") from error
+
+
+def _older_whole(folder: Path, ranks: Ranks) -> str:
+    """Which of the checkpoints beside `folder` is the newest before it that is whole, in words. A collective."""
+
+    def older() -> list[Path]:
+        root, step = folder.parent.parent if folder.name == SLICES else folder.parent, step_of(folder)
+        return [] if step is None else [there for n, there in complete_in(root).items() if n < step]
+
+    for there in reversed(ranks.ask_main(older)):
+        if find_damage(there, ranks) is None:
+            return f"The newest older one that is whole is {there}"
+    return "No older one beside it is whole"
 
 
 def first_damage(check: Callable[[], None], ranks: Ranks) -> str | None:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", choices=["safetensors"], default="safetensors", help="the format")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the weights; by default as in the checkpoint")
-    parser.add_argument("--averaged", action="store_true", help="the weight EMA in the place of the weights")
+    parser.add_argument("--raw", action="store_true", help="the weights themselves where there is a weight EMA of them")
     parser.add_argument("--step", type=int, help="of a run's checkpoints; by default the newest")
     parser.set_defaults(run=_export)
 
@@ -28,9 +28,11 @@ def _export(arguments: argparse.Namespace) -> int:
     from shardopt.checkpoint.export import MODEL, export_checkpoint
     from shardopt.checkpoint.store import listing
     from shardopt.checkpoint.stored import SLICES, Stored, locate, step_of
+    from shardopt.checkpoint.verify import naming_whole
 
     folder = locate(arguments.source, arguments.step)
-    Stored(folder)  # what is wrong with it is said first
+    with naming_whole(folder):
+        stored = Stored(folder)  # what is wrong with it is said first
     step = step_of(folder)
     if (
         arguments.out is None
@@ -40,12 +42,14 @@ def _export(arguments: argparse.Namespace) -> int:
         raise InputError(f"{folder} is not in a run's folder: name the folder to write, after {arguments.source}")
     out = arguments.out or folder.parent.parent / ("export" if step is None else f"export-{step}")
     dtype = getattr(torch, _DTYPES[arguments.dtype]) if arguments.dtype else None
-    beside = export_checkpoint(folder, out, dtype=dtype, averaged=arguments.averaged)
+    with naming_whole(folder):
+        beside = export_checkpoint(folder, out, dtype=dtype, raw=arguments.raw)
     missing = (
         ""
         if "config.json" in beside
         else ". The model's config is not known: write it there before you load it "
         f"(model.config.save_pretrained({str(out)!r})), and the tokenizer, too"
     )
-    print(f"{folder} is exported to {out}{missing}")
+    averaged = not arguments.raw and any(kind == "weight_ema" for _, kind in stored.keys)
+    print(f"{folder}{', its weight EMA,' if averaged else ''} is exported to {out}{missing}")
     return 0

@@ -234,7 +234,7 @@ MISMATCHES = {
     "shape": r"shapes differ: layers.0.mlp.weight \(\(7, 3\) there, \(3, 7\) here\); set model",
     "kind too many": r"has no embed.weight/nu; set optimizer",
     "kind too few": r"nothing here takes its embed.weight/m1, layers.0.bias/m1, .*/m1; set optimizer",
-    "dtype": r"m2 is float32 there and bfloat16 here, in embed.weight.*set optimizer.state_dtype \(of m2\)",
+    "dtype": r"m2 is float32 there and bfloat16 here, in embed.weight.*set the optimizer's state_dtype \(of m2\)",
 }
 
 
@@ -383,7 +383,7 @@ def test_a_format_changes_only_on_demand(tmp_path: Path, fmt: str) -> None:
     layout = Layout.whole("w", tuple(NUMBERS.shape))
     plain = Slice("w", "m2", layout, (torch.zeros_like(NUMBERS),))
     here = made.ranks_here()
-    with pytest.raises(InputError, match=rf"m2 is {fmt} there and float32 here.*optimizer.state_dtype"):
+    with pytest.raises(InputError, match=rf"m2 is {fmt} there and float32 here.*the optimizer's state_dtype"):
         checkpoint.load(tmp_path / "blocks", made.State([plain], here))
     assert not plain.tensors[0].any()
     checkpoint.load(tmp_path / "blocks", made.State([plain], here), convert=True)

@@ -18,6 +18,7 @@ from shardopt.checkpoint.export import cannot_write
 from shardopt.checkpoint.inspect import size
 from shardopt.checkpoint.store import as_folder, exists, get, is_local, sync
 from shardopt.checkpoint.stored import SLICES, locate
+from shardopt.checkpoint.verify import naming_whole
 from shardopt.errors import InputError, NonFiniteError, did_you_mean
 
 Write = Callable[[Path, TrainingState, Scratch], None]
@@ -79,8 +80,8 @@ def convert(
         What was written; its tensors may lie in temporary files that are gone.
 
     Raises:
-        InputError: a source that is damaged, a format that has no place for part of the state, a target that exists
-            or cannot be written, too little space. Nothing is left of the target then.
+        InputError: a source that is damaged, a format that has no place for part of the state, a target that exists,
+            has another step in its name or cannot be written, too little space. Nothing is left of the target then.
     """
     if to not in TARGETS:
         raise InputError(f"there is no format {to!r}{did_you_mean(to, TARGETS)}; there are {', '.join(TARGETS)}")
@@ -93,13 +94,26 @@ def convert(
         raise InputError(f"{target}: {to} is a file, so name it .pt")
     if to not in _FILES and target.suffix in (".pt", ".pth"):
         raise InputError(f"{target}: {to} is a folder; for a file give --to {', --to '.join(_FILES)}")
-    with _on_this_machine(source) as copy, folders.made_here(target) as here:
+    guard = naming_whole(locate(source)) if native.holds(source) else contextlib.nullcontext()
+    with guard, _on_this_machine(source) as copy, folders.made_here(target) as here:
         state = read(copy).for_optimizer(optimizer).without(drop)
+        _check_step(target, state.step)
         try:
             _write(here, target, to, state)
         except NonFiniteError as error:
             raise InputError(f"{source} is not converted: {error}") from error
     return state
+
+
+def _check_step(target: Path, step: int | None) -> None:
+    """Raise InputError where the target's name has another step: whoever resumes goes by the number in it."""
+    name = target.name
+    named = [n for n in (folders.step_of(name), folders.trainers_step_of(name)) if n is not None]
+    if named and step not in (None, *named):
+        stem = name.rstrip("0123456789")
+        padding = len(name) - len(stem) if name[len(stem)] == "0" else 0
+        right = target.with_name(stem + str(step).zfill(padding))
+        raise InputError(f"{target}: the source is of step {step}, and whoever resumes goes by the number: {right}")
 
 
 @contextlib.contextmanager
