@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, load_sharded_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -34,7 +34,7 @@ from shardopt.checkpoint.stored import SLICES
 from shardopt.checkpoint.trainer_files import check_files, write_checksums
 from shardopt.checkpoint.verify import first_damage
 from shardopt.distributed import Ranks
-from shardopt.errors import InputError, few
+from shardopt.errors import InputError, NonFiniteError, few
 from shardopt.slices import named_parameters, persistent_buffers
 
 SAVING, PREVIOUS, DELETING = "_saving", "_previous", "_deleting"
@@ -50,6 +50,9 @@ def save_whole(
 
     Args:
         write_slices: writes every rank's slices into the folder it is given; a collective.
+
+    Raises:
+        NonFiniteError: weights or state are not finite; on every rank, and nothing is left of the folder.
     """
     ranks, args, state = Ranks.current(), trainer.args, trainer.state
     run = Path(trainer._get_output_dir(trial))
@@ -63,7 +66,15 @@ def save_whole(
 
     ranks.together(begin)
     if not args.save_only_model:
-        write_slices(partial)
+        try:
+            write_slices(partial)
+        except NonFiniteError as error:  # on every rank
+            ranks.together(lambda: _abandon(partial) if args.should_save else None)
+            found, _ = _newest_intact(run, ranks)
+            raise NonFiniteError(
+                f"{error}. The training has diverged: lower learning_rate or max_grad_norm in TrainingArguments, and "
+                + (f"resume from {found}, which is whole" if found else "begin again: there is no earlier checkpoint")
+            ) from error
     pushed: list[str] = []
     # Else it would upload the folder that is about to be renamed.
     with _replaced(trainer, _get_output_dir=lambda trial: str(run / SAVING), _push_from_checkpoint=pushed.append):
@@ -196,9 +207,11 @@ def _checkpoints(run: Path) -> dict[int, Path]:
 def _check(folder: Path, ranks: Ranks) -> None:
     """Check that all of Trainer's files are as they were written, this rank's share of them byte for byte."""
     if not (folder / SLICES).is_dir():
+        converted = f"shardopt checkpoint convert {folder} NEW/{folder.name} --optimizer ademamix --to trainer"
         raise DamagedError(
             f"{folder} has no {SLICES} folder: it was saved by another optimizer or with save_only_model. "
-            f"Start a new run from its weights: from_pretrained({str(folder)!r}), without resume_from_checkpoint"
+            + (f"To go on from AdamW's state: {converted}. " if (folder / OPTIMIZER_NAME).exists() else "")
+            + f"Start a new run from its weights: from_pretrained({str(folder)!r}), without resume_from_checkpoint"
         )
     check_files(folder, ranks)
 
@@ -228,6 +241,11 @@ def _put_in_order(run: Path) -> None:
     for leftover in (*(run / SAVING).glob("*"), *(run / DELETING).glob("*")):
         renaming.delete(leftover)
     _remove_empty(run)
+
+
+def _abandon(partial: Path) -> None:
+    renaming.delete(partial)
+    _remove_empty(partial.parent.parent)
 
 
 def _remove_empty(run: Path) -> None:

@@ -78,6 +78,8 @@ def shardopt_optimizer(
             that would be ignored, save_on_each_node, or a DeepSpeed config that puts another optimizer in our place.
         MissingExtraError: deepspeed is asked for and not installed.
     """
+    if not isinstance(args, TrainingArguments):
+        raise InputError(f"shardopt_optimizer(args, ...): args is the Trainer's TrainingArguments, got {args!r}")
     if str(getattr(args.optim, "value", args.optim)) not in ("adamw_torch", "adamw_torch_fused"):
         raise InputError(
             f"optim={getattr(args.optim, 'value', args.optim)!r} would be ignored beside shardopt's AdEMAMix: "
@@ -87,6 +89,11 @@ def shardopt_optimizer(
         raise InputError(
             "save_on_each_node: the ranks' slices go into one folder, which all nodes see; leave it out of "
             "TrainingArguments, or set save_only_model"
+        )
+    if settings is not None and not isinstance(settings, AdEMAMixArguments):
+        raise InputError(
+            f"shardopt_optimizer(args, settings): settings are HfArgumentParser's AdEMAMixArguments; give others as "
+            f"keywords, such as alpha=8.0; got {settings!r}"
         )
     given = plain(settings) | overrides | parse_optim_args(args.optim_args)
     allowed = {*inspect.signature(AdEMAMix).parameters, "beta3"} - {"params"}
@@ -135,6 +142,8 @@ class AdEMAMixTrainer(Trainer):
             raise InputError(
                 "AdEMAMixTrainer makes its own optimizer: leave out optimizer_cls_and_kwargs, or use Trainer"
             )
+        if not isinstance(ademamix, Mapping | AdEMAMixArguments | None):
+            raise InputError(f"ademamix is a dict of settings, such as {{'alpha': 8.0}}, got {ademamix!r}")
         args = args or TrainingArguments("tmp_trainer")  # Trainer's own default
         settings = (ademamix, {}) if isinstance(ademamix, AdEMAMixArguments) else (None, dict(ademamix or {}))
         kwargs["optimizer_cls_and_kwargs"] = shardopt_optimizer(args, settings[0], **settings[1])

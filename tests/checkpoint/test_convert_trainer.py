@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shardopt import cli
 from shardopt.checkpoint.convert import convert
 from shardopt.checkpoint.stored import Stored
 from shardopt.errors import InputError
@@ -60,7 +62,12 @@ def test_trainer_goes_on_from_a_converted_checkpoint_as_from_its_own(tmp_path, a
     assert bits(load_file(theirs / "model.safetensors")) == bits(
         load_file(tmp_path / "again/checkpoint-2/model.safetensors")
     )
-    if not ademamix:
+    if not ademamix:  # AdEMAMix goes on from it by the very command that its refusal names
+        with pytest.raises(InputError, match="has no shardopt folder") as refused:
+            _trainer(tmp_path / "moved", theirs, True)
+        command = re.findall(r"shardopt (checkpoint convert .*? --to trainer)", str(refused.value))[0]
+        assert cli.main(command.replace("NEW", str(tmp_path / "new")).split()) == 0
+        assert len(_trainer(tmp_path / "moved", tmp_path / "new/checkpoint-2", True)["losses"]) == 2
         return
     assert convert(tmp_path / "theirs", tmp_path / "newest").source == "trainer"  # its own files are read, too
     file = theirs / "model.safetensors"

@@ -13,10 +13,10 @@ import torch
 
 pytest.importorskip("transformers", reason="the extra shardopt[transformers]")
 from accelerate.utils import DistributedType
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from shardopt.engines.deepspeed.config import check_client_config
-from shardopt.errors import InputError, MissingExtraError
+from shardopt.errors import InputError, MissingExtraError, NonFiniteError
 from shardopt.integrations.accelerate import sharded_ademamix
 from shardopt.integrations.arguments import parse_optim_args
 from shardopt.integrations.transformers import (
@@ -105,6 +105,16 @@ def test_settings_that_cannot_work_are_refused_by_name(settings: dict[str, Any],
         shardopt_optimizer(arguments(tmp_path, 1), **settings)
 
 
+def test_what_is_no_settings_and_no_arguments_is_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path, 1)
+    with pytest.raises(InputError, match=r"ademamix is a dict of settings, such as \{'alpha': 8\.0\}, got 8\.0"):
+        AdEMAMixTrainer(model=model(), args=args, ademamix=8.0)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"args is the Trainer's TrainingArguments, got None"):
+        shardopt_optimizer(None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"keywords, such as alpha=8\.0; got \{'alpha': 8\.0\}"):
+        shardopt_optimizer(args, {"alpha": 8.0})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("optim", ["ademamix", "paged_ademamix_8bit", "adafactor"])
 def test_another_optim_beside_ours(optim: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"optim='{optim}' would be ignored.*leave `optim` out"):
@@ -162,6 +172,23 @@ def test_a_resume_that_comes_too_late(tmp_path: Path) -> None:
     trainer.create_optimizer()
     with pytest.raises(InputError, match="let train"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+class Diverge(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            next(kwargs["model"].parameters()).data.fill_(float("nan"))
+
+
+def test_a_training_that_diverged_says_so_at_its_save_and_leaves_the_one_before(tmp_path: Path) -> None:
+    trainer = build(arguments(tmp_path, 1, max_steps=4, save_strategy="steps", save_steps=2), "Trainer", {})
+    trainer.add_callback(Diverge())
+    advice = (
+        f"lower learning_rate or max_grad_norm in TrainingArguments, and resume from {tmp_path}/checkpoint-2, which"
+    )
+    with pytest.raises(NonFiniteError, match=advice):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_offload_with_a_forced_cpu_adam(tmp_path: Path) -> None:
