@@ -19,8 +19,10 @@ from torch import nn
 from torch.optim import Adam
 
 from shardopt import checkpoint
+from shardopt.checkpoint.blocks import DamagedError
 from shardopt.checkpoint.store import as_folder
-from shardopt.checkpoint.stored import locate
+from shardopt.checkpoint.stored import locate, store_of
+from shardopt.checkpoint.verify import refuse_damage
 from shardopt.engines.state import ShardedState
 from shardopt.errors import InputError
 from shardopt.optim.ademamix import AdEMAMix
@@ -28,7 +30,7 @@ from shardopt.optim.from_adamw import STATE_FROM_ADAMW
 from shardopt.optim.registry import OptimizerSpec
 from shardopt.optim.schema import STATE_TENSORS
 from shardopt.pretrain import rng
-from shardopt.pretrain.config import Config, OptimizerConfig, changes
+from shardopt.pretrain.config import Config, OptimizerConfig, as_written, changes
 from shardopt.pretrain.data import Batches
 from shardopt.pretrain.progress import Progress, read_document, restore_generators
 from shardopt.pretrain.report import COLUMNS
@@ -48,6 +50,11 @@ def resolve(config: Config) -> Config:
     assert config.run.source is not None
     try:
         folder = locate(config.run.source)
+        if checkpoint.read_document(folder).get("format") is None:
+            raise InputError(
+                f"{folder} is of another program, or converted: it does not say where a run stood. Its weights "
+                f"alone: shardopt export {folder} NEW, and model='{{path: NEW}}' in the place of run.from"
+            )
         document = read_document(folder)
     except InputError as e:
         raise InputError(f"run.from: {e}") from e
@@ -69,7 +76,7 @@ def keep_source(recorded: Mapping[str, Any], config: Config) -> Config:
     if began is None:
         return config
     folder = as_folder(began).absolute()
-    same = given is None or given.absolute() in (folder, folder.parent, folder.parent.parent)
+    same = given is None or {given.absolute(), store_of(given).absolute()} & {folder, *list(folder.parents)[:2]}
     return _with_source(config, as_folder(began)) if same else config
 
 
@@ -104,6 +111,10 @@ def start(config: Config, state: ShardedState, batches: Batches) -> tuple[Progre
     """
     folder, ranks = config.run.source, state.ranks
     assert folder is not None
+    try:
+        refuse_damage(folder, ranks)
+    except DamagedError as e:
+        raise InputError(f"run.from: {e}") from e
 
     def check() -> tuple[dict[str, Any], _Taken]:
         document = read_document(folder)
@@ -195,9 +206,9 @@ def _take_over(old: dict[str, Any], config: Config) -> _Taken:
             f"train its weights alone on, with model.path"
         )
     elif now.cls is AdEMAMix and (differ := (_kept(was) ^ _kept(now)) & {"m1"}):
+        betas = " → ".join(as_written(spec.arguments["betas"]) for spec in specs)
         raise InputError(
-            f"optimizer.betas: {was.arguments['betas']} → {now.arguments['betas']}: where beta1 is 0 there is no "
-            f"{differ.pop()}, so the state cannot be taken over"
+            f"optimizer.betas: {betas}: where beta1 is 0 there is no {differ.pop()}, so the state cannot be taken over"
         )
     if "weight_ema" in _kept(now) - _kept(was):
         taken.kinds["weight_ema"] = "weight"
@@ -206,7 +217,8 @@ def _take_over(old: dict[str, Any], config: Config) -> _Taken:
         taken.kinds["weight_ema"] = None
         taken.left.append("weight_ema")
     a, b = (_settings(tree, spec, specs) for tree, spec in zip((old, new), specs, strict=True))
-    taken.changed = {key: values for key, values in changes(a, b).items() if key not in _OF_THE_RUN}
+    engine = [f"engine.{key}" for key in old["engine"].keys() & new["engine"].keys()]
+    taken.changed = {key: values for key, values in changes(a, b, engine).items() if key not in _OF_THE_RUN}
     return taken
 
 
@@ -257,5 +269,5 @@ def _facts(record: dict[str, Any]) -> dict[str, object]:
 
 def _line(key: str, old: object, new: object) -> str:
     room = max(8, (COLUMNS - len(key) - len(":  → ")) // 2)
-    shown = [text if len(text := str(value)) <= room else text[: room - 3] + "..." for value in (old, new)]
+    shown = [text if len(text) <= room else text[: room - 3] + "..." for text in map(as_written, (old, new))]
     return f"{key}: {shown[0]} → {shown[1]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -268,12 +269,19 @@ def changes(old: dict[str, Any], new: dict[str, Any], also: Sequence[str] = ()) 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """ "key: old → new" for each of the `changes`."""
-    return [f"{k}: {before} → {after}" for k, (before, after) in changes(old, new).items()]
+    return [f"{k}: {as_written(before)} → {as_written(after)}" for k, (before, after) in changes(old, new).items()]
+
+
+def as_written(value: Any) -> str:
+    """A value of a config on one line, as its YAML has it: null, true, [0.9, 0.999]."""
+    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, list) and any(isinstance(member, dict) for member in value):  # data.sources
+            value = {str(i): member for i, member in enumerate(value)}
         if isinstance(value, dict):
             out |= _flat(value, f"{prefix}{key}.")
         else:

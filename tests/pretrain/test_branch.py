@@ -302,7 +302,7 @@ def test_the_start_of_a_branch_fits_into_80_columns(folder: Path, capsys: pytest
             {"optimizer": "{name: amsgrad}"},
             r"checkpoint has no .*/max_exp_avg_sq .*; set optimizer as it",
         ),
-        ("trunk", {"optimizer__betas": "[0, 0.9, 0.99]"}, r"optimizer\.betas: .* → \(0.*there is no m1"),
+        ("trunk", {"optimizer__betas": "[0, 0.9, 0.99]"}, r"optimizer\.betas: .* → \[0.*there is no m1"),
         ("trunk", {"model__hidden_size": 64}, r"shapes differ: .*32\) there.*64\) here.*; set model as it was"),
         (
             "trunk",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from shardopt.errors import InputError
 from shardopt.pretrain import branch
+from tests.checkpoint import made
 from tests.pretrain import tiny
 
 
@@ -23,3 +25,36 @@ def test_more_changes_than_fit_are_counted_and_left_to_the_record() -> None:
     *lines, last = branch._facts(record | {"changed": changed})["new"]
     assert lines == [f"data.key{i}: 0 → {i}" for i in range(1, 12)]
     assert last == "and 9 more, in branch.yaml"
+
+
+def test_the_screen_has_the_engine_and_each_key_of_a_source_as_yaml_has_them(tmp_path: Path) -> None:
+    old = tiny.config(tmp_path, engine="{name: single}", optimizer__betas="[0.8, 0.9, 0.99]").as_dict()
+    sources = f"[{{source: text, paths: [{tmp_path}], weight: 2.0}}]"
+    new = tiny.config(tmp_path, data__sources=sources, train__grad_clip="null", engine="{name: fsdp}")
+    changed = branch._take_over(old, new).changed
+    lines = [branch._line(key, *values) for key, values in changed.items()]
+    assert "data.sources.0.weight: 1.0 → 2.0" in lines
+    assert "train.grad_clip: 1.0 → null" in lines
+    assert "optimizer.betas: [0.8, 0.9, 0.99] → [0.9, 0.999, 0.9999]" in lines
+    assert "engine.name: single → fsdp" in lines
+    same = tiny.config(tmp_path, engine="{name: single}", optimizer__betas="[0.8, 0.9, 0.99]")
+    assert branch._take_over(old, same).changed == {}
+
+
+def test_a_checkpoint_that_is_no_runs_is_refused_with_the_way_to_its_weights(tmp_path: Path) -> None:
+    made.save(0, 1, tmp_path / "x-again", made.whole)
+    with pytest.raises(
+        InputError, match=r"run\.from: .*x-again is of another program, or converted: .* shardopt export"
+    ):
+        branch.resolve(tiny.config(tmp_path, run__from=tmp_path / "x-again"))
+
+
+def test_a_damaged_source_is_refused_by_its_key_with_the_newest_older_one_that_is_whole(tmp_path: Path) -> None:
+    for step in 5, 20:
+        made.save(0, 1, tmp_path / f"step-{step:08d}", made.whole)
+    data = tmp_path / "step-00000020/rank-00000.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"!")
+    config = tiny.config(tmp_path, run__from=tmp_path / "step-00000020")
+    message = r"run\.from: .*step-00000020/rank-00000\.data is damaged: .* whole is .*/step-00000005$"
+    with pytest.raises(InputError, match=message):
+        branch.start(config, SimpleNamespace(ranks=tiny.ALONE), None)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import pytest
 from shardopt import cli
 from shardopt.checkpoint import folders
 from shardopt.checkpoint.store import as_folder, listing
+from shardopt.checkpoint.stored import locate
 from shardopt.errors import InputError
 from tests.checkpoint import objects
 from tests.pretrain import tiny
@@ -62,9 +63,27 @@ def test_a_run_begins_with_a_checkpoint_in_a_store(done, capsys):
     assert _run(folder, **changes).tokens_before == 6 * 8 * 32
     recorded = (folder / "runs/branch/config.yaml").read_text()
     assert f"from: {source}/checkpoints/step-00000006\n" in recorded
-    assert _run(folder, **changes).step == 8  # it still names the run that it began with
+    # It still names the run that it began with: there, or by its run folder.
+    for given in source, folder / "runs/tiny":
+        assert _run(folder, **changes | {"run__from": given}).step == 8
     assert cli.main(["export", str(folder / "runs/branch"), f"{source}/exported"]) == 0
     assert "model.safetensors" in listing(as_folder(f"{source}/exported"))
+
+
+def test_commands_find_the_checkpoints_of_a_run_folder_in_its_store(done, capsys):
+    folder, exported = done
+    run, store = folder / "runs/tiny", f"objects://{folder}/bucket/tiny"
+    assert locate(run) == as_folder(f"{store}/checkpoints/step-00000006")
+    for command in ("checkpoint", "list"), ("checkpoint", "inspect", "--step", "6"):
+        assert cli.main([*command, str(run)]) == 0
+    assert f"{store}/checkpoints/step-00000006" in capsys.readouterr().out
+    assert cli.main(["export", str(run), str(folder / "by-folder")]) == 0
+    assert (folder / "by-folder/model.safetensors").read_bytes() == exported
+    (run / "config.yaml").write_text("defaults: [another]")  # another program's: what lies here counts
+    assert cli.main(["checkpoint", "list", str(run)]) == 2
+    (run / "config.yaml").write_text("run: [")
+    assert cli.main(["checkpoint", "list", str(run)]) == 2
+    assert "config.yaml is damaged, so that its checkpoint.dir is not known" in capsys.readouterr().err
 
 
 def test_a_run_folder_by_url_names_the_key_to_use(tmp_path):
