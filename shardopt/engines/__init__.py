@@ -34,7 +34,9 @@ def check(config: EngineConfig, optimizer: OptimizerSpec, world_size: int, distr
             f"engine.name: single runs on one process, this run has {world_size}: choose ddp, zero, fsdp or deepspeed"
         )
     if not isinstance(config, SingleConfig) and not distributed:
-        raise InputError(f"engine.name: {name} needs torchrun (or choose engine.name=single)")
+        raise InputError(
+            f"engine.name: {name} needs torchrun: add --nproc-per-node N to `shardopt pretrain`, or choose single"
+        )
     if world_size % replicate:
         raise InputError(f"engine.replicate: {replicate} does not divide the {world_size} ranks of this run")
     if isinstance(config, ZeroConfig | FsdpConfig | DeepspeedConfig) and not optimizer.elementwise:

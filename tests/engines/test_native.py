@@ -380,7 +380,7 @@ def test_one_ranks_nan_is_every_ranks_nan():
 
 
 def test_engines_refuse_worlds_they_are_not_for():
-    with pytest.raises(InputError, match=r"engine\.name: fsdp needs torchrun"):
+    with pytest.raises(InputError, match=r"engine\.name: fsdp needs torchrun: add --nproc-per-node N to"):
         engine(FsdpConfig(), alone())
     with pytest.raises(InputError, match=r"engine\.name: ddp needs torchrun"):
         engine(DdpConfig(), alone())
