@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", choices=["safetensors"], default="safetensors", help="the format")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the weights; by default as in the checkpoint")
-    parser.add_argument("--raw", action="store_true", help="the weights themselves where there is a weight EMA of them")
+    parser.add_argument(
+        "--raw", action="store_true", help="the weights themselves, not the weight EMA that the run kept of them"
+    )
     parser.add_argument("--step", type=int, help="of a run's checkpoints; by default the newest")
     parser.set_defaults(run=_export)
 
