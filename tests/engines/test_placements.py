@@ -15,6 +15,7 @@ from shardopt import AdEMAMix, checkpoint
 from shardopt.distributed import Ranks
 from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError
+from shardopt.slices import layout_of, local_tensor
 from tests.distributed.pool import on_ranks
 
 VOCABULARY, WIDTH = 12, 8
@@ -242,3 +243,27 @@ def _sequence_parallel_alone(rank: int, world_size: int) -> None:
 
 def test_gradients_placed_otherwise_are_placed_by_clipping_and_refused_by_the_step() -> None:
     on_ranks(4, _sequence_parallel_alone)
+
+
+def _uneven(rank: int, world_size: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    for shape in MESHES:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+        for size in (1, 5, 9):
+            model = nn.Sequential(nn.Linear(4, size), nn.Linear(size, 5))
+            whole = {name: torch.arange(float(p.numel())).view(p.shape) for name, p in model.named_parameters()}
+            model.load_state_dict(whole)
+            parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+            fully_shard(model, mesh=mesh["dp"])
+            for name, param in model.named_parameters():
+                layout, local = layout_of(param, name), local_tensor(param.detach())
+                mine = torch.full((layout.local_numel,), -1.0)
+                layout.copy_from_whole(mine, whole[name])
+                assert torch.equal(mine, local.reshape(-1)), (shape, size, name)
+
+
+def test_layouts_of_sizes_that_a_mesh_does_not_divide_are_what_torch_holds() -> None:
+    on_ranks(4, _uneven)
