@@ -28,5 +28,6 @@ def _init(arguments: argparse.Namespace) -> int:
     tree = read(source, arguments.overrides)
     head = f"{presets.head(source)} Written by `shardopt init --model {arguments.model}`."
     presets.write(out, presets.commented(tree, head))
-    print(f"{out} is written. Look it over, then: shardopt pretrain {shlex.quote(str(out))} --nproc-per-node 2")
+    ranks = "" if tree.get("engine", {}).get("name") == "single" else " --nproc-per-node 2"
+    print(f"{out} is written. Look it over, then: shardopt pretrain {shlex.quote(str(out))}{ranks}")
     return 0

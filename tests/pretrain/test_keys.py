@@ -196,6 +196,9 @@ def test_init_writes_the_preset_with_overrides_and_never_over_another_file(tmp_p
     arguments = ("init", "--model", "llama-124m", "--out", out, "train.steps=5000", "data.sources=stdlib")
     status, said, _ = run(capsys, *arguments)
     assert (status, said.split()[0]) == (0, str(out))
+    assert said.endswith(f"shardopt pretrain {out} --nproc-per-node 2\n")
+    single = run(capsys, "init", "--out", tmp_path / "b.yaml", "engine={name: single}")[1]
+    assert single.endswith(f"shardopt pretrain {tmp_path / 'b.yaml'}\n")
     assert load(out) == load("configs/llama-124m.yaml", ["train.steps=5000", "data.sources=stdlib"])
     assert "\n  # Optimizer steps of the whole run. (steps)\n  steps: 5000\n" in out.read_text()
     assert out.read_text().startswith("# Llama, 124M parameters. the AdEMAMix settings")
