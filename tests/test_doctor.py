@@ -19,6 +19,7 @@ from shardopt.pretrain import machine
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(machine, "_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(machine, "_TURNS_SECONDS", 0)
     monkeypatch.setattr(machine, "_CHECKSUM_BYTES", 1 << 16)
 
 
