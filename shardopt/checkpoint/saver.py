@@ -105,7 +105,7 @@ class Saver:
             self._finite_step |= after_finite_step
         measured = float(loss) if loss is not None and math.isfinite(loss) else None
         folder = folders.step_folder(self.root, step)
-        with self._counted():
+        with self.counting():
             # Not at construction: a resuming run may still be reading one that was caught mid-replacement.
             if not self._cleaned:
                 self.ranks.together(lambda: folders.clean(self.root) if self.ranks.is_main else None)
@@ -120,7 +120,7 @@ class Saver:
                 facts={"loss": measured, "after_finite_step": self._finite_step},
             )  # fmt: skip
         if not self.asynchronous:
-            with self._counted(done=True):
+            with self.counting(done=True):
                 write()
             return
         pending: Future[None] = Future()
@@ -155,11 +155,16 @@ class Saver:
                 f"disk, or another's, does not answer or is too slow"
             )
         self._thread.join()  # or a process that ends now may abort
-        with self._counted(done=True):
+        with self.counting(done=True):
             pending.result()
 
     @contextmanager
-    def _counted(self, done: bool = False) -> Iterator[None]:
+    def counting(self, done: bool = False) -> Iterator[None]:
+        """Around a part of a save, or what must come before one: a StorageError in it is counted in `failed`.
+
+        Args:
+            done: it is the last part, so that `failed` begins again at 0.
+        """
         try:
             yield
         except StorageError:

@@ -264,7 +264,7 @@ def _on_all(action: Callable[[], T], folder: Path, ranks: Ranks, group: dist.Pro
     except BaseException as e:  # Ctrl-C too, since the others wait for this rank
         error = e
         if isinstance(e, OSError):
-            advice = "free some space, or name another folder (for a run: run.dir)"
+            advice = "free some space, or name another folder (for a run: run.dir or checkpoint.dir)"
             failure = StorageError, f"cannot write checkpoint {folder} (rank {ranks.rank}: {e}); {advice}"
         elif isinstance(e, InputError):
             failure = StorageError if isinstance(e, StorageError) else InputError, str(e)

@@ -241,6 +241,11 @@ class Config(Section):
         """Where checkpoints/, export/ and model/ lie: the run folder, unless `checkpoint.dir` says otherwise."""
         return (self.checkpoint.dir or self.run.dir) / self.run.name
 
+    @property
+    def store_key(self) -> str:
+        """The key that says where that is."""
+        return "run.dir" if self.checkpoint.dir is None else "checkpoint.dir"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, every default filled in; `Config.model_validate` of it gives this config again."""
         return self.model_dump(mode="json", by_alias=True)

@@ -13,7 +13,7 @@ import yaml
 from shardopt import checkpoint
 from shardopt.checkpoint.document import DOCUMENT
 from shardopt.checkpoint.stored import step_of
-from shardopt.errors import InputError
+from shardopt.errors import InputError, StorageError
 from shardopt.pretrain import branch, hub
 from shardopt.pretrain.config import Config, differences
 from shardopt.pretrain.data import check_sources
@@ -25,12 +25,12 @@ _UNFINISHED = "config.tmp"
 
 
 @contextlib.contextmanager
-def writing(what: Path | str) -> Iterator[None]:
-    """Around what writes in the run folder: where the disk does not let it, raises InputError that says `what`."""
+def writing(what: Path | str, key: str = "run.dir") -> Iterator[None]:
+    """Around what writes in the run folder, or where `key` says: a disk's error is a StorageError that says `what`."""
     try:
         yield
     except OSError as e:
-        raise InputError(f"run.dir: cannot write {what}: {e.strerror or e}") from e
+        raise StorageError(f"{key}: cannot write {what}: {e.strerror or e}") from e
 
 
 class RunFolder:
@@ -78,9 +78,11 @@ class RunFolder:
 
         Raises:
             InputError: another process has taken it.
+            StorageError: it cannot be written now, or is no folder.
         """
-        if self._lock.check():
-            return True
+        with writing(f"the run folder {self.path}"):
+            if self._lock.check():
+                return True
         self._record(config)
         return False
 

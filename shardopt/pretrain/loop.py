@@ -7,12 +7,10 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, NoReturn
 
 from shardopt import checkpoint, engines
-from shardopt.checkpoint.folders import made_here, publish, step_folder
-from shardopt.checkpoint.store import is_local
+from shardopt.checkpoint.folders import step_folder
 from shardopt.distributed import Ranks
 from shardopt.engines.base import DTYPES, EngineInputs
 from shardopt.errors import InputError, NonFiniteError, StorageError
@@ -164,10 +162,8 @@ class Run:
     def _write_models_config(self) -> None:
         if self.ranks.is_main:
             folder = self.config.store / checkpoint.export.MODEL
-            with writing(folder), made_here(folder) as here:
-                self.model_files.write(here)
-                if not is_local(folder):
-                    publish(here, folder, lambda _: True)
+            with writing(folder, self.config.store_key):
+                self.model_files.put(folder)
 
     def _keep_folder(self) -> None:
         if self.folder is not None and not self.folder.keep(self.config):
@@ -311,22 +307,25 @@ class Run:
 
     def _save(self, holdout: HeldOut | None = None) -> None:
         self._try(self.saver.wait)
-        self.ranks.together(self._keep_folder)
         document = self.progress.document(self.batches, self.config.as_dict(), self.tracker.run_id)
-        save = partial(
-            self.saver.save,
-            self.progress.step,
-            self.engine.state,
-            document,
-            rng.capture(self.ranks.rank),
-            loss=holdout.loss if holdout else None,
-            after_finite_step=self.finite_since_save,
-        )
+
+        def save() -> None:
+            with self.saver.counting():
+                self.ranks.together(self._keep_folder)
+            self.saver.save(
+                self.progress.step,
+                self.engine.state,
+                document,
+                rng.capture(self.ranks.rank),
+                loss=holdout.loss if holdout else None,
+                after_finite_step=self.finite_since_save,
+            )
+            self.finite_since_save = False
+
         try:
             self._try(save, last=self.stopped or self.progress.step == self.config.train.steps)
         except NonFiniteError as error:
             self._give_up(f"after step {self.progress.step}: {error}")
-        self.finite_since_save = False
 
     def _try(self, save: Callable[[], None], last: bool = False) -> None:
         """Save, or wait for a save. Where the disk or the store does not take it the run goes on, unless it is the

@@ -11,6 +11,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from shardopt import checkpoint
+from shardopt.checkpoint.folders import made_here, publish
+from shardopt.checkpoint.store import is_local
 from shardopt.engines.state import ShardedState
 from shardopt.pretrain.model import ModelConfig
 
@@ -37,6 +39,13 @@ class ModelFiles:
         if self.section.path is not None and self.section.trust_remote_code:
             for code in Path(self.section.path).glob("*.py"):  # which the config names
                 shutil.copy(code, folder)
+
+    def put(self, folder: Path) -> None:
+        """As `write`, to a folder that may lie in a store."""
+        with made_here(folder) as here:
+            self.write(here)
+            if not is_local(folder):
+                publish(here, folder, lambda _: True)
 
     def export(self, folder: Path, state: ShardedState, dtype: torch.dtype) -> None:
         """Write the weights of `state` too, rounded to `dtype`; buffers keep theirs. A collective.

@@ -123,6 +123,45 @@ def test_a_run_whose_folder_is_removed_makes_it_again_and_goes_on(tmp_path, monk
     assert tiny.run(0, 1, tmp_path, **ALONE).step == 6  # found, and the same run
 
 
+def test_a_run_whose_folder_is_a_plain_file_for_a_while_goes_on_and_saves_later(tmp_path, monkeypatch, capsys):
+    tiny.corpus(tmp_path / "text")
+    here = tmp_path / "runs" / "tiny"
+
+    def replaced():
+        shutil.rmtree(here)
+        here.write_text("")
+
+    with monkeypatch.context() as patch:
+        _at_step(patch, 3, replaced)
+        with pytest.raises(StorageError, match=f"run.dir: cannot write the run folder {here}: Not a directory"):
+            tiny.run(0, 1, tmp_path, **ALONE)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"cannot write the run folder {here}: Not a directory. The run goes on, and saves again later (1 in" in said
+    assert here.read_text() == ""
+    here.unlink()
+    step = loop.Run._step
+
+    def comes_back(self, stop):
+        step(self, stop)
+        if self.progress.step == 3:
+            self.saver.wait()
+            replaced()
+        elif self.progress.step == 5:
+            here.unlink()
+
+    monkeypatch.setattr(loop.Run, "_step", comes_back)
+    result = tiny.run(0, 1, tmp_path, **ALONE)
+    document = checkpoint.read_document(result.checkpoint)["checkpoint"]
+    assert (result.step, document["name"], document["after_finite_step"]) == (6, "step-00000006", True)
+
+
+def test_a_store_that_cannot_be_written_names_checkpoint_dir(tmp_path):
+    tiny.corpus(tmp_path / "text")
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=f"checkpoint.dir: cannot write {tmp_path}/file/tiny/model: Not a directory"):
+        tiny.run(0, 1, tmp_path, **ALONE, checkpoint__dir=tmp_path / "file")
+
+
 def test_a_run_whose_folder_another_has_taken_stops_before_it_writes(tmp_path, monkeypatch):
     tiny.corpus(tmp_path / "text")
     here = tmp_path / "runs" / "tiny"
