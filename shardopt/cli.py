@@ -67,7 +67,9 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="replaces a value of the file"
+    )
     parser.add_argument(
         "--nproc-per-node", metavar="N", help="start N ranks here (a number, or gpu); not needed under torchrun"
     )

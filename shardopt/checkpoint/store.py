@@ -99,9 +99,14 @@ def is_local(path: Path) -> bool:
     return isinstance(path, Path)
 
 
+def is_in_memory(path: Path) -> bool:
+    """Whether a store lives in this process alone, and ends with it."""
+    return getattr(path, "protocol", "") == "memory"
+
+
 def check_shared(folder: Path, world_size: int) -> None:
     """Raise InputError where ranks cannot see the same files in `folder`."""
-    if world_size > 1 and getattr(folder, "protocol", "") == "memory":
+    if world_size > 1 and is_in_memory(folder):
         raise InputError(f"{folder} lives in one process, and there are {world_size} ranks: name a folder or a store")
 
 

@@ -134,6 +134,8 @@ def spec(name: str, **kwargs: Any) -> OptimizerSpec:
         raise UnknownKeyError(f"optimizer {name} has no {', '.join(map(repr, unknown))}; {known}")
     for key, value in kwargs.items():
         if isinstance(value, str) and isinstance(allowed[key], int | float):
+            if value.lower().lstrip("+-") in ("nan", "inf"):
+                raise InputError(f"optimizer {name}: {key} must be a finite number, got {value}")
             raise InputError(f"optimizer {name}: {key} must be a number, got the text {value!r}")
         if isinstance(value, list | tuple) and isinstance(allowed[key], tuple) and len(value) != len(allowed[key]):
             raise InputError(f"optimizer {name}: {key} must be {len(allowed[key])} numbers, got {value}")

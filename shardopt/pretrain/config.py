@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 
 from shardopt import engines
 from shardopt.checkpoint.keep import Keep
+from shardopt.checkpoint.store import is_in_memory
 from shardopt.engines import EngineConfig, FsdpConfig
 from shardopt.engines.compile import CompileName
 from shardopt.errors import InputError
@@ -220,6 +221,11 @@ class Config(Section):
 
     def check_ranks(self, world_size: int, distributed: bool = True) -> None:
         """Raise InputError where `world_size` ranks (started by torchrun if `distributed`) cannot run this."""
+        if self.checkpoint.dir is not None and is_in_memory(self.checkpoint.dir):
+            raise InputError(
+                f"checkpoint.dir: what is written to {self.checkpoint.dir} is gone when the process ends: name a "
+                f"folder or another store"
+            )
         engines.check(self.engine, self.optimizer.spec(self.train.steps, self.run.seed), world_size, distributed)
         a_round = world_size * self.train.micro_batch
         if self.train.global_batch % a_round:
@@ -338,6 +344,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise InputError(f"override {text!r}: write it as key.sub=value, such as train.steps=50")
     *parents, leaf = key.split(".")
+    if parents and not value.strip():  # an unset variable of a shell, more often than not
+        raise InputError(f"override {text!r}: there is no value; for none write {key}=null")
     node = tree
     for parent in parents:
         if not isinstance(node.get(parent, {}), dict):

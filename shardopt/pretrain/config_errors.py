@@ -49,7 +49,8 @@ def explain(error: Any, root: type[BaseModel]) -> str:
     if error["type"] in ("model_type", "model_attributes_type"):
         first, annotation = next(iter(_keys_at(root, location).items()))
         words = [word for word in get_args(annotation) if isinstance(word, str)]
-        fits = value in words if words else isinstance(value, str | int | float)
+        scalars = int | float if annotation in (int, float) else str | int | float
+        fits = value in words if words else isinstance(value, scalars) and not isinstance(value, bool)
         hint = "" if fits else did_you_mean(value, words, f"{key}.{first}=")
         such_as = f"{key}.{first}={value if fits else '...'}"
         return f"{key}: is a section, not a value; write its keys, such as {such_as}{hint}"

@@ -75,6 +75,11 @@ class Tracker:
         self.run_id: str | None = None
         if is_main:
             self._file = MetricsFile(folder / "metrics.jsonl", resume_step)
+            if resume_step is None and (lost := self._file.logged_step):
+                warn(
+                    f"{folder} has metrics up to step {lost:,}, but there is no checkpoint: the run begins anew, and "
+                    f"so do its metrics"
+                )
             samples = MetricsFile(folder / "samples.jsonl", resume_step, keeps="text")
             told = {**run_config, "about": self._about}
             wandb = WandbRun(folder, config.wandb, told, run_name, self._file.logged_step, run_id, warn, samples.read())

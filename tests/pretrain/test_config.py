@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from shardopt import cli
 from shardopt.engines import DdpConfig, FsdpConfig
 from shardopt.errors import InputError
 from shardopt.pretrain.config import differences, load, parse
@@ -114,6 +115,11 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
         ("checkpoint.export=on", r"checkpoint\.export: write true or false, got 'on'"),
         ("run.name=[a]", r"run\.name: .*string, got \['a'\]"),
         ("optimizer.lr=total", r"optimizer ademamix: lr must be a number, got the text 'total'$"),
+        ("optimizer.lr=nan", r"optimizer ademamix: lr must be a finite number, got nan$"),
+        ("train.loss_spike=yes", r"train\.loss_spike: is a section, .* such as train\.loss_spike\.above=\.\.\.$"),
+        ("train.loss_spike=1.0", r"train\.loss_spike: is a section, .* such as train\.loss_spike\.above=1\.0$"),
+        ("run.from=", r"^override 'run\.from=': there is no value; for none write run\.from=null$"),
+        ("checkpoint.dir=", r"^override 'checkpoint\.dir=': there is no value; for none write checkpoint\.dir=null$"),
         ("optimizer.lr=fast", r"optimizer ademamix: lr must be a number, got the text 'fast'$"),
         ("train.steps=010", r"train\.steps: .*integer, got '010'"),
         ("schedule.cooldown=10", r"schedule\.cooldown: belongs to schedule\.name=wsd"),
@@ -125,6 +131,12 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
 def test_a_mistake_is_refused_with_the_key_to_change(override, message):
     with pytest.raises(InputError, match=message):
         load("configs/quickstart.yaml", [override])
+
+
+def test_a_command_without_a_config_asks_for_that_alone(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: config\n")
 
 
 def test_another_optimizer_is_told_which_keys_are_left_over_and_how_to_replace_them_at_once():

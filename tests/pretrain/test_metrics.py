@@ -85,6 +85,20 @@ def test_resuming_cuts_what_lies_beyond_the_checkpoint(tmp_path):
     assert [row["step"] for row in lines(tmp_path)] == [10]
 
 
+def test_a_run_that_begins_anew_where_there_are_metrics_says_so(tmp_path):
+    tracker = track(tmp_path)
+    log(tracker, range(1, 61))
+    end(tracker)
+    warnings = []
+    end(track(tmp_path, resume_step=60, warnings=warnings))
+    assert warnings == []
+    end(track(tmp_path, warnings=warnings))
+    assert warnings == [
+        f"{tmp_path} has metrics up to step 60, but there is no checkpoint: the run begins anew, and so do its metrics"
+    ]
+    assert lines(tmp_path) == []
+
+
 def test_steps_ascend(tmp_path):
     tracker = track(tmp_path, resume_step=20)
     with pytest.raises(ValueError, match="step 20 logged after step 20"):
