@@ -219,7 +219,9 @@ def _begin(folder: Path, partial: Path) -> None:
 
 
 def _unwritable(root: Path, error: OSError) -> StorageError:
-    return StorageError(f"cannot write to {root}: {error.strerror or error}; name another folder (for a run: run.dir or checkpoint.dir)")
+    return StorageError(
+        f"cannot write to {root}: {error.strerror or error}; name another folder (for a run: run.dir or checkpoint.dir)"
+    )
 
 
 def _occupied(folder: Path) -> InputError:

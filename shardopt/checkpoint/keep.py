@@ -73,5 +73,16 @@ class Keep:
                     at = checkpoints[step]["time"]
         measured = [step for step in steps if checkpoints[step]["loss"] is not None]
         kept |= set(sorted(measured, key=lambda step: (checkpoints[step]["loss"], -step))[: self.best])
-        followed = [step for step, after in pairwise(steps) if checkpoints[after]["after_finite_step"]]
-        return kept | set(followed[-1:])
+        return kept | set(followed(checkpoints)[-1:])
+
+
+def followed(checkpoints: Mapping[int, Mapping[str, Any]], newest: bool = False) -> list[int]:
+    """The steps of those that a finite step came after, in order: each tells it of the one before.
+
+    Args:
+        checkpoints: see `Keep.kept`.
+        newest: whether a finite step came after the newest.
+    """
+    steps = sorted(checkpoints)
+    found = [step for step, after in pairwise(steps) if checkpoints[after]["after_finite_step"]]
+    return found + steps[-1:] if newest else found

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardopt.checkpoint import folders
 from shardopt.checkpoint.document import read_document
-from shardopt.checkpoint.keep import Keep
+from shardopt.checkpoint.keep import Keep, followed
 from shardopt.checkpoint.saving import Kept, prepare
 from shardopt.checkpoint.store import as_folder
 from shardopt.distributed import Ranks
@@ -157,6 +157,25 @@ class Saver:
         self._thread.join()  # or a process that ends now may abort
         with self.counting(done=True):
             pending.result()
+
+    def good(self, after_finite_step: bool = True) -> list[Path]:
+        """The complete checkpoints that a finite step came after, newest first. A collective.
+
+        What no finite step came after may be ruined, though its values are finite: a later NaN may come from it.
+
+        Args:
+            after_finite_step: whether a step since the last save was finite.
+        """
+        newest = after_finite_step or self._finite_step
+
+        def find() -> list[Path]:
+            found = {
+                step: folder for step, folder in folders.step_folders(self.root).items() if folders.is_complete(folder)
+            }
+            facts = {step: read_document(folder)["checkpoint"] for step, folder in found.items()}
+            return [found[step] for step in reversed(followed(facts, newest))]
+
+        return self.ranks.ask_main(find)
 
     @contextmanager
     def counting(self, done: bool = False) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,14 @@ def resolve(config: Config) -> Config:
             f"train.steps: {config.train.steps} is not larger than {document['step']}, the step of run.from = "
             f"{folder}; the steps before it count too"
         )
-    _take_over(document["config"], config)
+    if _take_over(document["config"], config).schedules_begin:
+        left = config.train.steps - document["step"]
+        for key, value in (config.optimizer.model_extra or {}).items():
+            if key.endswith("_warmup") and value == "total":
+                raise InputError(
+                    f"optimizer.{key}: total is train.steps = {config.train.steps}, and this warm-up begins at step "
+                    f"{document['step']}, after AdamW's: give it as steps, such as the {left} that are left"
+                )
     return _with_source(config, folder)
 
 
@@ -100,6 +107,26 @@ def why_not_longer(recorded: Mapping[str, Any], config: Config, done: int) -> st
     return None
 
 
+def tokenizer_check(config: Config) -> Callable[[str | None], None] | None:
+    """For `data.prepare`: refuse a tokenizer that is not that of the checkpoint `run.from`; None without one."""
+    folder = config.run.source
+    if folder is None:
+        return None
+
+    def check(key: str | None) -> None:
+        document = read_document(folder)
+        theirs, own = document["config"]["data"]["tokenizer"], config.as_dict()["data"]["tokenizer"]
+        if document["tokenizer"] == key or (key is None and theirs == own):
+            return
+        kept = folder.parent.parent / checkpoint.export.MODEL
+        raise InputError(
+            f"data.tokenizer: run.from = {folder} was trained with another tokenizer: take that one"
+            + (f", data.tokenizer='{{path: {kept}}}'" if kept.is_dir() else "")
+        )
+
+    return check
+
+
 def start(config: Config, state: ShardedState, batches: Batches) -> tuple[Progress, dict[str, object]]:
     """Load the checkpoint that is `run.from` into `state`, `batches` and the random generators. A collective.
 
@@ -116,17 +143,11 @@ def start(config: Config, state: ShardedState, batches: Batches) -> tuple[Progre
     except DamagedError as e:
         raise InputError(f"run.from: {e}") from e
 
-    def check() -> tuple[dict[str, Any], _Taken]:
+    def read() -> tuple[dict[str, Any], _Taken]:
         document = read_document(folder)
-        if document["tokenizer"] != batches.data.saved_tokenizer.key:
-            kept = folder.parent.parent / checkpoint.export.MODEL
-            raise InputError(
-                f"data.tokenizer: run.from = {folder} was trained with another tokenizer: take that one"
-                + (f", data.tokenizer='{{path: {kept}}}'" if kept.is_dir() else "")
-            )
         return document, _take_over(document["config"], config)
 
-    document, taken = ranks.together(check)
+    document, taken = ranks.together(read)
     checkpoint.load(folder, state, convert=True, kinds=taken.kinds)
     counts = document["checkpoint"]["step_counts"]
     if taken.schedules_begin:

@@ -12,9 +12,10 @@ import yaml
 
 from shardopt import checkpoint
 from shardopt.checkpoint.document import DOCUMENT
-from shardopt.checkpoint.stored import step_of
+from shardopt.checkpoint.stored import step_of, store_of
 from shardopt.errors import InputError, StorageError
 from shardopt.pretrain import branch, hub
+from shardopt.pretrain.advice import instead_of
 from shardopt.pretrain.config import Config, differences
 from shardopt.pretrain.data import check_sources
 from shardopt.pretrain.lock import RunLock
@@ -119,17 +120,16 @@ class RunFolder:
             changed = [] if reason is None else [f"{changed[0]} ({reason})"]
         if changed and began:  # a run that failed before its first step leaves nothing to lose
             listed = "\n  ".join(changed[:8])
-            advice = (
-                f"Set them back to go on with it, or choose another run.name, with run.from={self.path} to go on from "
-            )
-            advice += (
-                f"its newest checkpoint as another run, or model='{{path: {self.path}/export}}' for its weights alone"
-            )
+            store = config.store if recorded.name == DOCUMENT else store_of(self.path)
             raise InputError(
-                f"run.name: {self.path} already holds another run; these keys differ:\n  {listed}\n{advice}."
+                f"run.name: {self.path} already holds another run; these keys differ:\n  {listed}\n"
+                f"{instead_of(self.path, store)}."
             )
         if config.run.resume == "never" and began:
-            raise InputError(f"run.resume: never, but {self.path} already holds this run: choose another run.name")
+            raise InputError(
+                f"run.resume: never, but {self.path} already holds this run: choose another run.name"
+                + ("" if newest else f", or remove {self.path}: it has no checkpoint")
+            )
         return config
 
     def release(self) -> None:

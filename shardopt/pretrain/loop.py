@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NoReturn
 
 from shardopt import checkpoint, engines
 from shardopt.checkpoint.folders import step_folder
 from shardopt.distributed import Ranks
 from shardopt.engines.base import DTYPES, EngineInputs
-from shardopt.errors import InputError, NonFiniteError, StorageError
-from shardopt.pretrain import branch, data, model, report, rng
+from shardopt.errors import InputError, NonFiniteError
+from shardopt.pretrain import branch, data, model, report, rng, saves
 from shardopt.pretrain.about import about, console_facts
+from shardopt.pretrain.advice import after_nonfinite
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.flops import flops_per_token, peak_flops
 from shardopt.pretrain.folder import open_folder, writing
@@ -26,14 +27,12 @@ from shardopt.pretrain.metrics import Tracker, peak_memory
 from shardopt.pretrain.model_files import ModelFiles
 from shardopt.pretrain.probes import Probes
 from shardopt.pretrain.profile import Profiler
-from shardopt.pretrain.progress import Progress, last_good, newest, resume, saved
+from shardopt.pretrain.progress import Progress, newest, resume, saved
 from shardopt.pretrain.report import Result
 from shardopt.pretrain.schedule import lr_factor
 from shardopt.pretrain.scoring import HeldOut, check_documents_apart, generate, held_out, limits
 from shardopt.pretrain.signals import Stop, patience_of_torchrun, stop_signals
 from shardopt.pretrain.step import take_step
-
-_FAILED_SAVES = 3
 
 
 def pretrain(config: Config) -> Result:
@@ -86,7 +85,12 @@ class Run:
         section = ranks.together(lambda: local(config.model))
         weights = model.weight_files(section.path)
         self.train_data, self.holdout_data = data.prepare(
-            config.data, ranks, config.run.seed, config.train.global_batch, weights[0].parent if weights else None
+            config.data,
+            ranks,
+            config.run.seed,
+            config.train.global_batch,
+            weights[0].parent if weights else None,
+            check=branch.tokenizer_check(config) if resume_from is None else None,
         )
         self.batches = data.Batches(self.train_data, ranks, config.data.prefetch)
         stack.callback(self.batches.close)
@@ -135,9 +139,10 @@ class Run:
         self.probes = Probes(config.tracking, self.engine, config.train)
         self.tokens_before = self.progress.tokens
 
-        root, saves = config.store / "checkpoints", config.checkpoint
-        saver = checkpoint.Saver(root, saves.rules, ranks=ranks, asynchronous=saves.asynchronous)
+        root, kept = config.store / "checkpoints", config.checkpoint
+        saver = checkpoint.Saver(root, kept.rules, ranks=ranks, asynchronous=kept.asynchronous)
         self.saver = stack.enter_context(saver)
+        self._try = partial(saves.attempt, saver, self.report.warn)
         self.tracker = ranks.together(
             lambda: Tracker(
                 config.folder,
@@ -195,6 +200,8 @@ class Run:
         save = not hopeless and (
             last or self.stopped or (step % config.checkpoint.every == 0 and not progress.skipped_in_row)
         )
+        if not save and not hopeless and step % config.checkpoint.every == 0:
+            self.report.warn(f"step {step} is skipped, so that no checkpoint is written after it")
         if save and self.stopped:  # whoever asked the run to stop soon kills it: first of all
             self.report.say(f"{stop.asked or 'another rank'}: saves step {step:,} and stops{patience_of_torchrun()}")
             self._save()
@@ -252,12 +259,12 @@ class Run:
 
     def _rewound(self) -> bool:
         """Whether the loss has jumped and the run has gone back to a checkpoint. A collective."""
-        guard = self.config.train.loss_spike
-        if guard is None or not guard.is_spike(self.progress, self.meter.losses[-1]):
+        guard, loss = self.config.train.loss_spike, self.meter.losses[-1]
+        if guard is None or not guard.is_spike(self.progress, loss):
             return False
         self._try(self.saver.wait)
         state, seed = self.engine.state, self.config.run.seed
-        back = guard.rewind(self.progress, self.saver.root, state, self.batches, seed, self.report.warn)
+        back = guard.rewind(self.progress, loss, self.saver.root, state, self.batches, seed, self.report.warn)
         if back is not None:
             self.progress = back
             self.meter.clear()
@@ -327,27 +334,14 @@ class Run:
         except NonFiniteError as error:
             self._give_up(f"after step {self.progress.step}: {error}")
 
-    def _try(self, save: Callable[[], None], last: bool = False) -> None:
-        """Save, or wait for a save. Where the disk or the store does not take it the run goes on, unless it is the
-        last, or none of `_FAILED_SAVES` in a row was taken."""
-        try:
-            save()
-        except StorageError as error:
-            failed = self.saver.failed
-            if failed >= _FAILED_SAVES:
-                raise StorageError(f"{error}. The run ends, since {failed} saves in a row have failed") from error
-            if last:
-                raise
-            self.report.warn(f"{error}. The run goes on, and saves again later ({failed} in a row have failed)")
-
     def _give_up(self, reason: str) -> NoReturn:
         also, cause = "", None
         try:
             self.saver.wait()
         except (InputError, RuntimeError) as error:  # not why the run ends
             also, cause = f". The save before has failed, too: {error}", error
-        good = last_good(self.saver.root, self.ranks)
-        raise NonFiniteError(f"{reason}. Lower optimizer.lr or train.grad_clip; {good}{also}") from cause
+        advice = after_nonfinite(self.config, self.saver, self.finite_since_save)
+        raise NonFiniteError(f"{reason}. {advice}{also}") from cause
 
     def _report_start(self) -> None:
         held, branched = report.holdings(self.engine.state), bool(self.origin)

@@ -10,7 +10,7 @@ from typing import Any
 
 from shardopt import checkpoint
 from shardopt.checkpoint.blocks import reading
-from shardopt.checkpoint.folders import complete_steps, step_folder
+from shardopt.checkpoint.folders import step_folder
 from shardopt.checkpoint.store import listing
 from shardopt.distributed import Ranks
 from shardopt.engines.state import ShardedState
@@ -145,13 +145,3 @@ def saved(root: Path, step: int, ranks: Ranks) -> Path:
             f"changed it; {f'the newest is {found}' if found else 'there is no other'}"
         )
     return found
-
-
-def last_good(root: Path, ranks: Ranks) -> str:
-    """Which checkpoints under `root` a run that gives up can go on from, in words. A collective."""
-    found = ranks.ask_main(lambda: complete_steps(root))
-    good = f"the last good checkpoint is {found[0]}" if found else "the run never reached a checkpoint"
-    if found[1:]:
-        older = ", ".join(folder.name for folder in found[1:4])
-        good += f" (older: {older}; to go on from one of them, rename the newer ones)"
-    return good

@@ -22,7 +22,7 @@ class LossSpikeConfig(Section):
     above: Annotated[float, in_unit("nats a token")] = Field(gt=0)
     """How far over the mean of the last `window` losses a step's loss is a spike, in nats per token."""
     window: Steps = Field(64, ge=2)
-    """Steps in that mean; there are no spikes before there are as many."""
+    """Steps in that mean; before there are as many, no loss is a spike, however large."""
     rewinds: Annotated[int, in_unit("times")] = Field(3, ge=1)
     """How often a run goes back; a later spike is a warning."""
 
@@ -33,29 +33,37 @@ class LossSpikeConfig(Section):
             return False
         if len(recent) == self.window and loss > sum(recent) / self.window + self.above:
             return True
-        progress.recent = [*recent, loss][-self.window :]
+        self._remember(progress, loss)
         return False
+
+    def _remember(self, progress: Progress, loss: float) -> None:
+        progress.recent = [*progress.recent, loss][-self.window :]
 
     def rewind(
         self,
         progress: Progress,
+        loss: float,
         root: Path,
         state: ShardedState,
         batches: Batches,
         seed: int,
         warn: Callable[[str], None],
     ) -> Progress | None:
-        """Load the newest checkpoint under `root` after a spike. A collective.
+        """Load the newest checkpoint under `root` after a spike, `loss`. A collective.
 
         Returns:
             How far the run is then, which leaves out the batches up to the spike; None, with a warning, where it goes
-            on instead.
+            on instead, with that loss in the mean.
         """
-        jumped = f"step {progress.step:,}: the loss has jumped by more than {self.above:g} nats"
+        mean = sum(progress.recent) / self.window
+        jumped = (
+            f"step {progress.step:,}: the loss has jumped by more than {self.above:g} nats ({mean:.2f} → {loss:.2f})"
+        )
         found = checkpoint.latest_intact(root, state.ranks, warn)
         if found is None or progress.rewinds >= self.rewinds:
             why = "there is no checkpoint yet" if found is None else f"it has gone back {progress.rewinds} times"
             warn(f"{jumped}, and the run goes on: {why}")
+            self._remember(progress, loss)
             return None
         back, _ = resume(found, state, batches, seed)
         left_out = progress.step - back.step

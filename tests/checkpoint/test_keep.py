@@ -163,6 +163,17 @@ def test_a_run_keeps_its_best_and_its_milestones_over_restarts(tmp_path: Path) -
     assert sorted(folders.step_folders(tmp_path)) == [2, 4, 6]
 
 
+def test_good_are_those_that_a_finite_step_came_after(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, Keep(9), ranks=made.ranks_here(), asynchronous=True)
+    assert saver.good() == []
+    for step, finite in ((1, True), (2, True), (3, False), (4, False), (5, True), (6, True)):
+        saver.save(step, _state(step), after_finite_step=finite)
+    saver.wait()
+    assert [folder.name[-1] for folder in saver.good(after_finite_step=False)] == ["5", "4", "1"]
+    assert [folder.name[-1] for folder in saver.good(after_finite_step=True)] == ["6", "5", "4", "1"]
+    saver.close()
+
+
 @pytest.mark.parametrize("told", ["at once", "by a wait", "by the next save"])
 def test_finite_steps_are_counted_from_the_last_save_that_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str

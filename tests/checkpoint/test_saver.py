@@ -308,7 +308,8 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all(tmp_path: Path, asynchronous
 def _unwritable(rank: int, world_size: int, root: Path) -> None:
     ranks = made.ranks_here(rank, world_size)
     with pytest.raises(
-        InputError, match=r"cannot write to .*Not a directory; name another folder \(for a run: run\.dir or checkpoint\.dir\)"
+        InputError,
+        match=r"cannot write to .*Not a directory; name another folder \(for a run: run\.dir or checkpoint\.dir\)",
     ):
         Saver(root, 1, ranks=ranks, asynchronous=True)
     with pytest.raises(InputError, match=r"for a run: run\.dir"):

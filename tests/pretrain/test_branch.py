@@ -19,10 +19,11 @@ from shardopt import AdEMAMix, checkpoint, cli
 from shardopt.checkpoint.stored import Stored
 from shardopt.distributed import Ranks
 from shardopt.engines.state import ModuleState
-from shardopt.errors import InputError
+from shardopt.errors import InputError, NonFiniteError
 from shardopt.optim import states
 from shardopt.pretrain import data, loop, model, rng
 from shardopt.pretrain.branch import resolve
+from shardopt.pretrain.data import build
 from shardopt.pretrain.progress import Progress
 from shardopt.pretrain.schedule import lr_factor
 from tests.distributed.pool import on_ranks
@@ -317,6 +318,39 @@ def test_what_cannot_be_taken_over_is_refused_saying_which_part(
     with pytest.raises(InputError, match=message):
         tiny.run(0, 1, folder, **{"run__name": "no", "run__from": at(folder, source, 6)} | TRUNK | changes)
     assert not (folder / "runs" / "no" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("cache", ["new", "of the source"])
+def test_another_tokenizer_is_refused_before_it_is_trained_or_used(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    def too_late(*_: Any) -> None:
+        raise AssertionError("text was read")
+
+    changes = {"data__cache": tmp_path} if cache == "new" else {}
+    if cache == "new":
+        monkeypatch.setattr(build, "train_bpe", too_late)
+    monkeypatch.setattr(build, "pack", too_late)
+    with pytest.raises(InputError, match=r"data\.tokenizer: .*another tokenizer: take that one"):
+        branch(folder, "early", data__tokenizer="{bpe: 301}", **changes)
+
+
+def test_a_warm_up_that_begins_in_mid_run_is_not_total(folder: Path) -> None:
+    changes = {"model__attention_dropout": 0.0, "optimizer": "{name: ademamix, lr: 3e-3, beta3_warmup: total}"}
+    said = r"optimizer\.beta3_warmup: total is train\.steps = 12, and .* begins at step 6, .* such as the 6 that"
+    with pytest.raises(InputError, match=said):
+        branch(folder, "total", "adamw", **changes)
+
+
+def test_a_checkpoint_that_no_finite_step_came_after_is_not_called_good(folder: Path) -> None:
+    changes = {"optimizer__lr": 1e18, "train__grad_clip": "null", "train__max_nonfinite_steps": 1}
+    with pytest.raises(NonFiniteError, match=r"2 steps in a row, up to step 9, .*") as given_up:
+        branch(folder, "ruined", "plain", **{"optimizer": PLAIN % "", "checkpoint__every": 1} | changes)
+    source = at(folder, "plain", 6)
+    assert str(given_up.value).endswith(
+        "under another run.name; no finite step came after step-00000007, so that its weights may be ruined; "
+        f"run.from = {source} is where it began"
+    )
 
 
 def test_another_optimizers_state_is_refused_before_anything_is_loaded(folder: Path) -> None:

@@ -291,6 +291,24 @@ def test_a_run_that_gives_up_says_why_before_it_says_that_a_save_has_failed(tmp_
         tiny.run(0, 1, tmp_path, **ALONE | {"checkpoint__every": 1, "train__max_nonfinite_steps": 0})
 
 
+def test_a_run_that_never_saved_tells_how_to_begin_again_and_which_saves_it_left_out(tmp_path, capsys):
+    tiny.corpus(tmp_path / "text")
+    here = tmp_path / "runs" / "tiny"
+    changes = {"schedule__warmup": 0, "train__steps": 20, "train__max_nonfinite_steps": 3, "train__grad_clip": "null"}
+    changes = ALONE | changes | {"optimizer__lr": 1e30}
+    said = f"Lower optimizer.lr or set train.grad_clip under another run.name, or remove {here} first; the run never"
+    with pytest.raises(NonFiniteError, match=said):
+        tiny.run(0, 1, tmp_path, **changes)
+    printed = " ".join(capsys.readouterr().out.split())
+    for step in (2, 4):
+        assert f"step {step} is skipped, so that no checkpoint is written after it" in printed
+    with pytest.raises(InputError, match="already holds another run") as refused:
+        tiny.run(0, 1, tmp_path, **changes | {"optimizer__lr": 1e-3})
+    assert str(refused.value).endswith(f"choose another run.name, or remove {here}: it has no checkpoint.")
+    with pytest.raises(InputError, match=f"choose another run.name, or remove {here}: it has no checkpoint"):
+        tiny.run(0, 1, tmp_path, **changes | {"run__resume": "never"})
+
+
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_run_ends_when_three_saves_in_a_row_fail_and_not_before(tmp_path, monkeypatch, capsys, asynchronous):
     tiny.corpus(tmp_path / "text")

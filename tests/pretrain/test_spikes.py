@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from shardopt.errors import InputError
 from shardopt.pretrain.data import TrainData
+from shardopt.pretrain.progress import Progress
+from shardopt.pretrain.spikes import LossSpikeConfig
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
 
@@ -61,9 +66,8 @@ def test_run_that_is_stopped_after_a_spike_goes_on_without_those_batches(tmp_pat
     tiny.corpus(tmp_path / "text")
     alone = {"engine": "{name: single}", "train__loss_spike": GUARD}
     _run(0, 1, tmp_path, {22}, run__name="whole", **alone)
-    assert "step 23: the loss has jumped by more than 1 nats: back to step 20, and on without the 3 batches since" in (
-        " ".join(capsys.readouterr().out.split())
-    )
+    said = r"step 23: the loss has jumped by more than 1 nats \(\d\.\d\d → \d\.\d\d\): back to step 20, "
+    assert re.search(said + "and on without the 3 batches since", " ".join(capsys.readouterr().out.split()))
     real = loop.Run._step
 
     def step(self, stop):
@@ -91,6 +95,21 @@ def test_spike_that_cannot_be_undone_is_a_warning(tmp_path, capsys, changes, sai
     out = " ".join(capsys.readouterr().out.split())
     assert said in out
     assert "and the run goes on: " in out
+
+
+def test_a_loss_with_which_the_run_goes_on_is_in_the_mean(tmp_path):
+    guard, progress, said, spikes = LossSpikeConfig(above=0.3, window=4), Progress(), [], []
+    state = SimpleNamespace(ranks=tiny.ALONE)
+    for step, loss in enumerate([5.0, 5.0, 5.0, 5.0, 118.0, 136.0, 107.0, 137.0, 72.6], start=1):
+        progress.step = step
+        if guard.is_spike(progress, loss):
+            spikes.append(loss)
+            assert guard.rewind(progress, loss, tmp_path, state, None, 0, said.append) is None
+    assert spikes == [118.0, 136.0, 107.0, 137.0]
+    assert said[0].startswith(
+        "step 5: the loss has jumped by more than 0.3 nats (5.00 → 118.00), and the run goes on: "
+    )
+    assert progress.recent == [136.0, 107.0, 137.0, 72.6]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_a_run_goes_on_from_its_store_on_another_machine(done):
 def test_another_checkpoint_dir_is_another_run(done):
     folder, _ = done
     with pytest.raises(InputError, match=r"these keys differ:\n  checkpoint\.dir: "):
-        _run(folder, checkpoint__dir="memory://elsewhere")
+        _run(folder, checkpoint__dir=f"objects://{folder}/elsewhere")
 
 
 def test_a_run_begins_with_a_checkpoint_in_a_store(done, capsys):
@@ -68,6 +68,21 @@ def test_a_run_begins_with_a_checkpoint_in_a_store(done, capsys):
         assert _run(folder, **changes | {"run__from": given}).step == 8
     assert cli.main(["export", str(folder / "runs/branch"), f"{source}/exported"]) == 0
     assert "model.safetensors" in listing(as_folder(f"{source}/exported"))
+
+
+def test_the_way_out_of_another_run_names_its_store(done):
+    folder, _ = done
+    store = f"objects://{folder}/bucket/tiny"
+    with pytest.raises(InputError) as refused:
+        _run(folder, optimizer__lr=1e-4, checkpoint__dir="null")
+    assert f"with run.from={store} to go on" in str(refused.value)
+    assert str(refused.value).endswith(f"or model='{{path: {store}/export}}' for its weights alone.")
+
+
+def test_a_store_that_ends_with_the_process_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"checkpoint\.dir: what is written to memory://runs is gone when the process"):
+        _run(tmp_path, checkpoint__dir="memory://runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_commands_find_the_checkpoints_of_a_run_folder_in_its_store(done, capsys):

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("shardopt.data")
 
 T = TypeVar("T")
+CheckTokenizer = Callable[[str | None], None]
+"""Takes the key of a tokenizer; None before one is trained, which may take long."""
 
 
 def prepare(
@@ -57,6 +59,7 @@ def prepare(
     global_batch: int,
     weights: Path | None = None,
     processes: int = 1,
+    check: CheckTokenizer | None = None,
 ) -> tuple[TrainData, HoldoutData]:
     """Tokenise and pack what the cache lacks, and open it. A collective.
 
@@ -70,11 +73,12 @@ def prepare(
         global_batch: sequences per step, over all ranks.
         weights: the folder of a trained model, whose tokenizer must give the same ids.
         processes: that tokenise; with more than 1 the program must begin under `if __name__ == "__main__"`.
+        check: raises InputError where the tokenizer does not fit; called before the text is tokenised.
 
     Raises:
         InputError: on every rank; the message names the key to change.
     """
-    build = partial(_build, config, weights, processes, progress=ranks.is_main)
+    build = partial(_build, config, weights, processes, check, progress=ranks.is_main)
     folders = ranks.from_main(_while_others_wait(ranks, build if ranks.is_main else None) or [])
     lacking = not all((folder / "meta.json").exists() for folder in folders)
     if ranks.any(lacking):
@@ -131,10 +135,14 @@ def _while_others_wait(ranks: Ranks, action: Callable[[], T] | None) -> T | None
     return ranks.together(future.result)
 
 
-def _build(config: DataConfig, weights: Path | None, processes: int, progress: bool) -> list[Path]:
+def _build(
+    config: DataConfig, weights: Path | None, processes: int, check: CheckTokenizer | None, progress: bool
+) -> list[Path]:
     """Build what the cache lacks for `config`; the folders of the tokenizer and of each source's packed tokens."""
     corpora = [Corpus(config, index) for index in range(len(config.sources))]
-    tokenizer = _build_tokenizer(config, corpora, progress)
+    tokenizer = _build_tokenizer(config, corpora, check, progress)
+    if check is not None:
+        check(tokenizer.key)
     if weights is not None:
         if holds_tokenizer(weights):
             check_same_ids(tokenizer, weights)
@@ -144,7 +152,9 @@ def _build(config: DataConfig, weights: Path | None, processes: int, progress: b
     return [tokenizer.folder, *packed]
 
 
-def _build_tokenizer(config: DataConfig, corpora: list[Corpus], progress: bool) -> SavedTokenizer:
+def _build_tokenizer(
+    config: DataConfig, corpora: list[Corpus], check: CheckTokenizer | None, progress: bool
+) -> SavedTokenizer:
     root = config.cache_folder / "tokenizers"
     shape = config.tokenizer
     if isinstance(shape, (ByteTokenizer, BpeTokenizer)):
@@ -157,6 +167,8 @@ def _build_tokenizer(config: DataConfig, corpora: list[Corpus], progress: bool) 
         folder = root / digest(FORMAT, content_key(loaded))
         make = lambda: loaded  # noqa: E731
     if not is_built(folder):
+        if check is not None and isinstance(shape, BpeTokenizer):
+            check(None)
         with aside(folder) as building:
             tokenizer = make()
             meta = {
