@@ -330,7 +330,7 @@ def test_another_tokenizer_is_refused_before_it_is_trained_or_used(
     changes = {"data__cache": tmp_path} if cache == "new" else {}
     if cache == "new":
         monkeypatch.setattr(build, "train_bpe", too_late)
-    monkeypatch.setattr(build, "pack", too_late)
+    monkeypatch.setattr(build, "_build_packed", too_late)
     with pytest.raises(InputError, match=r"data\.tokenizer: .*another tokenizer: take that one"):
         branch(folder, "early", data__tokenizer="{bpe: 301}", **changes)
 
