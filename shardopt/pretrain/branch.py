@@ -290,5 +290,9 @@ def _facts(record: dict[str, Any]) -> dict[str, object]:
 
 def _line(key: str, old: object, new: object) -> str:
     room = max(8, (COLUMNS - len(key) - len(":  → ")) // 2)
-    shown = [text if len(text) <= room else text[: room - 3] + "..." for text in map(as_written, (old, new))]
+    texts = [as_written(value) for value in (old, new)]
+    if max(map(len, texts)) > room:  # what both begin with would be all that is shown
+        alike = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+        texts = ["..." + text[alike - 4 :] for text in texts] if alike > len("...") + 4 else texts
+    shown = [text if len(text) <= room else text[: room - 3] + "..." for text in texts]
     return f"{key}: {shown[0]} → {shown[1]}"

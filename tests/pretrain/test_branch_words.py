@@ -41,6 +41,12 @@ def test_the_screen_has_the_engine_and_each_key_of_a_source_as_yaml_has_them(tmp
     assert branch._take_over(old, same).changed == {}
 
 
+def test_of_long_values_the_screen_shows_where_they_differ() -> None:
+    old, new = (["/usr/share/somewhere/far/away/and/farther/still/" + name] for name in ("one.txt", "two.txt"))
+    line = branch._line("data.sources.0.paths", old, new)
+    assert line == 'data.sources.0.paths: ...ill/one.txt"] → ...ill/two.txt"]'
+
+
 def test_a_checkpoint_that_is_no_runs_is_refused_with_the_way_to_its_weights(tmp_path: Path) -> None:
     made.save(0, 1, tmp_path / "x-again", made.whole)
     with pytest.raises(
