@@ -256,7 +256,7 @@ def test_a_folder_that_is_removed_while_it_is_saved_to_is_made_again_by_the_next
         record = real(path, *arguments)
         times.append(path)
         if len(times) == 2:  # the data of step 4
-            shutil.rmtree(here)
+            shutil.rmtree(here, ignore_errors=True)  # the next step's row may come into it meanwhile
         return record
 
     monkeypatch.setattr(blocks, "write_file", removes)
