@@ -79,7 +79,7 @@ def test_resuming_cuts_what_lies_beyond_the_checkpoint(tmp_path):
         (10, 0.1), (20, 0.05), (30, 1 / 30), (40, 7.0), (50, 7.0),
     ]  # fmt: skip
     assert not list(tmp_path.glob("*.tmp"))
-    tracker = track(tmp_path)  # from the start again: no checkpoint was ever written
+    tracker = track(tmp_path, warnings=[])  # from the start again: no checkpoint was ever written
     log(tracker, [10])
     tracker.close()
     assert [row["step"] for row in lines(tmp_path)] == [10]
@@ -248,8 +248,8 @@ def test_missing_package(tmp_path, monkeypatch, home, folder_of_that_name):
     assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
     for mode in ("offline", "online"):
         with pytest.raises(MissingExtraError, match=r"shardopt\[wandb\]"):
-            track(tmp_path, TrackingConfig(wandb=WandbConfig(mode=mode)))
-    track(tmp_path, OFF).close()
+            track(tmp_path, TrackingConfig(wandb=WandbConfig(mode=mode)), resume_step=1)
+    track(tmp_path, OFF, resume_step=1).close()
 
 
 def test_environment_may_turn_wandb_off(tmp_path, monkeypatch):
