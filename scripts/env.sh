@@ -30,9 +30,7 @@ prepare() {
     if ! is_installed "$stamp" && ! is_installed .venv/installed-dev; then # dev has all the other extras in it
         echo "Installing shardopt[$extras] into .venv"
         log=.venv/install.log
-        # Most of the modules are never imported, and those that are get compiled then.
-        .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt \
-            -e ".[$extras]" \
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]" \
             >"$log" 2>&1 || {
             grep -m1 -E '^ERROR|No space|error:' "$log" >&2 || true
             fail "installing failed; pip's whole output is in $log"
