@@ -111,10 +111,15 @@ class Contender:
             pass
 
         def emptied(_: Any) -> None:
-            """So that no save overwrites, or removes, what another has written."""
+            """So that no save overwrites, or removes, what another has written, and each finds as much freed memory."""
             dist.barrier()
-            for folder in ("ours", "dcp", "deepspeed") if self.rank == 0 else ():
-                shutil.rmtree(root / folder, ignore_errors=True)
+            written = [root / folder for folder in ("ours", "dcp", "deepspeed")]
+            for folder in (*written, *self.saver.root.glob("step-*")) if self.rank == 0 else ():
+                shutil.rmtree(folder, ignore_errors=True)
+
+        def waited(_: Any) -> None:
+            self.saver.wait()
+            emptied(_)
 
         def background() -> None:
             self.step += 1
@@ -123,7 +128,7 @@ class Contender:
         found: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
             COPY: (self.source.clone, nothing),
             COPY_AGAIN: (lambda: self.target.copy_(self.source), nothing),
-            STALL: (background, lambda _: self.saver.wait()),
+            STALL: (background, waited),
             "checkpoint.save": (lambda: checkpoint.save(root / "ours", state), nothing),
             "checkpoint.load": (lambda: checkpoint.load(root / "ours", state), emptied),
         }
