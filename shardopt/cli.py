@@ -163,6 +163,7 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
     from torch.distributed.run import main as torchrun
 
     from shardopt.checkpoint import latest
+    from shardopt.pretrain.cores import usable_cores
     from shardopt.pretrain.signals import SHUTDOWN_TIMEOUT
 
     wanted = arguments.nproc_per_node
@@ -172,7 +173,7 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
             f"--nproc-per-node: {wanted!r} starts no rank; give a number of at least 1, or gpu on a machine with GPUs"
         )
     config.check_ranks(count)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     patience = timedelta(minutes=config.run.timeout_minutes) + _KILL_AFTER
     os.environ.setdefault(SHUTDOWN_TIMEOUT, str(math.ceil(patience.total_seconds())))

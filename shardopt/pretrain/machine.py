@@ -22,6 +22,7 @@ from shardopt.engines.zero.transports import shared_memory
 from shardopt.errors import InputError
 from shardopt.optim.kernels.bytes_alone import bytes_alone
 from shardopt.optim.kernels.cpu import Compiler, shipped
+from shardopt.pretrain.cores import usable_cores
 
 _ELEMENTS = 1 << 22  # of the step that is timed: far more than a cache holds, and a few milliseconds
 _TURNS, _TURNS_SECONDS = 5, 0.8  # at least, and for how long: on a busy machine one of many has both cores to itself
@@ -146,7 +147,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _processes() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     files, processes = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC))
     unlimited = resource.RLIM_INFINITY
     most = "any number of" if processes == unlimited else f"{processes:,}"

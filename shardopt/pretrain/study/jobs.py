@@ -18,6 +18,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn
 
 from shardopt.errors import InputError
+from shardopt.pretrain.cores import usable_cores
 from shardopt.pretrain.metrics import last_row
 from shardopt.pretrain.report import Report, duration
 from shardopt.pretrain.signals import Stop, stop_signals
@@ -41,7 +42,7 @@ def slots(jobs: int | None, runs: int, device: str) -> list[dict[str, str]]:
     if device != "cpu" and torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     count = min(jobs or len(gpus) or cores, max(1, runs))
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))
     return [
