@@ -21,6 +21,10 @@ they state themselves. Made by `python scripts/list_licences.py`.
 """
 
 
+# Packages whose metadata states none, as their licence file reads.
+_FROM_FILE = {"torchao": "BSD-3-Clause"}
+
+
 def pinned() -> list[str]:
     """The names in constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
@@ -33,7 +37,7 @@ def licence_of(name: str) -> str:
     classes = [c.rpartition(" :: ")[2] for c in about.get_all("Classifier") or () if c.startswith("License :: ")]
     stated = about.get("License-Expression") or ", ".join(c for c in classes if c != "OSI Approved")
     first = next(iter((about.get("License") or "").strip().splitlines()), "")
-    return re.sub(r"\s+", " ", stated or first or "not stated")[:80].replace("|", "/")
+    return re.sub(r"\s+", " ", stated or first or _FROM_FILE.get(name, "not stated"))[:80].replace("|", "/")
 
 
 def main() -> None:
