@@ -230,7 +230,7 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         return state
 
     def _only_creates_state(self) -> bool:
-        """True for the first step by which torch.distributed.checkpoint creates state: it must not count.
+        """True for the first step by which torch.distributed.checkpoint or torchtitan creates state: it must not count.
 
         Its gradients are zeros and lr is 0. But so may be those of a true first step where this rank's shards are
         empty or have met no token yet, and then the other ranks count it: only the caller tells the two apart.
@@ -238,9 +238,12 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
         frame = sys._getframe(1)
-        while frame is not None and frame.f_code.co_name != "_init_optim_state":
+        while frame is not None and frame.f_code.co_name not in _CREATE_STATE:
             frame = frame.f_back  # type: ignore[assignment]
         return frame is not None
+
+
+_CREATE_STATE = {"_init_optim_state", "init_optim_state"}  # of torch.distributed.checkpoint, of torchtitan 0.3
 
 
 class _Box:
