@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torchtitan.components import optimizer as titan
 
@@ -99,7 +99,7 @@ else:
             )
         names = {param: name for part in model_parts for name, param in named_parameters(part)}
 
-        def with_names(params: list[Tensor], **kwargs: Any) -> Optimizer:
+        def with_names(params: list[nn.Parameter], **kwargs: Any) -> Optimizer:
             return AdEMAMix([(names[param], param) for param in params], **kwargs)
 
         given = {
