@@ -82,10 +82,10 @@ def _train_and_resume(rank: int, world_size: int, folder: Path) -> dict[str, Any
             "dtypes": {t.dtype for t in states[0]},
             "equal": all(torch.equal(a, b) for pair in (states, weights) for a, b in zip(*pair, strict=True)),
         }
-    with pytest.raises(InputError) as error:
-        from trl import DPOConfig
+    from trl import DPOConfig
 
-        args = DPOConfig(str(folder), **COMMON)
+    args = DPOConfig(str(folder), **COMMON)
+    with pytest.raises(InputError) as error:
         names["AdEMAMixDPOTrainer"](model(), args=args, ademamix={"alpa": 8.0}, processing_class=tokenizer())
     return told | {"refusal": str(error.value)}
 
