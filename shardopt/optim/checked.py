@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import states
 from shardopt.optim.schema import COUNTS, PAPER_NAMES, STATE_KEYS, HyperParameter, signature
-from shardopt.slices import canonical_name, is_shard, layout_of, local_tensor, shards_of
+from shardopt.slices import canonical_name, is_packed, is_shard, layout_of, local_tensor, shards_of
 
 
 class Stored(NamedTuple):
@@ -133,7 +133,13 @@ class CheckedOptimizer(Optimizer, abc.ABC):
                     raise InputError(f"a parameter group has no setting {key!r}{hint}")
             self._check_settings(added)
             for i, param in enumerate(added["params"]):
-                self._check_parameter(added, param, added.get("param_names", {i: f"number {i} of its group"})[i])
+                name = added.get("param_names", {i: f"number {i} of its group"})[i]
+                if is_packed(local := local_tensor(param.detach())):
+                    raise InputError(
+                        f"parameter {name} is a {type(local).__name__}, whose elements no step can write one by one: "
+                        f"give the optimizer float weights, or only what is trained beside the quantized ones"
+                    )
+                self._check_parameter(added, param, name)
         except Exception:
             self.param_groups.pop()
             raise
