@@ -255,7 +255,7 @@ class ModuleState(ShardedState):
         trained_only: leave frozen weights and buffers out of the slices.
 
     Raises:
-        InputError: another kind of optimizer, one over another model's parameters, or quantized weights among the frozen.
+        InputError: another kind of optimizer, one over another model's parameters, or quantized frozen weights.
     """
 
     model: nn.Module
@@ -283,8 +283,8 @@ class ModuleState(ShardedState):
         for name, param in self.frozen:
             if is_packed(local := local_tensor(param)):
                 raise InputError(
-                    f"{name} is a {type(local).__name__}, of which no checkpoint has the elements: leave frozen weights "
-                    f"to what has quantized them, with ModuleState(optimizer, model, trained_only=True)"
+                    f"{name} is a {type(local).__name__}, whose elements no checkpoint can hold: leave frozen "
+                    f"weights out with ModuleState(optimizer, model, trained_only=True)"
                 )
 
     def _weights(self) -> dict[Tensor, tuple[Layout, ...]]:
