@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FEW = 100
-"""Losses that can be told apart without smoothing."""
+_FEW = 100  # losses that can be told apart without smoothing
 
 
 def draw_loss(rows: Sequence[Mapping[str, Any]], target: Path, title: str) -> None:
@@ -33,7 +32,7 @@ def draw_loss(rows: Sequence[Mapping[str, Any]], target: Path, title: str) -> No
     axes = figure.add_subplot()
     if train:
         steps, losses = [step for step, _ in train], [loss for _, loss in train]
-        if len(train) <= FEW:
+        if len(train) <= _FEW:
             axes.plot(steps, losses, "o-", color="tab:blue", markersize=4, linewidth=1.8, label="train")
         else:
             axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="train, raw")

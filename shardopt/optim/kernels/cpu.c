@@ -4,7 +4,7 @@
  * of optim/precision.py. Compile with -ffp-contract=off: a contracted multiply-add rounds once where the reference
  * rounds twice. GNU C with pointers as 64-bit integers.
  *
- * `block` steps BLOCK elements, two vectors at a turn. With constants for types and formats it is a loop without branches,
+ * `tile` steps TILE elements, two vectors at a turn. With constants for types and formats it is a loop without branches,
  * and so the common combinations are compiled. What bounds it is the number of vector instructions: 16-bit codes are
  * rounded as 16-bit numbers, of which a vector holds twice as many. */
 /* In front of this file the compiler is given schema.c_header(): Segment, BLOCK, SCALARS and the codes of formats, types,
@@ -27,6 +27,7 @@
 #define LANES 4
 #endif
 #define TURN (2 * LANES)
+#define TILE (4 * BLOCK) /* elements that are stepped before block formats round them: the largest of blocks are found side by side */
 typedef float F __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
@@ -38,9 +39,10 @@ INLINE void store(void *p, U x) { memcpy(p, &x, sizeof x); }
 
 /* least and most are the second argument where one of the two is a NaN.
  * upper: the LANES 16-bit numbers from `first` (0 or LANES) on, of TURN that lie at p, each times 2^16.
- * highs, lows: the upper, lower halves of two vectors' numbers. bytes: stores the lower bytes.
+ * highs, lows: the upper, lower halves of two vectors' numbers. bytes: stores the lower bytes; bytes_below: 255 for more.
  * carried: high, and one more where low + bits is 2^16 or more; to_bf16 only below the largest bf16: what is finite stays so,
- * and so does a NaN, which arithmetic leaves quiet, with the topmost of its mantissa's bits set. */
+ * and so does a NaN, which arithmetic leaves quiet, with the topmost of its mantissa's bits set; below: block16's largest code.
+ * above_zero: codes, at least 1 where the value is above 0. plus_, less_product: x + ab, x - ab of exact products ab. */
 #if LANES == 16
 typedef __mmask16 M;
 INLINE U pick(M m, U a, U b) { return (U)_mm512_mask_blend_epi32(m, (__m512i)b, (__m512i)a); }
@@ -78,11 +80,22 @@ INLINE W carried_to_bf16(W high, W low, W bits) {
     const __mmask32 over = _mm512_mask_cmplt_epu16_mask(finite, (__m512i)(W)(low + bits), (__m512i)bits);
     return (W)_mm512_mask_add_epi16((__m512i)high, over, (__m512i)high, _mm512_set1_epi16(1));
 }
-INLINE F pick_one(M m, F x) { return _mm512_mask_add_ps(x, m, x, _mm512_set1_ps(1.0f)); }
-INLINE W within127(W x) {
-    return (W)_mm512_max_epi16(_mm512_min_epi16((__m512i)x, _mm512_set1_epi16(127)), _mm512_set1_epi16(-127));
+INLINE W carried_below(W high, W low, W bits, int is_nu) {
+    const __mmask32 over = _mm512_cmplt_epu16_mask((__m512i)(W)(low + bits), (__m512i)bits);
+    const __m512i x = (__m512i)high, one = _mm512_set1_epi16(1);
+    return (W)(is_nu ? _mm512_mask_adds_epu16(x, over, x, one) : _mm512_mask_adds_epi16(x, over, x, one));
 }
+INLINE W above_zero(W codes, F x, F y) {
+    const F zero = {0};
+    const __mmask32 above = _mm512_kunpackw(less(zero, y), less(zero, x));
+    return (W)_mm512_mask_max_epu16((__m512i)codes, above, (__m512i)codes, _mm512_set1_epi16(1));
+}
+INLINE F pick_one(M m, F x) { return _mm512_mask_add_ps(x, m, x, _mm512_set1_ps(1.0f)); }
+INLINE F plus_product(F x, F a, F b) { return _mm512_fmadd_ps(a, b, x); }
+INLINE F less_product(F x, F a, F b) { return _mm512_fnmadd_ps(a, b, x); }
+INLINE F whole_numbers(const uint16_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p))); }
 INLINE void bytes(void *p, W x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi16_epi8((__m512i)x)); }
+INLINE void bytes_below(void *p, W x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtusepi16_epi8((__m512i)x)); }
 #else
 typedef I M;
 INLINE U pick(M m, U a, U b) { return ((U)m & a) | (~(U)m & b); }
@@ -98,15 +111,15 @@ INLINE uint32_t largest_of(U x) {
     return found;
 }
 INLINE F pick_one(M m, F x) { return x + (F)((U)m & 0x3F800000u); }
-INLINE W within127(W x) {
-    typedef int16_t S __attribute__((vector_size(4 * LANES)));
-    const W over = (W)((S)x > 127), under = (W)((S)x < -127);
-    return (over & (uint16_t)127) | (under & (uint16_t)-127) | (~(over | under) & x);
+INLINE W carried_below(W high, W low, W bits, int is_nu) {
+    return high - ((W)((W)(low + bits) < bits) & (W)(high < (uint16_t)(is_nu ? 0xFFFF : 0x7FFF)));
 }
 INLINE W carried(W high, W low, W bits) { return high - (W)((W)(low + bits) < bits); }
 INLINE W carried_to_bf16(W high, W low, W bits) {
     return high - ((W)((W)(low + bits) < bits) & (W)((W)(high + high) < (uint16_t)0xFEFE));
 }
+INLINE F plus_product(F x, F a, F b) { return x + a * b; }
+INLINE F less_product(F x, F a, F b) { return x - a * b; }
 #if LANES == 8
 INLINE F root(F x) { return _mm256_sqrt_ps(x); }
 INLINE F floor_of(F x) { return _mm256_floor_ps(x); }
@@ -121,10 +134,12 @@ INLINE W halves(U a, U b, int high) {
     const __m256i x = (__m256i)(high ? a >> 16 : a & 0xFFFFu), y = (__m256i)(high ? b >> 16 : b & 0xFFFFu);
     return (W)_mm256_permute4x64_epi64(_mm256_packus_epi32(x, y), 0xD8);
 }
-INLINE void bytes(void *p, W x) {
-    const __m256i low = (__m256i)(x & (uint16_t)0xFF), packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, low), 0x08);
+INLINE F whole_numbers(const uint16_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p))); }
+INLINE void bytes_below(void *p, W x) {
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16((__m256i)x, (__m256i)x), 0x08);
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
 }
+INLINE void bytes(void *p, W x) { bytes_below(p, x & (uint16_t)0xFF); }
 #else
 INLINE F root(F x) { F y; for (int l = 0; l < LANES; l++) y[l] = sqrtf(x[l]); return y; }
 INLINE F floor_of(F x) { F y; for (int l = 0; l < LANES; l++) y[l] = floorf(x[l]); return y; }
@@ -139,16 +154,19 @@ INLINE W halves(U a, U b, int high) {
     for (int l = 0; l < LANES; l++) y[l] = (uint16_t)(a[l] >> 16 * high), y[LANES + l] = (uint16_t)(b[l] >> 16 * high);
     return y;
 }
+INLINE F whole_numbers(const uint16_t *p) { F y; for (int l = 0; l < LANES; l++) y[l] = (float)p[l]; return y; }
 INLINE void bytes(void *p, W x) { for (int l = 0; l < TURN; l++) ((uint8_t *)p)[l] = (uint8_t)x[l]; }
+INLINE void bytes_below(void *p, W x) { for (int l = 0; l < TURN; l++) ((uint8_t *)p)[l] = x[l] > 255 ? 255 : (uint8_t)x[l]; }
 #endif
+INLINE W above_zero(W codes, F x, F y) { return codes - ((W)(codes == 0) & halves((U)(x > 0.0f), (U)(y > 0.0f), 0)); }
 #endif
 INLINE W highs(U a, U b) { return halves(a, b, 1); }
 INLINE W lows(U a, U b) { return halves(a, b, 0); }
+INLINE uint32_t to_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 INLINE U all(uint32_t x) { return (U){0} + x; }
-INLINE F every(float x) { return (F){0} + x; }
+INLINE F every(float x) { return (F)all(to_bits(x)); }
 INLINE F choose(M m, F a, F b) { return (F)pick(m, (U)a, (U)b); }
 INLINE U to_integers(F x) { return (U)__builtin_convertvector(x, I); } /* towards zero */
-INLINE uint32_t to_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 INLINE float from_bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 
 /* -- random bits ---------------------------------------------------------------------------------------- */
@@ -163,8 +181,8 @@ static uint64_t mix64(uint64_t z) {
 #error "the halves of a random word lie in memory as on a little-endian machine"
 #endif
 
-/* A block's random bits of each tensor that is rounded. Two elements share a word: the low half is the even one's. */
-typedef union { uint32_t words[BLOCK / 2 + LANES]; uint16_t bits[BLOCK + TURN]; } Random;
+/* A tile's random bits of each tensor that is rounded. Two elements share a word: the low half is the even one's. */
+typedef union { uint32_t words[TILE / 2 + LANES]; uint16_t bits[TILE + TURN]; } Random;
 typedef struct {
 #define FIELD(key, bit, before, multiplier, after) Random key __attribute__((aligned(64)));
     WORDS(FIELD)
@@ -184,14 +202,13 @@ INLINE U shared_rounds(U number, U a, U b) {
 }
 
 INLINE U lanes_from(uint64_t first) {
-    U x;
-    for (int l = 0; l < LANES; l++) x[l] = (uint32_t)first + (uint32_t)l;
-    return x;
+    static const uint32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return load(lanes) + (uint32_t)first;
 }
 
 INLINE uint64_t keys_of(uint64_t stream, uint64_t number) { return mix64(stream + (number >> 32) * 0xD1B54A32D192ED03ull); }
 
-/* The words of a block for the tensors of `which`, wherever it begins: the bits of its first element are number index & 1. */
+/* The words of a tile for the tensors of `which`, wherever it begins: the bits of its first element are number index & 1. */
 static void fill(Randoms *r, uint64_t stream, uint64_t index, int n, int which) {
     const uint64_t number = index >> 1, keys = keys_of(stream, number), next = keys_of(stream, number + (1ull << 32));
     for (int i = 0; i <= n / 2; i += LANES) {
@@ -258,33 +275,36 @@ INLINE F joined(U high, U low) { /* both above lower halves */
 
 /* -- state tensors ---------------------------------------------------------------------------------------- */
 
-/* A block of a state tensor: its codes and random bits, and in a block format its scale and, until that is known, its new
- * values and the largest magnitude among them. */
+/* New values of a tile in a block format until its scales are known, and of each block the largest magnitudes. */
 typedef struct {
-    float values[BLOCK] __attribute__((aligned(64)));
-    U largest;
+    float values[TILE] __attribute__((aligned(64)));
+    U largest[TILE / BLOCK];
+} Fresh;
+
+/* A tile of a state tensor. Only functions that are inlined get the address of one, so that it can lie in registers. */
+typedef struct {
     void *codes;
     float *scale;
     const uint16_t *bits;
-    F by, further; /* what decodes: by one factor alone where the product of both is a number */
-    int twice;
+    Fresh *fresh;
+    U largest; /* of the block */
+    F by, further; /* what decodes it: block16 by both factors where their product is not a number (`twice`) */
 } State;
 
-INLINE void begin(State *s, int format) {
-    s->largest = all(0);
+INLINE void begin(State *s, int block, int format, int twice) {
     if (format < BLOCK16 || format > BLOCK8) return;
-    const float scale = *s->scale;
-    s->twice = format == BLOCK16 && !(scale <= 0x1p15f);
-    s->by = every(format == BLOCK8 ? scale : s->twice ? 0x1p112f : scale * 0x1p112f);
+    const float scale = s->scale[block];
+    s->largest = all(0);
+    s->by = every(format == BLOCK8 ? scale : twice ? 0x1p112f : scale * 0x1p112f);
     s->further = every(scale);
 }
 
-INLINE F decode(const State *s, int at, int first, int format, int is_nu) {
+INLINE F decode(const State *s, int at, int first, int format, int is_nu, int twice) {
     if (format <= BF16) return load_value(s->codes, at, first, format);
     if (format == BLOCK16) {
         const U code = upper((const uint16_t *)s->codes + at, first);
         const F x = (F)(is_nu ? code >> 4 : (U)((I)code >> 4) & 0x87FFFFFFu) * s->by;
-        return s->twice ? x * s->further : x;
+        return twice ? x * s->further : x;
     }
     const F x = from_bytes((const uint8_t *)s->codes + at + first, !is_nu);
     return is_nu ? x * x * s->by : x * s->by;
@@ -297,7 +317,7 @@ INLINE void encode(State *s, int at, F x, F y, W bits, int format, int is_nu) {
         store((uint16_t *)s->codes + at, (U)codes);
         return;
     }
-    float *to = format == FP32 ? (float *)s->codes : s->values;
+    float *to = format == FP32 ? (float *)s->codes : s->fresh->values;
     store(to + at, (U)x);
     store(to + at + LANES, (U)y);
     /* magnitudes order like their bits; a negative nu cannot be */
@@ -305,59 +325,85 @@ INLINE void encode(State *s, int at, F x, F y, W bits, int format, int is_nu) {
 }
 
 /* fp32 whose upper halves are block16's code without its sign. */
-INLINE U scaled16(F x, F by, F further, int twice, int is_nu) {
-    F v = x * by;
-    if (twice) v = v * further;
-    U raw = is_nu ? (U)v : magnitude(v);
-    if (is_nu) raw = pick(less(every(0.0f), x), larger(raw, all(0x1000u)), raw); /* what is positive stays so */
-    return smaller(raw, all((is_nu ? 0xFFFFu : 0x7FFFu) << 12)) << 4;
+INLINE U scaled16(F x, F by, int twice, int is_nu) {
+    const F v = x * by;
+    if (!twice) return (U)v << 4;
+    const F again = v * 0x1p-112f; /* what lies above 2^127 is above the largest code */
+    return smaller(is_nu ? (U)again : magnitude(again), all((is_nu ? 0xFFFFu : 0x7FFFu) << 12)) << 4;
+}
+
+INLINE void codes16(const float *values, uint16_t *codes, const uint16_t *bits, F by, int n, int twice, int is_nu) {
+    for (int at = 0; at < n; at += TURN) {
+        const F x = (F)load(values + at), y = (F)load(values + at + LANES);
+        const U a = scaled16(x, by, twice, is_nu), b = scaled16(y, by, twice, is_nu);
+        const W code = carried_below(highs(a, b), lows(a, b), load16(bits + at), is_nu);
+        store(codes + at, (U)(is_nu ? above_zero(code, x, y) : code | (highs((U)x, (U)y) & (uint16_t)0x8000)));
+    }
+}
+
+INLINE float factor16(uint32_t largest, int is_nu, float *scale) {
+    const uint32_t top = is_nu ? 31u : 15u, size = largest >> 23, exponent = size < top ? top : size > 253u ? 253u : size;
+    *scale = from_bits((exponent - (top - 15u)) << 23);
+    return from_bits((254u - exponent + (top - 15u)) << 23);
+}
+
+INLINE void block16(const float *values, uint16_t *codes, const uint16_t *bits, float inverse, int n, int is_nu) {
+    if (inverse < 0x1p-14f) codes16(values, codes, bits, every(inverse), n, 1, is_nu);
+    else codes16(values, codes, bits, every(inverse * 0x1p-112f), n, 0, is_nu);
 }
 
 /* block8's code of nu, a square root. Between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself. */
-INLINE U rooted8(F x, F inverse, const uint16_t *bits, int first) {
-    const F v = x * inverse, under = floor_of(root(v)), uniform = __builtin_convertvector((I)(upper(bits, first) >> 16), F);
-    F code = pick_one(less(uniform * (under * 0x1p-15f + 0x1p-16f), v - under * under), under);
-    code = least(code, every(255.0f));
-    return to_integers(choose(less(every(0.0f), x), most(code, every(1.0f)), code));
+INLINE U rooted8(F x, F inverse, const uint16_t *bits) {
+    const F v = x * inverse, under = floor_of(root(v));
+    const F share = whole_numbers(bits) * plus_product(every(0x1p-16f), under, every(0x1p-15f));
+    return to_integers(pick_one(less(share, less_product(v, under, under)), under));
 }
 
-/* A block's codes in a block format, once its largest value is known. */
-INLINE void finish(State *s, int n, int format, int is_nu) {
-    if (format <= BF16) return;
-    const uint32_t largest = largest_of(s->largest);
-    if (largest >= 0x7F800000u) { /* a value that is not finite: the block reads as NaN, codes 0 under a scale of NaN */
-        memset(s->codes, 0, (size_t)n * (format == BLOCK16 ? 2 : 1));
-        *s->scale = from_bits(0x7FC00000u);
-        return;
-    }
-    if (format == BLOCK16) {
-        const uint32_t top = is_nu ? 31u : 15u, size = largest >> 23, exponent = size < top ? top : size > 253u ? 253u : size;
-        const float inverse = from_bits((254u - exponent + (top - 15u)) << 23);
-        const int twice = inverse < 0x1p-14f;
-        const F by = every(twice ? inverse : inverse * 0x1p-112f), further = every(0x1p-112f);
-        *s->scale = from_bits((exponent - (top - 15u)) << 23);
-        for (int at = 0; at < n; at += TURN) {
-            const F x = (F)load(s->values + at), y = (F)load(s->values + at + LANES);
-            const U a = scaled16(x, by, further, twice, is_nu), b = scaled16(y, by, further, twice, is_nu);
-            W codes = carried(highs(a, b), lows(a, b), load16(s->bits + at));
-            if (!is_nu) codes |= highs((U)x, (U)y) & (uint16_t)0x8000;
-            store((uint16_t *)s->codes + at, (U)codes);
-        }
-        return;
-    }
-    const float scale = from_bits(largest) * (is_nu ? (float)(1.0 / (255.0 * 255.0)) : (float)(1.0 / 127.0));
-    const F inverse = every(scale >= 0x1p-126f ? 1.0f / scale : 0.0f);
-    *s->scale = scale;
+INLINE float factor8(uint32_t largest, int is_nu, float *scale) {
+    *scale = from_bits(largest) * (is_nu ? (float)(1.0 / (255.0 * 255.0)) : (float)(1.0 / 127.0));
+    return *scale >= 0x1p-126f ? 1.0f / *scale : 0.0f;
+}
+
+INLINE void block8(const float *values, uint8_t *codes, const uint16_t *bits, float factor, int n, int is_nu) {
+    const F inverse = every(factor);
     for (int at = 0; at < n; at += TURN) {
-        const F x = (F)load(s->values + at), y = (F)load(s->values + at + LANES);
-        W codes;
-        if (is_nu) codes = lows(rooted8(x, inverse, s->bits + at, 0), rooted8(y, inverse, s->bits + at, LANES));
-        else { /* between 256 and 512 an ulp is 2^-15: twice the bits less those of 384 are multiples of 2^-16 */
-            const U a = ((U)(x * inverse + 384.0f) - 0x43C00000u) << 1, b = ((U)(y * inverse + 384.0f) - 0x43C00000u) << 1;
-            codes = within127(carried(highs(a, b), lows(a, b), load16(s->bits + at)));
+        const F x = (F)load(values + at), y = (F)load(values + at + LANES);
+        if (is_nu) {
+            const U a = rooted8(x, inverse, bits + at), b = rooted8(y, inverse, bits + at + LANES);
+            bytes_below(codes + at, above_zero(lows(a, b), x, y));
+            continue;
         }
-        bytes((uint8_t *)s->codes + at, codes);
+        /* between 256 and 512 an ulp is 2^-15: twice the bits less those of 384 are multiples of 2^-16, of at most 127 */
+        const U a = (U)(x * inverse + 384.0f), b = (U)(y * inverse + 384.0f);
+        bytes(codes + at, carried(highs(a + a, b + b), lows(a + a, b + b), load16(bits + at)) - (uint16_t)0x8780);
     }
+}
+
+/* The scales and codes of a tile in a block format, once the largest values are known. */
+#define FINISH(name, factor_of, codes_of, Code, is_nu)                                                               \
+    static __attribute__((noinline)) void name(const Fresh *fresh, void *all_codes, float *scale, const uint16_t *bits, int n) { \
+        Code *codes = (Code *)all_codes;                                                                             \
+        float factors[TILE / BLOCK];                                                                                 \
+        for (int b = 0; b * BLOCK < n; b++) {                                                                        \
+            const uint32_t largest = largest_of(fresh->largest[b]);                                                  \
+            factors[b] = largest < 0x7F800000u ? factor_of(largest, is_nu, scale + b) : (scale[b] = from_bits(0x7FC00000u)); \
+        }                                                                                                            \
+        for (int at = 0, some; at < n; at += some) {                                                                 \
+            const float factor = factors[at / BLOCK];                                                                \
+            some = n - at < BLOCK ? n - at : BLOCK;                                                                  \
+            if (factor == factor) codes_of(fresh->values + at, codes + at, bits + at, factor, some, is_nu);          \
+            else memset(codes + at, 0, (size_t)some * sizeof(Code)); /* a value that is not finite: all reads as NaN */ \
+        }                                                                                                            \
+    }
+FINISH(finish_signed16, factor16, block16, uint16_t, 0)
+FINISH(finish_nu16, factor16, block16, uint16_t, 1)
+FINISH(finish_signed8, factor8, block8, uint8_t, 0)
+FINISH(finish_nu8, factor8, block8, uint8_t, 1)
+#undef FINISH
+
+INLINE void finish(const State *s, int n, int format, int is_nu) {
+    if (format == BLOCK16) (is_nu ? finish_nu16 : finish_signed16)(s->fresh, s->codes, s->scale, s->bits, n);
+    if (format == BLOCK8) (is_nu ? finish_nu8 : finish_signed8)(s->fresh, s->codes, s->scale, s->bits, n);
 }
 
 /* -- the update ----------------------------------------------------------------------------------------- */
@@ -395,18 +441,13 @@ INLINE F second_moment(F nu, F g, const Scalars *c, int yogi, int any_beta) {
     return nu - sign * (squared * c->rate2);
 }
 
-INLINE F moved(F w, F m1, F m2, F nu, const Scalars *c) {
-    const F u = (m1 * c->bias_correction1 + m2 * c->alpha) / (root(nu * c->bias_correction2 + c->eps_root) + c->eps);
-    return w - (u + w * c->weight_decay) * c->lr;
-}
-
 typedef struct { /* what a row's loop depends on: types and formats, and what is usual where it is 0 */
-    int weight, grad, master, m1, m2, nu, weight_ema, yogi, maximize, stays, any_beta, aside;
+    int weight, grad, master, m1, m2, nu, weight_ema, yogi, maximize, stays, any_beta, aside, twice;
 } Kind;
 
 static Kind kind_of(const Segment *s) {
     return (Kind){s->weight_type, s->grad_type, s->master_kind, s->m1_format, s->m2_format, s->nu_format, s->weight_ema_format,
-        (s->flags & YOGI) != 0, (s->flags & MAXIMIZE) != 0, s->lr == 0.0, s->beta1 < 0.5 || s->beta2 < 0.5 || s->beta3 < 0.5, 0};
+        (s->flags & YOGI) != 0, (s->flags & MAXIMIZE) != 0, s->lr == 0.0, s->beta1 < 0.5 || s->beta2 < 0.5 || s->beta3 < 0.5, 0, 0};
 }
 
 typedef struct { /* where elements of a row lie */
@@ -436,81 +477,114 @@ INLINE Place place_of(const Segment *s, const Kind k, int64_t at) {
 #undef SCALE
 }
 
-/* n elements from the start of a block on, n a multiple of TURN. */
-INLINE void block(const Place p, const Scalars c, int n, const Kind k) {
+/* n elements, at most a tile, from the start of a block on, n a multiple of TURN. */
+INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
     const int rounds_weight = k.weight == BF16 && k.master == NO_MASTER && !k.stays;
     const int which = (k.m1 > FP32 ? M1_BITS : 0) | (k.m2 > FP32 ? M2_BITS : 0) | (k.nu > FP32 ? NU_BITS : 0)
         | (k.weight_ema > FP32 ? WEIGHT_EMA_BITS : 0) | (rounds_weight ? WEIGHT_BITS : 0);
     Randoms r;
+    const int in_blocks = k.m1 > BF16 || k.m2 > BF16 || k.nu > BF16 || k.weight_ema > BF16;
     const int cut = p.row % BLOCK != 0, odd = k.aside && !cut ? (int)(p.index & 1) : 0;
     const uint64_t keys = keys_of(c.stream, p.index >> 1);
     const U a = all((uint32_t)keys), b = all((uint32_t)(keys >> 32));
     U number = lanes_from(p.index >> 1);
     if (k.aside && cut) fill_rows(&r, c.stream, p.index, p.column, p.row, p.stride, n, which);
     else if (k.aside) fill(&r, c.stream, p.index, n, which);
-    State m1s, m2s, nus, emas;
-#define BEGIN(state, number, key)                                                                                    \
-    state.codes = p.codes[number], state.scale = p.scale[number], state.bits = r.key.bits + odd, begin(&state, k.key);
-    BEGIN(m1s, 0, m1) BEGIN(m2s, 1, m2) BEGIN(nus, 2, nu) BEGIN(emas, 3, weight_ema)
-#undef BEGIN
+    Fresh fresh[4];
+#define STATE(number, key) {p.codes[number], p.scale[number], r.key.bits + odd, fresh + number, {0}, {0}, {0}}
+    State m1s = STATE(0, m1), m2s = STATE(1, m2), nus = STATE(2, nu), emas = STATE(3, weight_ema);
+#undef STATE
+    for (int from = 0, end; from < n; from = end) {
+        const int here = from / BLOCK;
+        end = in_blocks && n - from > BLOCK ? from + BLOCK : n;
+        begin(&m1s, here, k.m1, k.twice), begin(&m2s, here, k.m2, k.twice), begin(&nus, here, k.nu, k.twice);
+        begin(&emas, here, k.weight_ema, k.twice);
+        /* in the order of latencies: roots and quotients begin early, and what rounds the state runs beside them */
 #pragma GCC unroll 1
-    for (int at = 0; at < n; at += TURN, number += LANES) {
-#define NOTHING(key, bit, before, multiplier, after) W key##_bits = {0};
-        WORDS(NOTHING)
-#undef NOTHING
-        if (which) {
-            const U x = shared_rounds(number, a, b);
-#define BITS(key, bit, before, multiplier, after)                                                                       \
-            if (which & bit) {                                                                                          \
-                key##_bits = k.aside ? load16(r.key.bits + odd + at) : (W)last_round(x, before, multiplier, after);        \
-                if (!k.aside && k.key > BF16) store(r.key.bits + at, (U)key##_bits);                                     \
+        for (int at = from; at < end; at += TURN, number += LANES) {
+            F w[2], g[2], m1[2], m2[2], nu[2], ema[2] = {{0}, {0}}, root_of_nu[2], u[2];
+            for (int v = 0; v < 2; v++) {
+                g[v] = load_value(p.grad, at, v * LANES, k.grad);
+                if (k.maximize) g[v] = -g[v];
+                nu[v] = second_moment(decode(&nus, at, v * LANES, k.nu, 1, k.twice), g[v], &c, k.yogi, k.any_beta);
+                root_of_nu[v] = root(nu[v] * c.bias_correction2 + c.eps_root);
             }
-            WORDS(BITS)
+            for (int v = 0; v < 2; v++) {
+                m1[v] = g[v];
+                if (k.m1 != NONE) m1[v] = average(decode(&m1s, at, v * LANES, k.m1, 0, k.twice), g[v], c.beta1, c.rate1, k.any_beta);
+                m2[v] = average(decode(&m2s, at, v * LANES, k.m2, 0, k.twice), g[v], c.beta3, c.rate3, k.any_beta);
+                u[v] = (m1[v] * c.bias_correction1 + m2[v] * c.alpha) / (root_of_nu[v] + c.eps);
+            }
+#define NOTHING(key, bit, before, multiplier, after) W key##_bits = {0};
+            WORDS(NOTHING)
+#undef NOTHING
+            if (which) {
+                const U x = shared_rounds(number, a, b);
+#define BITS(key, bit, before, multiplier, after)                                                                    \
+                if (which & bit) {                                                                                   \
+                    key##_bits = k.aside ? load16(r.key.bits + odd + at) : (W)last_round(x, before, multiplier, after); \
+                    if (!k.aside && k.key > BF16) store(r.key.bits + at, (U)key##_bits);                             \
+                }
+                WORDS(BITS)
 #undef BITS
+            }
+            if (k.m1 != NONE) encode(&m1s, at, m1[0], m1[1], m1_bits, k.m1, 0);
+            encode(&m2s, at, m2[0], m2[1], m2_bits, k.m2, 0);
+            encode(&nus, at, nu[0], nu[1], nu_bits, k.nu, 1);
+            for (int v = 0; v < 2; v++) {
+                w[v] = k.master == FP32_MASTER ? (F)load((const float *)p.master + at + v * LANES)
+                    : load_value(p.weight, at, v * LANES, k.weight);
+                if (k.master == SPLIT_MASTER) w[v] = joined((U)w[v], upper((const uint16_t *)p.master + at, v * LANES));
+                if (!k.stays) w[v] = w[v] - (u[v] + w[v] * c.weight_decay) * c.lr;
+                if (k.weight_ema == NONE) continue;
+                ema[v] = decode(&emas, at, v * LANES, k.weight_ema, 0, k.twice);
+                ema[v] = ema[v] + (w[v] - ema[v]) * c.weight_ema_rate;
+            }
+            if (k.weight_ema != NONE) encode(&emas, at, ema[0], ema[1], weight_ema_bits, k.weight_ema, 0);
+            if (k.stays) continue;
+            const U x = (U)w[0], y = (U)w[1];
+            if (k.weight == FP32 || k.master == FP32_MASTER) {
+                float *to = (float *)(k.weight == FP32 ? p.weight : p.master) + at;
+                store(to, x);
+                store(to + LANES, y);
+            }
+            if (k.weight == FP32) continue;
+            W codes;
+            if (k.weight != BF16) codes = lows(to_fp16(w[0]), to_fp16(w[1]));
+            else if (rounds_weight) codes = carried_to_bf16(highs(x, y), lows(x, y), weight_bits);
+            else {
+                const U a = nearest_bf16(w[0]), b = nearest_bf16(w[1]);
+                codes = highs(a, b);
+                if (k.master == SPLIT_MASTER) store((uint16_t *)p.master + at, (U)lows(x - a, y - b));
+            }
+            store((uint16_t *)p.weight + at, (U)codes);
         }
-        F w[2], m1[2], m2[2], nu[2], ema[2];
-        for (int v = 0; v < 2; v++) {
-            const int first = v * LANES;
-            F g = load_value(p.grad, at, first, k.grad);
-            if (k.maximize) g = -g;
-            w[v] = k.master == FP32_MASTER ? (F)load((const float *)p.master + at + first)
-                : load_value(p.weight, at, first, k.weight);
-            if (k.master == SPLIT_MASTER) w[v] = joined((U)w[v], upper((const uint16_t *)p.master + at, first));
-            m1[v] = g;
-            if (k.m1 != NONE) m1[v] = average(decode(&m1s, at, first, k.m1, 0), g, c.beta1, c.rate1, k.any_beta);
-            m2[v] = average(decode(&m2s, at, first, k.m2, 0), g, c.beta3, c.rate3, k.any_beta);
-            nu[v] = second_moment(decode(&nus, at, first, k.nu, 1), g, &c, k.yogi, k.any_beta);
-            if (!k.stays) w[v] = moved(w[v], m1[v], m2[v], nu[v], &c);
-            if (k.weight_ema == NONE) continue;
-            ema[v] = decode(&emas, at, first, k.weight_ema, 0);
-            ema[v] = ema[v] + (w[v] - ema[v]) * c.weight_ema_rate;
-        }
-        if (k.m1 != NONE) encode(&m1s, at, m1[0], m1[1], m1_bits, k.m1, 0);
-        encode(&m2s, at, m2[0], m2[1], m2_bits, k.m2, 0);
-        encode(&nus, at, nu[0], nu[1], nu_bits, k.nu, 1);
-        if (k.weight_ema != NONE) encode(&emas, at, ema[0], ema[1], weight_ema_bits, k.weight_ema, 0);
-        if (k.stays) continue;
-        const U x = (U)w[0], y = (U)w[1];
-        if (k.weight == FP32 || k.master == FP32_MASTER) {
-            float *to = (float *)(k.weight == FP32 ? p.weight : p.master) + at;
-            store(to, x);
-            store(to + LANES, y);
-        }
-        if (k.weight == FP32) continue;
-        W codes;
-        if (k.weight != BF16) codes = lows(to_fp16(w[0]), to_fp16(w[1]));
-        else if (rounds_weight) codes = carried_to_bf16(highs(x, y), lows(x, y), weight_bits);
-        else {
-            const U a = nearest_bf16(w[0]), b = nearest_bf16(w[1]);
-            codes = highs(a, b);
-            if (k.master == SPLIT_MASTER) store((uint16_t *)p.master + at, (U)lows(x - a, y - b));
-        }
-        store((uint16_t *)p.weight + at, (U)codes);
+        if (k.m1 > BF16) fresh[0].largest[here] = m1s.largest;
+        if (k.m2 > BF16) fresh[1].largest[here] = m2s.largest;
+        if (k.nu > BF16) fresh[2].largest[here] = nus.largest;
+        if (k.weight_ema > BF16) fresh[3].largest[here] = emas.largest;
     }
     if (k.m1 != NONE) finish(&m1s, n, k.m1, 0);
     finish(&m2s, n, k.m2, 0);
     finish(&nus, n, k.nu, 1);
     if (k.weight_ema != NONE) finish(&emas, n, k.weight_ema, 0);
+}
+
+/* Whether a block16 scale of a tile is NaN or so large that its product with 2^112 is not a number. */
+INLINE int twice_in(const float *scale, int format, int n) {
+    int found = 0;
+    for (int b = 0; format == BLOCK16 && b * BLOCK < n; b++) found |= !(scale[b] <= 0x1p15f);
+    return found;
+}
+INLINE int any_twice(const Place *p, const Kind *k, int n) {
+    return twice_in(p->scale[0], k->m1, n) | twice_in(p->scale[1], k->m2, n) | twice_in(p->scale[2], k->nu, n)
+        | twice_in(p->scale[3], k->weight_ema, n);
+}
+
+static __attribute__((noinline)) void some(const Place *p, const Scalars *c, const Kind *kind, int n) {
+    Kind k = *kind;
+    k.twice = any_twice(p, kind, n);
+    tile(*p, *c, n, k);
 }
 
 /* -- rows ------------------------------------------------------------------------------------------------- */
@@ -519,14 +593,19 @@ INLINE void block(const Place p, const Scalars c, int n, const Kind k) {
 INLINE void blocks(const Segment *row, const Scalars *scalars, const Kind k, int64_t at, int64_t end) {
     const Segment s = *row;
     const Scalars c = *scalars;
-    for (; at < end; at += BLOCK) block(place_of(&s, k, at), c, BLOCK, k);
+    for (int n; at < end; at += n) {
+        const Place p = place_of(&s, k, at);
+        const int64_t together = p.row && p.row % BLOCK == 0 ? p.row - p.column : TILE;
+        n = (int)(end - at < together ? end - at : together);
+        if (n > TILE) n = TILE;
+        if (any_twice(&p, &k, n)) some(&p, &c, &k, n);
+        else tile(p, c, n, k);
+    }
 }
 
 typedef void Blocks(const Segment *, const Scalars *, const Kind *, int64_t, int64_t);
 
 static void any(const Segment *s, const Scalars *c, const Kind *k, int64_t at, int64_t end) { blocks(s, c, *k, at, end); }
-
-static __attribute__((noinline)) void some(const Place *p, const Scalars *c, const Kind *k, int n) { block(*p, *c, n, *k); }
 
 /* The common combinations: weights W with master M, gradients G, state F, an average of the weights E or none. */
 #define STATES(X, W, M, G) X(W, M, G, FP32, NONE) X(W, M, G, BF16, NONE) X(W, M, G, BLOCK16, NONE) X(W, M, G, BLOCK8, NONE)
@@ -537,7 +616,7 @@ static __attribute__((noinline)) void some(const Place *p, const Scalars *c, con
 #define DEFINE(W, M, G, F, E)                                                                                        \
     static void blocks_##W##_##M##_##G##_##F##_##E(const Segment *s, const Scalars *c, const Kind *k, int64_t at, int64_t end) { \
         (void)k;                                                                                                     \
-        blocks(s, c, (Kind){W, G, M, F, F, F, E, 0, 0, 0, 0, 0}, at, end);                                            \
+        blocks(s, c, (Kind){W, G, M, F, F, F, E, 0, 0, 0, 0, 0, 0}, at, end);                                       \
     }
 COMMON(DEFINE)
 #undef DEFINE
