@@ -20,7 +20,7 @@ import torch
 from shardopt.distributed import Ranks
 from shardopt.pretrain.config import load
 from shardopt.pretrain.loop import Run
-from shardopt.pretrain.scoring import token_loss_sum
+from shardopt.pretrain.scoring import losses
 from shardopt.pretrain.signals import stop_signals
 
 STEPS, TURNS = 10, 7
@@ -34,7 +34,8 @@ def bare(run: Run, micros: tuple[torch.Tensor, ...], steps: int) -> float:
     for _ in range(steps):
         for index, tokens in enumerate(micros):
             with engine.accumulate(last=index == len(micros) - 1):
-                engine.backward(token_loss_sum(engine, tokens) / targets)
+                nats, _ = losses(engine, tokens)
+                engine.backward(nats / targets)
         engine.clip_grad_norm(train.grad_clip)
         engine.step()
         engine.zero_grad()

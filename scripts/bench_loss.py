@@ -34,7 +34,8 @@ def measure(chunks: int, vocabulary: int, block: int, rounds: int) -> tuple[int,
     before, seconds, loss = peak_memory(cpu), [], torch.zeros(())
     for _ in range(rounds):
         began = time.perf_counter()
-        loss = model(input_ids=tokens[:, :-1], targets=tokens[:, 1:], use_cache=False) / block
+        nats, _ = model(input_ids=tokens[:, :-1], targets=tokens[:, 1:], use_cache=False)
+        loss = nats / block
         loss.backward()
         seconds.append(time.perf_counter() - began)
     return peak_memory(cpu) - before, statistics.median(seconds), loss.item()

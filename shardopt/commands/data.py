@@ -50,6 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
         config.train.global_batch,
         weights[0].parent if weights else None,
         arguments.processes,
+        stages=config.train.stages,
     )
     scored = min(config.eval.batches * config.train.global_batch, holdout.n_blocks)
     report = data.describe(config.data, train, holdout, config.train.steps, scored)

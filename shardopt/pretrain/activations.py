@@ -92,7 +92,8 @@ class Simulation:
             try:
                 with alive:
                     with autocast, _ONE_SEQUENCE_A_ROW:
-                        loss = self.model(input_ids=tokens[:, :-1], targets=tokens[:, 1:], use_cache=False)
+                        loss, router = self.model(input_ids=tokens[:, :-1], targets=tokens[:, 1:], use_cache=False)
+                        loss = loss if router is None else loss + router
                     while hooks:  # a block that is checkpointed runs again in backward, by itself
                         hooks.pop().remove()
                     loss.backward()

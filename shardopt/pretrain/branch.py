@@ -32,6 +32,7 @@ from shardopt.optim.schema import STATE_TENSORS
 from shardopt.pretrain import rng
 from shardopt.pretrain.config import Config, OptimizerConfig, as_written, changes
 from shardopt.pretrain.data import Batches
+from shardopt.pretrain.data.stages import StageConfig, Stages
 from shardopt.pretrain.progress import Progress, read_document, restore_generators
 from shardopt.pretrain.report import COLUMNS
 from shardopt.pretrain.schedule import lr_factor
@@ -91,9 +92,28 @@ def _with_source(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"source": folder})})
 
 
-def why_not_longer(recorded: Mapping[str, Any], config: Config, done: int) -> str | None:
-    """Why a run cannot go on with another `train.steps` after `done` steps; None where no step would have differed."""
+def why_not(recorded: Mapping[str, Any], config: Config, done: int) -> str | None:
+    """Why a run cannot go on after `done` steps with another `train.steps` and other `train.stages`, where nothing else
+    is changed; None where no step that is done would have differed."""
     before, after = recorded["train"]["steps"], config.train.steps
+    return _other_stages(recorded, config, done) or (
+        _not_longer(before, after, config, done) if after != before else None
+    )
+
+
+def _other_stages(recorded: Mapping[str, Any], config: Config, done: int) -> str | None:
+    given = [StageConfig.model_validate(one) for one in recorded["train"].get("stages") or ()]
+    was, now = Stages(config.data.weights, recorded["train"]["global_batch"], given), config.stages
+    for step in sorted({stage.from_step for stage in [*was.all, *now.all] if stage.from_step < done}):
+        old, new = was.at(step), now.at(step)
+        if old.global_batch != new.global_batch:
+            return f"step {step + 1} would have had another batch"
+        if old.shares != new.shares:
+            return f"step {step + 1} would have had other weights of the sources"
+    return None
+
+
+def _not_longer(before: int, after: int, config: Config, done: int) -> str | None:
     if after < before:
         return "it can only be raised"
     if done >= before:
@@ -155,13 +175,13 @@ def start(config: Config, state: ShardedState, batches: Batches) -> tuple[Progre
     progress = replace(Progress.of(document), rewinds=0)
     same_seed = document["config"]["run"]["seed"] == config.run.seed
     if document["data_fingerprint"] != batches.data.fingerprint:
-        batches.begin(progress.batch)
+        batches.begin(progress.step)
         place = "begins at its beginning, being other text, or mixed or cut otherwise"
     elif not same_seed:
-        batches.begin(progress.batch)
+        batches.begin(progress.step)
         place = "begins at its beginning, in the order of another run.seed"
     else:
-        batches.load_state_dict(document["data"], progress.batch)
+        batches.load_state_dict(document["data"], progress.step)
         place = f"goes on after {document['data']['samples']:,} sequences"
     if same_seed:
         restore_generators(folder, ranks, config.run.seed, progress.step)

@@ -19,6 +19,7 @@ from shardopt.errors import InputError
 from shardopt.optim import registry
 from shardopt.pretrain.config_errors import explain
 from shardopt.pretrain.data.config import DataConfig, holds_tokenizer
+from shardopt.pretrain.data.stages import StageConfig, Stages
 from shardopt.pretrain.hub import is_hub_name, local
 from shardopt.pretrain.model import ModelConfig, transformers_config
 from shardopt.pretrain.profile import ProfileConfig
@@ -94,7 +95,9 @@ class TrainConfig(Section):
     steps: Steps = Field(300, ge=1)
     """Optimizer steps of the whole run."""
     global_batch: Sequences = Field(32, ge=1)
-    """Sequences per step over all ranks."""
+    """Sequences per step over all ranks, until a stage says otherwise."""
+    stages: tuple[StageConfig, ...] | None = Field(None, min_length=1)
+    """Another batch, or other weights of the sources, from a step on; null: none."""
     micro_batch: Sequences = Field(8, ge=1)
     """Sequences per forward pass of a rank."""
     grad_clip: float | None = Field(1.0, gt=0)
@@ -118,7 +121,7 @@ class EvalConfig(Section):
     every: Steps = Field(100, ge=1)
     """Steps between evaluations; there is always one after the last step."""
     batches: Annotated[int, in_unit("global batches")] = Field(16, ge=1)
-    """Global batches per evaluation (fewer where the held-out text is shorter)."""
+    """Batches of train.global_batch sequences per evaluation (fewer where the held-out text is shorter)."""
     sample_tokens: Tokens = Field(96, ge=0)
     """Tokens of text generated at the end; 0 for none."""
 
@@ -194,10 +197,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _together(self) -> Config:
         train, schedule = self.train, self.schedule
-        if train.global_batch % train.micro_batch:
-            raise InputError(
-                f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch = {train.micro_batch}"
-            )
+        for key, batch in self.stages.batches.items():
+            if batch % train.micro_batch:
+                raise InputError(f"{key}: {batch} is not a multiple of train.micro_batch = {train.micro_batch}")
+        for index, stage in enumerate(train.stages or ()):
+            if stage.from_step >= train.steps:
+                raise InputError(
+                    f"train.stages[{index}].from_step: {stage.from_step} is not before the last step, train.steps = "
+                    f"{train.steps}: this stage would never begin"
+                )
         if train.loss_chunks > self.data.block_size:
             tokens = f"the tokens of a sequence, data.block_size = {self.data.block_size}"
             raise InputError(f"train.loss_chunks: {train.loss_chunks} is more than {tokens}")
@@ -227,15 +235,20 @@ class Config(Section):
                 f"folder or another store"
             )
         engines.check(self.engine, self.optimizer.spec(self.train.steps, self.run.seed), world_size, distributed)
-        a_round = world_size * self.train.micro_batch
-        if self.train.global_batch % a_round:
-            raise InputError(
-                f"train.global_batch: {self.train.global_batch} cannot be cut into micro-batches of "
-                f"{self.train.micro_batch} over {world_size} ranks; make it a multiple of {a_round}, or change "
-                f"train.micro_batch"
-            )
-        if check := getattr(self.engine, "check_run", None):
-            check(self.train.global_batch, self.train.micro_batch, world_size)
+        a_round, check = world_size * self.train.micro_batch, getattr(self.engine, "check_run", None)
+        for key, batch in self.stages.batches.items():
+            if batch % a_round:
+                raise InputError(
+                    f"{key}: {batch} cannot be cut into micro-batches of {self.train.micro_batch} over {world_size} "
+                    f"ranks; make it a multiple of {a_round}, or change train.micro_batch"
+                )
+            if check is not None:
+                check(key, batch, self.train.micro_batch, world_size)
+
+    @property
+    def stages(self) -> Stages:
+        """The batch and the sources' weights at each step."""
+        return Stages(self.data.weights, self.train.global_batch, self.train.stages or ())
 
     @property
     def folder(self) -> Path:

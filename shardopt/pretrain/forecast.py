@@ -6,10 +6,11 @@ data, and activations from `activations.Simulation`.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +89,8 @@ class Row:
         engine: with its stage, as "zero-2".
         state_dtype: None for an optimizer without such a choice, or for one of several formats.
         chosen: whether it is the config's own.
-        largest_micro_batch: that fits into the device's memory and divides the global batch over the ranks; 0 where
-            none does, None where that is not known.
+        largest_micro_batch: that fits into the device's memory and divides every global batch over the ranks; 0
+            where none does, None where that is not known.
         reduce, gather: bytes that a rank sends in a step for gradients and for weights.
     """
 
@@ -102,9 +103,19 @@ class Row:
     gather: int
 
 
+class Stage(NamedTuple):
+    """Steps of the run with as many micro-batches on a rank."""
+
+    from_step: int
+    steps: int
+    tokens_per_step: int
+    micro_batches: int
+
+
 @dataclass(frozen=True)
 class Forecast:
-    """A run by its config, on ranks and devices that need not be there.
+    """A run by its config, on ranks and devices that need not be there. Where the batch changes, memory and what is
+    sent are those of the largest.
 
     Attributes:
         rows: engines and state formats, those of the config first among the formats.
@@ -118,22 +129,24 @@ class Forecast:
     device: Device
     world_size: int
     micro_batch: int
-    micro_batches: int
+    stages: Sequence[Stage]
     parameters: int
     rows: Sequence[Row]
     refused: dict[str, str]
     unknown_activations: str | None
     checkpoint_bytes: dict[str | None, int]
     checkpoints_kept: int
-    steps: int
-    tokens_per_step: int
     flops: float
     mfu: float
     hours: float | None
 
     @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
     def tokens(self) -> int:
-        return self.steps * self.tokens_per_step
+        return sum(stage.steps * stage.tokens_per_step for stage in self.stages)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as JSON has it; bytes, tokens, operations and hours are numbers."""
@@ -165,11 +178,10 @@ class Forecast:
             "usable_share": USABLE,
             "world_size": self.world_size,
             "micro_batch": self.micro_batch,
-            "micro_batches": self.micro_batches,
             "parameters": self.parameters,
             "steps": self.steps,
             "tokens": self.tokens,
-            "tokens_per_step": self.tokens_per_step,
+            "stages": [stage._asdict() for stage in self.stages],
             "flops": self.flops,
             "mfu": self.mfu,
             "hours": self.hours,
@@ -196,8 +208,14 @@ def forecast(config: Config, world_size: int, device: Device, mfu: float = 0.4) 
     parameters = [Parameter(name, tuple(p.shape), number_of.get(p)) for name, p in named]
     buffers = sum(buffer.nbytes for _, buffer in persistent_buffers(model))
     train, spec = config.train, config.optimizer.spec(config.train.steps, config.run.seed)
-    tokens_per_step = train.global_batch * config.data.block_size
-    flops = train.steps * tokens_per_step * flops_per_token(model, config.data.block_size)
+    stages = [
+        Stage(
+            s.from_step, n, s.global_batch * config.data.block_size, s.global_batch // world_size // train.micro_batch
+        )
+        for s, n in config.stages.between(0, train.steps)
+    ]
+    tokens = sum(stage.steps * stage.tokens_per_step for stage in stages)
+    flops = tokens * flops_per_token(model, config.data.block_size)
     specs = _by_state_dtype(spec)
     candidates = _engines(config.engine, world_size)
     refused: dict[str, str] = {}
@@ -215,7 +233,7 @@ def forecast(config: Config, world_size: int, device: Device, mfu: float = 0.4) 
             parameters,
             buffers,
             world_size,
-            train.global_batch,
+            list(config.stages.batches.values()),
             compute,
             device,
             activations.of(engine, compute),
@@ -238,15 +256,13 @@ def forecast(config: Config, world_size: int, device: Device, mfu: float = 0.4) 
         device=device,
         world_size=world_size,
         micro_batch=train.micro_batch,
-        micro_batches=train.global_batch // (world_size * train.micro_batch),
+        stages=stages,
         parameters=sum(p.numel for p in parameters),
         rows=sorted(rows, key=lambda row: list(specs).index(row.state_dtype)),
         refused=refused,
         unknown_activations=activations.unknown,
         checkpoint_bytes=checkpoints,
         checkpoints_kept=config.checkpoint.keep,
-        steps=train.steps,
-        tokens_per_step=tokens_per_step,
         flops=flops,
         mfu=mfu,
         hours=None if device.peak is None else flops / (world_size * device.peak * mfu) / 3600,
@@ -332,14 +348,14 @@ class _Planned:
     parameters: Sequence[Parameter]
     buffers: int  # bytes
     world_size: int
-    global_batch: int
+    batches: Sequence[int]  # sequences of a step, in each stage
     compute: torch.dtype
     device: Device
     activations: Activations | None
     _placed: dict[int, Footprint] = field(default_factory=dict)
 
     def placed(self, micro_batch: int) -> Footprint:
-        micro_batches = self.global_batch // (self.world_size * micro_batch)
+        micro_batches = max(self.batches) // (self.world_size * micro_batch)
         if micro_batches not in self._placed:
             self._placed[micro_batches] = footprint(
                 self.engine, self.parameters, self.world_size, micro_batches, self.compute, self.device.cuda
@@ -355,7 +371,7 @@ class _Planned:
         """See Row.largest_micro_batch."""
         if self.device.memory is None or self.activations is None:
             return None
-        usable, of_rank = USABLE * self.device.memory, self.global_batch // self.world_size
+        usable, of_rank = USABLE * self.device.memory, math.gcd(*self.batches) // self.world_size
         sizes = (size for size in range(of_rank, 0, -1) if of_rank % size == 0)
         return next((size for size in sizes if self.memory(size, state).total <= usable), 0)
 

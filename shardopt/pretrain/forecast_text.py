@@ -20,11 +20,15 @@ def as_text(f: Forecast) -> str:
 
 def _facts(f: Forecast) -> Iterator[str]:
     yield f"{f.name}: {count(f.parameters)} parameters on {f.world_size:,} × {f.device.name}"
-    batches = f"{f.micro_batches:,} micro-batch{'es' if f.micro_batches > 1 else ''}"
-    facts = {
-        "run": f"{f.steps:,} steps of {count(f.tokens_per_step)} tokens: {count(f.tokens)} tokens, {f.flops:.3g} FLOPs",
-        "a step": f"{batches} of {f.micro_batch:,} sequence{'s' if f.micro_batch > 1 else ''} on a rank",
-    }
+    of_a_step = f" of {count(f.stages[0].tokens_per_step)} tokens" if len(f.stages) == 1 else ""
+    facts = {"run": f"{f.steps:,} steps{of_a_step}: {count(f.tokens)} tokens, {f.flops:.3g} FLOPs"}
+    for stage in f.stages:
+        batches = f"{stage.micro_batches:,} micro-batch{'es' if stage.micro_batches > 1 else ''}"
+        batches += f" of {f.micro_batch:,} sequence{'s' if f.micro_batch > 1 else ''} on a rank"
+        if len(f.stages) == 1:
+            facts["a step"] = batches
+        else:
+            facts[f"step {stage.from_step + 1:,} on"] = f"{count(stage.tokens_per_step)} tokens a step, {batches}"
     if f.hours is not None:
         hours = f"{f.hours:,.0f}" if f.hours >= 10 else f"{f.hours:.2g}"
         facts["hours"] = f"{hours} ({duration(f.hours * 3600)}) at an MFU of {f.mfu:.0%}"

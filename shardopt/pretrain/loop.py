@@ -91,6 +91,7 @@ class Run:
             config.train.global_batch,
             weights[0].parent if weights else None,
             check=branch.tokenizer_check(config) if resume_from is None else None,
+            stages=config.train.stages,
         )
         self.batches = data.Batches(self.train_data, ranks, config.data.prefetch)
         stack.callback(self.batches.close)
@@ -105,7 +106,7 @@ class Run:
         flops = flops_per_token(meta, config.data.block_size)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
         ranks.together(self._write_models_config)
-        for limit in limits(model_config, self.holdout_data, self.scored_blocks):
+        for limit in limits(meta, self.holdout_data, self.scored_blocks):
             self.report.warn(limit)
         document_start = self.tokenizer.eos_token_id if config.data.document_mask else None
         loss_in_forward(meta, config.train.loss_chunks, document_start)
@@ -133,10 +134,9 @@ class Run:
             self.progress, self.origin = branch.start(config, self.engine.state, self.batches)
         if document_start is not None:
             check_documents_apart(self.engine, document_start, config.data.block_size, config.train.micro_batch)
-        self.tokens_a_step = config.train.global_batch * config.data.block_size
-        self.meter = Meter(ranks, self.tokens_a_step, flops, peak_flops(ranks.device))
+        self.meter = Meter(ranks, flops, peak_flops(ranks.device))
         self.meter.clock.watch_update(self.engine.state.inner)
-        self.probes = Probes(config.tracking, self.engine, config.train)
+        self.probes = Probes(config.tracking, self.engine, config.train.grad_clip)
         self.tokens_before = self.progress.tokens
 
         root, kept = config.store / "checkpoints", config.checkpoint
@@ -181,7 +181,8 @@ class Run:
 
     def train(self) -> Result:
         steps = self.config.train.steps
-        with stop_signals() as stop, self.report.training(steps, self.progress.step) as bar:
+        work = self.train_data.stages.samples
+        with stop_signals() as stop, self.report.training(steps, self.progress.step, work) as bar:
             while self.progress.step < steps and not self.stopped:
                 self.advance(stop, bar)
             self.saver.wait()
@@ -230,11 +231,13 @@ class Run:
         factor = lr_factor(progress.step + 1, train.steps, self.config.schedule)
         for group, lr in zip(engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
-        batch = self.batches.attempt(progress.batch)
+        sequences = self.train_data.stages.at(progress.step).global_batch
+        tokens = sequences * self.config.data.block_size
+        batch = self.batches.attempt(progress.step)
         done = take_step(
             engine,
             batch.split(train.micro_batch),
-            self.tokens_a_step,
+            tokens,
             train.grad_clip,
             self.meter.clock,
             failed=self.batches.failure is not None,
@@ -242,7 +245,7 @@ class Run:
         )
         if done.failed:
             ranks.together(self.batches.check)
-        self.probes.end(done.norm, done.taken)
+        self.probes.end(done.norm, done.taken, sequences)
         if done.taken:
             progress.skipped_in_row = 0
             self.finite_since_save = True
@@ -253,8 +256,8 @@ class Run:
                 f"step {progress.step + 1} is skipped on all ranks: loss {done.loss}, gradient norm {done.norm}"
             )
         progress.step += 1
-        progress.tokens += self.tokens_a_step
-        self.meter.end(done.loss, done.norm, self.batches.waited)
+        progress.tokens += tokens
+        self.meter.end(done.loss, done.norm, tokens, self.batches.waited, done.router_loss)
         self.stopped = done.stop
 
     def _rewound(self) -> bool:
@@ -290,12 +293,12 @@ class Run:
     def _log(self, holdout: HeldOut | None) -> dict[str, float]:
         """Write a row of metrics and return it: `loss` is the mean over the steps since the last row, `grad_norm`,
         the other norms and the schedules are of the latest step. A collective."""
-        engine, step = self.engine, self.progress.step
+        engine, step, train_data = self.engine, self.progress.step, self.train_data
         self.logged_steps = len(self.meter.losses)
         statistics, measured = engine.state.statistics(), self.meter.read()
         metrics: dict[str, float] = {
             "tokens": self.progress.tokens,
-            "bits_per_byte": measured["loss"] / math.log(2) / self.train_data.bytes_per_token,
+            "bits_per_byte": measured["loss"] / math.log(2) / train_data.bytes_per_token(step - 1),
             "lr": engine.optimizer.param_groups[0]["lr"],
             **statistics,
             **measured,

@@ -18,11 +18,13 @@ from shardopt.errors import InputError
 
 
 def loss_in_forward(model: PreTrainedModel, chunks: int = 1, document_start: int | None = None) -> None:
-    """Let `model(input_ids=..., targets=...)` return the sum of the cross-entropy: nats, fp32. Changes the model.
+    """Let `model(input_ids=..., targets=...)` return its losses: the sum of the cross-entropy, in nats, fp32; and in
+    training, of a mixture of experts with `output_router_logits` in its config, what transformers adds to the mean of
+    that, its load-balancing loss times `router_aux_loss_coef`, else None. Changes the model.
 
-    It is made inside the model's forward, within the engine's hooks and autocast. With several `chunks` of the sequence
-    the logits of one chunk exist at a time, and are made again in its backward. They come from the model's own forward
-    with its base left out: its head, and what a family does after it (a scale, a soft cap).
+    They are made inside the model's forward, within the engine's hooks and autocast. With several `chunks` of the
+    sequence the logits of one chunk exist at a time, and are made again in its backward. They come from the model's own
+    forward with its base left out: its head, and what a family does after it (a scale, a soft cap).
 
     Args:
         model: on the meta device; not yet in the hands of an engine.
@@ -40,25 +42,50 @@ def loss_in_forward(model: PreTrainedModel, chunks: int = 1, document_start: int
             f"leave it at false"
         )
     base = _base(model) if chunks > 1 else None
+    routed = adds_router_loss(model)
 
     def forward_with_loss(*args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
         if document_start is not None:
             kwargs["position_ids"] = document_positions(kwargs["input_ids"], document_start)
         if targets is None:
             return forward(*args, **kwargs)
+        if routed:
+            kwargs["output_router_logits"] = model.training
         if base is None:
-            return _loss_sum(forward(*args, **kwargs).logits, targets)
+            out = forward(*args, **kwargs)
+            return _loss_sum(out.logits, targets), _router_loss(model, out)
+        whole = base(*args, **kwargs)
+        router = None
+        if routed and model.training:  # made of the first token, because a head is part of the forward
+            of_base = _Hidden(last_hidden_state=whole.last_hidden_state[:, :1], router_logits=whole.router_logits)
+            router = _router_loss(model, _behind(model, forward, of_base, kwargs))
+            kwargs["output_router_logits"] = False
 
         def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
             return _loss_sum(_head(model, forward, hidden, kwargs), targets)
 
-        hidden = base(*args, **kwargs).last_hidden_state
+        hidden = whole.last_hidden_state
         total = torch.zeros((), device=hidden.device)
         for part, theirs in zip(hidden.chunk(chunks, dim=1), targets.chunk(chunks, dim=1), strict=True):
             total = total + cast(Tensor, checkpoint(of_chunk, part, theirs, use_reentrant=False))
-        return total
+        return total, router
 
     model.forward = forward_with_loss
+
+
+def has_router_loss(model: PreTrainedModel) -> bool:
+    """Whether transformers can compute a loss that balances the model's routers."""
+    return "output_router_logits" in inspect.signature(model.forward).parameters
+
+
+def adds_router_loss(model: PreTrainedModel) -> bool:
+    """Whether transformers would add it to the model's own loss, as its config is."""
+    return has_router_loss(model) and bool(getattr(model.config, "output_router_logits", False))
+
+
+def _router_loss(model: PreTrainedModel, output: Any) -> Tensor | None:
+    aux = getattr(output, "aux_loss", None)
+    return None if aux is None else cast(Any, model).router_aux_loss_coef * aux
 
 
 def document_positions(tokens: Tensor, start: int) -> Tensor:
@@ -74,7 +101,9 @@ def _loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass
 class _Hidden(BaseModelOutput):
-    """The output of a base model, of which nothing but the hidden states is asked."""
+    """The output of a base model, of which nothing else is asked."""
+
+    router_logits: tuple[Tensor, ...] | None = None
 
     def __getattr__(self, name: str) -> None:
         return None
@@ -94,16 +123,21 @@ class _Done(nn.Module):
 
 def _head(model: PreTrainedModel, forward: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Logits of hidden states (sequences, tokens, width), by the model's own forward behind its base."""
-    name, done = model.base_model_prefix, _Done(_Hidden(last_hidden_state=cast(Any, hidden)))
+    return _behind(model, forward, _Hidden(last_hidden_state=cast(Any, hidden)), kwargs).logits
+
+
+def _behind(model: PreTrainedModel, forward: Callable[..., Any], of_base: _Hidden, kwargs: dict[str, Any]) -> Any:
+    """What the model's own forward makes of the output of its base."""
+    name, done = model.base_model_prefix, _Done(of_base)
     base = model._modules[name]
     model._modules[name] = done  # not setattr: an engine may have hooks on it
     try:
-        logits = forward(**kwargs).logits
+        output = forward(**kwargs)
     finally:
         model._modules[name] = base
     if done.calls != 1:
         raise ValueError(f"its forward calls {name} {done.calls} times")
-    return logits
+    return output
 
 
 def _base(model: PreTrainedModel) -> nn.Module:

@@ -60,44 +60,52 @@ class Meter:
 
     Args:
         ranks: the processes.
-        tokens: of a step, over all ranks.
         flops: floating-point operations of the model for one token, forward and backward.
         peak: what a device can do a second; None where that is not known.
 
     Attributes:
-        losses, norm: of each step, and of the last one.
+        losses: of each step.
+        norm: of the last one.
         waited: seconds that this rank waited for its batches.
     """
 
-    def __init__(self, ranks: Ranks, tokens: int, flops: float, peak: float | None) -> None:
-        self._ranks, self._tokens, self._flops, self._peak = ranks, tokens, flops, peak
+    def __init__(self, ranks: Ranks, flops: float, peak: float | None) -> None:
+        self._ranks, self._flops, self._peak = ranks, flops, peak
         self.clock = StepClock(ranks.device)
         self.clear()
 
     def clear(self) -> None:
         """Forget all of them."""
         self.losses: list[float] = []
+        self._router_losses: list[float] = []
+        self._tokens = 0
         self.norm, self.waited, self._seconds, self._began = math.nan, 0.0, 0.0, 0.0
         self.clock.read()
 
     def begin(self) -> None:
         self._began = time.perf_counter()
 
-    def end(self, loss: float, norm: float, waited: float) -> None:
+    def end(self, loss: float, norm: float, tokens: int, waited: float, router_loss: float | None = None) -> None:
+        """After a step over so many tokens, of all ranks, for whose batch this rank has waited."""
         self.losses.append(loss)
+        if router_loss is not None:
+            self._router_losses.append(router_loss)
         self.norm = norm
+        self._tokens += tokens
         self.waited += waited
         self._seconds += time.perf_counter() - self._began
 
     def read(self) -> dict[str, float]:
-        """Their figures, and forget them: the mean loss, tokens per second, seconds a step and of its parts, each the
+        """Their figures, and forget them: the mean losses, tokens per second, seconds a step and of its parts, each the
         largest of all ranks, and the share of the devices' peak (`mfu`) where that is known. A collective."""
-        steps, rate = len(self.losses), len(self.losses) * self._tokens / self._seconds
+        steps, rate = len(self.losses), self._tokens / self._seconds
         mine = {"step_time": self._seconds, "data_wait": self.waited, **self.clock.read()}
         largest: Counter[str] = Counter()
         for theirs in self._ranks.gather(mine):
             largest |= Counter(theirs)
         figures = {"loss": sum(self.losses) / steps, "grad_norm": self.norm, "tokens_per_second": rate}
+        if self._router_losses:
+            figures["router_loss"] = sum(self._router_losses) / steps
         figures |= {part: largest[part] / steps for part in mine}
         if self._peak is not None:
             figures["mfu"] = rate * self._flops / (self._peak * self._ranks.world_size)

@@ -14,7 +14,6 @@ from shardopt.engines.base import Engine
 from shardopt.engines.state import ShardedState, sum_of_squares
 from shardopt.errors import InputError
 from shardopt.optim.states import weight_slices
-from shardopt.pretrain.config import TrainConfig
 from shardopt.pretrain.tracking import TrackingConfig
 from shardopt.slices import Slice
 
@@ -29,10 +28,10 @@ class Probes:
         InputError: the noise scale cannot be measured with this engine or batch.
     """
 
-    def __init__(self, config: TrackingConfig, engine: Engine, train: TrainConfig) -> None:
-        self._every, self._clip = config.layers_every, train.grad_clip
+    def __init__(self, config: TrackingConfig, engine: Engine, grad_clip: float | None) -> None:
+        self._every, self._clip = config.layers_every, grad_clip
         self._layers = LayerProbe(engine.state) if self._every is not None else None
-        self._noise = NoiseProbe(engine, train.global_batch) if config.noise_scale else None
+        self._noise = NoiseProbe(engine) if config.noise_scale else None
         self._measured: dict[str, float] = {}
 
     def begin(self, step: int) -> None:
@@ -40,15 +39,16 @@ class Probes:
         if self._layers is not None and self._every is not None:
             self._layers.armed = step % self._every == 0
 
-    def end(self, norm: float, taken: bool) -> None:
+    def end(self, norm: float, taken: bool, batch: int) -> None:
         """After the step.
 
         Args:
             norm: of the whole gradient before clipping.
             taken: false where the step was skipped.
+            batch: sequences of the step.
         """
         if self._noise is not None:
-            self._noise.end(norm, taken)
+            self._noise.end(norm, taken, batch)
         if self._layers is not None and self._layers.armed and taken:
             clipped = self._clip is not None and norm > self._clip
             self._measured = self._layers.read(norm / self._clip if clipped and self._clip else 1.0)
@@ -163,21 +163,21 @@ class NoiseProbe:
         InputError: an engine without gradient hooks, or a rank alone.
     """
 
-    def __init__(self, engine: Engine, batch: int) -> None:
+    def __init__(self, engine: Engine) -> None:
         target: Any = engine.optimizer if engine.name == "zero" else engine.model
         if engine.name not in ("zero", "ddp", "fsdp") or engine.ranks.world_size < 2:
             raise InputError(
                 f"tracking.noise_scale: needs engine.name zero, ddp or fsdp and at least 2 ranks, to see gradients "
                 f"of parts of the batch; this run has {engine.name} on {engine.ranks.world_size}"
             )
-        self._ranks, self._batch, self._hook = engine.ranks, batch, _LocalNorms()
+        self._ranks, self._hook = engine.ranks, _LocalNorms()
         # What ranks average is each one's gradient of the mean over its own part; what they sum is less by as much.
         self._gain = engine.ranks.world_size if engine.name == "zero" else 1
         self._trace = self._square = 0.0
         gradient_hooks.attach(self._hook, target)
 
-    def end(self, norm: float, taken: bool) -> None:
-        """After a step whose gradient had this norm. A collective."""
+    def end(self, norm: float, taken: bool, batch: int) -> None:
+        """After a step over `batch` sequences whose gradient had this norm. A collective."""
         squares, parts = self._hook.squares.item(), max(self._hook.sent.values(), default=0)
         self._hook.reset()
         (squares,) = self._ranks.sum([squares])
@@ -185,9 +185,9 @@ class NoiseProbe:
             return
         pieces = parts * self._ranks.world_size  # of which each is sent for its own share of the mean
         small, big = squares / pieces * (parts * self._gain) ** 2, norm**2
-        few = self._batch / pieces
-        square = (self._batch * big - few * small) / (self._batch - few)
-        trace = (small - big) / (1 / few - 1 / self._batch)
+        few = batch / pieces
+        square = (batch * big - few * small) / (batch - few)
+        trace = (small - big) / (1 / few - 1 / batch)
         self._trace, self._square = (
             _DECAY * old + (1 - _DECAY) * new for old, new in ((self._trace, trace), (self._square, square))
         )

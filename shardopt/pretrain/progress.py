@@ -18,7 +18,7 @@ from shardopt.errors import InputError
 from shardopt.pretrain import rng
 from shardopt.pretrain.data import Batches
 
-FORMAT = "shardopt.pretrain/3"
+FORMAT = "shardopt.pretrain/4"
 
 
 @dataclass
@@ -34,22 +34,15 @@ class Progress:
     skipped_in_row: int = 0
     rewinds: int = 0
     """How often the run has gone back to a checkpoint after a loss spike."""
-    batches_left_out: int = 0
-    """Batches that it has passed over by that: step s, from 0, takes the batch s + batches_left_out."""
     recent: list[float] = field(default_factory=list)
     """Losses of the last steps, where there is a guard against spikes."""
-
-    @property
-    def batch(self) -> int:
-        """Number of the next step's batch."""
-        return self.step + self.batches_left_out
 
     def document(self, batches: Batches, config: dict[str, Any], wandb_id: str | None) -> dict[str, Any]:
         """The JSON that a checkpoint keeps beside the tensors. A collective."""
         return {
             "format": FORMAT,
             **asdict(self),
-            "data": batches.state_dict(self.batch),
+            "data": batches.state_dict(self.step),
             "data_fingerprint": batches.data.fingerprint,
             "tokenizer": batches.data.saved_tokenizer.key,
             "wandb_id": wandb_id,
@@ -116,7 +109,7 @@ def resume(folder: Path, state: ShardedState, batches: Batches, seed: int) -> tu
         )
     checkpoint.load(folder, state)
     progress = Progress.of(document)
-    batches.load_state_dict(document["data"], progress.batch)
+    batches.load_state_dict(document["data"], progress.step)
     restore_generators(folder, ranks, seed, progress.step)
     return progress, document
 

@@ -207,9 +207,12 @@ class Report:
             self.say(part) if isinstance(part, str) else self.console.print(part)
 
     @contextmanager
-    def training(self, total: int, start: int = 0) -> Iterator[Training]:
-        """The progress of steps `start` + 1 .. `total`."""
-        training = Training(self, total, start)
+    def training(
+        self, total: int, start: int = 0, work: Callable[[int, int], int] = lambda start, stop: stop - start
+    ) -> Iterator[Training]:
+        """The progress of steps `start` + 1 .. `total`; from `work`, the work of steps start + 1 .. stop, follows the
+        time left."""
+        training = Training(self, total, start, work)
         with training.bar or nullcontext():
             yield training
 
@@ -262,8 +265,8 @@ class Report:
 class Training:
     """The steps of a run as they pass: a bar on a terminal, elsewhere one line per logged step. See `Report`."""
 
-    def __init__(self, report: Report, total: int, start: int) -> None:
-        self._report, self._total = report, total
+    def __init__(self, report: Report, total: int, start: int, work: Callable[[int, int], int]) -> None:
+        self._report, self._total, self._work = report, total, work
         self._loss: float | None = None
         self._rate: float | None = None
         # Recent steps tell the time left: a start that compiles, or a pause to evaluate, is soon forgotten.
@@ -302,7 +305,8 @@ class Training:
             parts.append(f"{_rate(self._rate):>6} tokens/s")
         (then, first), (now, last) = self._passed[0], self._passed[-1]
         if last > first and step < self._total:
-            parts.append(f"{duration((self._total - step) * (now - then) / (last - first))} left")
+            seconds = self._work(step, self._total) * (now - then) / self._work(first, last)
+            parts.append(f"{duration(seconds)} left")
         return "  ".join(parts)
 
 

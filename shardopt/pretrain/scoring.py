@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from shardopt.engines.base import Engine
 from shardopt.errors import InputError
 from shardopt.pretrain.data import HoldoutData
+from shardopt.pretrain.loss import adds_router_loss, has_router_loss
 from shardopt.pretrain.model import routed_experts
 
 # A token's loss varies by two to three nats: the mean of so many is known to about 0.04.
@@ -50,8 +52,9 @@ class HeldOut:
         }
 
 
-def token_loss_sum(engine: Engine, tokens: Tensor) -> Tensor:
-    """Sum of the next-token cross-entropy in nats, fp32, of `tokens` (sequences, block_size + 1); see `loss`."""
+def losses(engine: Engine, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of `tokens` (sequences, block_size + 1): the sum of the next-token cross-entropy in nats, fp32, and the router
+    loss where there is one; see `loss_in_forward`."""
     return engine.model(input_ids=tokens[:, :-1], targets=tokens[:, 1:], use_cache=False)
 
 
@@ -115,9 +118,9 @@ def held_out(engine: Engine, holdout: HoldoutData, blocks: int, micro_batch: int
             mine = numbers[first : first + micro_batch]
             # A rank that has run out goes through the forward all the same: sharded weights are gathered in it.
             tokens = holdout.rows(mine if len(mine) else numbers[:1])
-            loss = token_loss_sum(engine, tokens.to(ranks.device)).double()
+            loss, _ = losses(engine, tokens.to(ranks.device))
             if len(mine):
-                total += loss
+                total += loss.double()
                 text_bytes += holdout.target_bytes(tokens)
         sums += [total.item(), text_bytes]
     engine.model.train()
@@ -130,16 +133,21 @@ def held_out(engine: Engine, holdout: HoldoutData, blocks: int, micro_batch: int
     return HeldOut.of(sum(sums[::2]), sum(counts), sum(sums[1::2]), parts if len(holdout.labels) > 1 else None)
 
 
-def limits(config: Any, holdout: HoldoutData, scored: int) -> Iterator[str]:
-    """Warnings of a loss that is left out (`config` is the model's), and of a held-out loss that means little.
+def limits(model: PreTrainedModel, holdout: HoldoutData, scored: int) -> Iterator[str]:
+    """Warnings of a loss that is left out, and of a held-out loss that means little.
 
     Args:
+        model: whole, on the meta device.
         scored: blocks that an evaluation scores.
     """
-    if experts := routed_experts(config):
+    config = model.config
+    if (experts := routed_experts(config)) and not adds_router_loss(model):
+        why = "transformers computes none for it"
+        if has_router_loss(model):
+            why = "model.output_router_logits=true adds it, times model.router_aux_loss_coef"
         yield (
             f"model: {config.model_type} routes tokens to {experts} experts, and no loss that balances its router is "
-            f"added: some experts may be left untrained"
+            f"added: some experts may be left untrained ({why})"
         )
     if holdout.n_blocks * holdout.block_size < _FEW_HELD_OUT_TOKENS:
         yield (

@@ -65,9 +65,10 @@ class LossSpikeConfig(Section):
             warn(f"{jumped}, and the run goes on: {why}")
             self._remember(progress, loss)
             return None
+        place = batches.state_dict(progress.step)
         back, _ = resume(found, state, batches, seed)
-        left_out = progress.step - back.step
+        batches.load_state_dict(place, back.step)
         back.rewinds = progress.rewinds + 1
-        back.batches_left_out = progress.batches_left_out + left_out
+        left_out = progress.step - back.step
         warn(f"{jumped}: back to step {back.step:,}, and on without the {left_out} batches since")
         return back

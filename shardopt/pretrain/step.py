@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shardopt.engines.base import Engine
 from shardopt.pretrain.meter import StepClock
-from shardopt.pretrain.scoring import token_loss_sum
+from shardopt.pretrain.scoring import losses
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Outcome:
     """What a step gave, the same on every rank.
 
     Attributes:
-        loss: mean over the targets of the global batch, in nats per token.
+        loss: mean cross-entropy over the targets of the global batch, in nats per token.
+        router_loss: what is added to it for the update, the mean over all micro-batches; None where there is none.
         norm: L2 norm of the gradient before clipping.
         taken: false where one of them is not finite: the weights and the optimizer's state are as they were.
         failed: whether any rank had no batch: the step is not taken.
@@ -27,6 +28,7 @@ class Outcome:
     """
 
     loss: float
+    router_loss: float | None
     norm: float
     taken: bool
     failed: bool
@@ -53,20 +55,26 @@ def take_step(
         stop: whether this rank was asked to stop.
     """
     ranks = engine.ranks
-    total = torch.zeros((), device=ranks.device)
+    total, router_total, routed = torch.zeros((), device=ranks.device), torch.zeros((), device=ranks.device), False
     for index, tokens in enumerate(micros):
         clock.mark("forward_backward")
         with engine.accumulate(last=index == len(micros) - 1):
-            loss = token_loss_sum(engine, tokens) / targets
+            nats, router = losses(engine, tokens)
+            loss = nats / targets
+            total += loss.detach()
+            if router is not None:  # a mean over the micro-batch, of which all are alike
+                router, routed = router * (tokens[:, 1:].numel() / targets), True
+                router_total += router.detach()
+                loss = loss + router
             engine.backward(loss)
             clock.mark("reduce_wait")
-        total += loss.detach()
     norm = engine.clip_grad_norm(grad_clip)
-    summed, failures, stops = ranks.sum([total.item(), float(failed), float(stop)])
-    taken = math.isfinite(norm) and math.isfinite(summed) and not failures
+    mine = [total.item(), router_total.item(), float(failed), float(stop)]
+    summed, router_summed, failures, stops = ranks.sum(mine)
+    taken = all(map(math.isfinite, (norm, summed, router_summed))) and not failures
     if taken:
         clock.mark("gather_wait")
         engine.step()
     clock.mark(None)
     engine.zero_grad()
-    return Outcome(summed, norm, taken, failures > 0, stops > 0)
+    return Outcome(summed, router_summed if routed else None, norm, taken, failures > 0, stops > 0)

@@ -27,7 +27,7 @@ def _rank(rank: int, port: int, config: str, where: str, what: str) -> int:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     act = {"stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP), "elsewhere": elsewhere}[what]
-    loss, write = step.token_loss_sum, blocks.write_file
+    loss, write = step.losses, blocks.write_file
     steps = []
 
     def in_step(*arguments):
@@ -41,7 +41,7 @@ def _rank(rank: int, port: int, config: str, where: str, what: str) -> int:
         return write(*arguments)
 
     if rank == 1 and where == "step":
-        step.token_loss_sum = in_step
+        step.losses = in_step
     elif rank == 1:
         blocks.write_file = in_save
     return main(["pretrain", config])

@@ -42,7 +42,7 @@ def measured(shape: dict[str, Any], sequences: int, computing: str, chunks: int,
 
     def micro_batch() -> None:
         with torch.autocast("cpu", torch.bfloat16) if computing == "autocast" else nullcontext():
-            loss = model(input_ids=tokens[:, :-1], targets=tokens[:, 1:], use_cache=False)
+            loss, _ = model(input_ids=tokens[:, :-1], targets=tokens[:, 1:], use_cache=False)
         loss.backward()
 
     micro_batch()

@@ -191,7 +191,7 @@ def test_bpe_is_trained_on_training_text_only_and_kept(tmp_path: Path, caplog: p
     assert "data.tokenizer" not in caplog.text
     assert len(tokenizer.encode(" houses")) == 1
     assert len(tokenizer.encode(" zyzzyva")) > 4
-    assert train.bytes_per_token > 2 > bytes_per_target(holdout) / 1.5
+    assert train.bytes_per_token(0) > 2 > bytes_per_target(holdout) / 1.5
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     again, _ = load(tmp_path, source, tokenizer={"bpe": 400})
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
@@ -220,7 +220,7 @@ def test_packed_tokens_are_what_the_tokenizer_gives(tmp_path: Path) -> None:
     assert tokenizer.eos_token_id == 0
     assert np.fromfile(folder / "train.bin", np.uint16).tolist() == stream
     kept = [text for text in texts if not is_held_out(text, 0.2)]
-    assert train.bytes_per_token == sum(len(text.encode()) for text in kept) / len(stream)
+    assert train.bytes_per_token(0) == sum(len(text.encode()) for text in kept) / len(stream)
     assert "<|endoftext|>" in tokenizer.decode([i for i in stream if i != 0])
 
 
@@ -303,7 +303,7 @@ def test_no_text_is_on_both_sides_even_across_sources(tmp_path: Path) -> None:
         sum(len(text.encode()) for text in texts) / sum(len(text.encode()) + 1 for text in texts)
         for texts in (one[0], two[0])
     ]
-    assert train.bytes_per_token in (
+    assert train.bytes_per_token(0) in (
         pytest.approx(0.25 * rates[0] + 0.75 * rates[1]),
         pytest.approx(0.25 * rates[1] + 0.75 * rates[0]),
     )

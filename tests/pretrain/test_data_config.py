@@ -119,7 +119,7 @@ def test_tokenizer_forms(text: str, tokenizer: Section) -> None:
         "sources: [{}]",
         "sources: [{source: text}]",
         "sources: [{source: text, paths: []}]",
-        "sources: [{source: stdlib, weight: 0}]",
+        "sources: [{source: stdlib, weight: -1}]",
         "sources: [{source: stdlib, column: text}]",
     ],
 )

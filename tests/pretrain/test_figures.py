@@ -57,7 +57,7 @@ def rows_of(folder, name):
 
 
 def prepared(config):
-    return data.prepare(config.data, ALONE, config.run.seed, config.train.global_batch)
+    return data.prepare(config.data, ALONE, config.run.seed, config.train.global_batch, stages=config.train.stages)
 
 
 def held_out_loss(net, holdout, blocks):
@@ -144,10 +144,12 @@ def oracle(folder, skipped=(), noises=(), **changes):
     beta1, beta2, _ = given.get("betas", (0.9, 0.999, 0.9999))
     state = {p: [torch.zeros(p.shape, dtype=torch.float64) for _ in range(3)] for p in net.parameters()}
     bytes_per_token = train_bytes_per_token(folder, config.data.holdout)
-    rows, t, alpha, beta3, lr = [], 0, 0.0, 0.0, 0.0
+    rows, t, alpha, beta3, lr, seen = [], 0, 0.0, 0.0, 0.0, 0
     squares = dict.fromkeys(("m1", "m2", "update"), 0.0)
     for step in range(1, config.train.steps + 1):
-        tokens = train.batch(step - 1, 0, config.train.global_batch)
+        ramped = [one.global_batch for one in config.train.stages or () if one.from_step < step]
+        tokens = train.batch(step - 1, 0, [config.train.global_batch, *ramped][-1])
+        seen += tokens[:, 1:].numel()
         for noise in noises:
             noise.add(net, tokens)
         net.zero_grad()
@@ -175,7 +177,7 @@ def oracle(folder, skipped=(), noises=(), **changes):
                     squares[name] += value.square().sum().item()
         row = {
             "step": step,
-            "tokens": tokens[:, 1:].numel() * step,
+            "tokens": seen,
             "loss": None if step in skipped else loss.item(),
             "bits_per_byte": None if step in skipped else loss.item() / math.log(2) / bytes_per_token,
             "lr": lr,
@@ -272,6 +274,16 @@ def test_two_ranks_log_the_figures_of_the_whole_model_and_batch(folder, expected
         # Stage 1 and DDP reduce once a step, of four sequences, the others each micro-batch of two.
         assert scales == pytest.approx(noises[4 if name in ("zero-1", "ddp") else 2].scales, rel=1e-3), name
         assert_same_figures(rows, expected)
+
+
+def test_figures_follow_a_batch_that_grows(folder):
+    """Also the noise scale, of ranks that reduce two sequences at once whatever the batch is."""
+    noise, changes = Noise(2), FIGURES | {"train__stages": "[{from_step: 3, global_batch: 16}]"}
+    truth = oracle(folder, noises=[noise], **changes)
+    on_ranks(2, _runs, folder, {"ramped": ENGINES["zero-2"]}, changes | {"tracking__noise_scale": True})
+    rows = rows_of(folder, "ramped")
+    assert [row.pop("noise_scale") for row in rows] == pytest.approx(noise.scales, rel=1e-3)
+    assert_same_figures(rows, truth)
 
 
 def test_a_noise_scale_that_cannot_be_measured_is_refused(folder):

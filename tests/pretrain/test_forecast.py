@@ -58,7 +58,7 @@ def test_every_engine_and_state_dtype_has_a_row_and_the_configs_own_is_first(on_
 
 def test_steps_tokens_operations_and_hours_are_those_of_the_config(on_four):
     config, found = on_four
-    assert (found.steps, found.tokens, found.micro_batches) == (6, 6 * 8 * 32, 1)
+    assert (found.steps, found.tokens, found.stages[0].micro_batches) == (6, 6 * 8 * 32, 1)
     assert found.flops == found.tokens * flops_per_token(model_of(config), 32)
     assert found.hours == pytest.approx(found.flops / (4 * 1e15 * 0.5) / 3600)
 

@@ -55,7 +55,7 @@ def tokens() -> torch.Tensor:
 
 
 def loss_of(model: PreTrainedModel) -> torch.Tensor:
-    return model(input_ids=tokens()[:, :-1], targets=tokens()[:, 1:], use_cache=False)
+    return model(input_ids=tokens()[:, :-1], targets=tokens()[:, 1:], use_cache=False)[0]
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -189,7 +189,7 @@ def test_masked_documents_train_as_if_apart(family: str, attention: str) -> None
     for chunks, start in ((1, START), (5, START), (1, None)):
         model = made(family, None, attention=attention)
         loss_in_forward(model, chunks, start)
-        loss = model(input_ids=packed()[:, :-1], targets=packed()[:, 1:], use_cache=False)
+        loss, _ = model(input_ids=packed()[:, :-1], targets=packed()[:, 1:], use_cache=False)
         loss.backward()
         errors = [(g - gradients(plain)[name]).abs().max() for name, g in gradients(model).items()]
         largest = max(g.abs().max() for g in gradients(plain).values())
@@ -209,7 +209,7 @@ def test_masked_documents_have_the_same_loss_under_flex_attention(monkeypatch: p
         model = made("llama", None, attention=attention)
         loss_in_forward(model, 1, START)
         with torch.no_grad():
-            losses.append(model(input_ids=packed()[:, :-1], targets=packed()[:, 1:], use_cache=False).item())
+            losses.append(model(input_ids=packed()[:, :-1], targets=packed()[:, 1:], use_cache=False)[0].item())
             expected = loss_apart(made("llama", None, attention="sdpa")).item()
     assert losses == pytest.approx([expected] * 2, rel=1e-5)
 

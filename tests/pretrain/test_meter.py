@@ -82,13 +82,13 @@ def test_figures_are_means_over_steps_and_the_largest_of_the_ranks(now: list[flo
         def gather(self, value: Any) -> list[Any]:
             return [value, value | {"data_wait": 3.0, "reduce_wait": 0.0}]
 
-    meter = Meter(Two(0, 2, 0, torch.device("cpu"), distributed=False), tokens=1000, flops=5e9, peak=1e12)
+    meter = Meter(Two(0, 2, 0, torch.device("cpu"), distributed=False), flops=5e9, peak=1e12)
     for loss, waited in ((4.0, 0.5), (3.0, 1.0)):
         meter.begin()
         meter.clock.mark("reduce_wait")
         now[0] += 2
         meter.clock.mark(None)
-        meter.end(loss, 0.1 * loss, waited)
+        meter.end(loss, 0.1 * loss, 1000, waited)
         now[0] += 50
     figures = meter.read()
     assert figures["loss"] == 3.5
@@ -99,13 +99,24 @@ def test_figures_are_means_over_steps_and_the_largest_of_the_ranks(now: list[flo
     assert figures["reduce_wait"] == 2
     assert figures["mfu"] == pytest.approx(500 * 5e9 / 2e12)
     assert meter.losses == []
-    assert "mfu" not in _read(Meter(tiny.ALONE, 10, 1.0, None), now)
+    assert "mfu" not in _read(Meter(tiny.ALONE, 1.0, None), now)
+
+
+def test_tokens_are_those_of_each_step_and_a_router_loss_is_a_mean_too(now: list[float]) -> None:
+    meter = Meter(tiny.ALONE, 1.0, None)
+    for tokens, router in ((100, 0.5), (500, 1.0)):
+        meter.begin()
+        now[0] += 3
+        meter.end(2.0, 1.0, tokens, 0.0, router)
+    figures = meter.read()
+    assert (figures["tokens_per_second"], figures["router_loss"]) == (100, 0.75)
+    assert "router_loss" not in _read(meter, now)
 
 
 def _read(meter: Meter, now: list[float]) -> dict[str, float]:
     meter.begin()
     now[0] += 1
-    meter.end(1.0, 1.0, 0.0)
+    meter.end(1.0, 1.0, 10, 0.0)
     return meter.read()
 
 

@@ -224,6 +224,17 @@ def test_time_left_follows_the_recent_pace():
     assert "13:20 left" in written(console)  # 800 steps of a second
 
 
+def test_time_left_follows_the_work_of_the_steps_to_come():
+    console, now = log_console(), [0.0]
+    work = lambda start, stop: sum(4 if step >= 100 else 1 for step in range(start, stop))  # noqa: E731
+    with Report(True, console, clock=lambda: now[0]).training(200, work=work) as training:
+        for step in range(1, 111):
+            now[0] += work(step - 1, step)
+            training.step(step, 1.0 if step in (90, 110) else None)
+    assert "6:50 left" in written(console)  # 10 steps of a second and 100 of four
+    assert "6:00 left" in written(console)  # 90 of four
+
+
 def test_terminal_shows_a_bar_within_80_columns_and_gets_its_cursor_back():
     console, now = terminal(), [0.0]
     report = Report(True, console, clock=lambda: now[0])

@@ -88,8 +88,8 @@ class DeepspeedConfig(Config):
         super().__post_init__()
         _Given(self.config).check(self)
 
-    def check_run(self, global_batch: int, micro_batch: int, world_size: int) -> None:
-        """Check what only the start of a run can tell.
+    def check_run(self, key: str, global_batch: int, micro_batch: int, world_size: int) -> None:
+        """Check what only the start of a run can tell, for each global batch, which `key` of its config says.
 
         Raises:
             MissingExtraError: DeepSpeed is not installed.
@@ -98,10 +98,10 @@ class DeepspeedConfig(Config):
         _check_installed()
         given = _Given(self.config)
         own = (global_batch, micro_batch, global_batch // (micro_batch * world_size))
-        for key, value in zip(_BATCHES, own, strict=True):
-            if given.get(key) not in (None, value):
-                run = f"train.global_batch {global_batch} and train.micro_batch {micro_batch} on {world_size} ranks"
-                raise InputError(f"{given.where(key)} is {given.get(key)}, but {run} make it {value}: remove it")
+        for theirs, value in zip(_BATCHES, own, strict=True):
+            if given.get(theirs) not in (None, value):
+                run = f"{key} {global_batch} and train.micro_batch {micro_batch} on {world_size} ranks"
+                raise InputError(f"{given.where(theirs)} is {given.get(theirs)}, but {run} make it {value}: remove it")
 
     def dtype_name(self) -> DtypeName:
         """`compute_dtype`, or what `config` says of bf16 where that is "auto"."""

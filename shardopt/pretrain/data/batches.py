@@ -6,13 +6,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from shardopt.pretrain.data.packing import Blocks, Packed
+from shardopt.pretrain.data.stages import Stages
 from shardopt.pretrain.data.streams import Stream
 from shardopt.pretrain.data.tokenizers import SavedTokenizer
 
@@ -56,38 +56,33 @@ def permute(index: np.ndarray, n: int, *key: object) -> np.ndarray:
 
 
 class Mixture:
-    """The source of each sample of a run, and how many samples came from that source before it.
+    """The source of each sample of a run.
 
     Samples are numbered over the whole run. The choice repeats after `_PERIOD` samples and is spread evenly
     within: a source's k-th sample lies at a hashed place in the k-th of equal parts, so any stretch of
     samples has nearly the asked proportions, and the period has them to 1 / _PERIOD.
     """
 
-    def __init__(self, weights: list[float], seed: int) -> None:
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
         share = np.asarray(weights) / np.sum(weights) * _PERIOD
-        self._counts = share.astype(np.int64)
-        # The largest remainders get what flooring left over; nobody is left with none.
-        missing = _PERIOD - int(self._counts.sum())
-        self._counts[np.argsort(self._counts - share, kind="stable")[:missing]] += 1
-        self._counts[np.argmax(self._counts)] -= np.count_nonzero(self._counts == 0)
-        self._counts = np.maximum(self._counts, 1)
+        counts = share.astype(np.int64)
+        # The largest remainders get what flooring left over; nobody who has a weight is left with none.
+        missing = _PERIOD - int(counts.sum())
+        counts[np.argsort(counts - share, kind="stable")[:missing]] += 1
+        lost = (counts == 0) & (share > 0)
+        counts[np.argmax(counts)] -= np.count_nonzero(lost)
+        counts[lost] = 1
         place = []
-        for source, count in enumerate(self._counts):
+        for source, count in enumerate(counts):
             k = np.arange(count, dtype=np.uint64)
             jitter = _mix(k + _keys(1, "mixture", seed, source)) / 2.0**64
             place.append((k + jitter) / count)
-        owner = np.repeat(np.arange(len(weights)), self._counts)
+        owner = np.repeat(np.arange(len(weights)), counts)
         self._order = owner[np.argsort(np.concatenate(place), kind="stable")]
-        # How many of the same source stand before each place of the period.
-        self._before = np.empty_like(self._order)
-        for source, count in enumerate(self._counts):
-            self._before[self._order == source] = np.arange(count)
 
-    def __call__(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each sample, and its number among that source's samples."""
-        period, place = np.divmod(sample, len(self._order))
-        source = self._order[place]
-        return source, period * self._counts[source] + self._before[place]
+    def __call__(self, sample: np.ndarray) -> np.ndarray:
+        """The source of each sample."""
+        return self._order[sample % len(self._order)]
 
     def count(self, source: int, samples: range) -> int:
         """How many of `samples` come from `source`."""
@@ -100,6 +95,8 @@ class Mixture:
 
 class Shuffled:
     """Packed blocks, in another order every epoch; samples are numbered from 0 over all epochs."""
+
+    shards = 1
 
     def __init__(self, blocks: Blocks, *key: object) -> None:
         self._blocks, self._key = blocks, key
@@ -124,35 +121,51 @@ def _gather(
     return torch.from_numpy(out)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """What came before a step.
+
+    Attributes:
+        samples: of all sources.
+        drawn: of each source, for each of its shards.
+    """
+
+    step: int
+    samples: int
+    drawn: list[list[int]]
+
+
 @dataclass
 class TrainData:
     """The training samples.
 
     Attributes:
-        sources, weights: where samples come from, and the share of each; `seed` decides how they are mixed.
+        sources, stages: where samples come from, how many a step has, and the weights by which they are mixed; `seed`
+            decides the order.
         block_size: target tokens of a sample, which holds one token more.
-        bytes_per_token: UTF-8 bytes of text a token stands for, ends of documents counted as tokens, weighted
-            as the sources are (estimated from the documents scanned where a source streams).
         tokens: of one epoch over all sources; None where a source streams.
-        fingerprint: hash of the tokens and of how they are mixed and cut; equal means equal samples for equal
-            (seed, step, global batch).
+        fingerprint: hash of the tokens and of how they are mixed at first and cut; equal means equal samples for equal
+            (seed, stages, step).
         corpora: what was read for each source.
 
     Samples are numbered over the whole run; step 0 begins with sample 0 unless `load_state_dict` says otherwise.
     """
 
     sources: Sequence[Shuffled | Stream]
-    weights: list[float]
+    stages: Stages
     saved_tokenizer: SavedTokenizer
     _: KW_ONLY
     block_size: int
     seed: int
-    global_batch: int
-    bytes_per_token: float
     tokens: int | None
     fingerprint: str
     corpora: list[Packed]
-    _first: int = field(default=0, init=False)  # sample of step 0, though it may lie before the data's beginning
+    _loaded: _Place = field(init=False)  # where everything that is asked for begins
+    _last: _Place = field(init=False)  # a step that was asked for, from where the next is near
+    _mixtures: dict[tuple[float, ...], Mixture] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.begin(0)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -163,9 +176,16 @@ class TrainData:
     def vocab_size(self) -> int:
         return self.saved_tokenizer.vocab_size
 
-    @cached_property
-    def _mixture(self) -> Mixture:
-        return Mixture(self.weights, self.seed)
+    def bytes_per_token(self, step: int) -> float:
+        """UTF-8 bytes of text a token of `step` stands for, ends of documents counted as tokens, by the sources'
+        weights (estimated from the documents scanned where a source streams)."""
+        sizes = (one.train.bytes / one.train.tokens for one in self.corpora)
+        return sum(share * size for share, size in zip(self.stages.at(step).shares, sizes, strict=True))
+
+    def _mixture(self, weights: tuple[float, ...]) -> Mixture:
+        if weights not in self._mixtures:
+            self._mixtures[weights] = Mixture(weights, self.seed)
+        return self._mixtures[weights]
 
     @property
     def _streams(self) -> dict[int, Stream]:
@@ -176,22 +196,45 @@ class TrainData:
 
         Inputs are [:, :-1], targets [:, 1:]; every target counts. Any split into rows gives the same rows.
         """
-        first = self._samples(step)
-        if not 0 <= start <= stop <= self.global_batch or first < 0:
-            raise IndexError(f"rows {start}..{stop} of step {step}, but a batch has {self.global_batch} rows")
-        samples = np.arange(first, first + self.global_batch)
-        which, number = self._mixture(samples)
+        place, stage = self._place(step), self.stages.at(step)
+        if not 0 <= start <= stop <= stage.global_batch:
+            raise IndexError(f"rows {start}..{stop} of step {step}, but its batch has {stage.global_batch} rows")
+        samples = np.arange(place.samples, place.samples + stage.global_batch)
+        which = self._mixture(stage.weights)(samples)
+        number = np.empty_like(samples)
+        for index, source in enumerate(self.sources):
+            for shard, drawn in enumerate(place.drawn[index]):
+                own = (which == index) & (samples % source.shards == shard)
+                number[own] = shard + source.shards * (drawn + np.arange(np.count_nonzero(own)))
         rows = slice(start, stop, every)
-        asked = np.zeros(self.global_batch, bool)
+        asked = np.zeros(stage.global_batch, bool)
         asked[rows] = True
         for index, stream in self._streams.items():
-            own, count = which == index, partial(self._mixture.count, index)
-            stream.draw(range(first, first + self.global_batch), samples[own], number[own], asked[own], count)
+            stream.draw(number[which == index], asked[which == index])
         return _gather(self.sources, which[rows], number[rows], self.block_size + 1)
 
-    def _samples(self, step: int) -> int:
-        """Samples before `step`."""
-        return self._first + step * self.global_batch
+    def _place(self, step: int) -> _Place:
+        """What came before `step`: steps by steps of one stage from the nearest place that is known.
+
+        Raises:
+            IndexError: `step` is before that from which the data goes on.
+        """
+        if step < self._loaded.step:
+            raise IndexError(f"step {step}, but the data begins at step {self._loaded.step}")
+        place = self._last if self._last.step <= step else self._loaded
+        for stage, steps in self.stages.between(place.step, step):
+            mixture, stop = self._mixture(stage.weights), place.samples + steps * stage.global_batch
+            drawn = [
+                [
+                    count
+                    + mixture.count(index, range(place.samples + (shard - place.samples) % len(own), stop, len(own)))
+                    for shard, count in enumerate(own)
+                ]
+                for index, own in enumerate(place.drawn)
+            ]
+            place = _Place(place.step + steps, stop, drawn)
+        self._last = place
+        return place
 
     @property
     def streams_in_shards(self) -> bool:
@@ -200,24 +243,25 @@ class TrainData:
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The place before `step`, the next one: JSON values. See `merge_places`."""
+        place = self._place(step)
         streams = {str(index): stream.state_dict() for index, stream in self._streams.items()}
-        return {"samples": self._samples(step), "streams": streams}
+        return {"samples": place.samples, "drawn": place.drawn, "streams": streams}
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """Go on at a place with `step`, whatever the global batch was until then."""
-        self._first = state["samples"] - step * self.global_batch
+        """Go on at a place with `step`, whatever the stages were until then."""
+        self._loaded = self._last = _Place(step, state["samples"], state["drawn"])
         for index, one in state["streams"].items():
             self._streams[int(index)].load_state_dict(one)
 
     def begin(self, step: int) -> None:
         """Begin with the first sample at `step`."""
-        self.load_state_dict({"samples": 0, "streams": {}}, step)
+        self._loaded = self._last = _Place(step, 0, [[0] * source.shards for source in self.sources])
 
 
 def merge_places(places: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The place of a run whose ranks are at `places` (each a `TrainData.state_dict`) after the same step."""
     streams = {
-        index: [max(shards, key=lambda shard: shard["samples"]) for shards in zip(*of_ranks, strict=True)]
+        index: [max(shards, key=lambda shard: shard["given"]) for shards in zip(*of_ranks, strict=True)]
         for index in places[0]["streams"]
         for of_ranks in [[place["streams"][index] for place in places]]
     }

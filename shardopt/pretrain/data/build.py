@@ -7,7 +7,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
@@ -30,6 +30,7 @@ from shardopt.pretrain.data.packing import (
 )
 from shardopt.pretrain.data.parts import join, pack_parts
 from shardopt.pretrain.data.sources import Corpus, digest
+from shardopt.pretrain.data.stages import StageConfig, Stages
 from shardopt.pretrain.data.streams import Stream
 from shardopt.pretrain.data.tokenizers import (
     SavedTokenizer,
@@ -60,6 +61,7 @@ def prepare(
     weights: Path | None = None,
     processes: int = 1,
     check: CheckTokenizer | None = None,
+    stages: Sequence[StageConfig] | None = None,
 ) -> tuple[TrainData, HoldoutData]:
     """Tokenise and pack what the cache lacks, and open it. A collective.
 
@@ -70,10 +72,11 @@ def prepare(
         config: the `data:` section.
         ranks: this process among the others.
         seed: decides the order of the samples and how sources are mixed, not what is held out.
-        global_batch: sequences per step, over all ranks.
+        global_batch: sequences per step, over all ranks, until a stage says otherwise.
         weights: the folder of a trained model, whose tokenizer must give the same ids.
         processes: that tokenise; with more than 1 the program must begin under `if __name__ == "__main__"`.
         check: raises InputError where the tokenizer does not fit; called before the text is tokenised.
+        stages: another batch, or other weights of the sources, from a step on.
 
     Raises:
         InputError: on every rank; the message names the key to change.
@@ -85,7 +88,9 @@ def prepare(
         _while_others_wait(ranks, build if lacking and ranks.local_rank == 0 else None)
         # Finds what this node's first rank has just built.
         folders = ranks.together(lambda: build() if lacking else folders)
-    train, holdout = ranks.together(lambda: _open(config, folders, seed, global_batch))
+    train, holdout = ranks.together(
+        lambda: _open(config, folders, seed, Stages(config.weights, global_batch, stages or ()))
+    )
     fingerprints = ranks.gather(train.fingerprint)
     for rank, fingerprint in enumerate(fingerprints):
         if fingerprint != fingerprints[0]:
@@ -268,7 +273,7 @@ def _progress(shown: bool, *columns: str | ProgressColumn) -> Progress:
     return Progress(*columns, console=Console(stderr=True), disable=not shown)
 
 
-def _open(config: DataConfig, folders: list[Path], seed: int, global_batch: int) -> tuple[TrainData, HoldoutData]:
+def _open(config: DataConfig, folders: list[Path], seed: int, stages: Stages) -> tuple[TrainData, HoldoutData]:
     tokenizer = _saved_tokenizer(config, folders[0])
     packed = [Packed.open(folder) for folder in folders[1:]]
     sources: list[Shuffled | Stream] = []
@@ -301,19 +306,15 @@ def _open(config: DataConfig, folders: list[Path], seed: int, global_batch: int)
             f"takes sample_by: paragraph, or line), raise data.holdout, or lower data.block_size"
         )
     weights = [shape.weight for shape in config.sources]
-    shares = [weight / sum(weights) for weight in weights]
-    text_bytes = [one.train.bytes / one.train.tokens for one in packed]  # per token
     contents = [(one.train.sha256, one.holdout.sha256, one.corpus) for one in packed]
     shards = [one.shards for one in sources if isinstance(one, Stream)]
     cut = [shards] if max(shards, default=1) > 1 else []
     train = TrainData(
         sources,
-        weights,
+        stages,
         tokenizer,
         block_size=config.block_size,
         seed=seed,
-        global_batch=global_batch,
-        bytes_per_token=sum(share * one for share, one in zip(shares, text_bytes, strict=True)),
         tokens=None if any(isinstance(one, Stream) for one in sources) else sum(one.train.tokens for one in packed),
         fingerprint=digest(contents, weights, tokenizer.key, config.block_size, *cut),
         corpora=packed,

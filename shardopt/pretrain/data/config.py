@@ -14,8 +14,9 @@ from shardopt.pretrain.section import Section, Tokens, in_unit
 
 
 class _Source(Section):
-    weight: Annotated[float, in_unit("relative to the others")] = Field(default=1.0, gt=0)
-    """Share of the samples drawn from this source, relative to the other sources' weights."""
+    weight: Annotated[float, in_unit("relative to the others")] = Field(default=1.0, ge=0)
+    """Share of the samples drawn from this source, relative to the other sources' weights, until a stage of
+    train.stages says otherwise; 0: none until then."""
     label: str | None = Field(default=None, pattern=r"^\w[\w.-]*$")
     """What reports and metrics call it; None is its kind or the last part of its name, numbered where several are
     alike."""
@@ -202,6 +203,11 @@ class DataConfig(Section):
             for one in self.sources
         ]
         return [name if names.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(names)]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the sources, by label."""
+        return dict(zip(self.labels, (one.weight for one in self.sources), strict=True))
 
     @property
     def cache_folder(self) -> Path:

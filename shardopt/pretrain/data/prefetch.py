@@ -76,7 +76,7 @@ class Batches:
         try:
             tokens, self.failure = self.batch(step), None
         except Exception as error:
-            rows, self.failure = self.data.global_batch // self._ranks.world_size, error
+            rows, self.failure = self.data.stages.at(step).global_batch // self._ranks.world_size, error
             tokens = torch.zeros(rows, self.data.block_size + 1, dtype=torch.int64, device=self._ranks.device)
         return tokens
 
@@ -88,7 +88,7 @@ class Batches:
     def prepare(self, step: int) -> _Prepared:
         """The batch of `step`, made now; for the thread."""
         data, ranks, stream = self.data, self._ranks, self._stream
-        tokens = data.batch(step, ranks.rank, data.global_batch, ranks.world_size)
+        tokens = data.batch(step, ranks.rank, data.stages.at(step).global_batch, ranks.world_size)
         place = data.state_dict(step + 1)
         if stream is None:
             return _Prepared(tokens, place, None)

@@ -29,8 +29,9 @@ def describe(config: DataConfig, train: TrainData, holdout: HoldoutData, steps: 
         steps: of the run, from which follows how often a source is repeated.
         scored: held-out blocks that an evaluation scores.
     """
-    share = [weight / sum(train.weights) for weight in train.weights]
-    samples = steps * train.global_batch
+    stages = list(train.stages.between(0, steps))
+    drawn = [sum(n * s.global_batch * s.shares[i] for s, n in stages) for i in range(len(train.sources))]
+    samples = train.stages.samples(0, steps)
     sets = holdout.sets(scored)
     return {
         "fingerprint": train.fingerprint,
@@ -41,10 +42,19 @@ def describe(config: DataConfig, train: TrainData, holdout: HoldoutData, steps: 
         "holdout_blocks": holdout.n_blocks,
         "holdout_blocks_scored": scored,
         "samples": samples,
+        "stages": [
+            {
+                "from_step": stage.from_step,
+                "steps": n,
+                "global_batch": stage.global_batch,
+                "shares": dict(zip(config.labels, stage.shares, strict=True)),
+            }
+            for stage, n in stages
+        ],
         "sources": [
-            _source(label, packed, isinstance(source, Stream), part, part * samples, train.block_size)
+            _source(label, packed, isinstance(source, Stream), own / samples, own, train.block_size)
             | {"holdout_blocks_scored": len(sets[label])}
-            for label, packed, source, part in zip(config.labels, train.corpora, train.sources, share, strict=True)
+            for label, packed, source, own in zip(config.labels, train.corpora, train.sources, drawn, strict=True)
         ],
     }
 
@@ -105,8 +115,20 @@ def left_out(source: dict[str, Any]) -> str:
     return ", ".join(what)
 
 
+def stages_in_words(report: dict[str, Any]) -> list[str] | None:
+    """Lines for each stage; None where there is one."""
+    lines = []
+    for stage in report["stages"]:
+        what = [f"{stage['global_batch']:,} sequences a step"]
+        if len(stage["shares"]) > 1:
+            what += [f"{label} {share:.1%}" for label, share in stage["shares"].items()]
+        line = f"from step {stage['from_step'] + 1:,}: {', '.join(what)}"
+        lines += textwrap.wrap(line, 65, subsequent_indent="  ")
+    return lines if len(report["stages"]) > 1 else None
+
+
 def in_short(report: dict[str, Any]) -> dict[str, object]:
-    """Three facts for the start of a run, by label; what was left out is one more line of the second."""
+    """Facts for the start of a run, by label: three, and the stages; what was left out is a line of the second."""
     sources = report["sources"]
     documents, text_bytes, tokens = (sum(one[key] for one in sources) for key in ("documents", "bytes", "tokens"))
     scanned = " scanned" if any(one["streaming"] for one in sources) else ""
@@ -125,6 +147,7 @@ def in_short(report: dict[str, Any]) -> dict[str, object]:
         "data": f"{text}, fingerprint {report['fingerprint'][:12]}",
         "documents": lines,
         "held-out text": f"{count(report['holdout_tokens'])} tokens, {scored}",
+        "stages": stages_in_words(report),
     }
 
 

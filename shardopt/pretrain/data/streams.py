@@ -13,14 +13,15 @@ from shardopt.pretrain.data.sources import Corpus
 from shardopt.pretrain.data.tokenizers import SavedTokenizer
 
 _STREAM_CHARACTERS = 1 << 18
-_START: dict[str, Any] = {"samples": 0, "epoch": 0, "place": None, "offset": 0}
+_START: dict[str, Any] = {"given": 0, "epoch": 0, "place": None, "offset": 0}
 
 
 class Stream:
     """Blocks of a dataset in `shards`, each read in order, over and over.
 
-    Sample n of the run is the next block of the shard n % shards. So which samples a step has does not depend on the
-    number of ranks, and a rank that takes every k-th sample reads only the shards that hold them.
+    Sample n of the run is the next block of the shard n % shards; block k of that shard has the number
+    k * shards + n % shards. So which samples a step has does not depend on the number of ranks, and a rank that takes
+    every k-th sample reads only the shards that hold them.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class Stream:
         encode = tokenizer.encoder()
         corpus.stream(shards, 0)  # what cannot be opened is refused at the start
         self._shards = [_Shard(corpus, tokenizer, encode, holdout, block_size, shards, i) for i in range(shards)]
-        self._step = range(0)  # whose blocks are drawn, those of the shards `_drawn`
+        self._step = np.empty(0, np.int64)  # whose blocks are drawn, those of the shards `_drawn`
         self._drawn: set[int] = set()
         self._blocks: dict[int, np.ndarray] = {}
 
@@ -38,46 +39,38 @@ class Stream:
         return len(self._shards)
 
     def rows(self, number: np.ndarray) -> np.ndarray:
-        """Blocks of samples that were drawn, by their number among this source's."""
+        """Blocks that were drawn, by their numbers."""
         return np.stack([self._blocks[one] for one in number.tolist()])
 
-    def draw(
-        self,
-        step: range,
-        samples: np.ndarray,
-        number: np.ndarray,
-        wanted: np.ndarray,
-        count: Callable[[range], int],
-    ) -> None:
-        """Make some of a step's samples ready for `rows`.
+    def draw(self, number: np.ndarray, wanted: np.ndarray) -> None:
+        """Make some of a step's blocks ready for `rows`.
 
         Args:
-            step: all samples of the step, of other sources too.
-            samples, number: those of this source, and their numbers among this source's.
+            number: of the step's blocks, in order.
             wanted: a mask of them. Shards that hold none of these are not read.
-            count: how many of a range of samples are this source's.
         """
-        if self._step != step:
-            self._step, self._drawn, self._blocks = step, set(), {}
-        of = samples % self.shards
+        if not np.array_equal(self._step, number):
+            self._forget(number)
+        of = number % self.shards
         for index in sorted(set(of[wanted].tolist()) - self._drawn):
-            shard = self._shards[index]
-            if shard.samples > step.start:
+            shard, own = self._shards[index], number[of == index]
+            if shard.given > own[0] // self.shards:
                 shard.load_state_dict(_START)
-            first = shard.samples + (index - shard.samples) % self.shards
-            for _ in range(count(range(first, step.start, self.shards))):
+            while shard.given < own[0] // self.shards:
                 shard.next_block()
-            for one in number[of == index].tolist():
+            for one in own.tolist():
                 self._blocks[one] = shard.next_block()
-            shard.samples = step.stop
             self._drawn.add(index)
+
+    def _forget(self, step: np.ndarray) -> None:
+        self._step, self._drawn, self._blocks = step, set(), {}
 
     def state_dict(self) -> list[dict[str, Any]]:
         """JSON values for each shard; those that this process does not read are where they were loaded."""
         return [shard.state_dict() for shard in self._shards]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        self._step, self._drawn, self._blocks = range(0), set(), {}
+        self._forget(np.empty(0, np.int64))
         for shard, one in zip(self._shards, state, strict=True):
             shard.load_state_dict(one)
 
@@ -89,7 +82,7 @@ class _Shard:
     that piece it lies; the piece is read and tokenised again on resuming. Nothing is opened before the first block.
 
     Attributes:
-        samples: of the run, of which this shard has given its own.
+        given: blocks, over all epochs.
     """
 
     def __init__(
@@ -108,10 +101,10 @@ class _Shard:
 
     def state_dict(self) -> dict[str, Any]:
         state = self._pieces[0][0] if self._pieces else self._state_here()
-        return {"samples": self.samples, "offset": self._offset, **state}
+        return {"given": self.given, "offset": self._offset, **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.samples, self._offset, self._epoch = state["samples"], state["offset"], state["epoch"]
+        self.given, self._offset, self._epoch = state["given"], state["offset"], state["epoch"]
         self._pieces: list[tuple[dict[str, Any], np.ndarray]] = []
         self._place = state["place"]
         self._texts: Iterator[list[str]] | None = None
@@ -124,6 +117,7 @@ class _Shard:
         first = self._pieces[0][1]
         whole = first if len(first) >= need else np.concatenate([ids for _, ids in self._pieces])
         out = whole[self._offset : need]
+        self.given += 1
         self._offset += self._size
         while self._pieces and self._offset >= len(self._pieces[0][1]):
             self._offset -= len(self._pieces.pop(0)[1])
