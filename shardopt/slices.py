@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardopt.errors import InputError
 
 _ORDINARY = (Tensor, torch.nn.Parameter)  # most tensors: an import in a function is slow
+_CAST_WHEN_GATHERED = "WeightWithDynamicFloat8CastTensor"
 # Wrappers put these in front of, or inside, a parameter's fully qualified name.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -200,7 +202,14 @@ def local_tensor(tensor: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import DTensor
 
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # torchao's weight that FSDP2 gathers as float8: around the high-precision one, which is what is trained
+    return local._tensor.detach() if type(local).__name__ == _CAST_WHEN_GATHERED else local  # type: ignore[attr-defined]
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """True for a tensor whose elements are made of other tensors, such as a quantized weight's codes and scales."""
+    return type(tensor) not in _ORDINARY and is_traceable_wrapper_subclass(tensor)
 
 
 def layout_of(param: Tensor, name: str, coordinate: Sequence[int] | None = None) -> Layout:

@@ -1,29 +1,31 @@
-"""The examples run as a person would run them, and learn as much as they say."""
+"""The examples learn as much as they say; one of them is run as a person would run it."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
 
-def _run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # One thread: OpenMP's waiting threads make these twenty times slower on a busy machine.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "examples" / f"{name}.py"), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+def _path(name: str) -> str:
+    return str(ROOT / "scripts" / "examples" / f"{name}.py")
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> int:
+    """Run an example in this process, which has torch already; its exit status."""
+    monkeypatch.setattr(sys, "argv", [_path(name), *arguments])
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "examples")
+    with torch.random.fork_rng(), pytest.raises(SystemExit) as done:
+        runpy.run_path(_path(name), run_name="__main__")
+    return int(done.value.code or 0)
 
 
 def _metric(output: str) -> tuple[float, float]:
@@ -42,22 +44,28 @@ def _metric(output: str) -> tuple[float, float]:
     ],
 )
 def test_example_ends_with_a_better_score_than_it_begins_with(
-    name: str, at_first: tuple[float, float], in_the_end: tuple[float, float]
+    name: str,
+    at_first: tuple[float, float],
+    in_the_end: tuple[float, float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = _run(name)
-    assert run.returncode == 0, run.stderr
-    before, after = _metric(run.stdout)
+    assert _run(monkeypatch, name) == 0
+    before, after = _metric(capsys.readouterr().out)
     assert at_first[0] <= before <= at_first[1]
     assert in_the_end[0] <= after <= in_the_end[1]
 
 
 def test_another_optimizer_by_name_and_a_run_too_short_to_learn() -> None:
-    run = _run("regression", "--optimizer", "adamw", "--steps", "1")
+    command = [sys.executable, _path("regression"), "--optimizer", "adamw", "--steps", "1"]
+    # One thread: OpenMP's waiting threads make it twenty times slower on a busy machine.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 1, run.stderr
     assert "did not learn" in run.stdout
 
 
-def test_an_unknown_optimizer_is_refused() -> None:
-    run = _run("regression", "--optimizer", "admw")
-    assert run.returncode == 2
-    assert "invalid choice: 'admw'" in run.stderr
+def test_an_unknown_optimizer_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status = _run(monkeypatch, "regression", "--optimizer", "admw")
+    assert status == 2
+    assert "invalid choice: 'admw'" in capsys.readouterr().err

@@ -59,6 +59,11 @@ COMMANDS = {
         "docs/planning.md",
         overrides=True,
     ),
+    "report": Command(
+        "write a page with the curves and facts of runs",
+        "runs/quickstart runs/mine --output both.html",
+        "docs/report.md",
+    ),
     "sweep": Command(
         "train at every point of a grid and compare them",
         "configs/quickstart.yaml --grid optimizer.lr=3e-3,6e-3",

@@ -24,7 +24,16 @@ from shardopt.distributed import Ranks
 from shardopt.engines.held_gradients import UnusedGradients, drop_in_fsdp, gradients_of, held_by_fsdp, placed_as
 from shardopt.errors import InputError
 from shardopt.optim import states
-from shardopt.slices import Layout, Slice, layout_of, local_tensor, named_parameters, persistent_buffers, shards_of
+from shardopt.slices import (
+    Layout,
+    Slice,
+    is_packed,
+    layout_of,
+    local_tensor,
+    named_parameters,
+    persistent_buffers,
+    shards_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +255,7 @@ class ModuleState(ShardedState):
         trained_only: leave frozen weights and buffers out of the slices.
 
     Raises:
-        InputError: another kind of optimizer, or one over another model's parameters.
+        InputError: another kind of optimizer, one over another model's parameters, or quantized frozen weights.
     """
 
     model: nn.Module
@@ -271,6 +280,12 @@ class ModuleState(ShardedState):
                 "the optimizer holds no parameter of this model: build it over named_parameters(), after fully_shard"
             )
         self.frozen = [] if trained_only else [(n, p) for n, p in named_parameters(model) if p not in trained]
+        for name, param in self.frozen:
+            if is_packed(local := local_tensor(param)):
+                raise InputError(
+                    f"{name} is a {type(local).__name__}, whose elements no checkpoint can hold: leave frozen "
+                    f"weights out with ModuleState(optimizer, model, trained_only=True)"
+                )
 
     def _weights(self) -> dict[Tensor, tuple[Layout, ...]]:
         return self.layouts() | {param: (layout_of(param, name),) for name, param in self.frozen}

@@ -1,1 +1,1 @@
-"""AdEMAMix inside other people's training loops: accelerate (`accelerate.py`) and HF Trainer (`transformers.py`)."""
+"""AdEMAMix inside other people's training: accelerate, HF Trainer (`transformers.py`) and torchtitan, a file each."""

@@ -117,6 +117,8 @@ def shardopt_optimizer(
 class AdEMAMixTrainer(Trainer):
     """HF Trainer with AdEMAMix; all arguments are Trainer's, but for one.
 
+    Before another trainer it does the same for that: `class AdEMAMixSFTTrainer(AdEMAMixTrainer, SFTTrainer): pass`.
+
     Args:
         ademamix: AdEMAMix's settings: a dict, or what HfArgumentParser made. See `shardopt_optimizer`.
 
@@ -126,13 +128,11 @@ class AdEMAMixTrainer(Trainer):
 
     def __init__(
         self,
-        model: Any = None,
-        args: TrainingArguments | None = None,
         *positional: Any,
         ademamix: Mapping[str, Any] | AdEMAMixArguments | None = None,
         **kwargs: Any,
     ) -> None:
-        given = inspect.signature(Trainer.__init__).bind_partial(self, model, args, *positional, **kwargs).arguments
+        given = inspect.signature(super().__init__).bind_partial(*positional, **kwargs).arguments
         if given.get("optimizers", (None, None))[0] is not None:
             raise InputError(
                 "AdEMAMixTrainer makes its own optimizer: leave it out of `optimizers` (a scheduler may stay, as in "
@@ -144,10 +144,11 @@ class AdEMAMixTrainer(Trainer):
             )
         if not isinstance(ademamix, Mapping | AdEMAMixArguments | None):
             raise InputError(f"ademamix is a dict of settings, such as {{'alpha': 8.0}}, got {ademamix!r}")
-        args = args or TrainingArguments("tmp_trainer")  # Trainer's own default
         settings = (ademamix, {}) if isinstance(ademamix, AdEMAMixArguments) else (None, dict(ademamix or {}))
-        kwargs["optimizer_cls_and_kwargs"] = shardopt_optimizer(args, settings[0], **settings[1])
-        super().__init__(model, args, *positional, **kwargs)
+        if given.get("args") is not None:
+            shardopt_optimizer(given["args"], settings[0], **settings[1])  # refuses before anything is built
+        super().__init__(*positional, **kwargs)
+        self.optimizer_cls_and_kwargs = shardopt_optimizer(self.args, settings[0], **settings[1])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; `resume_from_checkpoint=True` takes the newest checkpoint that is whole.

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import states
 from shardopt.optim.schema import COUNTS, PAPER_NAMES, STATE_KEYS, HyperParameter, signature
-from shardopt.slices import canonical_name, is_shard, layout_of, local_tensor, shards_of
+from shardopt.slices import canonical_name, is_packed, is_shard, layout_of, local_tensor, shards_of
 
 
 class Stored(NamedTuple):
@@ -133,7 +133,13 @@ class CheckedOptimizer(Optimizer, abc.ABC):
                     raise InputError(f"a parameter group has no setting {key!r}{hint}")
             self._check_settings(added)
             for i, param in enumerate(added["params"]):
-                self._check_parameter(added, param, added.get("param_names", {i: f"number {i} of its group"})[i])
+                name = added.get("param_names", {i: f"number {i} of its group"})[i]
+                if is_packed(local := local_tensor(param.detach())):
+                    raise InputError(
+                        f"parameter {name} is a {type(local).__name__}, whose elements no step can write one by one: "
+                        f"give the optimizer float weights, or only what is trained beside the quantized ones"
+                    )
+                self._check_parameter(added, param, name)
         except Exception:
             self.param_groups.pop()
             raise
@@ -230,7 +236,7 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         return state
 
     def _only_creates_state(self) -> bool:
-        """True for the first step by which torch.distributed.checkpoint creates state: it must not count.
+        """True for the first step by which torch.distributed.checkpoint or torchtitan creates state: it must not count.
 
         Its gradients are zeros and lr is 0. But so may be those of a true first step where this rank's shards are
         empty or have met no token yet, and then the other ranks count it: only the caller tells the two apart.
@@ -238,9 +244,12 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
         frame = sys._getframe(1)
-        while frame is not None and frame.f_code.co_name != "_init_optim_state":
+        while frame is not None and frame.f_code.co_name not in _CREATE_STATE:
             frame = frame.f_back  # type: ignore[assignment]
         return frame is not None
+
+
+_CREATE_STATE = {"_init_optim_state", "init_optim_state"}  # of torch.distributed.checkpoint, of torchtitan 0.3
 
 
 class _Box:

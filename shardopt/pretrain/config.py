@@ -284,7 +284,7 @@ MAY_CHANGE = (
 
 def changes(old: dict[str, Any], new: dict[str, Any], also: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
     """Old and new value of each key that differs and changes what is computed, or is in `also`, of two `as_dict()`."""
-    a, b = _flat(old), _flat(new)
+    a, b = flat(old), flat(new)
     keys = [k for k in a | b if a.get(k) != b.get(k)]
     free = [k for k in keys if any(k == name or k.startswith(name + ".") for name in MAY_CHANGE)]
     bound = [k for k in keys if k not in free or k in ("checkpoint.dir", *also)]  # elsewhere are other checkpoints
@@ -301,13 +301,14 @@ def as_written(value: Any) -> str:
     return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str, ensure_ascii=False)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of an `as_dict()` by their dotted keys, those of data.sources one by one."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, list) and any(isinstance(member, dict) for member in value):  # data.sources
             value = {str(i): member for i, member in enumerate(value)}
         if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
+            out |= flat(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value
     return out

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shardopt.errors import InputError
 
@@ -101,12 +101,7 @@ class RunLock:
             return -1
 
     def _read(self) -> dict[str, Any]:
-        """Who holds it; empty where nobody does, or it is being written."""
-        try:
-            content = json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        return _holder(self.path)
 
     def is_mine(self) -> bool:
         return self._read().get("token") == self._mine["token"]
@@ -142,6 +137,34 @@ class RunLock:
             with contextlib.suppress(OSError):  # `check` says so when there is something to write
                 if self.is_mine():
                     os.utime(self.path)
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    """Who holds a lock; empty where nobody does, or it is being written."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def look_at(path: Path) -> tuple[Literal["free", "held", "silent", "left"], str]:
+    """What became of a lock, which is not taken, and whose it is, in words.
+
+    free: nobody's. held: of a process that renews it. silent: of one on this host that does not, so that it is
+    suspended, or has died and left its number to another. left: of one that has died.
+    """
+    try:
+        age = time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return "free", ""
+    holder = _holder(path)
+    here = holder.get("host") == socket.gethostname() and Path("/proc").exists()
+    lives = not here or Path(f"/proc/{holder.get('pid')}").exists()
+    whose = _named(holder).strip(" ()")
+    if age < _STALE:
+        return ("held" if lives else "left"), whose
+    return ("silent" if lives and here else "left"), whose
 
 
 def _named(holder: dict[str, Any]) -> str:

@@ -156,6 +156,7 @@ class Run:
                 warn=self.report.warn,
             )
         )
+        self.report.listen(self.tracker.warned)
         stack.push(self._close_tracker)
         self.profiler = Profiler(config.profile, config.folder / "profile", ranks, self.report.say, self.report.warn)
         stack.callback(self.profiler.close)
@@ -331,6 +332,7 @@ class Run:
                 after_finite_step=self.finite_since_save,
             )
             self.finite_since_save = False
+            self.tracker.event("save", self.progress.step)
 
         try:
             self._try(save, last=self.stopped or self.progress.step == self.config.train.steps)
@@ -349,6 +351,7 @@ class Run:
     def _report_start(self) -> None:
         held, branched = report.holdings(self.engine.state), bool(self.origin)
         self.report.start(self.config.run.name, console_facts(self), held, self.progress.step, branched=branched)
+        self.tracker.start(self.progress.step, held, self.origin)
 
     def _finish(self, stop: Stop) -> Result:
         config, engine = self.config, self.engine
@@ -366,7 +369,7 @@ class Run:
             sample = self._sample()
         self.tracker.keep(step_folder(self.saver.root, self.progress.step), export)
         where = self.tracker.where
-        self.tracker.close("finished" if finished else "interrupted")
+        self.tracker.close("finished" if finished else "interrupted", "" if finished else stop.asked or "another rank")
         result = Result(
             run_name=config.run.name,
             status="finished" if finished else "stopped",
@@ -392,5 +395,5 @@ class Run:
             raise InputError(f"{failure}; the run is complete but for its export: run it again, or shardopt export")
         return result
 
-    def _close_tracker(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.tracker.close("finished" if kind is None else "failed")
+    def _close_tracker(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self.tracker.close("finished" if kind is None else "failed", str(error or ""))

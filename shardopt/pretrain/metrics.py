@@ -21,8 +21,11 @@ from typing import Any, Literal
 import torch
 
 from shardopt.errors import InputError
+from shardopt.pretrain.events import EventsFile
+from shardopt.pretrain.jsonl import read_objects
 from shardopt.pretrain.plot import draw_loss
-from shardopt.pretrain.sink import Sink, Status
+from shardopt.pretrain.report import Holdings
+from shardopt.pretrain.sink import EventKind, Sink, Status
 from shardopt.pretrain.tensorboard import TensorboardLog
 from shardopt.pretrain.tracking import TrackingConfig
 from shardopt.pretrain.wandb_run import WandbRun, cause
@@ -34,7 +37,8 @@ _TAIL = 1 << 16
 class Tracker:
     """Writes one row of metrics per logged step to every sink, on rank 0; on the other ranks every method does nothing.
 
-    The sinks are metrics.jsonl, W&B, and TensorBoard where it is asked for; samples of text are kept in samples.jsonl.
+    The sinks are metrics.jsonl, W&B, and TensorBoard where it is asked for; samples of text are kept in samples.jsonl,
+    what happens to the run in events.jsonl.
 
     Args:
         folder: the run folder.
@@ -83,7 +87,7 @@ class Tracker:
             samples = MetricsFile(folder / "samples.jsonl", resume_step, keeps="text")
             told = {**run_config, "about": self._about}
             wandb = WandbRun(folder, config.wandb, told, run_name, self._file.logged_step, run_id, warn, samples.read())
-            self._sinks = [self._file, samples, wandb]
+            self._sinks = [self._file, samples, EventsFile(folder / "events.jsonl"), wandb]
             if config.tensorboard:
                 self._sinks.append(TensorboardLog(folder, resume_step or 0, self._about))
             self.run_id = wandb.id
@@ -113,6 +117,20 @@ class Tracker:
         if not self._closed:
             self._all(lambda sink: sink.sample(step, text))
 
+    def start(self, step: int, held: Holdings, origin: Mapping[str, object]) -> None:
+        """Record a start that goes on after `step`, with the memory of each rank and where a branch comes from."""
+        facts = {"about": self._about, "memory": held.as_dict(), "origin": {k: str(v) for k, v in origin.items()}}
+        self.event("start", step, **facts)
+
+    def warned(self, text: str) -> None:
+        """Record a warning, at the last step that was logged."""
+        self.event("warning", self._last_step or 0, text=text)
+
+    def event(self, kind: EventKind, step: int, **facts: Any) -> None:
+        """Record what has happened after `step`."""
+        if not self._closed:
+            self._all(lambda sink: sink.event(kind, step, facts))
+
     def keep(self, checkpoint: Path, export: Path | None) -> None:
         """Hand the newest checkpoint, and the export if there is one, to the sinks that keep them."""
         if not self._closed:
@@ -127,10 +145,15 @@ class Tracker:
         self._all(lambda sink: sink.rewind(step, last))
         self._last_step = step
 
-    def close(self, status: Status = "finished") -> None:
-        """Draw loss.png, end the sinks and say what was lost; a second call does nothing."""
+    def close(self, status: Status = "finished", reason: str = "") -> None:
+        """Draw loss.png, end the sinks and say what was lost; a second call does nothing.
+
+        Args:
+            reason: why a run that is not finished has ended.
+        """
         if self._closed:
             return
+        self.event(status, self._last_step or 0, **({"text": reason} if reason else {}))
         self._closed = True
         rows: list[dict[str, Any]] = []
         self._attempt("metrics.jsonl", lambda: rows.extend(self._file.read()))
@@ -264,14 +287,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     A step that stands twice (which this module never writes) keeps its last row.
     """
-    rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows[row["step"]] = row
+    rows = {row["step"]: row for row in read_objects(path) if isinstance(row.get("step"), int)}
     return [rows[step] for step in sorted(rows)]
 
 

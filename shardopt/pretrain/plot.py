@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FEW = 100  # losses that can be told apart without smoothing
+FEW = 100
+"""Losses that can be told apart without smoothing."""
 
 
 def draw_loss(rows: Sequence[Mapping[str, Any]], target: Path, title: str) -> None:
@@ -32,7 +33,7 @@ def draw_loss(rows: Sequence[Mapping[str, Any]], target: Path, title: str) -> No
     axes = figure.add_subplot()
     if train:
         steps, losses = [step for step, _ in train], [loss for _, loss in train]
-        if len(train) <= _FEW:
+        if len(train) <= FEW:
             axes.plot(steps, losses, "o-", color="tab:blue", markersize=4, linewidth=1.8, label="train")
         else:
             axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="train, raw")

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -62,6 +62,29 @@ class Holdings:
         present = {kind for sizes in (self.unsharded, *self.per_rank) for kind in sizes}
         return [kind for kind in _LABELS if kind in present] + sorted(present - _LABELS.keys())
 
+    def shown(self) -> tuple[list[str], dict[str, list[int]]]:
+        """Columns, and bytes by kind: each rank up to 4 ranks, beyond that the least and most, then the unsharded size.
+
+        The last kind is the total.
+        """
+        few = len(self.per_rank) <= _MOST_RANK_COLUMNS
+
+        def sizes(by_rank: list[int], unsharded: int) -> list[int]:
+            return [*(by_rank if few else (min(by_rank), max(by_rank))), unsharded]
+
+        rows = {
+            _LABELS.get(kind, kind): sizes([rank.get(kind, 0) for rank in self.per_rank], self.unsharded.get(kind, 0))
+            for kind in self.kinds
+        }
+        rows["total"] = sizes([sum(held.values()) for held in self.per_rank], sum(self.unsharded.values()))
+        ranks = [f"rank {rank}" for rank in range(len(self.per_rank))] if few else ["least", "most"]
+        return [*ranks, "unsharded"], rows
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `shown` gives, as JSON values."""
+        columns, rows = self.shown()
+        return {"columns": columns, "bytes": rows}
+
 
 def holdings(state: ShardedState) -> Holdings:
     """Bytes that every rank holds, from the slices themselves, once the state exists. A collective.
@@ -88,30 +111,28 @@ def holdings(state: ShardedState) -> Holdings:
 
 
 def render(held: Holdings) -> Table:
-    """`held` as a table of at most 80 columns: one column per rank up to 4 ranks, beyond that the least and most.
+    """`held` as a table of at most 80 columns.
 
     The share is what the rank that holds most holds of the unsharded size.
     """
-    world_size = len(held.per_rank)
-    few = world_size <= _MOST_RANK_COLUMNS
+    columns, shown = held.shown()
     totals, whole = [sum(sizes.values()) for sizes in held.per_rank], sum(held.unsharded.values())
     unit, name = unit_of(max(*totals, whole))
     decimals = 2 if max(*totals, whole) < 1000 * unit else 1  # 8 characters at most
 
-    def cells(by_rank: list[int], unsharded: int) -> list[str]:
-        shown = [*(by_rank if few else (min(by_rank), max(by_rank))), unsharded]
-        share = f"{100 * max(by_rank) / unsharded:.1f} %" if unsharded else ""
-        return [*(f"{size / unit:,.{decimals}f}" for size in shown), share]
+    def cells(sizes: Sequence[int]) -> list[str]:
+        *ranks, unsharded = sizes
+        share = f"{100 * max(ranks) / unsharded:.1f} %" if unsharded else ""
+        return [*(f"{size / unit:,.{decimals}f}" for size in sizes), share]
 
     table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0), show_footer=True, footer_style="bold")
     table.add_column(f"{name} held", footer="total", overflow="fold")
-    columns = [f"rank {rank}" for rank in range(world_size)] if few else ["least", "most"]
     styles = {"unsharded": "dim", "share": "cyan"}
-    for header, footer in zip([*columns, *styles], cells(totals, whole), strict=True):
+    for header, footer in zip([*columns, "share"], cells(shown["total"]), strict=True):
         table.add_column(header, footer=footer, justify="right", no_wrap=True, style=styles.get(header))
-    for kind in held.kinds:
-        sizes = [rank.get(kind, 0) for rank in held.per_rank]
-        table.add_row(_LABELS.get(kind, kind), *cells(sizes, held.unsharded.get(kind, 0)))
+    for label, sizes in shown.items():
+        if label != "total":
+            table.add_row(label, *cells(sizes))
     return table
 
 
@@ -163,6 +184,14 @@ class Report:
         self.console.quiet = not is_main
         self.clock = clock
         self._since = "it was resumed"
+        self._warnings: list[str] = []
+        self._listener: Callable[[str], None] = self._warnings.append
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """Call `listener` with every warning, those before now too."""
+        for message in self._warnings:
+            listener(message)
+        self._listener = listener
 
     def say(self, message: str) -> None:
         """One line, which may come from outside; above the progress bar where there is one."""
@@ -171,6 +200,7 @@ class Report:
     def warn(self, message: str) -> None:
         """One line that must not be missed."""
         self._line(Text.assemble(("warning: ", "bold yellow"), self._safe(message)))
+        self._listener(message)
 
     def start(
         self, run_name: str, facts: Mapping[str, object], held: Holdings, step: int = 0, branched: bool = False

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Status = Literal["finished", "interrupted", "failed"]
+EventKind = Literal["start", "save", "warning", Status]
 
 
 class Sink:
@@ -25,6 +26,9 @@ class Sink:
 
     def sample(self, step: int, text: str) -> None:
         """Text that the model has written after `step`."""
+
+    def event(self, kind: EventKind, step: int, facts: Mapping[str, Any]) -> None:
+        """Something has happened after `step`; `facts` are JSON values."""
 
     def keep(self, kind: Literal["checkpoint", "export"], folder: Path) -> None:
         """A folder that the run has left at its end, complete."""

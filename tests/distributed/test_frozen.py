@@ -50,8 +50,8 @@ def _rank(rank: int, port: int, config: str, where: str, what: str) -> int:
 @pytest.mark.parametrize(
     ("engine", "where", "what"),
     [
-        ("{name: fsdp}", "save", "stopped"),
         ("{name: ddp}", "step", "elsewhere"),
+        pytest.param("{name: fsdp}", "save", "stopped", marks=pytest.mark.slow),
         pytest.param("{name: zero, stage: 1}", "step", "stopped", marks=pytest.mark.slow),
     ],
 )

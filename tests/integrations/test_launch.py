@@ -68,6 +68,7 @@ def holds(folder: Path, host: str, output: str) -> None:
     assert max(state_bytes(output)) < 0.55 * 3 * 4 * elements
 
 
+@pytest.mark.slow  # what it starts is below, but for accelerate's own start of processes
 def test_accelerate_launch(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "accelerate"), "launch"]
     holds(tmp_path, "deepspeed", launch([*command, *launched("zero2", tmp_path)]))
@@ -83,8 +84,8 @@ def _rank(rank: int, world_size: int, script: str, arguments: list[str], environ
     return said.getvalue()
 
 
-# Those of the CI tier; the rest differ from zero2, which is started above, in a line of JSON.
-HOSTS = {"ddp": "ddp", "fsdp2": "fsdp"}
+# Those of the CI tier; the rest differ from zero2 in a line of JSON.
+HOSTS = {"ddp": "ddp", "fsdp2": "fsdp", "zero2": "deepspeed"}
 CONFIGURATIONS = sorted(path.stem for path in (ROOT / "launch" / "accelerate").glob("*.yaml"))
 
 

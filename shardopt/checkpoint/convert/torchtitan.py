@@ -39,7 +39,7 @@ warnings.filterwarnings(
 _METADATA = ".metadata"
 _DATA_FILE = re.compile(r"__\d+_\d+\.distcp")
 _STATE, _GROUP, _TRAIN = "optimizer.state.", "optimizer.param_groups.", "train_state."
-_BESIDE = ("optimizer.", "train_state.", "lr_scheduler.", "dataloader.")
+_BESIDE = {"optimizer", "train_state", "lr_scheduler", "dataloader"}  # what is no tensor may be the whole of it
 
 
 def holds(path: Path) -> bool:
@@ -77,13 +77,24 @@ def read(path: Path) -> TrainingState:
     settings: dict[str, dict[str, Any]] = {}
     counts: dict[str, dict[str, int | float]] = {}
     tensors: dict[tuple[str, str], Whole] = {}
+    weights = {
+        key
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata) and key.partition(".")[0] not in _BESIDE
+    }
     for key in entries:
         if key.startswith(_GROUP):
-            name, _, setting = key.removeprefix(_GROUP).rpartition(".")
-            settings.setdefault(canonical_name(name), {})[setting] = number(key)
+            name, setting, inner = _setting(key.removeprefix(_GROUP), weights)
+            given = settings.setdefault(canonical_name(name), {})
+            if setting == "param_names":  # torchtitan 0.2 has those of the whole group beside every parameter
+                continue
+            if inner:
+                given.setdefault(setting, {})[inner] = number(key)
+            else:
+                given[setting] = number(key)
     for key, entry in entries.items():
         name, _, kind = key.removeprefix(_STATE).rpartition(".")
-        if not key.startswith(_BESIDE):
+        if key in weights:
             name = canonical_name(key)
             # Without state or settings of its own among others that have them: a buffer (or a frozen weight).
             tensors[name, "weight" if name in settings or not settings else "buffer"] = whole(key)
@@ -107,15 +118,29 @@ def write(path: Path, state: TrainingState, scratch: Scratch) -> None:
     for (name, kind), whole in state.tensors.items():
         tensors[name if kind in ("weight", "buffer") else f"{_STATE}{name}.{kind}"] = whole
     for name, entry in state.counts.items():
-        content |= {f"{_STATE}{name}.{key}": torch.tensor(float(value)) for key, value in entry.items()}
+        for key, value in entry.items():  # AdEMAMix counts in numbers, torch's optimizers in tensors
+            content[f"{_STATE}{name}.{key}"] = value if state.optimizer == "ademamix" else torch.tensor(float(value))
     for group in state.full_groups():
+        # Its schedulers put initial_lr into every group; torchtitan 0.2 keeps the names where the optimizer has them.
+        given = {key: value for key, value in group.items() if key != "names"} | {"param_names": group["names"]}
+        if "lr" in group:
+            given.setdefault("initial_lr", group["lr"])
         for name in group["names"]:
-            content |= {f"{_GROUP}{name}.{key}": value for key, value in group.items() if key != "names"}
+            for key, value in given.items():
+                inner = {f".{k}": v for k, v in value.items()} if isinstance(value, dict) else {"": value}
+                content |= {f"{_GROUP}{name}.{key}{rest}": v for rest, v in inner.items()}
     if state.step is not None:
         content |= {_TRAIN + "step": state.step, _TRAIN + "ntokens_seen": 0}
     content |= {key: torch.empty(whole.shape, dtype=whole.dtype, device="meta") for key, whole in tensors.items()}
     writer = dcp.FileSystemWriter(path, sync_files=True)
     dcp.save(content, storage_writer=writer, planner=_OneByOne(tensors), no_dist=True)
+
+
+def _setting(key: str, weights: set[str]) -> tuple[str, str, str]:
+    """Parameter, setting and, of a setting that is a mapping (state_dtype), the key in it; `key` has them with dots."""
+    name, _, setting = key.rpartition(".")
+    outer, _, mapping = name.rpartition(".")
+    return (outer, mapping, setting) if name not in weights and outer in weights else (name, setting, "")
 
 
 _planner = partial(DefaultLoadPlanner, flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -17,7 +17,7 @@ from shardopt.distributed import all_gather_objects
 from shardopt.engines.base import DTYPES
 from shardopt.engines.zero.guards import refuse_owned
 from shardopt.errors import InputError
-from shardopt.slices import canonical_name, named_parameters
+from shardopt.slices import canonical_name, is_packed, named_parameters
 
 # (canonical name, parameter)
 Pairs = list[tuple[str, nn.Parameter]]
@@ -122,6 +122,7 @@ def _in_order(groups: list[tuple[dict[str, Any], Pairs]], model: nn.Module | Non
         _refuse(
             (isinstance(param, DTensor), f"{name} is a DTensor, sharded by its host already: use the fsdp engine"),
             (param.device != device, f"{name} is on {param.device}, others on {device}: zero needs one device a rank"),
+            (is_packed(param), f"{name} is a {type(param).__name__}: zero needs ordinary tensors, FSDP2 can take it"),
             (not dense, f"{name} is {param.dtype}, {param.layout}: zero needs dense floating-point parameters"),
         )
     return pairs

@@ -19,7 +19,8 @@ from shardopt.optim.schema import FLAG_BITS, SKIP, WORDS, Scalars
 
 # Temporaries are tiles, never as large as a large parameter. Multiples of precision.BLOCK.
 _TILE = 1 << 22
-_TILE_OF_A_THREAD = 1 << 15  # on a CPU: torch gives no thread less, and as much fits a core's cache
+_TILE_OF_A_THREAD = 1 << 17  # on a CPU: fits a share of the last cache, and hides what a call of torch costs
+_NUMPY_LENGTH = 1 << 15  # torch gives no thread less; what one thread takes costs numpy half
 _EXACT = ({torch.float32}, {torch.float64})  # where all is of one of these, nothing is converted
 
 
@@ -42,20 +43,23 @@ class EagerKernel(Kernel):
             tensors = [weight, grad, *entry.tensors.values()]
             plain = [*entry.tensors] == ["m1", "m2", "nu"] and {t.dtype for t in tensors} in _EXACT
             if plain and _is_usual(scalars):
-                # a part that one thread takes costs numpy half
-                ours = table.device.type == "cpu" and min(length, size) <= _TILE_OF_A_THREAD
+                ours = table.device.type == "cpu" and length <= _NUMPY_LENGTH
                 whole = [t.detach().numpy() for t in tensors] if ours else tensors
                 flat = [t.reshape(-1)[local : local + length] for t in whole]
                 for done in range(0, length, size):
                     parts = [t[done : done + size] for t in flat]
-                    _update_in_place(parts, scalars, temporaries.like(parts[0]), _NUMPY if ours else _TORCH)
+                    _update_in_place(parts, scalars, temporaries.like(parts[0]))
                 continue
             for where in Tile(start, local, block, length, row, stride).tiles(size):
                 _step(entry, weight, grad, (key, step), scalars, where, temporaries)
 
 
 class _Operations(NamedTuple):
-    """Of two arguments, a tensor and a tensor or number, into `out`; the root is of one."""
+    """Of two arguments, a tensor and a tensor or number, into `out`; the root is of one.
+
+    `add_scaled(x, y, factor, spare)` adds factor * y to x, rounded in between; it may overwrite `spare`, even if that
+    is y.
+    """
 
     subtract: Callable[..., Any]
     multiply: Callable[..., Any]
@@ -63,10 +67,31 @@ class _Operations(NamedTuple):
     divide: Callable[..., Any]
     smaller: Callable[..., Any]
     root: Callable[..., Any]
+    add_scaled: Callable[..., None]
 
 
-_TORCH = _Operations(torch.sub, torch.mul, torch.add, torch.div, torch.clamp_max, precision.square_root)
-_NUMPY = _Operations(np.subtract, np.multiply, np.add, np.divide, np.minimum, np.sqrt)
+def _add_scaled(multiply: Callable[..., Any], add: Callable[..., Any]) -> Callable[..., None]:
+    def add_scaled(x: Any, y: Any, factor: float, spare: Any) -> None:
+        add(x, multiply(y, factor, out=spare), out=x)
+
+    return add_scaled
+
+
+def _add_scaled_at_once(x: Tensor, y: Tensor, factor: float, spare: Tensor) -> None:
+    # (factor * y) * 1 is rounded before it is added, even in a fused multiply-add; y * factor would not be.
+    torch.addcmul(x, y, _ONE, value=factor, out=x)
+
+
+_ONE = torch.ones(())
+_NUMPY = _Operations(
+    *(np.subtract, np.multiply, np.add, np.divide, np.minimum, np.sqrt),
+    _add_scaled(np.multiply, np.add),
+)
+_TORCH = _Operations(
+    *(torch.sub, torch.mul, torch.add, torch.div, torch.clamp_max, precision.square_root),
+    _add_scaled(torch.mul, torch.add),
+)
+_TORCH_ON_CPU = _TORCH._replace(add_scaled=_add_scaled_at_once)  # other devices multiply in another order
 
 
 class _Temporaries:
@@ -115,7 +140,7 @@ def _step(
     state = {key: fmt.decode(*stored[key]).to(compute) for key, fmt in entry.formats.items()}
     if _is_usual(s) and state.keys() == {"m1", "m2", "nu"}:
         moved, g = exact, part(grad).to(compute)
-        _update_in_place([moved, g, *(state[key] for key in ("m1", "m2", "nu"))], s, temporaries.like(moved), _TORCH)
+        _update_in_place([moved, g, *(state[key] for key in ("m1", "m2", "nu"))], s, temporaries.like(moved))
     else:
         moved, state = reference.update(exact, part(grad).to(compute), state, s)
     for key, fmt in entry.formats.items():
@@ -136,26 +161,27 @@ def _step(
         weight.copy_(moved)
 
 
-def _update_in_place(tensors: Sequence[Any], s: Scalars, temporaries: Sequence[Any], do: _Operations) -> None:
+def _update_in_place(tensors: Sequence[Any], s: Scalars, temporaries: Sequence[Any]) -> None:
     """reference.update in place, operation for operation, where no beta is below a half and the weight moves.
 
     Args:
-        tensors: weight, gradient, m1, m2 and nu, of one dtype; of torch or of numpy, as the operations are.
+        tensors: weight, gradient, m1, m2 and nu, of one dtype, all of torch or all of numpy.
     """
     weight, g, m1, m2, nu = tensors
     a, b, c = temporaries
+    do = _NUMPY if isinstance(a, np.ndarray) else _TORCH_ON_CPU if a.device.type == "cpu" else _TORCH
     if s.maximize:
         g = do.multiply(g, -1.0, out=c)
     for x, beta in ((m1, s.beta1), (m2, s.beta3)):
-        do.add(x, do.multiply(do.subtract(g, x, out=a), 1.0 - beta, out=a), out=x)
+        do.add_scaled(x, do.subtract(g, x, out=a), 1.0 - beta, a)
     do.multiply(g, g, out=a)
     if a.dtype in (torch.float32, np.float32):
         do.smaller(a, reference.LARGEST_SQUARE, out=a)
-    do.add(nu, do.multiply(do.subtract(a, nu, out=a), 1.0 - s.beta2, out=a), out=nu)
+    do.add_scaled(nu, do.subtract(a, nu, out=a), 1.0 - s.beta2, a)
     do.multiply(nu, s.bias_correction2, out=a)
     if s.eps_root:
         do.add(a, s.eps_root, out=a)
     do.add(do.root(a, out=a), s.eps, out=a)
-    do.add(do.multiply(m1, s.bias_correction1, out=b), do.multiply(m2, s.alpha, out=c), out=b)
-    do.add(do.divide(b, a, out=b), do.multiply(weight, s.weight_decay, out=c), out=b)
-    do.subtract(weight, do.multiply(b, s.lr, out=b), out=weight)
+    do.add_scaled(do.multiply(m1, s.bias_correction1, out=b), m2, s.alpha, c)
+    do.add_scaled(do.divide(b, a, out=b), weight, s.weight_decay, c)
+    do.add_scaled(weight, b, -s.lr, b)
