@@ -1,1 +1,1 @@
-"""AdEMAMix inside other people's training: accelerate, HF Trainer (`transformers.py`) and torchtitan, a file each."""
+"""AdEMAMix inside other people's training: a file for each framework (`transformers.py` is for HF Trainer)."""
