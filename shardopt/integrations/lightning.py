@@ -54,6 +54,7 @@ class ZeroDDPStrategy(DDPStrategy):
         """
         super().setup(trainer)
         module = self.lightning_module
+        assert module is not None
         own = type(module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
         if self._sharded() and trainer.gradient_clip_val and not own:
             raise InputError(
