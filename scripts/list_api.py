@@ -5,6 +5,7 @@ PYTHONPATH=. python scripts/list_api.py
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -19,11 +20,16 @@ PUBLIC: dict[str, list[str] | None] = {
     "shardopt.distributed": ["Ranks"],
     "shardopt.engines.gradient_hooks": None,
     "shardopt.engines.state": ["ModuleState"],
+    "shardopt.engines.zero": ["ZeroState"],
     "shardopt.errors": ["InputError", "MissingExtraError", "StorageError"],
     "shardopt.integrations.accelerate": ["sharded_ademamix", "sharded_state"],
+    "shardopt.integrations.lightning": ["ZeroDDPStrategy", "zero_ademamix"],
+    "shardopt.integrations.torchtitan": ["AdEMAMixContainer", "ademamix", "build_optimizers"],
     "shardopt.integrations.transformers": ["AdEMAMixArguments", "AdEMAMixTrainer", "shardopt_optimizer"],
     "shardopt.optim.registry": ["register"],
 }
+# Read and not imported: they need frameworks that only tests have, and take seconds.
+_READ = {"shardopt.integrations.lightning", "shardopt.integrations.torchtitan"}
 _TEXT = """# Public names
 
 These names, their arguments and what they do, the keys of a config, the commands and their options, and the format of
@@ -57,12 +63,33 @@ def _signature(value: Any) -> str:
     return re.sub(r"<function .*? at 0x\w+>", "...", str(inspect.Signature(bare)))
 
 
+def _read_lines(module: str, names: list[str]) -> list[str]:
+    """As `_lines` of each name, of a file that defines functions and classes at its top or in an `if`."""
+    tree = ast.parse((PAGE.parents[1] / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    found = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    lines = []
+    for name in sorted(names):
+        node = found[name]
+        if isinstance(node, ast.ClassDef):
+            own = [d for d in node.body if isinstance(d, ast.FunctionDef | ast.ClassDef) and not d.name.startswith("_")]
+            lines += [name, *(f"    .{d.name}" for d in sorted(own, key=lambda d: d.name))]
+            continue
+        for arg in ast.walk(node.args):
+            if isinstance(arg, ast.arg):
+                arg.annotation = None
+        lines.append(f"{name}({ast.unparse(node.args)})")
+    return lines
+
+
 def page() -> str:
     """The whole page as it must be."""
     text = _TEXT
     for module_name, names in PUBLIC.items():
-        module = importlib.import_module(module_name)
         text += f"\n## {module_name}\n\n```python\n"
+        if module_name in _READ:
+            text += "\n".join(_read_lines(module_name, names or [])) + "\n```\n"
+            continue
+        module = importlib.import_module(module_name)
         for name in sorted(names or module.__all__):
             text += "\n".join(_lines(name, getattr(module, name))) + "\n"
         text += "```\n"
