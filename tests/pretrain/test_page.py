@@ -81,6 +81,10 @@ def test_no_part_of_a_page_comes_from_elsewhere(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert re.findall(r"https?://[^\s\"']+", text) == ["http://www.w3.org/2000/svg"]
     assert not re.search(r"@import|url\(", text)
+    assert (
+        "Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+        in text
+    )
 
 
 def test_what_comes_from_a_run_is_text_and_nothing_else(tmp_path):

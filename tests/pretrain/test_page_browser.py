@@ -65,7 +65,7 @@ def test_the_page_opens_without_an_error_and_runs_nothing_that_it_was_given(foun
 def test_every_reader_sees_all_curves_with_labels_and_nothing_runs_out_of_the_page(found, reader):
     seen = found[reader]
     assert shown(seen["lines"]) == ALL
-    assert all(line["points"] > 100 for line in seen["lines"])
+    assert all(line["points"] > 100 and line["inside"] for line in seen["lines"])
     assert len(seen["labels"]) >= 2
     assert seen["labels"][-1] == "1000"
     assert seen["overflow"] == 0
@@ -118,3 +118,13 @@ def test_an_address_that_was_shared_shows_the_same(found):
     shared = found["shared"]
     assert shared["labels"] == ["20k", "22k", "24k", "26k", "28k", "30k"]  # tokens, 100 a step
     assert shown(shared["lines"]) == [run for run in ALL if not run.startswith("r1")]
+    assert [line["dots"] for line in shared["lines"]] == [0, 0, 0, 51, 51, 51]  # few enough to be told apart
+
+
+def test_log_axes_have_ticks_of_their_own_and_show_all_that_is_positive(found):
+    logs = found["logs"]
+    assert logs["labels"] == ["2", "5", "10", "20", "50", "100", "200", "500", "1000"]
+    place = dict(zip(logs["labels"], logs["places"], strict=True))
+    assert place["50"] - place["5"] == pytest.approx(place["200"] - place["20"], abs=0.5)
+    assert logs["y"] == ["3", "5", "7", "10"]
+    assert all(line["inside"] for line in logs["lines"])
