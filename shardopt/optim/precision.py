@@ -9,13 +9,14 @@ layouts, devices or kernels, and every kernel computes them with the same intege
     base            mix64(mix64(seed) ^ name_key)                                                  per parameter
     stream          mix64(base + step 0x9E3779B97F4A7C15)                                          per step
     number          index >> 1: two elements share a word
-    ka, kb          low and high half of mix64(stream + (number >> 32) 0xD1B54A32D192ED03)
-    x               low32(number) ^ ka;  x ^= x >> 17;  x *= 0xED5AD4BB;  x ^= x >> 11;  x += kb;  x *= 0xAC4C1B51
+    ka, kb          low and high half of mix64(stream + (number >> 20) 0xD1B54A32D192ED03)
+    x               low32(number) 0xED5AD4BB + ka;  x ^= x >> 16;  x += kb;  x *= 0xAC4C1B51
     word(tensor)    x ^= x >> before;  x *= multiplier;  x ^ (x >> after)
 
 The low half of a word is for the even element, the high half for the odd one. Every tensor has a last round of its own
-(schema.py has the numbers). Shifts and multipliers are those of triple32 (C. Wellons, hash-prospector), one tensor's
-word all of it: with two rounds (lowbias32) the two halves of a word were measurably too even together.
+(schema.py has the numbers). The multipliers are those of triple32 (C. Wellons, hash-prospector), the first of which
+costs nothing where numbers follow one another; with one less (lowbias32) the two halves of a word were measurably too
+even together. The keys change every 2^20 words: far up in a number, a single bit would reach too few bits of the word.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor
 
 BLOCK = 128  # elements that share a scale
 
+_KEPT = 20  # log2 of how many words have the same keys
 _MASK64 = (1 << 64) - 1
 _MASK32 = (1 << 32) - 1
 
@@ -65,22 +67,21 @@ def random_words(word: Word, stream: int, first: int, count: int, device: torch.
     """The 32-bit words first .. first + count of a tensor, as int32."""
     words = torch.empty(count, dtype=torch.int32, device=device)
     done = 0
-    while done < count:  # the keys change where the number passes a multiple of 2^32
+    while done < count:
         number = first + done
-        some = min(count - done, (1 << 32) - (number & _MASK32))
+        some = min(count - done, (1 << _KEPT) - number % (1 << _KEPT))
         x = words[done : done + some]
         x.copy_(torch.arange(number & _MASK32, (number & _MASK32) + some, device=device))
-        _hash(x, word, stream, number >> 32)
+        _hash(x, word, stream, number >> _KEPT)
         done += some
     return words
 
 
 def _hash(x: Tensor, word: Word, stream: int, high: int) -> Tensor:
-    """Words from the low halves (int32) of their numbers, in place; `high` is the upper half of all of them."""
+    """Words from the low halves (int32) of their numbers, in place; `high` is what all of these are >> _KEPT."""
     keys = mix64((stream + high * 0xD1B54A32D192ED03) & _MASK64)
-    x.bitwise_xor_(_signed(keys & _MASK32))
-    _xor_shifted(x, 17).mul_(_signed(0xED5AD4BB))
-    _xor_shifted(x, 11).add_(_signed(keys >> 32)).mul_(_signed(0xAC4C1B51))
+    x.mul_(_signed(0xED5AD4BB)).add_(_signed(keys & _MASK32))
+    _xor_shifted(x, 16).add_(_signed(keys >> 32)).mul_(_signed(0xAC4C1B51))
     return _xor_shifted(_xor_shifted(x, word.before).mul_(_signed(word.multiplier)), word.after)
 
 
@@ -106,7 +107,7 @@ def random_bits_at(word: Word, base: int, step: int, indices: Tensor) -> Tensor:
     """The 16 random bits (int32, 0 .. 65535) that round the elements of these indices (int64) of one tensor."""
     number, stream = indices >> 1, stream_key(base, step)
     words = number.int()  # the low halves
-    high = number >> 32
+    high = number >> _KEPT
     for one in high.unique().tolist():
         some = high == one
         words[some] = _hash(words[some], word, stream, one)

@@ -180,7 +180,7 @@ def test_columns_have_the_bits_of_torch_and_of_the_whole(state, layout):
 
 
 def test_indices_beyond_32_bits_have_bits_of_their_own():
-    # A shard in the middle of a parameter of 3 * 2^32 elements, across 2^32 words of random bits; of odd ends.
+    # A shard in the middle of a parameter of 3 * 2^32 elements, across 2^32 words, where keys change; of odd ends.
     start, length = (1 << 33) - 3001, 6001
     layout = Layout.contiguous("p0", (3 << 32,), start, length)
     both = [

@@ -194,28 +194,27 @@ INLINE U last_round(U x, int before, uint32_t multiplier, int after) {
     return x ^ (x >> after);
 }
 
-/* What the words of an element share: of LANES words from a number on, under the keys of its upper half. */
-INLINE U shared_rounds(U number, U a, U b) {
-    U x = number ^ a;
-    x = (x ^ (x >> 17)) * 0xED5AD4BBu;
-    return ((x ^ (x >> 11)) + b) * 0xAC4C1B51u;
-}
+/* What the words of an element share, from FIRST times its number and the first key. */
+#define FIRST 0xED5AD4BBu
+INLINE U shared_rounds(U x, U b) { return ((x ^ (x >> 16)) + b) * 0xAC4C1B51u; }
 
 INLINE U lanes_from(uint64_t first) {
     static const uint32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return load(lanes) + (uint32_t)first;
 }
 
-INLINE uint64_t keys_of(uint64_t stream, uint64_t number) { return mix64(stream + (number >> 32) * 0xD1B54A32D192ED03ull); }
+#define KEPT 20 /* log2 of how many words have the same keys */
+INLINE uint64_t keys_of(uint64_t stream, uint64_t number) { return mix64(stream + (number >> KEPT) * 0xD1B54A32D192ED03ull); }
 
 /* The words of a tile for the tensors of `which`, wherever it begins: the bits of its first element are number index & 1. */
 static void fill(Randoms *r, uint64_t stream, uint64_t index, int n, int which) {
-    const uint64_t number = index >> 1, keys = keys_of(stream, number), next = keys_of(stream, number + (1ull << 32));
+    const uint64_t number = index >> 1, keys = keys_of(stream, number), next = keys_of(stream, number + (1ull << KEPT));
+    const uint32_t end = (uint32_t)((number >> KEPT) + 1) << KEPT;
     for (int i = 0; i <= n / 2; i += LANES) {
         const U at = lanes_from(number + (uint64_t)i);
-        const M passed = below(at, all((uint32_t)number)); /* a multiple of 2^32, where the keys change */
+        const M passed = below(at - end, all(1u << KEPT)); /* where the keys change */
         const U a = pick(passed, all((uint32_t)next), all((uint32_t)keys));
-        const U b = pick(passed, all((uint32_t)(next >> 32)), all((uint32_t)(keys >> 32))), x = shared_rounds(at, a, b);
+        const U b = pick(passed, all((uint32_t)(next >> 32)), all((uint32_t)(keys >> 32))), x = shared_rounds(at * FIRST + a, b);
 #define FILL(key, bit, before, multiplier, after) if (which & bit) store(r->key.words + i, last_round(x, before, multiplier, after));
         WORDS(FILL)
 #undef FILL
@@ -310,11 +309,12 @@ INLINE F decode(const State *s, int at, int first, int format, int is_nu, int tw
     return is_nu ? x * x * s->by : x * s->by;
 }
 
-/* Two vectors of new values: into codes, or aside. */
-INLINE void encode(State *s, int at, F x, F y, W bits, int format, int is_nu) {
+/* Two vectors of new values: into codes, or aside. `bounded` where no value lies above the largest bf16 and the lower half of
+ * a NaN is 0: then nothing but fractions is carried. */
+INLINE void encode(State *s, int at, F x, F y, W bits, int format, int is_nu, int bounded) {
     if (format == BF16) {
-        const W codes = carried_to_bf16(highs((U)x, (U)y), lows((U)x, (U)y), bits);
-        store((uint16_t *)s->codes + at, (U)codes);
+        const W high = highs((U)x, (U)y), low = lows((U)x, (U)y);
+        store((uint16_t *)s->codes + at, (U)(bounded ? carried(high, low, bits) : carried_to_bf16(high, low, bits)));
         return;
     }
     float *to = format == FP32 ? (float *)s->codes : s->fresh->values;
@@ -482,12 +482,14 @@ INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
     const int rounds_weight = k.weight == BF16 && k.master == NO_MASTER && !k.stays;
     const int which = (k.m1 > FP32 ? M1_BITS : 0) | (k.m2 > FP32 ? M2_BITS : 0) | (k.nu > FP32 ? NU_BITS : 0)
         | (k.weight_ema > FP32 ? WEIGHT_EMA_BITS : 0) | (rounds_weight ? WEIGHT_BITS : 0);
+    /* averages of bf16 numbers, of m1 and m2 with gradients and of nu with squares of at most 2^127, lie between them */
+    const int bounded = k.grad == BF16 && !k.yogi && !k.any_beta;
     Randoms r;
     const int in_blocks = k.m1 > BF16 || k.m2 > BF16 || k.nu > BF16 || k.weight_ema > BF16;
     const int cut = p.row % BLOCK != 0, odd = k.aside && !cut ? (int)(p.index & 1) : 0;
     const uint64_t keys = keys_of(c.stream, p.index >> 1);
-    const U a = all((uint32_t)keys), b = all((uint32_t)(keys >> 32));
-    U number = lanes_from(p.index >> 1);
+    const U b = all((uint32_t)(keys >> 32));
+    U words = lanes_from(p.index >> 1) * FIRST + (uint32_t)keys;
     if (k.aside && cut) fill_rows(&r, c.stream, p.index, p.column, p.row, p.stride, n, which);
     else if (k.aside) fill(&r, c.stream, p.index, n, which);
     Fresh fresh[4];
@@ -501,7 +503,7 @@ INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
         begin(&emas, here, k.weight_ema, k.twice);
         /* in the order of latencies: roots and quotients begin early, and what rounds the state runs beside them */
 #pragma GCC unroll 1
-        for (int at = from; at < end; at += TURN, number += LANES) {
+        for (int at = from; at < end; at += TURN, words += LANES * FIRST) {
             F w[2], g[2], m1[2], m2[2], nu[2], ema[2] = {{0}, {0}}, root_of_nu[2], u[2];
             for (int v = 0; v < 2; v++) {
                 g[v] = load_value(p.grad, at, v * LANES, k.grad);
@@ -519,7 +521,7 @@ INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
             WORDS(NOTHING)
 #undef NOTHING
             if (which) {
-                const U x = shared_rounds(number, a, b);
+                const U x = shared_rounds(words, b);
 #define BITS(key, bit, before, multiplier, after)                                                                    \
                 if (which & bit) {                                                                                   \
                     key##_bits = k.aside ? load16(r.key.bits + odd + at) : (W)last_round(x, before, multiplier, after); \
@@ -528,9 +530,9 @@ INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
                 WORDS(BITS)
 #undef BITS
             }
-            if (k.m1 != NONE) encode(&m1s, at, m1[0], m1[1], m1_bits, k.m1, 0);
-            encode(&m2s, at, m2[0], m2[1], m2_bits, k.m2, 0);
-            encode(&nus, at, nu[0], nu[1], nu_bits, k.nu, 1);
+            if (k.m1 != NONE) encode(&m1s, at, m1[0], m1[1], m1_bits, k.m1, 0, bounded);
+            encode(&m2s, at, m2[0], m2[1], m2_bits, k.m2, 0, bounded);
+            encode(&nus, at, nu[0], nu[1], nu_bits, k.nu, 1, bounded);
             for (int v = 0; v < 2; v++) {
                 w[v] = k.master == FP32_MASTER ? (F)load((const float *)p.master + at + v * LANES)
                     : load_value(p.weight, at, v * LANES, k.weight);
@@ -540,7 +542,7 @@ INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
                 ema[v] = decode(&emas, at, v * LANES, k.weight_ema, 0, k.twice);
                 ema[v] = ema[v] + (w[v] - ema[v]) * c.weight_ema_rate;
             }
-            if (k.weight_ema != NONE) encode(&emas, at, ema[0], ema[1], weight_ema_bits, k.weight_ema, 0);
+            if (k.weight_ema != NONE) encode(&emas, at, ema[0], ema[1], weight_ema_bits, k.weight_ema, 0, 0);
             if (k.stays) continue;
             const U x = (U)w[0], y = (U)w[1];
             if (k.weight == FP32 || k.master == FP32_MASTER) {
@@ -581,9 +583,13 @@ INLINE int any_twice(const Place *p, const Kind *k, int n) {
         | twice_in(p->scale[3], k->weight_ema, n);
 }
 
+/* Whether the keys of the random words change within n elements that lie together. */
+INLINE int any_keys(const Place *p, int n) { return p->index >> (KEPT + 1) != (p->index + (uint64_t)n - 1) >> (KEPT + 1); }
+
 static __attribute__((noinline)) void some(const Place *p, const Scalars *c, const Kind *kind, int n) {
     Kind k = *kind;
     k.twice = any_twice(p, kind, n);
+    k.aside |= any_keys(p, n);
     tile(*p, *c, n, k);
 }
 
@@ -598,7 +604,7 @@ INLINE void blocks(const Segment *row, const Scalars *scalars, const Kind k, int
         const int64_t together = p.row && p.row % BLOCK == 0 ? p.row - p.column : TILE;
         n = (int)(end - at < together ? end - at : together);
         if (n > TILE) n = TILE;
-        if (any_twice(&p, &k, n)) some(&p, &c, &k, n);
+        if (any_twice(&p, &k, n) || any_keys(&p, n)) some(&p, &c, &k, n);
         else tile(p, c, n, k);
     }
 }
@@ -692,9 +698,8 @@ static void part(const Segment *s, const Scalars *c, const Kind *k, int64_t at, 
 static void chunk(const Segment *s, int64_t from, int64_t n) {
     Kind k = kind_of(s);
     const Scalars c = scalars_of(s);
-    const uint64_t first = index_of(s, from), last = index_of(s, from + n - 1) + 1 + TURN;
-    /* words that begin in the middle, or change their keys, or are not of elements that follow one another in a block */
-    k.aside = (first & 1) || first >> 33 != last >> 33 || (s->stride & 1) || s->row % BLOCK;
+    /* words that begin in the middle, or are not of elements that follow one another in a block */
+    k.aside = (index_of(s, from) & 1) || (s->stride & 1) || s->row % BLOCK;
     const int64_t end = from + n, whole = s->weight_shape ? from : from + n / BLOCK * BLOCK;
     if (whole > from) blocks_of(&k)(s, &c, &k, from, whole);
     for (int64_t at = whole; at < end; at += BLOCK) part(s, &c, &k, at, end - at < BLOCK ? (int)(end - at) : BLOCK);

@@ -134,18 +134,16 @@ def _mix64(z):
 def _hash(stream, first, offsets):
     """What the random words of an element share, for a program's elements, from its first one's index (uint64).
 
-    The keys change where the number of a word, of which two elements have one, passes a multiple of 2^32.
+    The keys change where the number of a word, of which two elements have one, passes a multiple of 2^20.
     """
     number = first >> 1
-    here = _mix64(stream + (number >> 32) * 0xD1B54A32D192ED03)
-    after = _mix64(stream + ((number >> 32) + 1) * 0xD1B54A32D192ED03)
+    here = _mix64(stream + (number >> 20) * 0xD1B54A32D192ED03)
+    after = _mix64(stream + ((number >> 20) + 1) * 0xD1B54A32D192ED03)
     low = number.to(tl.uint32)
     x = low + (((first & 1).to(tl.uint32) + offsets.to(tl.uint32)) >> 1)
-    passed = x < low
-    x ^= tl.where(passed, after.to(tl.uint32), here.to(tl.uint32))
-    x ^= x >> 17
-    x *= 0xED5AD4BB
-    x ^= x >> 11
+    passed = (x >> 20) != (low >> 20)
+    x = x * 0xED5AD4BB + tl.where(passed, after.to(tl.uint32), here.to(tl.uint32))
+    x ^= x >> 16
     x += tl.where(passed, (after >> 32).to(tl.uint32), (here >> 32).to(tl.uint32))
     return x * 0xAC4C1B51
 
@@ -154,11 +152,9 @@ def _hash(stream, first, offsets):
 def _hash_at(stream, index):
     """The same, of elements of any indices (uint64)."""
     number = index >> 1
-    keys = _mix64(stream + (number >> 32) * 0xD1B54A32D192ED03)
-    x = number.to(tl.uint32) ^ keys.to(tl.uint32)
-    x ^= x >> 17
-    x *= 0xED5AD4BB
-    x ^= x >> 11
+    keys = _mix64(stream + (number >> 20) * 0xD1B54A32D192ED03)
+    x = number.to(tl.uint32) * 0xED5AD4BB + keys.to(tl.uint32)
+    x ^= x >> 16
     x += (keys >> 32).to(tl.uint32)
     return x * 0xAC4C1B51
 
