@@ -35,7 +35,9 @@ def loader() -> Any:
     return StatefulDataLoader(ROWS, batch_size=BATCH, sampler=sampler)
 
 
-def fit(name: str, folder: Path, *, resume: str | None = None, **options: Any) -> dict[str, Any]:
+def fit(
+    name: str, folder: Path, *, resume: str | None = None, keep: dict[str, Any] | None = None, **options: Any
+) -> dict[str, Any]:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -47,7 +49,7 @@ def fit(name: str, folder: Path, *, resume: str | None = None, **options: Any) -
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
             losses.append(outputs["loss"].item())
 
-    saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
+    saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, **(keep or {"save_top_k": -1}))
     settings = {"max_steps": STEPS, "gradient_clip_val": 0.3, "precision": "32-true"} | options
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -112,8 +114,16 @@ def _strategies(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
             "losses again": resumed["losses"],
             "state again": (resumed["steps"], resumed["sum"] == straight["sum"]),
         }
-        bf16 = fit(name, folder / f"{name}-bf16", precision="bf16-mixed", accumulate_grad_batches=2, max_steps=4)
+        half: dict[str, Any] = {"precision": "bf16-mixed", "accumulate_grad_batches": 2}
+        newest = {"save_top_k": 1, "monitor": "step", "mode": "max", "save_last": "link"}
+        bf16 = fit(name, folder / f"{name}-bf16", keep=newest, **half)
         told[name]["bf16"] = bf16["losses"]
+        if name == "zero":
+            told["newest"] = sorted(path.name for path in (folder / f"{name}-bf16").iterdir())
+            half["max_steps"] = STEPS + 1
+            told["from last"] = fit(name, folder / "l", resume=str(folder / f"{name}-bf16" / "last.ckpt"), **half)[
+                "steps"
+            ]
     told["files"] = sorted(path.name for path in (folder / "zero").iterdir())
     return told
 
@@ -133,7 +143,7 @@ def test_a_strategy_trains_as_a_plain_loop_and_resumes_exactly(name: str, told: 
         assert run["resumed"] == 0.0
         assert run["losses again"] == run["losses"][3:]
         assert run["state again"] == ({STEPS}, True)
-        assert len(run["bf16"]) == 8
+        assert len(run["bf16"]) == 2 * STEPS
         assert run["bf16"][4] < run["bf16"][0]
 
 
@@ -144,6 +154,8 @@ def test_zero_and_fsdp_hold_half_of_the_state_and_zeros_slices_lie_beside_the_fi
         assert sum(rank[name]["m2"] for rank in ranks) == whole
         assert max(rank[name]["m2"] for rank in ranks) < 0.6 * whole
     assert ranks[0]["files"] == ["step=3.ckpt", "step=3.ckpt.shardopt", "step=6.ckpt", "step=6.ckpt.shardopt"]
+    assert ranks[0]["newest"] == ["last.ckpt", "step=6.ckpt", "step=6.ckpt.shardopt"]
+    assert ranks[0]["from last"] == {STEPS + 1}
     document = checkpoint.read_document(folder / "zero" / "step=3.ckpt.shardopt")
     assert (document["host"], document["step"]) == ("lightning", 3)
 
