@@ -156,7 +156,6 @@ class Run:
                 warn=self.report.warn,
             )
         )
-        self.report.listen(self.tracker.warned)
         stack.push(self._close_tracker)
         self.profiler = Profiler(config.profile, config.folder / "profile", ranks, self.report.say, self.report.warn)
         stack.callback(self.profiler.close)
@@ -352,6 +351,7 @@ class Run:
         held, branched = report.holdings(self.engine.state), bool(self.origin)
         self.report.start(self.config.run.name, console_facts(self), held, self.progress.step, branched=branched)
         self.tracker.start(self.progress.step, held, self.origin)
+        self.report.listen(self.tracker.warned)
 
     def _finish(self, stop: Stop) -> Result:
         config, engine = self.config, self.engine

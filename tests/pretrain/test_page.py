@@ -251,6 +251,11 @@ def test_folders_that_hold_no_run_or_a_damaged_one_are_named(tmp_path):
         write([run], tmp_path)
 
 
+def test_data_of_another_version_is_said_to_be_so_and_shown_once_for_runs_that_share_it(tmp_path):
+    runs = [made_runs.write(tmp_path / name, rows(4), data={"sources": [{"label": "old"}]}) for name in "ab"]
+    assert page(tmp_path, *runs).text.count("data.json is of another version of shardopt (KeyError('documents'))") == 1
+
+
 def test_thinning_keeps_first_and_last_every_peak_and_every_gap_and_the_order():
     points = [(step, math.sin(step / 50)) for step in range(10_000)]
     points[5432] = (5432, 9.0)

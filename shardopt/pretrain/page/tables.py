@@ -128,11 +128,14 @@ def versions(records: Sequence[Record]) -> Table:
 
 @dataclass(frozen=True)
 class Text:
-    """The report on the text that some runs, by name, were trained on: facts, and a table of the sources."""
+    """The report on the text that some runs, by name, were trained on: facts, and a table of the sources.
+
+    The table is None where the report is of another version, as its one fact then says.
+    """
 
     runs: list[str]
     facts: dict[str, list[str]]
-    sources: Table
+    sources: Table | None
 
 
 def texts(records: Sequence[Record]) -> list[Text]:
@@ -145,7 +148,15 @@ def texts(records: Sequence[Record]) -> list[Text]:
 
 
 def _text(names: list[str], report: dict[str, Any]) -> Text:
-    facts = {label: value if isinstance(value, list) else [str(value)] for label, value in in_short(report).items()}
+    try:
+        facts, sources = in_short(report), _sources(report)
+    except (LookupError, TypeError) as e:
+        return Text(names, {"data": [f"data.json is of another version of shardopt ({e!r})"]}, None)
+    lines = {label: value if isinstance(value, list) else [str(value)] for label, value in facts.items() if value}
+    return Text(names, lines, sources)
+
+
+def _sources(report: dict[str, Any]) -> Table:
     head = ["source", "documents", "text", "tokens", "tokens/byte", "share", "epochs", "broken", "held out"]
     rows = [
         [
@@ -161,7 +172,7 @@ def _text(names: list[str], report: dict[str, Any]) -> Text:
         ]
         for one in report["sources"]
     ]
-    return Text(names, facts, Table(head, rows))
+    return Table(head, rows)
 
 
 def study(folder: Path) -> Table | None:
