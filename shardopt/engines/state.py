@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -255,7 +255,8 @@ class ModuleState(ShardedState):
         trained_only: leave frozen weights and buffers out of the slices.
 
     Raises:
-        InputError: another kind of optimizer, one over another model's parameters, or quantized frozen weights.
+        InputError: another kind of optimizer, one over another model's parameters, a model in FSDP1, or quantized
+            frozen weights.
     """
 
     model: nn.Module
@@ -270,6 +271,11 @@ class ModuleState(ShardedState):
         if not isinstance(optimizer, Optimizer) or not isinstance(model, nn.Module):
             given = f"{type(optimizer).__name__} and {type(model).__name__}"
             raise InputError(f"ModuleState takes an optimizer and its model, in this order: got {given}")
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise InputError(
+                "the model is in FullyShardedDataParallel (FSDP1), whose flat parameters do not say which elements "
+                "they hold: shard it with torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
         super().__init__(optimizer, ranks, model, trained_only)
         self.refresh()
         self._unused = UnusedGradients.of(optimizer, lambda: gradients_of(self._trained()))

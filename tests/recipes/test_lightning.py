@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shardopt import AdEMAMix, checkpoint
+from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError
 from tests.distributed.pool import on_ranks
 from tests.recipes.page import names_of
@@ -162,14 +163,17 @@ def test_zero_and_fsdp_hold_half_of_the_state_and_zeros_slices_lie_beside_the_fi
 
 def _refusals(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     import lightning.pytorch as pl
+    from lightning.pytorch.plugins import MixedPrecision
     from lightning.pytorch.strategies import DDPStrategy
 
     page = names_of("lightning")
     told = {}
     page["ZeroModule"].configure_gradient_clipping = pl.LightningModule.configure_gradient_clipping
+    half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     cases = {
         "clipping": ({"gradient_clip_val": 1.0}, page["ZeroDDPStrategy"], None),
         "resumed without slices": ({}, DDPStrategy, folder / "zero" / "step=3.ckpt"),
+        "scaler": ({"plugins": [half]}, page["ZeroDDPStrategy"], None),
         "another's file": ({}, page["ZeroDDPStrategy"], folder / "ddp" / "step=3.ckpt"),
     }
     for name, (options, strategy, resume) in cases.items():
@@ -180,11 +184,18 @@ def _refusals(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         with pytest.raises(InputError) as error:
             trainer.fit(page["ZeroModule"](net(), STEPS), loader(), ckpt_path=resume and str(resume))
         told[name] = str(error.value)
-    return told
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    older = FullyShardedDataParallel(net(), use_orig_params=True, device_id=torch.device("cpu"))  # Lightning's "fsdp"
+    with pytest.raises(InputError) as error:
+        ModuleState(AdEMAMix(older.named_parameters(), lr=1e-2), older)
+    return told | {"fsdp1": str(error.value)}
 
 
 def test_what_cannot_be_right_is_refused_by_what_to_change(told: Any) -> None:
     for refused in on_ranks(2, _refusals, told[0]):
         assert "override configure_gradient_clipping" in refused["clipping"]
         assert "has not been loaded" in refused["resumed without slices"]
+        assert "GradScaler does not work" in refused["scaler"]
+        assert "fully_shard (FSDP2)" in refused["fsdp1"].replace("torch.distributed.fsdp.", "")
         assert "step=3.ckpt.shardopt" in refused["another's file"]

@@ -14,6 +14,7 @@ from torch import nn
 
 from shardopt import AdEMAMix, checkpoint
 from shardopt.checkpoint.convert import convert
+from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError
 from tests.distributed.pool import on_ranks
 from tests.recipes.page import names_of
@@ -132,6 +133,8 @@ def _train_and_resume(rank: int, world_size: int, folder: Path) -> dict[str, Any
         plain.append(loss_of(net, step))
         optimizer.step()
         optimizer.zero_grad()
+    checkpoint.save(folder / "plain", ModuleState(optimizer, net), {"step": 6})
+    training.checkpoints.save(6)
     resumed = Training(folder)
     assert resumed.checkpoints.load(3)
     again = [resumed.step() for _ in range(3)]
@@ -147,15 +150,17 @@ def _train_and_resume(rank: int, world_size: int, folder: Path) -> dict[str, Any
     }
 
 
-def _load_both(rank: int, world_size: int, folder: Path, converted: Path) -> tuple[bool, int, int]:
+def _load_both(rank: int, world_size: int, folder: Path, converted: Path, number: int) -> tuple[bool, bool, int, int]:
     theirs, ours = Training(folder), Training(converted, exclude=("lr_scheduler", "dataloader"))
-    assert theirs.checkpoints.load(3)
-    assert ours.checkpoints.load(3)
-    equal = same(theirs.model.state_dict(), ours.model.state_dict())
-    equal &= same(theirs.optimizers.state_dict(), ours.optimizers.state_dict())
+    assert theirs.checkpoints.load(number)
+    assert ours.checkpoints.load(number)
+    expected, loaded = theirs.optimizers.state_dict(), ours.optimizers.state_dict()
+    state = [{k: v for k, v in entries.items() if k.startswith("state.")} for entries in (expected, loaded)]
+    equal = same(theirs.model.state_dict(), ours.model.state_dict()) and same(*state)
+    with_settings = same(expected, loaded)
     ours.step()
     (step,) = {state["step"] for state in ours.optimizers.optimizers[0].state.values()}
-    return equal, ours.state.step, step
+    return equal, with_settings, ours.state.step, step
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +187,18 @@ def test_its_checkpoint_becomes_ours_and_one_of_its_again(trained: Any, tmp_path
     assert (document["step"], document["host"]) == (3, "torchtitan")
     assert document["checkpoint"]["parameters"].keys() == {"0.weight", "2.weight", "2.bias"}
     convert(tmp_path / "ours", tmp_path / "step-3", "torchtitan")
-    for equal, step, counted in on_ranks(2, _load_both, folder, tmp_path):
+    for equal, settings, step, counted in on_ranks(2, _load_both, folder, tmp_path, 3):
         assert equal
+        assert settings
         assert (step, counted) == (4, 4)
+
+
+def test_a_checkpoint_of_a_loop_of_ones_own_goes_on_in_torchtitan(trained: Any, tmp_path: Path) -> None:
+    folder, _ = trained
+    convert(folder / "plain", tmp_path / "step-6", "torchtitan")
+    for equal, _, step, counted in on_ranks(2, _load_both, folder, tmp_path, 6):
+        assert equal
+        assert (step, counted) == (7, 7)
 
 
 def _refusals(rank: int, world_size: int) -> list[str] | None:
