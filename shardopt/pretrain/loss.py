@@ -85,7 +85,8 @@ def adds_router_loss(model: PreTrainedModel) -> bool:
 
 def _router_loss(model: PreTrainedModel, output: Any) -> Tensor | None:
     aux = getattr(output, "aux_loss", None)
-    return None if aux is None else cast(Any, model).router_aux_loss_coef * aux
+    # A model without a router in any of its layers has 0 there, or nothing.
+    return cast(Any, model).router_aux_loss_coef * aux if isinstance(aux, Tensor) else None
 
 
 def document_positions(tokens: Tensor, start: int) -> Tensor:

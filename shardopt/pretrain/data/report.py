@@ -116,14 +116,18 @@ def left_out(source: dict[str, Any]) -> str:
 
 
 def stages_in_words(report: dict[str, Any]) -> list[str] | None:
-    """Lines for each stage; None where there is one."""
-    lines = []
+    """Lines for each stage, of what is not as before; None where there is one."""
+    lines: list[str] = []
+    batch, shares = None, None
     for stage in report["stages"]:
-        what = [f"{stage['global_batch']:,} sequences a step"]
-        if len(stage["shares"]) > 1:
+        what = []
+        if stage["global_batch"] != batch:
+            what.append(f"{stage['global_batch']:,} sequences a step")
+        if stage["shares"] != shares and len(stage["shares"]) > 1:
             what += [f"{label} {share:.1%}" for label, share in stage["shares"].items()]
-        line = f"from step {stage['from_step'] + 1:,}: {', '.join(what)}"
+        line = f"from step {stage['from_step'] + 1:,}: {', '.join(what) or 'as before'}"
         lines += textwrap.wrap(line, 65, subsequent_indent="  ")
+        batch, shares = stage["global_batch"], stage["shares"]
     return lines if len(report["stages"]) > 1 else None
 
 
