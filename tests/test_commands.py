@@ -110,6 +110,23 @@ def test_list_names_complete_checkpoints_by_step_and_what_else_lies_there(run, t
     assert [row.get("tokens") for row in rows] == [2 * 8 * 32, 6 * 8 * 32, None, None]
 
 
+def test_list_says_which_checkpoints_are_of_another_format_and_how_to_get_at_them(run, tmp_path, capsys):
+    copy = shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    (copy / "checkpoint-5/shardopt").mkdir(parents=True)
+    for folder, version in ("step-00000004", 5), ("step-00000006", 7), ("checkpoint-5/shardopt", 4):
+        (copy / folder / "checkpoint.json").write_text(json.dumps({"checkpoint": {"format": version}}))
+    status, text, _ = say(capsys, "checkpoint", "list", copy)
+    table, advice = text.split("\n\n")
+    assert status == 0
+    assert [line.split("UTC")[-1].split()[-3:] for line in table.splitlines()[2:]] == [
+        ["old", "format", "4"], ["old", "format", "5"], ["new", "format", "7"]
+    ]  # fmt: skip
+    assert advice.startswith(f"This shardopt reads format {checkpoint.document.FORMAT}. Of another one: load it with")
+    assert "shardopt checkpoint convert FOLDER FILE.pt --to torch" in " ".join(advice.split())
+    assert max(map(len, text.splitlines())) <= 80
+    assert "format" not in say(capsys, "checkpoint", "list", run)[1]
+
+
 def test_a_checkpoint_under_the_name_of_another_step_is_noticed(run, tmp_path, capsys):
     copy = shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
     (copy / "step-00000004").rename(copy / "step-00000009")

@@ -15,6 +15,25 @@ from shardopt.errors import InputError, few
 
 DOCUMENT = "checkpoint.json"
 FORMAT = 6
+OTHER_FORMAT_ADVICE = (
+    "load it with the version that wrote it; or convert it, with that version by shardopt checkpoint convert FOLDER "
+    "FILE.pt --to torch, and with this one by shardopt checkpoint convert FILE.pt NEW"
+)
+
+
+class OtherFormatError(InputError):
+    """A checkpoint is of another version of shardopt.
+
+    Attributes:
+        what: "old format 5", say.
+    """
+
+    def __init__(self, folder: Path, version: int) -> None:
+        self.what = f"{'old' if version < FORMAT else 'new'} format {version}"
+        super().__init__(
+            f"{folder} has checkpoint format {version}, this shardopt reads format {FORMAT}: {OTHER_FORMAT_ADVICE}"
+        )
+
 
 # The first line has a checksum of all that follows; the whole is JSON.
 _FIRST_LINE = re.compile(rb'\{"xxh3": "([0-9a-f]{16})",\n')
@@ -31,7 +50,8 @@ def read_document(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: it is missing or is not what was written.
-        InputError: it cannot be read, or is of another version.
+        OtherFormatError: it is of another version.
+        InputError: it cannot be read.
     """
     path = as_folder(folder) / DOCUMENT
     try:
@@ -48,10 +68,7 @@ def read_document(folder: str | Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path} is not the document of a shardopt checkpoint ({error!r})") from error
     if type(version) is int and 0 < version != FORMAT:
-        raise InputError(
-            f"{folder} has checkpoint format {version}, this shardopt reads format {FORMAT}: "
-            f"load it with the version that wrote it"
-        )
+        raise OtherFormatError(as_folder(folder), version)
     if first is None:
         raise DamagedError(f"{path} is damaged: it has no checksum")
     del document["xxh3"]

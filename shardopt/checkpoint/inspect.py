@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 
 from shardopt.checkpoint import folders
 from shardopt.checkpoint.blocks import reading
-from shardopt.checkpoint.document import DOCUMENT, read_document
+from shardopt.checkpoint.document import DOCUMENT, FORMAT, OTHER_FORMAT_ADVICE, OtherFormatError, read_document
 from shardopt.checkpoint.store import as_folder, exists, is_local, listing
-from shardopt.checkpoint.stored import Stored, complete_in, root_of, step_of
+from shardopt.checkpoint.stored import SLICES, Stored, complete_in, root_of, step_of
 from shardopt.errors import InputError
 
 _FIRST = ("weight", "buffer", "m1", "m2", "nu")
@@ -130,7 +131,11 @@ def list_as_text(rows: list[dict[str, Any]]) -> str:
         step = f"{row['step']:,}" if "step" in row else Path(row["folder"]).name
         shown = "" if tokens is None else f"{tokens:,}"
         table.append([step, shown, by, size(row["bytes"]), row["written"][:16], row["status"]])
-    return "\n".join(_table(table, ">><><<"))
+    lines = list(_table(table, ">><><<"))
+    if any("format" in row["status"] for row in rows):
+        advice = f"This shardopt reads format {FORMAT}. Of another one: {OTHER_FORMAT_ADVICE}."
+        lines += ["", *textwrap.wrap(advice, 80, break_on_hyphens=False)]
+    return "\n".join(lines)
 
 
 def size(number: float) -> str:
@@ -150,8 +155,12 @@ def _why(folder: Path) -> str:
         return folder.name.rpartition(".")[2]
     if not is_local(folder) and folders.step_of(folder.name) is not None and not exists(folder / DOCUMENT):
         return "partial"
+    if folders.trainers_step_of(folder.name) is not None:
+        folder = folder / SLICES
     try:
         read_document(folder)
+    except OtherFormatError as error:
+        return error.what
     except InputError:
         return "no checkpoint"
     return "damaged"
