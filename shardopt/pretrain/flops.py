@@ -20,11 +20,11 @@ class Gpu(NamedTuple):
     memory: float
 
 
-# By the words of a device's name. More words go before fewer.
+# By the words of a device's name. More words go before fewer. An MI250X is two devices: the figures are of one.
 GPUS = {
     "H100 PCIe": Gpu(756.0, 79.1), "H100 NVL": Gpu(835.0, 93.1), "H200 NVL": Gpu(835.0, 139.8),
     "H100": Gpu(989.4, 79.1), "H200": Gpu(989.4, 139.8), "GH200": Gpu(989.4, 94.5), "B200": Gpu(2250.0, 178.3),
-    "A100": Gpu(312.0, 79.1), "L40S": Gpu(362.0, 44.4), "MI250X": Gpu(383.0, 64.0), "MI300X": Gpu(1307.4, 191.7),
+    "A100": Gpu(312.0, 79.1), "L40S": Gpu(362.0, 44.4), "MI250X": Gpu(191.5, 64.0), "MI300X": Gpu(1307.4, 191.7),
     "MI325X": Gpu(1307.4, 255.7),
 }  # fmt: skip
 _ATTENDING = {"full_attention", "sliding_attention"}

@@ -23,6 +23,8 @@ from shardopt.pretrain.progress import read_document
 
 # What config.yaml is written as; left by a process that was killed, or whose disk was full.
 _UNFINISHED = "config.tmp"
+# All that a start has written when it is refused.
+_BEFORE_A_RUN = (".lock", "config.yaml", _UNFINISHED, branch.RECORD)
 
 
 @contextlib.contextmanager
@@ -136,9 +138,9 @@ class RunFolder:
         """Let others have the folder; a start that made it and failed before it began leaves none."""
         files = {p.name for p in self.path.rglob("*") if p.is_file()}
         self._lock.release()
-        if self._is_new and files <= {".lock", "config.yaml", _UNFINISHED}:
+        if self._is_new and files <= set(_BEFORE_A_RUN):
             with contextlib.suppress(OSError):  # somebody else has begun in it
-                for name in ("config.yaml", _UNFINISHED):
+                for name in _BEFORE_A_RUN:
                     (self.path / name).unlink(missing_ok=True)
                 for folder in sorted(self.path.rglob("*"), reverse=True):
                     folder.rmdir()

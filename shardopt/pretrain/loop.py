@@ -105,7 +105,6 @@ class Run:
         meta = model.meta_model(model_config, config.model.trust_remote_code, config.model.attention)
         flops = flops_per_token(meta, config.data.block_size)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
-        ranks.together(self._write_models_config)
         for limit in limits(meta, self.holdout_data, self.scored_blocks):
             self.report.warn(limit)
         document_start = self.tokenizer.eos_token_id if config.data.document_mask else None
@@ -139,6 +138,7 @@ class Run:
         self.probes = Probes(config.tracking, self.engine, config.train.grad_clip)
         self.tokens_before = self.progress.tokens
 
+        ranks.together(self._write_models_config)
         root, kept = config.store / "checkpoints", config.checkpoint
         saver = checkpoint.Saver(root, kept.rules, ranks=ranks, asynchronous=kept.asynchronous)
         self.saver = stack.enter_context(saver)

@@ -64,3 +64,26 @@ def test_a_damaged_source_is_refused_by_its_key_with_the_newest_older_one_that_i
     message = r"run\.from: .*step-00000020/rank-00000\.data is damaged: .* whole is .*/step-00000005$"
     with pytest.raises(InputError, match=message):
         branch.start(config, SimpleNamespace(ranks=tiny.ALONE), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_start_that_is_refused_leaves_no_folder_of_the_run(tmp_path: Path, elsewhere: bool) -> None:
+    tiny.corpus(tmp_path / "text")
+    alone = {"engine": "{name: single}", "train__steps": 2}
+    tiny.run(0, 1, tmp_path, **alone)
+    data = tmp_path / "runs/tiny/checkpoints/step-00000002/rank-00000.data"
+    whole = data.read_bytes()
+    alone |= {"run__name": "next", "train__steps": 4}
+    if elsewhere:
+        alone["checkpoint__dir"] = tmp_path / "store"
+    branched = alone | {"run__from": data.parent}
+    data.write_bytes(whole[:-1] + b"!")
+    with pytest.raises(InputError, match=r"rank-00000\.data is damaged"):
+        tiny.run(0, 1, tmp_path, **branched)
+    data.write_bytes(whole)
+    for changes in alone, branched:
+        with pytest.raises(InputError, match=r"tracking\.noise_scale: needs"):
+            tiny.run(0, 1, tmp_path, **changes, tracking__noise_scale=True, train__micro_batch=8)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"tiny"}
+    assert not (tmp_path / "store").exists()
+    assert tiny.run(0, 1, tmp_path, **branched).step == 4

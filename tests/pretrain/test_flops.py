@@ -69,6 +69,7 @@ def test_a_window_counts_the_pairs_within_it() -> None:
         ("NVIDIA H200", 989.4),
         ("NVIDIA B200", 2250.0),
         ("AMD Instinct MI300X", 1307.4),
+        ("AMD Instinct MI250X", 191.5),  # one of the two dies: a device of its own for torch
         ("NVIDIA RTX A1000", None),
         ("Tesla T4", None),
     ],
