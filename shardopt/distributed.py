@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -208,13 +210,41 @@ def _device(name: str, local_rank: int) -> torch.device:
     return device
 
 
+def _attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name for this attempt of the job: the same on all of its ranks, and another at every attempt.
+
+    torchrun hands a restarted attempt the store of the one before, with the addresses of dead processes in it. Its
+    TORCHELASTIC_RESTART_COUNT tells attempts apart on one node only: a node does not count the restarts that another
+    one's failure made. So rank 0 offers a name, each rank answers to it with a token of its own, and takes the name
+    when rank 0 has confirmed that token; a name of an attempt before confirms none.
+
+    Raises:
+        RuntimeError: a rank has not answered within `timeout`.
+    """
+    offer, token = "shardopt/attempt", uuid.uuid4().hex
+    if rank == 0:
+        store.set(offer, token)
+        for other in range(1, world_size):
+            answer = store.get(f"{token}/{other}").decode()
+            store.set(f"{token}/{answer}", "")
+        return token
+    deadline, pause = time.monotonic() + timeout.total_seconds(), 0.01
+    while time.monotonic() < deadline:
+        name = store.get(offer).decode()
+        store.set(f"{name}/{rank}", token)
+        if store.check([f"{name}/{token}"]):
+            return name
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+    raise RuntimeError(f"rank 0 has not answered rank {rank} within {timeout}")
+
+
 def _init_process_group(device: torch.device, timeout: timedelta) -> dist.Store:
     """Make the default process group, and return the store by which its ranks have met."""
     on_gpu = device.type == "cuda"
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun hands a restarted attempt the store of the one before, with the addresses of dead processes in it.
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = dist.PrefixStore(_attempt(store, rank, world_size, timeout), store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=store,

@@ -1,12 +1,14 @@
 """Messages of a process that cannot join the process group."""
 
+import time
 from datetime import timedelta
+from threading import Thread
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from shardopt.distributed import Ranks
+from shardopt.distributed import Ranks, _attempt
 from shardopt.errors import InputError
 from shardopt.pretrain import progress
 from tests.distributed.pool import RankError, on_ranks
@@ -49,12 +51,38 @@ def test_restarted_attempt_does_not_read_the_store_of_the_one_before(alone):
     environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agents.port)}
     for name, value in (environment | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
         alone.setenv(name, value)
-    alone.setattr(dist, "init_process_group", lambda backend, store, **_: store.set("address", backend))
-    for attempt in ("0", "1"):
-        alone.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        assert not agents.check([f"attempt-{attempt}/address"])
+    found = []
+
+    def init_process_group(backend, store, **_):
+        found.append(store.check(["address"]))
+        store.set("address", backend)
+
+    alone.setattr(dist, "init_process_group", init_process_group)
+    for _ in range(2):
         Ranks.start("cpu")
-        assert agents.check([f"attempt-{attempt}/address"])
+    assert found == [False, False]
+
+
+def test_ranks_agree_on_an_attempt_whatever_those_before_have_left_in_the_store():
+    """As on nodes that count restarts apart; a rank that comes before rank 0 finds the offer of the attempt before."""
+    store, timeout = dist.HashStore(), timedelta(seconds=20)
+
+    def attempt(first):
+        names = [None] * 3
+        threads = [Thread(target=lambda r=r: names.__setitem__(r, _attempt(store, r, 3, timeout))) for r in range(3)]
+        for rank in first, *({0, 1, 2} - {first}):
+            threads[rank].start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join()
+        return names
+
+    names = [attempt(first) for first in (0, 1, 2)]
+    assert all(name is not None and of == [name] * 3 for of in names for name in of)
+    assert len({name for of in names for name in of}) == 3
+    store.set("shardopt/attempt", "of one that nobody has joined")
+    with pytest.raises(RuntimeError, match=r"rank 0 has not answered rank 1 within 0:00:00\.05"):
+        _attempt(store, 1, 2, timedelta(seconds=0.05))
 
 
 def _sums(rank, world_size):

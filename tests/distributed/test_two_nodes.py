@@ -1,0 +1,60 @@
+"""Two torchrun agents, as on two nodes, of two ranks each, that meet by a c10d rendezvous over loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from shardopt import cli
+from tests.distributed.forked import Command
+from tests.pretrain import tiny
+
+
+def node(arguments: list[str], folder: Path) -> None:
+    """An agent, whose ranks are forked, and leave their process ids in `folder`."""
+    from scripts import forked
+
+    def rank(command: list[str]) -> int:
+        attempt = len(list(folder.glob(f"{os.environ['RANK']}.*")))
+        (folder / f"{os.environ['RANK']}.{attempt}").write_text(str(os.getpid()))
+        return cli.main(command[command.index("pretrain") :])
+
+    forked.torchrun(arguments, rank)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_rank_that_dies_is_restarted_on_both_nodes_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    tiny.corpus(tmp_path / "text")
+    changes = {"train__steps": 30, "checkpoint__every": 5, "train__micro_batch": 1, "run__timeout_minutes": 0.5}
+    tiny.run(0, 1, tmp_path, run__name="whole", engine="{name: single}", **changes)
+    config, ranks = tmp_path / "nodes.yaml", tmp_path / "ranks"
+    config.write_text(json.dumps(tiny.tree(tmp_path, run__name="nodes", **changes)))
+    ranks.mkdir()
+    meeting = f"--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{free_port()} --rdzv-id job --local-addr 127.0.0.1"
+    arguments = f"--nnodes 2 --nproc-per-node 2 --max-restarts 1 {meeting} pretrain {config}".split()
+    nodes = [Command(node, arguments, ranks, output=tmp_path / f"node-{n}.log") for n in range(2)]
+    checkpoints = tmp_path / "runs" / "nodes" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not (checkpoints / "step-00000010").exists():
+        assert all(node.poll() is None for node in nodes), [node.output.read_text() for node in nodes]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(int((ranks / "3.0").read_text()), signal.SIGKILL)
+    said = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert {path.name for path in ranks.iterdir()} == {f"{rank}.{attempt}" for rank in range(4) for attempt in range(2)}
+    rows, whole = ([(row["step"], row["loss"]) for row in tiny.metrics(tmp_path, name)] for name in ("nodes", "whole"))
+    assert [step for step, _ in rows] == list(range(1, 31))
+    assert [loss for _, loss in rows] == pytest.approx([loss for _, loss in whole], rel=1e-4)
+    print(said)
