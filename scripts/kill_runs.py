@@ -4,7 +4,8 @@
     python scripts/kill_runs.py random --kills 20 --by-hand   all processes at a time, started again by the same command
     python scripts/kill_runs.py phases [--by-hand]            a kill in each phase of a step and of a save
     python scripts/kill_runs.py frozen                        SIGSTOP of one rank in each phase of a step, and in a save
-    python scripts/kill_runs.py signals                       SIGTERM and SIGINT, through each command that starts ranks
+    python scripts/kill_runs.py signals                       SIGTERM and SIGINT through each command that starts
+                                                              ranks, and the end of a SLURM job's time
     python scripts/kill_runs.py full                          a disk that is full in each write (mounts a tmpfs: root)
     python scripts/kill_runs.py elastic                       4, then 2, then 3 ranks
 
@@ -28,7 +29,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -51,7 +51,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process with threads cann
 import torch.distributed.run  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
-from scripts import struck_rank  # noqa: E402
+from scripts import stand_in_slurm, struck_rank  # noqa: E402
 from scripts.forked import Forked, torchrun  # noqa: E402
 from scripts.struck_rank import OF_A_SAVE, OF_A_STEP, ON_RANK_0, Notes, Strike  # noqa: E402
 from shardopt import checkpoint  # noqa: E402
@@ -142,7 +142,7 @@ class Run:
                 return
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             if self.starter == "sbatch":
-                environment |= stubs_of_slurm(self.folder, self.ranks)
+                environment |= stand_in_slurm.install(self.folder, self.ranks)
             command = COMMANDS[self.starter].format(python=sys.executable, root=ROOT, ranks=self.ranks, config=path)
             self.job = subprocess.Popen(command.split(), env=environment, stdout=log, stderr=log, cwd=self.folder)
 
@@ -248,29 +248,6 @@ class Run:
 
 def step_of(folder: Path | None) -> int:
     return int(folder.name.rpartition("-")[2].split(".")[0]) if folder is not None else 0
-
-
-def stubs_of_slurm(folder: Path, ranks: int) -> dict[str, str]:
-    """Commands in the place of slurm's, for one node, and what its environment names."""
-    stubs = folder / "stubs"
-    stubs.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # srun's first argument is its own; the port may be somebody else's here.
-    for name, line in {"scontrol": "echo 127.0.0.1", "srun": f'shift; exec "${{@/:29500/:{port}}}"'}.items():
-        (stubs / name).write_text(f"#!/bin/bash\n{line}\n")
-        (stubs / name).chmod(0o755)
-    (folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
-    torchrun = folder / ".venv" / "bin" / "torchrun"
-    torchrun.write_text(f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
-    torchrun.chmod(0o755)
-    if not (folder / "launch").exists():
-        (folder / "launch").symlink_to(ROOT / "launch")
-    return {
-        "PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "here", "SLURM_CPUS_PER_TASK": str(ranks),
-        "SLURM_GPUS_PER_NODE": str(ranks), "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": str(port),
-    }  # fmt: skip
 
 
 COMMANDS = {
@@ -429,7 +406,7 @@ def frozen(lab: Lab, engine: str, draw: random.Random) -> Run:
 def signals(lab: Lab, engine: str, draw: random.Random) -> Run:
     """Whoever is asked to stop must leave a checkpoint of the last step that was made."""
     cases = [(starter, number) for starter in ("torchrun", "shardopt") for number in (signal.SIGTERM, signal.SIGINT)]
-    cases.append(("sbatch", signal.SIGTERM))
+    cases.append(("sbatch", signal.SIGUSR1))
     whole, run = lab.runs(engine, 300)
     for starter, number in cases:
         run.starter = starter
@@ -440,17 +417,16 @@ def signals(lab: Lab, engine: str, draw: random.Random) -> Run:
             run.faults.append(f"{starter}: ended before {number.name}, see {run.log}")
             continue
         assert run.job is not None
-        # slurm, and a terminal's Ctrl-C, reach every process; a shell that waits for srun is not among them.
         job = psutil.Process(run.job.pid)
-        reached = [] if starter == "sbatch" else [job]
-        if starter == "sbatch" or number == signal.SIGINT:
+        reached = [job]
+        if number == signal.SIGINT:  # a terminal's Ctrl-C reaches every process
             reached += job.children(recursive=True)
         for process in reached:
             process.send_signal(number)
         status = run.end()
         run.done[f"{number.name} {starter}"] += 1
         saved = step_of(checkpoint.latest(run.here / "checkpoints"))
-        if saved != run.step() or (starter == "shardopt" and status != 0):
+        if saved != run.step() or (starter != "torchrun" and status != 0):
             run.faults.append(
                 f"{number.name} {starter}: status {status}, checkpoint {saved}, last step {run.step()}, see {run.log}"
             )

@@ -27,8 +27,9 @@ PRETRAIN = "pretrain"
 _SAYING = timedelta(seconds=30)
 # Longer than the ranks wait for each other, so that they can say whom they waited for.
 _KILL_AFTER = timedelta(seconds=30)
-# The environment variable with the file that rank 0 makes when it ends in order, for the process that started it.
-_DONE = "SHARDOPT_DONE"
+STATUS = "SHARDOPT_STATUS"
+"""The environment variable with the file into which rank 0 writes how the run has ended in order: finished, or stopped
+with a checkpoint. It is for whoever started the ranks: torchrun's exit status after a signal says neither."""
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
@@ -123,13 +124,20 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         from shardopt.pretrain.loop import NonFiniteError, pretrain
 
     try:
-        pretrain(config)
+        result = pretrain(config)
     except NonFiniteError as e:
         _say(str(e))
         return 1
-    if os.environ.get("RANK", "0") == "0" and _DONE in os.environ:
-        Path(os.environ[_DONE]).touch()
+    if os.environ.get("RANK", "0") == "0" and STATUS in os.environ:
+        _write_status(Path(os.environ[STATUS]), result.status)
     return 0
+
+
+def _write_status(path: Path, status: str) -> None:
+    try:
+        path.write_text(status)
+    except OSError as e:
+        raise InputError(f"{STATUS}: cannot write {path}: {e.strerror or e}; the run is {status}") from e
 
 
 def _say(error: str) -> None:
@@ -182,12 +190,12 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
     debug = ["--debug"] if arguments.debug else []
     command = ["-m", "shardopt", PRETRAIN, *debug, arguments.config, *arguments.overrides]
     with TemporaryDirectory(prefix="shardopt-") as scratch:
-        done = Path(scratch) / "done"
-        os.environ[_DONE] = str(done)
+        status = Path(os.environ.setdefault(STATUS, str(Path(scratch) / "status")))
+        status.unlink(missing_ok=True)
         try:
             torchrun(["--standalone", "--nproc_per_node", str(count), *command])
         except processes.SignalException as e:  # torchrun has passed it on to the ranks, and they have ended
-            if done.exists():
+            if status.exists():
                 return 0
             saved = latest(config.store / "checkpoints")
             _say(
@@ -202,7 +210,8 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
                 _say(f"rank {rank} was ended by {failure.signal_name()}")
             return failure.exitcode if failure.exitcode > 0 else 1
         finally:
-            del os.environ[_DONE]
+            if status.parent == Path(scratch):
+                del os.environ[STATUS]
     return 0
 
 

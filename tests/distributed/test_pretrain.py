@@ -217,13 +217,16 @@ def test_a_stopped_worker_exits_with_status_zero(folder, number):
     name = f"alone-{number.name}"
     config = folder / f"{name}.yaml"
     config.write_text(json.dumps(tiny.tree(folder, run__name=name, engine="{name: single}", train__steps=3000)))
-    process = Command(main, ["pretrain", str(config)], output=folder / f"{name}.log")
+    ended = folder / f"{name}.status"
+    process = Command(main, ["pretrain", str(config)], output=folder / f"{name}.log", SHARDOPT_STATUS=str(ended))
     wait_for_step(folder, name, 2, process)
+    assert not ended.exists()
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert f"stopped by {number.name}" in output
     assert "run it again to go on" in output
+    assert ended.read_text() == "stopped"
 
 
 def _slow_disk():
@@ -251,11 +254,15 @@ def test_a_stop_has_time_for_its_checkpoint_or_ends_with_an_error(folder):
         output, _ = process.communicate(timeout=90)
         return process.returncode, output
 
-    status, output = stopped("too-slow", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
+    ended = folder / "ended"
+    ended.write_text("stopped")  # by the start before
+    status, output = stopped("too-slow", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1", SHARDOPT_STATUS=str(ended))
+    assert not ended.exists()
     assert status == 128 + signal.SIGTERM, output
     assert "SIGTERM ended the run before its checkpoint was complete (torchrun kills the ranks after 1 s" in output
     assert "there is none" in output
-    status, output = stopped("slow")
+    status, output = stopped("slow", SHARDOPT_STATUS=str(ended))
+    assert ended.read_text() == "stopped"
     assert status == 0, output
     assert re.search(r"SIGTERM: saves step \d+ and stops; torchrun waits 90 s", output)
     (saved,) = (folder / "runs" / "slow" / "checkpoints").iterdir()
@@ -402,6 +409,15 @@ def test_status_of_ranks_that_fail_is_that_of_the_first(folder, monkeypatch, cap
     config.write_text(json.dumps(tiny.tree(folder, run__name="fails")))
     assert main(["pretrain", "--nproc-per-node=2", str(config)]) == status
     assert ("rank 0 was ended by SIGKILL" in capsys.readouterr().err) == (exits < 0)
+
+
+def test_a_status_that_cannot_be_written_is_told(folder, monkeypatch, capsys):
+    monkeypatch.setenv("SHARDOPT_STATUS", str(folder / "nowhere" / "status"))
+    config = folder / "status.yaml"
+    config.write_text(json.dumps(tiny.tree(folder, run__name="status", engine="{name: single}", train__steps=2)))
+    assert main(["pretrain", str(config)]) == 2
+    said = f"SHARDOPT_STATUS: cannot write {folder}/nowhere/status: No such file or directory; the run is finished"
+    assert said in capsys.readouterr().err
 
 
 def test_run_whose_last_checkpoint_is_gone_ends_with_an_error(folder, monkeypatch):
