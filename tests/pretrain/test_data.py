@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -584,16 +585,42 @@ def test_resuming_a_stream_does_not_read_what_came_before(tmp_path: Path, monkey
         stopped.batch(step, 0, 4)
     seen: list[str] = []
 
-    def watched(self: Corpus, row: dict[str, Any]) -> str:
-        seen.append(row["text"])
-        return str(row["text"])
+    texts_in = Corpus.texts
 
-    monkeypatch.setattr(Corpus, "text", watched)
+    def watched(self: Corpus, *rows: Any) -> Iterator[str]:
+        for text in texts_in(self, *rows):
+            seen.append(text)
+            yield text
+
+    monkeypatch.setattr(Corpus, "texts", watched)
     resumed, _ = load(tmp_path, source)
     resumed.load_state_dict(stopped.state_dict(20), 20)
     assert torch.equal(resumed.batch(20, 0, 4), wanted)
     assert texts[0] not in seen
     assert 0 < len(seen) < 20
+
+
+def test_broken_rows_of_a_stream_are_counted_and_left_out_up_to_their_share(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = made_up(40)
+    rows = [json.dumps({"text": text}) for text in texts]
+    rows[30:30] = ['{"text": 5}', '{"text": {"a": "b"}}', '{"text": ""}']
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train.jsonl").write_text("\n".join(rows))
+    source = {"source": "hf", "name": str(tmp_path / "hub"), "streaming": True, "scan": 30}
+    train, _ = load(tmp_path, source, max_broken=0.06)
+    ids = expected_stream(texts, 3)
+    steps = (len(ids) - 1) // 16 // 4
+    whole = torch.cat([train.batch(step, 0, 4) for step in range(steps)]).tolist()
+    assert whole == [ids[16 * index : 16 * index + 17] for index in range(len(whole))]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["data.sources[0]: 2 of 43 rows read are broken, and left out: 'text' holds int, not text"]
+    strict, _ = load(tmp_path, source)
+    listed = rf"{tmp_path}/hub 'text' holds int, not text; {tmp_path}/hub 'text' holds dict, not text$"
+    refusal = rf"data\.sources\[0\]: 2 of 32 rows cannot be read, more than .* data\.max_broken = 0\.001: {listed}"
+    with pytest.raises(InputError, match=refusal):
+        strict.batch(steps - 1, 0, 4)
 
 
 def test_a_stream_mixes_with_packed_text(tmp_path: Path) -> None:

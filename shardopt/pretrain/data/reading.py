@@ -155,6 +155,11 @@ class Tally:
         if self.rows >= _HOPELESS and self.n_broken >= self.rows:
             self.check(where, 0.0)
 
+    def check_so_far(self, where: str, most: float) -> None:
+        """As `check`, for a source that is still being read: of its first rows as many may be broken as of 1,000."""
+        if self.n_broken > most * max(self.rows, _HOPELESS):
+            self.check(where, most)
+
     def check(self, where: str, most: float) -> None:
         """Raise InputError where more than the share `most` of the rows of the source `where` is broken."""
         broken = self.n_broken

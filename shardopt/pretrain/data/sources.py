@@ -22,7 +22,6 @@ from shardopt.pretrain.data.reading import (
     Document,
     Piece,
     Place,
-    RowError,
     Tally,
     is_compressed,
     read_jsonl,
@@ -30,7 +29,6 @@ from shardopt.pretrain.data.reading import (
     read_text,
     split_jsonl,
     split_parquet,
-    text_in,
 )
 from shardopt.pretrain.data.token_files import TokenFile, index_of, read_tokens
 
@@ -67,7 +65,7 @@ class Corpus:
     def __init__(self, config: DataConfig, index: int) -> None:
         self.source = config.sources[index]
         self.where, self.label = f"data.sources[{index}]", config.labels[index]
-        self._column = getattr(self.source, "column", "text")
+        self._column, self._max_broken = getattr(self.source, "column", "text"), config.max_broken
         self.files: list[Path] = []
         self._hub_cache = config.cache_folder / "hf"
         shape = self.source.model_dump(
@@ -177,16 +175,18 @@ class Corpus:
             raise InputError(f"{self.where}: no file is UTF-8 text ({few(tally.skipped_examples, 3)})")
         raise InputError(f"{self.where}: the corpus holds no text")
 
-    def text(self, row: dict[str, Any]) -> str:
-        """The text of one row of a stream, "" where it is null.
+    def texts(self, rows: datasets.IterableDataset, tally: Tally) -> Iterator[str]:
+        """The texts of a `stream`, in order; `tally` counts its rows, over several readings too.
 
         Raises:
-            InputError: the row has no such column, or it is not text.
+            InputError: a row cannot be read, or more than the share `data.max_broken` of the rows is broken.
         """
-        try:
-            return text_in(row, self._column)
-        except RowError as error:
-            raise InputError(f"{self.where}.column: {error}") from None
+        place = Place(self.source.name, 0, 0)  # a reading begins anywhere
+        with self._errors():
+            for document in tally.documents(((place, row) for row in rows), self._column):
+                tally.check_so_far(self.where, self._max_broken)
+                yield document.text
+            tally.check_so_far(self.where, self._max_broken)
 
     def stream(self, shards: int = 1, index: int = 0) -> datasets.IterableDataset:
         """A hub dataset's rows in order, those of shard `index`; its `state_dict` is the place after the last row.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,8 +10,11 @@ import numpy as np
 
 from shardopt.errors import InputError
 from shardopt.pretrain.data.packing import chunks, is_held_out
+from shardopt.pretrain.data.reading import Tally
 from shardopt.pretrain.data.sources import Corpus
 from shardopt.pretrain.data.tokenizers import SavedTokenizer
+
+logger = logging.getLogger("shardopt.data")
 
 _STREAM_CHARACTERS = 1 << 18
 _START: dict[str, Any] = {"given": 0, "epoch": 0, "place": None, "offset": 0}
@@ -97,6 +101,7 @@ class _Shard:
     ) -> None:
         self._corpus, self._tokenizer, self._encode = corpus, tokenizer, encode
         self._holdout, self._size, self._of = holdout, block_size, (shards, index)
+        self._tally, self._warn_at = Tally(), 1
         self.load_state_dict(_START)
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,11 +136,25 @@ class _Shard:
         dataset = self._corpus.stream(*self._of)
         if self._place is not None:
             dataset.load_state_dict(self._place)
-        documents = filter(None, map(self._corpus.text, dataset))
-        for texts in chunks(documents, _STREAM_CHARACTERS, str):
+        for texts in chunks(self._corpus.texts(dataset, self._tally), _STREAM_CHARACTERS, str):
+            self._warn_of_broken()
             if kept := [text for text in texts if not is_held_out(text, self._holdout)]:
                 self._place = dataset.state_dict()
                 yield kept
+
+    def _warn_of_broken(self) -> None:
+        """Once for a row, again for ten times as many."""
+        broken = self._tally.n_broken
+        if broken >= self._warn_at:
+            self._warn_at = 10 ** len(str(broken))
+            words = self._tally.examples[0][1]
+            logger.warning(
+                "%s: %d of %d rows read are broken, and left out: %s",
+                self._corpus.where,
+                broken,
+                self._tally.rows,
+                words,
+            )
 
     def _next_piece(self) -> tuple[dict[str, Any], np.ndarray]:
         for _ in range(2):
