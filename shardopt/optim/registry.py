@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,9 @@ from shardopt import slices
 from shardopt.errors import InputError, did_you_mean
 from shardopt.optim.ademamix import AdEMAMix
 from shardopt.optim.baselines import SimplifiedAdEMAMix, Yogi
+from shardopt.optim.muon import Muon, hidden_matrices
+
+Arrange = Callable[[nn.Module, list[dict[str, Any]]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,14 @@ class OptimizerSpec:
         elementwise: an element's update needs only its own weight, gradient and state, so that state may be
             sharded at any element boundary.
         reason: why not, where it is not elementwise; one clause, for a refusal's message.
+        arrange: the parameter groups that the class wants of a model, given those that it would get.
     """
 
     cls: type[Optimizer]
     kwargs: dict[str, Any]
     elementwise: bool = True
     reason: str = ""
+    arrange: Arrange | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -67,6 +72,7 @@ class OptimizerSpec:
             InputError: nothing to train, or a parameter that the class refuses.
         """
         groups = self.groups(slices.named_parameters(model))
+        groups = groups if self.arrange is None else self.arrange(model, groups)
         if not groups:
             raise InputError("the model has no trainable parameter: set requires_grad on at least one")
         try:
@@ -83,13 +89,19 @@ _known: dict[str, OptimizerSpec] = {}  # with presets for kwargs
 
 
 def register(
-    name: str, cls: type[Optimizer], elementwise: bool = True, *, reason: str = "", preset: dict[str, Any] | None = None
+    name: str,
+    cls: type[Optimizer],
+    elementwise: bool = True,
+    *,
+    reason: str = "",
+    preset: dict[str, Any] | None = None,
+    arrange: Arrange | None = None,
 ) -> None:
     """Make an optimizer known by `name`.
 
     Args:
         name: what a configuration says.
-        cls, elementwise, reason: see `OptimizerSpec`; a class that is not elementwise must say why.
+        cls, elementwise, reason, arrange: see `OptimizerSpec`; a class that is not elementwise must say why.
         preset: hyper-parameters that differ from the class's own defaults; the user's go before them.
 
     Raises:
@@ -99,7 +111,7 @@ def register(
         raise ValueError(f"an optimizer named {name!r} is already registered")
     if not elementwise and not reason:
         raise ValueError(f"{name}: say in `reason` why it cannot be sharded at any element boundary")
-    _known[name] = OptimizerSpec(cls, preset or {}, elementwise, reason)
+    _known[name] = OptimizerSpec(cls, preset or {}, elementwise, reason, arrange)
 
 
 def names() -> tuple[str, ...]:
@@ -159,4 +171,6 @@ register("sgd", torch.optim.SGD)
 register("rmsprop", torch.optim.RMSprop)
 register("adadelta", torch.optim.Adadelta)
 register("adafactor", torch.optim.Adafactor, False, reason="it averages squared gradients over whole rows and columns")
-register("muon", torch.optim.Muon, elementwise=False, reason="it orthogonalises the momentum of a whole matrix")
+register(
+    "muon", Muon, elementwise=False, reason="it orthogonalises the momentum of a whole matrix", arrange=hidden_matrices
+)
