@@ -135,7 +135,7 @@ class Run:
             check_documents_apart(self.engine, document_start, config.data.block_size, config.train.micro_batch)
         self.meter = Meter(ranks, flops, peak_flops(ranks.device))
         self.meter.clock.watch_update(self.engine.state.inner)
-        self.probes = Probes(config.tracking, self.engine, config.train.grad_clip)
+        self.probes = Probes(config, self.engine)
         self.tokens_before = self.progress.tokens
 
         ranks.together(self._write_models_config)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardopt.engines import gradient_hooks
 from shardopt.engines.base import Engine
 from shardopt.engines.state import ShardedState, sum_of_squares
 from shardopt.errors import InputError
 from shardopt.optim.states import weight_slices
-from shardopt.pretrain.tracking import TrackingConfig
+from shardopt.pretrain.config import Config
 from shardopt.slices import Slice
 
 # Of the running means of the noise scale's two parts, which are noisy themselves: about 20 steps.
@@ -28,10 +29,11 @@ class Probes:
         InputError: the noise scale cannot be measured with this engine or batch.
     """
 
-    def __init__(self, config: TrackingConfig, engine: Engine, grad_clip: float | None) -> None:
-        self._every, self._clip = config.layers_every, grad_clip
+    def __init__(self, config: Config, engine: Engine) -> None:
+        self._every, self._clip = config.tracking.layers_every, config.train.grad_clip
         self._layers = LayerProbe(engine.state) if self._every is not None else None
-        self._noise = NoiseProbe(engine) if config.noise_scale else None
+        micro_batches = min(config.stages.batches.values()) // config.train.micro_batch
+        self._noise = NoiseProbe(engine, micro_batches) if config.tracking.noise_scale else None
         self._measured: dict[str, float] = {}
 
     def begin(self, step: int) -> None:
@@ -138,13 +140,24 @@ def _sums(pieces: list[Slice]) -> dict[str, float]:
 
 
 class _LocalNorms(gradient_hooks.GradientHook):
-    """Sum of squares of what this rank sends, and how often it sends a whole gradient."""
+    """Sum of squares of what this rank sends, and how often it sends a whole gradient; alone, of each micro-batch's."""
 
     def __init__(self) -> None:
         self.squares, self.sent = torch.zeros((), dtype=torch.float64), defaultdict[int, int](int)
 
     def before_reduce(self, bucket: int, flat: Tensor) -> None:
-        self.squares = torch.linalg.vector_norm(flat).double().square().cpu() + self.squares
+        self._add(bucket, torch.linalg.vector_norm(flat).double().square().cpu())  # by now: streams differ
+
+    def watch(self, model: nn.Module) -> None:
+        """See the gradient that each backward gives, before it is added to those of the micro-batches before."""
+        for number, param in enumerate(param for param in model.parameters() if param.requires_grad):
+            param.register_hook(partial(self._on_gradient, number))
+
+    def _on_gradient(self, number: int, gradient: Tensor) -> None:
+        self._add(number, torch.linalg.vector_norm(gradient).double().square())
+
+    def _add(self, bucket: int, square: Tensor) -> None:
+        self.squares = square + self.squares
         self.sent[bucket] += 1
 
     def reset(self) -> None:
@@ -155,26 +168,33 @@ class _LocalNorms(gradient_hooks.GradientHook):
 class NoiseProbe:
     """The gradient noise scale B = tr(Σ) / |G|² in sequences (McCandlish et al., arXiv 1812.06162, appendix A.1).
 
-    From the squared norms of the gradient over the global batch and, on average, over what a rank reduces at once; both
-    parts are averaged over about 20 steps before they are divided. Cost: a norm of every bucket before it is sent, and
-    a small all-reduce a step.
+    From the squared norms of the gradient over the global batch and, on average, over what a rank reduces at once (on
+    one process: over a micro-batch); both parts are averaged over about 20 steps before they are divided. Cost: a norm
+    of every bucket before it is sent (of every gradient), and a small all-reduce a step.
+
+    Args:
+        micro_batches: of the smallest step, if one process takes all of it.
 
     Raises:
-        InputError: an engine without gradient hooks, or a rank alone.
+        InputError: an engine without gradient hooks, or a rank alone; or one micro-batch on the engine single.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        target: Any = engine.optimizer if engine.name == "zero" else engine.model
-        if engine.name not in ("zero", "ddp", "fsdp") or engine.ranks.world_size < 2:
+    def __init__(self, engine: Engine, micro_batches: int) -> None:
+        alone = engine.name == "single" and micro_batches > 1
+        if not alone and (engine.name not in ("zero", "ddp", "fsdp") or engine.ranks.world_size < 2):
             raise InputError(
-                f"tracking.noise_scale: needs engine.name zero, ddp or fsdp and at least 2 ranks, to see gradients "
-                f"of parts of the batch; this run has {engine.name} on {engine.ranks.world_size}"
+                f"tracking.noise_scale: needs engine.name zero, ddp or fsdp and at least 2 ranks, or single with a "
+                f"train.micro_batch of at most half of every batch, to see gradients of parts of the batch; this run has "
+                f"{engine.name} on {engine.ranks.world_size}"
             )
         self._ranks, self._hook = engine.ranks, _LocalNorms()
         # What ranks average is each one's gradient of the mean over its own part; what they sum is less by as much.
         self._gain = engine.ranks.world_size if engine.name == "zero" else 1
         self._trace = self._square = 0.0
-        gradient_hooks.attach(self._hook, target)
+        if alone:
+            self._hook.watch(engine.model)
+        else:
+            gradient_hooks.attach(self._hook, engine.optimizer if engine.name == "zero" else engine.model)  # type: ignore[arg-type]
 
     def end(self, norm: float, taken: bool, batch: int) -> None:
         """After a step over `batch` sequences whose gradient had this norm. A collective."""

@@ -37,7 +37,8 @@ class TrackingConfig(Section):
     """Steps between measurements of each layer's gradient norm and update-to-weight ratio; null: none. Such a step
     holds a copy of the local weights while it updates them, and reads weights twice and gradients once more."""
     noise_scale: bool = False
-    """Measure the gradient noise scale at every step; needs the engine ddp, zero or fsdp on several ranks."""
+    """Measure the gradient noise scale at every step; needs the engine ddp, zero or fsdp on several ranks, or
+    single with several micro-batches."""
     sample_every: Steps | None = Field(None, ge=1)
     """Steps between samples of text, of eval.sample_tokens each; there is always one at the end. null: that one."""
     tensorboard: bool = False

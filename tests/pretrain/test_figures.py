@@ -286,9 +286,17 @@ def test_figures_follow_a_batch_that_grows(folder):
     assert_same_figures(rows, truth)
 
 
+def test_one_process_measures_the_noise_scale_from_its_micro_batches(folder, expected, noises):
+    tiny.run(0, 1, folder, run__name="noise", tracking__noise_scale=True, **FIGURES, **SINGLE)
+    rows = rows_of(folder, "noise")
+    assert [row.pop("noise_scale") for row in rows] == pytest.approx(noises[2].scales, rel=1e-3)
+    assert_same_figures(rows, expected)
+
+
 def test_a_noise_scale_that_cannot_be_measured_is_refused(folder):
-    with pytest.raises(InputError, match=r"tracking\.noise_scale: needs engine\.name zero, ddp or fsdp and at least 2"):
-        tiny.run(0, 1, folder, run__name="no-noise", tracking__noise_scale=True, **SINGLE)
+    said = r"tracking\.noise_scale: needs engine\.name zero, ddp or fsdp and at least 2 .* has single on 1$"
+    with pytest.raises(InputError, match=said):
+        tiny.run(0, 1, folder, run__name="no-noise", tracking__noise_scale=True, train__micro_batch=8, **SINGLE)
 
 
 def test_a_row_averages_the_loss_since_the_row_before(folder, expected):
