@@ -80,7 +80,7 @@ def test_a_run_with_muon_learns_on_one_process_and_two_and_resumes_to_the_bit(tm
     tiny.run(0, 1, tmp_path, run__name="alone", **alone)
     on_ranks(2, tiny.run, tmp_path, run__name="ddp", engine="{name: ddp}", **changes)
     losses, ddp = ([row["loss"] for row in tiny.metrics(tmp_path, name)] for name in ("alone", "ddp"))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert ddp == pytest.approx(losses, rel=1e-3)
     shutil.rmtree(tmp_path / "runs/alone/checkpoints/step-00000012")
     tiny.run(0, 1, tmp_path, run__name="alone", **alone)

@@ -618,7 +618,7 @@ def test_broken_rows_of_a_stream_are_counted_and_left_out_up_to_their_share(
     assert said == ["data.sources[0]: 2 of 43 rows read are broken, and left out: 'text' holds int, not text"]
     strict, _ = load(tmp_path, source)
     listed = rf"{tmp_path}/hub 'text' holds int, not text; {tmp_path}/hub 'text' holds dict, not text$"
-    refusal = rf"data\.sources\[0\]: 2 of 32 rows cannot be read, more than .* data\.max_broken = 0\.001: {listed}"
+    refusal = rf"data\.sources\[0\]: 2 of 34 rows cannot be read, more than .* data\.max_broken = 0\.001: {listed}"
     with pytest.raises(InputError, match=refusal):
         strict.batch(steps - 1, 0, 4)
 

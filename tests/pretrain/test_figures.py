@@ -116,7 +116,8 @@ def by_layer(net, value):
 class Noise:
     """The noise scale by its definition, from pieces of the batch: McCandlish et al., appendix A.1."""
 
-    def __init__(self, few):
+    def __init__(self, few, ranks=2):
+        self.ranks = range(ranks)
         self.few, self.trace, self.square, self.scales = few, 0.0, 0.0, []
 
     def add(self, net, tokens):
@@ -124,7 +125,8 @@ class Noise:
             loss = net(input_ids=part, labels=part).loss
             return sum(g.double().square().sum().item() for g in torch.autograd.grad(loss, list(net.parameters())))
 
-        pieces, whole = torch.cat((tokens[::2], tokens[1::2])).split(self.few), len(tokens)  # as two ranks take them
+        taken = torch.cat([tokens[rank :: len(self.ranks)] for rank in self.ranks])  # as the ranks take them
+        pieces, whole = taken.split(self.few), len(tokens)
         small, big = sum(map(square, pieces)) / len(pieces), square(tokens)
         self.square = 0.95 * self.square + 0.05 * (whole * big - self.few * small) / (whole - self.few)
         self.trace = 0.95 * self.trace + 0.05 * (small - big) / (1 / self.few - 1 / whole)
@@ -214,8 +216,8 @@ def assert_same_figures(rows, expected):
 
 @pytest.fixture(scope="module")
 def noises():
-    """By the sequences of a piece that ranks reduce at once; filled by `expected`."""
-    return {few: Noise(few) for few in (2, 4)}
+    """By the sequences of a piece that two ranks reduce at once, and of one process; filled by `expected`."""
+    return {2: Noise(2), 4: Noise(4), "alone": Noise(2, ranks=1)}
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +291,7 @@ def test_figures_follow_a_batch_that_grows(folder):
 def test_one_process_measures_the_noise_scale_from_its_micro_batches(folder, expected, noises):
     tiny.run(0, 1, folder, run__name="noise", tracking__noise_scale=True, **FIGURES, **SINGLE)
     rows = rows_of(folder, "noise")
-    assert [row.pop("noise_scale") for row in rows] == pytest.approx(noises[2].scales, rel=1e-3)
+    assert [row.pop("noise_scale") for row in rows] == pytest.approx(noises["alone"].scales, rel=1e-3)
     assert_same_figures(rows, expected)
 
 
