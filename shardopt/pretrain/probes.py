@@ -184,8 +184,8 @@ class NoiseProbe:
         if not alone and (engine.name not in ("zero", "ddp", "fsdp") or engine.ranks.world_size < 2):
             raise InputError(
                 f"tracking.noise_scale: needs engine.name zero, ddp or fsdp and at least 2 ranks, or single with a "
-                f"train.micro_batch of at most half of every batch, to see gradients of parts of the batch; this run has "
-                f"{engine.name} on {engine.ranks.world_size}"
+                f"train.micro_batch of at most half of every batch, to see gradients of parts of the batch; this run "
+                f"has {engine.name} on {engine.ranks.world_size}"
             )
         self._ranks, self._hook = engine.ranks, _LocalNorms()
         # What ranks average is each one's gradient of the mean over its own part; what they sum is less by as much.
