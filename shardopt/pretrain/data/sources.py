@@ -181,6 +181,7 @@ class Corpus:
         Raises:
             InputError: a row cannot be read, or more than the share `data.max_broken` of the rows is broken.
         """
+        assert isinstance(self.source, HfSource)
         place = Place(self.source.name, 0, 0)  # a reading begins anywhere
         with self._errors():
             for document in tally.documents(((place, row) for row in rows), self._column):
