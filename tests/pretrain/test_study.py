@@ -27,6 +27,7 @@ from shardopt.errors import InputError
 from shardopt.pretrain import config
 from shardopt.pretrain.loop import pretrain
 from shardopt.pretrain.metrics import last_row, read_metrics
+from shardopt.pretrain.page.tables import study as page_of_study
 from shardopt.pretrain.report import Report
 from shardopt.pretrain.study import curves, jobs, plan, wandb_sweep
 from shardopt.pretrain.study.plan import Study
@@ -336,6 +337,8 @@ def test_files_of_the_results_can_be_read_back(finished):
     results.write()
     curves.draw(results, finished.folder / "curves.png")
     assert json.loads((finished.folder / "results.json").read_text()) == results.as_dict()
+    told = [row.variant.name + (" (best)" if row is results.best else "") for row in results.rows]
+    assert [cells[0] for cells in page_of_study(finished.folder).rows] == told
     best = config.load(finished.folder / "best.yaml")
     assert best.run.name == "tiny-best"
     variant = next(v for v in finished.variants if v.name == results.as_dict()["best"])
