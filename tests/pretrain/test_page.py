@@ -246,9 +246,11 @@ def test_folders_that_hold_no_run_or_a_damaged_one_are_named(tmp_path):
     with pytest.raises(InputError, match=f"{run} has a file that is damaged"):
         records.read([run])
     (run / "config.yaml").write_text("[]")
-    assert page(tmp_path, run).data["runs"][0]["name"] == "a"
-    with pytest.raises(StorageError, match="--output"):
-        write([run], tmp_path)
+    assert page(run, run).data["runs"][0]["name"] == "a"
+    (taken := tmp_path / "taken").mkdir()
+    with pytest.raises(StorageError, match=r"--output: cannot write .*taken: Is a directory"):
+        write([run], taken)
+    assert [path.name for path in tmp_path.iterdir() if path != run] == ["taken"]
 
 
 def test_data_of_another_version_is_said_to_be_so_and_shown_once_for_runs_that_share_it(tmp_path):

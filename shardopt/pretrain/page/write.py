@@ -38,8 +38,11 @@ def write(paths: Sequence[Path], target: Path) -> list[Record]:
     page = render(records, [(path.absolute().name, tables.study(path)) for path in paths])
     aside = target.with_name(f"{target.name}.tmp")
     with writing(target, "--output"):
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(target)
+        try:
+            aside.write_text(page, encoding="utf-8")
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
     return records
 
 
