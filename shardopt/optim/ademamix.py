@@ -131,7 +131,8 @@ class AdEMAMix(CheckedOptimizer):
         for entry in self._current_plan().entries:
             if not (step := int(entry.state["step"])):
                 continue
-            s = reference.scalars_of(self.param_groups[entry.group], step, int(entry.state.get("schedule_step", step)))
+            schedule_step = int(entry.state.get("schedule_step", step))
+            s = reference.scalars_at(self.param_groups[entry.group], step, schedule_step, lr=1.0)
             grad = None if entry.param.grad is None else local_tensor(entry.param.grad)
             for where in entry.tiles(_TILE):
                 m2, nu = (entry.decoded(key, where) for key in ("m2", "nu"))

@@ -38,17 +38,21 @@ def scalars_at(
     beta1, beta2, beta3 = group["betas"]
     scheduled = step if schedule_step is None else schedule_step
     weight_ema = group["weight_ema"]
+    lr = float(group["lr"]) if lr is None else lr
+    alpha = alpha_at(scheduled, group["alpha"], group["alpha_warmup"])
+    correction2 = bias_correction(beta2, step)
+    scale = math.sqrt(correction2)
     return Scalars(
-        lr=float(group["lr"]) if lr is None else lr,
+        lr=lr,
         beta1=beta1,
         beta2=beta2,
         beta3=beta3_at(scheduled, beta3, beta1, group["beta3_warmup"]),
-        alpha=alpha_at(scheduled, group["alpha"], group["alpha_warmup"]),
-        bias_correction1=bias_correction(beta1, step),
-        bias_correction2=bias_correction(beta2, step),
-        eps=group["eps"],
-        eps_root=group["eps_root"],
-        weight_decay=group["weight_decay"],
+        alpha=alpha,
+        m1_factor=lr * bias_correction(beta1, step) / scale,
+        m2_factor=lr * alpha / scale,
+        eps=group["eps"] / scale,
+        eps_root=group["eps_root"] / correction2,
+        decay=lr * group["weight_decay"],
         weight_ema_rate=0.0 if weight_ema is None else (1.0 if step == 1 else 1.0 - weight_ema),
         yogi=group["second_moment"] == "yogi",
         maximize=group["maximize"],
@@ -97,13 +101,12 @@ def update(weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], s: Scalars
     else:
         new["nu"] = average(nu, squared, s.beta2)
     if s.lr != 0.0:
-        weight = weight - (direction(new.get("m1", g), new["m2"], new["nu"], s) + weight * s.weight_decay) * s.lr
+        weight = weight - (direction(new.get("m1", g), new["m2"], new["nu"], s) + weight * s.decay)
     if "weight_ema" in state:
         new["weight_ema"] = state["weight_ema"] + (weight - state["weight_ema"]) * s.weight_ema_rate
     return weight, new
 
 
 def direction(m1: Tensor, m2: Tensor, nu: Tensor, s: Scalars) -> Tensor:
-    """u, the update before learning rate and weight decay."""
-    denominator = square_root(nu * s.bias_correction2 + s.eps_root) + s.eps
-    return (m1 * s.bias_correction1 + m2 * s.alpha) / denominator
+    """lr u, the update before weight decay: u itself with the scalars of lr = 1."""
+    return (m1 * s.m1_factor + m2 * s.m2_factor) / (square_root(nu + s.eps_root) + s.eps)

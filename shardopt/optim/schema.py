@@ -219,11 +219,12 @@ class Scalars(NamedTuple):
     beta2: float
     beta3: float  # of this step
     alpha: float  # of this step
-    bias_correction1: float  # 1 / (1 - beta1 ** t)
-    bias_correction2: float  # 1 / (1 - beta2 ** t)
-    eps: float
-    eps_root: float
-    weight_decay: float
+    # the update with numerator and denominator divided by sqrt(b2), where b = 1 / (1 - beta ** t):
+    m1_factor: float  # lr b1 / sqrt(b2)
+    m2_factor: float  # lr alpha / sqrt(b2)
+    eps: float  # the group's / sqrt(b2)
+    eps_root: float  # the group's / b2
+    decay: float  # lr weight_decay
     weight_ema_rate: float = 0.0  # 1 - weight_ema; 1 at the first step, where the average starts
     yogi: bool = False
     maximize: bool = False
@@ -249,6 +250,7 @@ SEGMENT = np.dtype(
     + [(name, np.float64) for name in DOUBLES]
     # what a captured step computes its scalars from, on the device
     + [(name, np.float64) for name in ("alpha_final", "beta3_final", "alpha_warmup", "beta3_warmup")]
+    + [(name, np.float64) for name in ("group_eps", "group_eps_root", "group_weight_decay")]
     + [(name, np.uint64) for name in ("step_pointer", "schedule_pointer", "lr_pointer")]
     # where a weight or gradient is not laid out in order (kernels/__init__.py)
     + [("weight_shape", np.uint64), ("grad_shape", np.uint64), ("local", np.int64)]

@@ -42,8 +42,8 @@ def reference_run(case, grads, weight, *, alpha=None, beta3=None):
     group = schema.DEFAULTS | {k: case[k] for k in ("lr", "betas", "alpha", "eps", "eps_root", "weight_decay")}
     trajectory = []
     for t, grad in enumerate(grads, 1):
-        s = reference.scalars_at(group, t)
-        s = s._replace(alpha=alpha(t) if alpha else s.alpha, beta3=beta3(t) if beta3 else s.beta3)
+        s = reference.scalars_at(group | ({"alpha": alpha(t)} if alpha else {}), t)
+        s = s._replace(beta3=beta3(t) if beta3 else s.beta3)
         weight, state = reference.update(weight, grad, state, s)
         trajectory.append(weight)
     return trajectory

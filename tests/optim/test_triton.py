@@ -227,7 +227,7 @@ def test_elements_beyond_two_to_the_31(interpreted, state):
     interpreted(far, state)
 
 
-STALE = ("lr", "beta3", "alpha", "bias_correction1", "bias_correction2", "step")
+STALE = ("lr", "beta3", "alpha", "m1_factor", "m2_factor", "eps", "eps_root", "decay", "step")
 
 
 def captured(start, options):

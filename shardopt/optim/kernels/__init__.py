@@ -32,13 +32,13 @@ encode with the row's random bits. With lr = 0 neither the weight nor its master
 (`m1_format` NONE), the gradient takes its place.
 
 Capturable tables (`table.capturable`) are for replayed CUDA graphs. Host scalars that depend on the step (`lr`,
-`beta3`, `alpha`, `bias_correction1`, `bias_correction2`, `weight_ema_rate`, `step`) are then stale; the kernel
+`beta3`, `alpha`, `m1_factor` to `decay`, `weight_ema_rate`, `step`) are then stale; the kernel
 computes them itself, in double, from
     step_pointer      int64 scalar on the device, already counted up for this step
     schedule_pointer  the same for the schedules, 0 where the step itself is meant
     lr_pointer        float32 scalar on the device, or 0: then `lr` holds (a host number cannot change in a graph)
-    alpha_final, beta3_final, alpha_warmup, beta3_warmup (0: none), beta1, beta2, weight_ema_rate (of steps after the
-    first)
+    alpha_final, beta3_final, alpha_warmup, beta3_warmup (0: none), beta1, beta2, group_eps, group_eps_root,
+    group_weight_decay, weight_ema_rate (of steps after the first)
 """
 
 from __future__ import annotations

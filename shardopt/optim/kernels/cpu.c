@@ -509,13 +509,16 @@ INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
                 g[v] = load_value(p.grad, at, v * LANES, k.grad);
                 if (k.maximize) g[v] = -g[v];
                 nu[v] = second_moment(decode(&nus, at, v * LANES, k.nu, 1, k.twice), g[v], &c, k.yogi, k.any_beta);
-                root_of_nu[v] = root(nu[v] * c.bias_correction2 + c.eps_root);
+                root_of_nu[v] = nu[v];
             }
+            if (c.eps_root != 0.0f) /* seldom: else an addition less */
+                for (int v = 0; v < 2; v++) root_of_nu[v] = nu[v] + c.eps_root;
+            for (int v = 0; v < 2; v++) root_of_nu[v] = root(root_of_nu[v]);
             for (int v = 0; v < 2; v++) {
                 m1[v] = g[v];
                 if (k.m1 != NONE) m1[v] = average(decode(&m1s, at, v * LANES, k.m1, 0, k.twice), g[v], c.beta1, c.rate1, k.any_beta);
                 m2[v] = average(decode(&m2s, at, v * LANES, k.m2, 0, k.twice), g[v], c.beta3, c.rate3, k.any_beta);
-                u[v] = (m1[v] * c.bias_correction1 + m2[v] * c.alpha) / (root_of_nu[v] + c.eps);
+                u[v] = (m1[v] * c.m1_factor + m2[v] * c.m2_factor) / (root_of_nu[v] + c.eps);
             }
 #define NOTHING(key, bit, before, multiplier, after) W key##_bits = {0};
             WORDS(NOTHING)
@@ -537,7 +540,7 @@ INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
                 w[v] = k.master == FP32_MASTER ? (F)load((const float *)p.master + at + v * LANES)
                     : load_value(p.weight, at, v * LANES, k.weight);
                 if (k.master == SPLIT_MASTER) w[v] = joined((U)w[v], upper((const uint16_t *)p.master + at, v * LANES));
-                if (!k.stays) w[v] = w[v] - (u[v] + w[v] * c.weight_decay) * c.lr;
+                if (!k.stays) w[v] = w[v] - (u[v] + w[v] * c.decay);
                 if (k.weight_ema == NONE) continue;
                 ema[v] = decode(&emas, at, v * LANES, k.weight_ema, 0, k.twice);
                 ema[v] = ema[v] + (w[v] - ema[v]) * c.weight_ema_rate;

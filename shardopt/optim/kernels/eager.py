@@ -178,10 +178,8 @@ def _update_in_place(tensors: Sequence[Any], s: Scalars, temporaries: Sequence[A
     if a.dtype in (torch.float32, np.float32):
         do.smaller(a, reference.LARGEST_SQUARE, out=a)
     do.add_scaled(nu, do.subtract(a, nu, out=a), 1.0 - s.beta2, a)
-    do.multiply(nu, s.bias_correction2, out=a)
-    if s.eps_root:
-        do.add(a, s.eps_root, out=a)
-    do.add(do.root(a, out=a), s.eps, out=a)
-    do.add_scaled(do.multiply(m1, s.bias_correction1, out=b), m2, s.alpha, c)
-    do.add_scaled(do.divide(b, a, out=b), weight, s.weight_decay, c)
-    do.add_scaled(weight, b, -s.lr, b)
+    do.root(do.add(nu, s.eps_root, out=a) if s.eps_root else nu, out=a)
+    do.add(a, s.eps, out=a)
+    do.add_scaled(do.multiply(m1, s.m1_factor, out=b), m2, s.m2_factor, c)
+    do.add_scaled(do.divide(b, a, out=b), weight, s.decay, c)
+    do.subtract(weight, b, out=weight)

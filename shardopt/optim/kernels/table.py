@@ -302,6 +302,7 @@ class Table:
             ("beta3_final", [group["betas"][2] for group in own]),
             ("alpha_warmup", [group["alpha_warmup"] or 0 for group in own]),
             ("beta3_warmup", [group["beta3_warmup"] or 0 for group in own]),
+            *((f"group_{key}", [group[key] for group in own]) for key in ("eps", "eps_root", "weight_decay")),
             ("step_pointer", [state["step"].data_ptr() for state in states]),
             ("schedule_pointer", [s["schedule_step"].data_ptr() if "schedule_step" in s else 0 for s in states]),
             ("lr_pointer", [0 if lr is None or lr.device != self.device else lr.data_ptr() for lr in lrs]),

@@ -384,9 +384,9 @@ def _update(row, block, left, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
     else:
         nu = _average(nu, squared, _scalar(row, "beta2"), _scalar(row, "rate2"))
     moves = lr != 0.0
-    denominator = tl.sqrt_rn(nu * _scalar(row, "bias_correction2") + _scalar(row, "eps_root")) + _scalar(row, "eps")
-    u = tl.div_rn(fast * _scalar(row, "bias_correction1") + m2 * _scalar(row, "alpha"), denominator)
-    w = tl.where(moves, w - (u + w * _scalar(row, "weight_decay")) * lr, w)
+    denominator = tl.sqrt_rn(nu + _scalar(row, "eps_root")) + _scalar(row, "eps")
+    u = tl.div_rn(fast * _scalar(row, "m1_factor") + m2 * _scalar(row, "m2_factor"), denominator)
+    w = tl.where(moves, w - (u + w * _scalar(row, "decay")), w)
 
     ROUNDS_WEIGHT: tl.constexpr = WEIGHT == _BF16 and MASTER == 0
     hashed = tl.zeros(offsets.shape, tl.uint32)
@@ -461,7 +461,7 @@ def _unbias(beta, step):
     x = step * tl.log(beta)
     e = tl.exp(x)
     less_one = tl.where(e == 1.0, x, tl.where(e < 0.5, e - 1.0, (e - 1.0) * x / tl.log(e)))
-    return tl.where(beta == 0.0, 1.0, -1.0 / less_one).to(tl.float32)
+    return tl.where(beta == 0.0, 1.0, -1.0 / less_one)
 
 
 @triton.jit
@@ -498,9 +498,16 @@ def _scalars_kernel(table, count, BLOCK: tl.constexpr):
     tl.store(c + _number("lr"), lr.to(tl.float32), mask=live)
     tl.store(c + _number("beta3"), beta3.to(tl.float32), mask=live)
     tl.store(c + _number("rate3"), (1.0 - beta3).to(tl.float32), mask=live)
+    correction2 = _unbias(_double(given, _field("beta2"), live), step)
+    scale = tl.sqrt(correction2)
+    eps, eps_root = _double(given, _field("group_eps"), live), _double(given, _field("group_eps_root"), live)
+    decay = lr * _double(given, _field("group_weight_decay"), live)
     tl.store(c + _number("alpha"), alpha.to(tl.float32), mask=live)
-    tl.store(c + _number("bias_correction1"), _unbias(beta1, step), mask=live)
-    tl.store(c + _number("bias_correction2"), _unbias(_double(given, _field("beta2"), live), step), mask=live)
+    tl.store(c + _number("m1_factor"), (lr * _unbias(beta1, step) / scale).to(tl.float32), mask=live)
+    tl.store(c + _number("m2_factor"), (lr * alpha / scale).to(tl.float32), mask=live)
+    tl.store(c + _number("eps"), (eps / scale).to(tl.float32), mask=live)
+    tl.store(c + _number("eps_root"), (eps_root / correction2).to(tl.float32), mask=live)
+    tl.store(c + _number("decay"), decay.to(tl.float32), mask=live)
     tl.store(c + _number("weight_ema_rate"), weight_ema_rate.to(tl.float32), mask=live)
     key = tl.load(given + _field("key"), mask=live, other=0).to(tl.uint64)
     stream = _mix64(key + count_of_steps.to(tl.uint64) * 0x9E3779B97F4A7C15)
