@@ -1,6 +1,7 @@
 """Time of one step of AdEMAMix, against what its bytes alone take and against fused AdamW. Prints a table of targets.
 
     python scripts/bench_step.py [--rounds 15] [--seconds 10] [--elements 50000000]
+    python scripts/bench_step.py --cached        # the arithmetic alone; also on a machine that others use
 
 Everything runs in this one process, and what is compared takes turns, step by step, so that another job on the machine
 slows all alike: a ratio is the median over such turns, with the ratio of the minima beside it. "bytes alone" is a loop
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 
 import shardopt
+from shardopt.optim.kernels import choose
 from shardopt.optim.kernels.bytes_alone import bytes_alone
+from shardopt.optim.kernels.cpu import CpuKernel
 
 
 def ours(**options: object) -> Callable[[list[Tensor]], Callable[[], object]]:
@@ -80,6 +83,35 @@ CASES = [
     Case("m1, nu fp32, m2 bf16", {"state_dtype": {"m2": "bf16"}}, 1.3),
     Case("m1 bf16, m2 block16, nu block8", {"state_dtype": {"m1": "bf16", "m2": "block16", "nu": "block8"}}, 1.3),
 ]
+
+
+def cached(calls: int) -> None:
+    """Nanoseconds per element of the C kernel alone, one thread, in the cache: minima of many short calls.
+
+    Two sizes are timed, and the difference told, which is without what a call costs.
+    """
+    kernel = choose("c", torch.ones(1))
+    assert isinstance(kernel, CpuKernel)
+    step, sizes = kernel._step, (8192, 32768)
+    seconds: list[float] = []
+
+    def timed(*arguments: object) -> None:
+        begin = time.perf_counter()
+        step(*arguments)
+        seconds.append(time.perf_counter() - begin)
+
+    print("| in the cache, one thread | ns per element |\n|---|---|")
+    torch.set_num_threads(1)
+    kernel._step = timed  # type: ignore[assignment]
+    for case in CASES:
+        best = []
+        for size in sizes:
+            optimizer_step = ours(**case.options)(case.params(size))
+            seconds.clear()
+            for _ in range(calls):
+                optimizer_step()
+            best.append(min(seconds))
+        print(f"| {case.name} | {(best[1] - best[0]) / (sizes[1] - sizes[0]) * 1e9:.2f} |", flush=True)
 
 
 def in_turn(steps: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -209,11 +241,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=10, help="for each row of the table, at most about")
     parser.add_argument("--elements", type=int, default=50_000_000, help="of the large tensor")
+    parser.add_argument("--cached", action="store_true", help="the kernel alone, in the cache, and nothing else")
     arguments = parser.parse_args()
     print(
         f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads\n"
     )
-    targets(arguments.elements, arguments.rounds, arguments.seconds)
+    if arguments.cached:
+        cached(200 * arguments.rounds)
+    else:
+        targets(arguments.elements, arguments.rounds, arguments.seconds)
 
 
 if __name__ == "__main__":
