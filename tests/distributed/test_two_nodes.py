@@ -45,6 +45,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_restarted_on_both_nodes_from_the_newest_checkpoint(tmp_path: Path) -> None:
     tiny.corpus(tmp_path / "text")
     changes = {"train__steps": 16, "checkpoint__every": 4, "train__micro_batch": 1, "run__timeout_minutes": 0.5}
