@@ -128,6 +128,10 @@ def test_mixture_keeps_its_proportions(weights: list[float]) -> None:
         assert np.all(np.abs(got - asked) < 0.005), stretch
 
 
+def test_a_source_without_a_weight_has_no_sample() -> None:
+    assert set(Mixture([2.0, 0.0, 1.0], seed=3)(np.arange(252_000)).tolist()) == {0, 2}
+
+
 def test_mixture_counts_what_came_before() -> None:
     mixture = Mixture([0.25, 0.6, 0.15], seed=1)
     samples = np.concatenate([np.arange(50), np.arange(252_000 * 7 - 20, 252_000 * 7 + 20)])

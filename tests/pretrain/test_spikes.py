@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from shardopt import checkpoint
 from shardopt.errors import InputError
 from shardopt.pretrain.data import TrainData
 from shardopt.pretrain.progress import Progress
@@ -80,6 +81,18 @@ def test_run_that_is_stopped_after_a_spike_goes_on_without_those_batches(tmp_pat
         assert _run(0, 1, tmp_path, {22}, run__name="stopped", **alone).step == 24
     _run(0, 1, tmp_path, {22}, run__name="stopped", **alone)
     assert _outcome(tmp_path, "stopped") == _outcome(tmp_path, "whole")
+
+
+def test_a_spike_in_a_later_stage_goes_back_to_the_one_before(tmp_path):
+    tiny.corpus(tmp_path / "text")
+    # Steps 21, 22 and 23 have 8, 16 and 16 sequences; those of the last begin with the 184th, 23 times 8.
+    stages = {"train__stages": "[{from_step: 21, global_batch: 16}]", "train__loss_spike": GUARD}
+    result = _run(0, 1, tmp_path, {23}, engine="{name: single}", **stages)
+    assert tiny.metrics(tmp_path, "tiny")[-1]["rewinds"] == 1
+    assert result.tokens == 32 * (21 * 8 + 9 * 16)
+    place = checkpoint.read_document(result.checkpoint)["data"]
+    assert place["samples"] == (21 * 8 + 2 * 16) + (8 + 9 * 16)
+    assert place["drawn"] == [[place["samples"]]]
 
 
 @pytest.mark.parametrize(

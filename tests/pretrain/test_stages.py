@@ -29,7 +29,7 @@ from tests.pretrain.test_prefetch import ranks_of, source
 WEIGHTS = {"code": 3.0, "web": 1.0, "late": 0.0}
 CHANGES = [
     StageConfig(from_step=3, global_batch=8),
-    StageConfig(from_step=5, weights={"code": 0.0, "web": 1.0, "late": 1.0}),
+    StageConfig(from_step=5, weights={"late": 1.0, "code": 0.0, "web": 1.0}),
     StageConfig(from_step=6, global_batch=2, weights={"code": 1.0, "web": 1.0, "late": 2.0}),
 ]
 STAGES = Stages(WEIGHTS, 4, CHANGES)

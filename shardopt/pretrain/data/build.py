@@ -81,6 +81,7 @@ def prepare(
     Raises:
         InputError: on every rank; the message names the key to change.
     """
+    of_steps = Stages(config.weights, global_batch, stages or ())
     build = partial(_build, config, weights, processes, check, progress=ranks.is_main)
     folders = ranks.from_main(_while_others_wait(ranks, build if ranks.is_main else None) or [])
     lacking = not all((folder / "meta.json").exists() for folder in folders)
@@ -88,9 +89,7 @@ def prepare(
         _while_others_wait(ranks, build if lacking and ranks.local_rank == 0 else None)
         # Finds what this node's first rank has just built.
         folders = ranks.together(lambda: build() if lacking else folders)
-    train, holdout = ranks.together(
-        lambda: _open(config, folders, seed, Stages(config.weights, global_batch, stages or ()))
-    )
+    train, holdout = ranks.together(lambda: _open(config, folders, seed, of_steps))
     fingerprints = ranks.gather(train.fingerprint)
     for rank, fingerprint in enumerate(fingerprints):
         if fingerprint != fingerprints[0]:
