@@ -127,12 +127,12 @@ def test_streams_and_packed_text_follow_the_stages_on_any_number_of_ranks(tmp_pa
     expected = [whole.batch(step, 0, whole.stages.at(step).global_batch) for step in range(18)]
     place: dict[str, Any] | None = None
     step = 0
-    for world_size in (2, 3, 1, 6, 2, 3):
+    for world_size in (2, 6, 3):
         group = [Batches(opened(), ranks, 2) for ranks in ranks_of(world_size)]
         for one in group:
             if place is not None:
                 one.load_state_dict(place, step)
-        for _ in range(3):
+        for _ in range(6):
             for rank, one in enumerate(group):
                 assert torch.equal(one.batch(step), expected[step][rank::world_size]), (world_size, step, rank)
             step += 1
