@@ -18,6 +18,7 @@ from contextlib import ExitStack
 import torch
 
 from shardopt.distributed import Ranks
+from shardopt.pretrain.begin import begin
 from shardopt.pretrain.config import load
 from shardopt.pretrain.loop import Run
 from shardopt.pretrain.scoring import losses
@@ -49,7 +50,7 @@ def main() -> None:
         stack.callback(ranks.stop)
         settings = [f"run.dir={ranks.from_main(folder)}", "train.steps=100000", "eval.every=100000"]
         config = load(config_path, [*settings, "checkpoint.every=100000", *overrides])
-        run = Run(config, ranks, stack)
+        run = Run(begin(config, ranks, stack))
         batch = run.train_data.batch(0, ranks.rank, config.train.global_batch, ranks.world_size)
         micros = batch.to(ranks.device).split(config.train.micro_batch)
         ratios = []

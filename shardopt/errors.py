@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -31,6 +32,12 @@ def did_you_mean(word: object, known: Iterable[str], prefix: str = "", cutoff: f
     """ "; did you mean ...?", or nothing where none of `known` is like `word`."""
     near = difflib.get_close_matches(str(word), list(known), 1, cutoff)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def nearest_path(path: Path) -> str:
+    """ "; did you mean ...?" for a local path that is not there, or nothing where none beside it is like it."""
+    beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    return did_you_mean(path.name, beside, "" if path.parent == Path() else f"{path.parent}/")
 
 
 def few(items: Iterable[str], limit: int = 5) -> str:

@@ -15,7 +15,7 @@ from shardopt.checkpoint.document import DOCUMENT, read_document
 from shardopt.checkpoint.index import DTYPES, read_index
 from shardopt.checkpoint.loading import read_slices
 from shardopt.checkpoint.store import as_folder, exists, is_local, listing
-from shardopt.errors import InputError
+from shardopt.errors import InputError, nearest_path
 from shardopt.slices import Layout, Slice
 
 SLICES = "shardopt"
@@ -84,13 +84,16 @@ def locate(path: str | Path, step: int | None = None) -> Path:
     with reading(path):
         there = listing(path)
     if not there and not (is_local(path) and path.is_dir()):
-        raise InputError(f"{path} is not a folder: give a run's folder, such as runs/NAME, or a checkpoint's")
+        near = nearest_path(path) if is_local(path) else ""
+        raise InputError(f"{path} is not a folder: give a run's folder, such as runs/NAME, or a checkpoint's{near}")
     for folder in (path, path / SLICES):
         if exists(folder / DOCUMENT):
             if step is not None and step != step_of(folder):
                 raise InputError(f"--step {step}: {path} is one checkpoint already; give its run's folder, or no step")
             return folder
     root = root_of(path)
+    if root is None and is_local(path) and (path / "config.yaml").is_file():
+        raise InputError(f"{path} has no checkpoint yet: one is written every checkpoint.every steps, and at the end")
     if root is None:
         raise InputError(
             f"{path} is neither a checkpoint of shardopt (it has no {DOCUMENT}) nor a run with checkpoints"

@@ -47,9 +47,13 @@ COMMANDS = {
         "prepare a run's text before it starts, and show what it is", "inspect configs/quickstart.yaml", "docs/data.md"
     ),
     "doctor": Command("tell what this machine offers a run, and what is missing", "--json", "docs/doctor.md"),
+    "eval": Command(
+        "score a trained model: loss and bits per byte", "runs/quickstart --data README.md 'docs/*.md'", "docs/after.md"
+    ),
     "export": Command(
         "write a checkpoint's weights for transformers", "runs/quickstart --dtype bf16", "docs/checkpoints.md"
     ),
+    "generate": Command("continue a text with a trained model", "runs/quickstart --prompt 'import '", "docs/after.md"),
     "init": Command(
         "write a config of your own, with every key explained", "--model llama-124m", "docs/config.md", overrides=True
     ),
@@ -64,6 +68,7 @@ COMMANDS = {
         "runs/quickstart runs/mine --output both.html",
         "docs/report.md",
     ),
+    "runs": Command("list runs: state, step, loss, time left", "runs", "docs/after.md"),
     "sweep": Command(
         "train at every point of a grid and compare them",
         "configs/quickstart.yaml --grid optimizer.lr=3e-3,6e-3",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from shardopt.commands import models
 from shardopt.errors import InputError
-
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "out", nargs="?", help="a new folder; by default export-STEP in the run's folder, which a program has not"
     )
     parser.add_argument("--to", choices=["safetensors"], default="safetensors", help="the format")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights; by default as in the checkpoint")
+    models.add_dtype(parser, "of the weights; by default as in the checkpoint")
     parser.add_argument(
         "--raw", action="store_true", help="the weights themselves, not the weight EMA that the run kept of them"
     )
@@ -25,8 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    import torch
-
     from shardopt.checkpoint.export import MODEL, export_checkpoint
     from shardopt.checkpoint.store import listing
     from shardopt.checkpoint.stored import SLICES, Stored, locate, step_of
@@ -43,9 +40,8 @@ def _export(arguments: argparse.Namespace) -> int:
     ):
         raise InputError(f"{folder} is not in a run's folder: name the folder to write, after {arguments.source}")
     out = arguments.out or folder.parent.parent / ("export" if step is None else f"export-{step}")
-    dtype = getattr(torch, _DTYPES[arguments.dtype]) if arguments.dtype else None
     with naming_whole(folder):
-        beside = export_checkpoint(folder, out, dtype=dtype, raw=arguments.raw)
+        beside = export_checkpoint(folder, out, dtype=models.dtype(arguments), raw=arguments.raw)
     missing = (
         ""
         if "config.json" in beside

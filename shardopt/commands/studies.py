@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from shardopt.commands import numbers
+
 if TYPE_CHECKING:
     from shardopt.pretrain.study.plan import Variant
 
@@ -16,9 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file in all runs"
     )
-    parser.add_argument("--seeds", type=_count, default=seeds, metavar="N", help="runs of each; by default %(default)s")
     parser.add_argument(
-        "--jobs", type=_count, metavar="N", help="runs at once; by default one on each GPU, else one on each core"
+        "--seeds", type=numbers.at_least(1), default=seeds, metavar="N", help="runs of each; by default %(default)s"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=numbers.at_least(1),
+        metavar="N",
+        help="runs at once; by default one on each GPU, else one on each core",
     )
     parser.add_argument("--name", help="the folder of the runs inside run.dir; by default run.name with the command")
     parser.add_argument("--baseline", help="what the others are held against; by default adamw, else the first")
@@ -34,9 +41,3 @@ def run(arguments: argparse.Namespace, variants: Sequence[Variant], command: str
     baseline = check_baseline(given.baseline or baseline, variants)
     study = Study(given.config, given.overrides, variants, given.seeds, given.name, command, baseline)
     return run_study(study, given.jobs, given.dry_run)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number of at least 1")
-    return int(text)

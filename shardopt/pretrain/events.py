@@ -32,6 +32,14 @@ class EventsFile(Sink):
             file.write(line.encode())
 
 
+_ENDS = {"finished": "finished", "interrupted": "stopped", "failed": "failed"}
+
+
+def state_after(event: Mapping[str, Any]) -> str:
+    """finished, stopped, failed, or killed: what a run is whose last event this is, and that no process has now."""
+    return _ENDS.get(event.get("event", ""), "killed")
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a run, oldest first; none where there is no such file."""
     rows = read_objects(path) if path.exists() else []

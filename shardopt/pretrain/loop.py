@@ -17,9 +17,10 @@ from shardopt.errors import InputError, NonFiniteError
 from shardopt.pretrain import branch, data, model, report, rng, saves
 from shardopt.pretrain.about import about, console_facts
 from shardopt.pretrain.advice import after_nonfinite
+from shardopt.pretrain.begin import Begun, begin
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.flops import flops_per_token, peak_flops
-from shardopt.pretrain.folder import open_folder, writing
+from shardopt.pretrain.folder import writing
 from shardopt.pretrain.hub import local
 from shardopt.pretrain.loss import loss_in_forward
 from shardopt.pretrain.meter import Meter
@@ -27,10 +28,10 @@ from shardopt.pretrain.metrics import Tracker, peak_memory
 from shardopt.pretrain.model_files import ModelFiles
 from shardopt.pretrain.probes import Probes
 from shardopt.pretrain.profile import Profiler
-from shardopt.pretrain.progress import Progress, newest, resume, saved
+from shardopt.pretrain.progress import Progress, resume, saved
 from shardopt.pretrain.report import Result
 from shardopt.pretrain.schedule import lr_factor
-from shardopt.pretrain.scoring import HeldOut, check_documents_apart, generate, held_out, limits
+from shardopt.pretrain.scoring import Score, check_documents_apart, generate, held_out, limits
 from shardopt.pretrain.signals import Stop, patience_of_torchrun, stop_signals
 from shardopt.pretrain.step import take_step
 
@@ -49,7 +50,8 @@ def pretrain(config: Config) -> Result:
         stack.callback(ranks.stop)
         config.check_ranks(ranks.world_size, ranks.distributed)
         try:
-            return Run(config, ranks, stack).train()
+            begun = begin(config, ranks, stack)
+            return begun.finished() or Run(begun).train()
         except (InputError, NonFiniteError):  # every rank has it, and the command says it once
             raise
         except Exception as error:  # before anything is closed, which may take long
@@ -62,26 +64,18 @@ def pretrain(config: Config) -> Result:
 class Run:
     """One process's part of a run, from an engine that is ready to the last checkpoint."""
 
-    def __init__(self, config: Config, ranks: Ranks, stack: ExitStack) -> None:
-        self.config, self.ranks = config, ranks
+    def __init__(self, begun: Begun) -> None:
+        self.config, self.ranks, self.report, self.folder = begun.config, begun.ranks, begun.report, begun.folder
+        config, ranks, stack, resume_from = begun.config, begun.ranks, begun.stack, begun.checkpoint
         self.progress = Progress()
         self.logged: dict[str, float] = {}
         self.logged_steps = 0
-        self.holdout: HeldOut | None = None
+        self.holdout: Score | None = None
         self.stopped = False
         self.finite_since_save = False
-        self.report = report.Report(ranks.is_main)
         self.began = time.monotonic()
         rng.seed_all(config.run.seed, ranks.rank)
-        # Cheap checks of the optimizer and the run folder come before data and model are touched.
-        model.check_attention(config.model.attention, ranks.device, config.engine.compute_dtype)
         spec = config.optimizer.spec(config.train.steps, config.run.seed)
-        self.folder = ranks.together(lambda: open_folder(self.config) if ranks.is_main else None)
-        if self.folder is not None:
-            stack.callback(self.folder.release)
-        self.config = config = ranks.from_main(self.folder.config if self.folder is not None else config)
-        resume_from = newest(config.store, ranks, config.run.resume, self.report.warn)
-
         section = ranks.together(lambda: local(config.model))
         weights = model.weight_files(section.path)
         self.train_data, self.holdout_data = data.prepare(
@@ -274,7 +268,7 @@ class Run:
             self.tracker.rewind(back.step)
         return back is not None
 
-    def _evaluate(self) -> HeldOut:
+    def _evaluate(self) -> Score:
         with self.engine.state.use_weight_ema():  # the weights that are exported
             return held_out(self.engine, self.holdout_data, self.scored_blocks, self.config.train.micro_batch)
 
@@ -290,7 +284,7 @@ class Run:
 
     # ---------------------------------------------------------------- checkpoints, metrics, the console
 
-    def _log(self, holdout: HeldOut | None) -> dict[str, float]:
+    def _log(self, holdout: Score | None) -> dict[str, float]:
         """Write a row of metrics and return it: `loss` is the mean over the steps since the last row, `grad_norm`,
         the other norms and the schedules are of the latest step. A collective."""
         engine, step, train_data = self.engine, self.progress.step, self.train_data
@@ -315,7 +309,7 @@ class Run:
         self.tracker.log(step, metrics)
         return metrics
 
-    def _save(self, holdout: HeldOut | None = None) -> None:
+    def _save(self, holdout: Score | None = None) -> None:
         self._try(self.saver.wait)
         document = self.progress.document(self.batches, self.config.as_dict(), self.tracker.run_id)
 

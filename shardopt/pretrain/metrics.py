@@ -7,7 +7,6 @@ mode that was asked for by name and cannot be had.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -29,9 +28,6 @@ from shardopt.pretrain.sink import EventKind, Sink, Status
 from shardopt.pretrain.tensorboard import TensorboardLog
 from shardopt.pretrain.tracking import TrackingConfig
 from shardopt.pretrain.wandb_run import WandbRun, cause
-
-# Bytes at the end of metrics.jsonl that hold a whole row.
-_TAIL = 1 << 16
 
 
 class Tracker:
@@ -289,21 +285,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     rows = {row["step"]: row for row in read_objects(path) if isinstance(row.get("step"), int)}
     return [rows[step] for step in sorted(rows)]
-
-
-def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole row of a metrics.jsonl, which may be long and still be written; None where there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            if isinstance(row := json.loads(line), dict) and isinstance(row.get("step"), int):
-                return row
-    return None
 
 
 def _plain(value: float | int | str) -> float | int | str | None:

@@ -8,7 +8,7 @@ of its own and only the elements held here kept. So initial weights do not depen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig
 
-from shardopt.errors import InputError, did_you_mean
+from shardopt.errors import InputError, did_you_mean, few
 from shardopt.pretrain.section import Section
 from shardopt.slices import canonical_name, layout_of, local_tensor, name_key, named_parameters, persistent_buffers
 
@@ -110,9 +110,8 @@ def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int
         raise InputError(
             f"model.vocab_size: {config.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}"
         )
-    for key in _LENGTH_KEYS:
-        limit = getattr(config, key, None)
-        if isinstance(limit, int) and limit < block_size:
+    for key, limit in position_limits(config).items():
+        if limit < block_size:
             raise InputError(
                 f"data.block_size: {block_size} is over this model's limit, model.{key} = {limit}: "
                 f"lower data.block_size or raise model.{key}"
@@ -120,6 +119,12 @@ def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int
     config.name_or_path = section.path or ""  # where its code is
     config.use_cache = True  # for those who load the export; training asks for no cache at each call
     return config
+
+
+def position_limits(config: PretrainedConfig) -> dict[str, int]:
+    """The most tokens of a sequence that the model takes, by the keys that say so; empty where none does."""
+    limits = {key: getattr(config, key, None) for key in _LENGTH_KEYS}
+    return {key: limit for key, limit in limits.items() if isinstance(limit, int)}
 
 
 def _known_attention(name: str) -> None:
@@ -132,9 +137,12 @@ def _known_attention(name: str) -> None:
 
 
 def meta_model(
-    config: PretrainedConfig, trust_remote_code: bool = False, attention: str | None = None
+    config: PretrainedConfig,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The model with fp32 parameters on the meta device and real buffers on the CPU, weights tied.
+    """The model with parameters of `dtype` on the meta device and real buffers on the CPU, weights tied.
 
     Args:
         trust_remote_code: run the code in the config's folder, if it names a class there.
@@ -149,7 +157,7 @@ def meta_model(
     try:
         with _constructing() as constructed:
             model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation=attention
+                config, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention
             )
     except Exception as e:
         key, how = ("model.attention", f" with {attention}") if attention is not None else ("model", "")
@@ -306,7 +314,7 @@ def initialise(model: nn.Module, device: torch.device, seed: int, weights: str |
     """
     give_storage(model, device)
     if files := weight_files(weights):
-        _load_safetensors(model, files)
+        load_weights(model, read_safetensors(files), files[0].parent, "model.path: ")
         return
     draws = _DrawWhole(seed)
     # transformers takes a class that FSDP2 has renamed for custom code, and then skips modules without parameters
@@ -327,17 +335,33 @@ def initialise(model: nn.Module, device: torch.device, seed: int, weights: str |
         layout_of(param, name).copy_from_whole(local_tensor(param), constructed[name])
 
 
-def _load_safetensors(model: nn.Module, files: list[Path]) -> None:
-    wanted: dict[str, Tensor] = dict([*named_parameters(model), *persistent_buffers(model)])
+def read_safetensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of safetensors files, by name, one after the other."""
     for file in files:
         with safe_open(file, framework="pt") as f:
-            for name in f.keys() & wanted.keys():
-                param = wanted.pop(name)
-                if tuple(f.get_slice(name).get_shape()) != tuple(param.shape):
-                    raise InputError(
-                        f"model.path: {file.name} holds {name} of shape {f.get_slice(name).get_shape()}, the model's "
-                        f"is {list(param.shape)}"
-                    )
-                layout_of(param, name).copy_from_whole(local_tensor(param), f.get_tensor(name))
+            for name in f.keys():  # noqa: SIM118  it is a file, which cannot be iterated
+                yield name, f.get_tensor(name)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]], source: Path, key: str = "") -> None:
+    """Fill the parameters and persistent buffers of `model` by name, each rank its own elements, in place.
+
+    Args:
+        model: with storage.
+        weights: whole; what the model does not have is left out.
+        source, key: where they come from and what names it, for messages.
+
+    Raises:
+        InputError: one that the model has is missing, or has another shape.
+    """
+    wanted: dict[str, Tensor] = dict([*named_parameters(model), *persistent_buffers(model)])
+    for name, value in weights:
+        if (param := wanted.pop(name, None)) is None:
+            continue
+        if value.shape != param.shape:
+            shapes = f"of shape {list(value.shape)}, the model's is {list(param.shape)}"
+            raise InputError(f"{key}{source} holds {name} {shapes}")
+        layout_of(param, name).copy_from_whole(local_tensor(param), value)
     if wanted:
-        raise InputError(f"model.path: no weights for {', '.join(sorted(wanted)[:5])} in {files[0].parent}")
+        raise InputError(f"{key}no weights for {few(wanted)} in {source}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -23,7 +23,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from shardopt.engines.state import ShardedState
+if TYPE_CHECKING:
+    from shardopt.engines.state import ShardedState
 
 # Shown first and in this order; a kind that is not listed comes after them under its own name.
 _LABELS = {
@@ -226,7 +227,7 @@ class Report:
         of_sources: Mapping[str, float] | None = None,
     ) -> None:
         """One line with the held-out loss at `step`, and one with the bits per byte of each source."""
-        self.say(f"step {step:,}: held-out loss {_held_out(loss, bits_per_byte)}")
+        self.say(f"step {step:,}: held-out loss {held_out_words(loss, bits_per_byte)}")
         if of_sources:
             parts = ", ".join(f"{label} {figure:.3f}" for label, figure in of_sources.items())
             self.say(f"  bits per byte of {parts}")
@@ -255,7 +256,7 @@ class Report:
             mean = "" if result.loss_steps == 1 else f", mean of the last {result.loss_steps} steps"
             facts["train loss"] = f"{result.loss:.4f} at step {result.step:,}{mean}"
         if result.holdout_loss is not None:
-            facts["held-out loss"] = _held_out(result.holdout_loss, result.holdout_bits_per_byte)
+            facts["held-out loss"] = held_out_words(result.holdout_loss, result.holdout_bits_per_byte)
         resumed = f" since {self._since}, {count(result.tokens)} in all" if result.tokens_before else ""
         seen = count(result.tokens - result.tokens_before)
         facts["tokens seen"] = f"{seen} in {duration(result.seconds)}{resumed}"
@@ -378,7 +379,8 @@ def _rate(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _held_out(loss: float, bits_per_byte: float | None) -> str:
+def held_out_words(loss: float, bits_per_byte: float | None) -> str:
+    """A held-out loss in nats per token, with the bits per byte where they are known."""
     return f"{loss:.4f}" if bits_per_byte is None else f"{loss:.4f}, {bits_per_byte:.3f} bits per byte"
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shardopt.distributed import Ranks
 from shardopt.engines.base import Engine
 from shardopt.errors import InputError
 from shardopt.pretrain.data import HoldoutData
@@ -24,26 +25,39 @@ _MOST_LEAK = 0.02
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Mean loss on the scored held-out blocks, in nats per token and in bits per UTF-8 byte of their own text.
+class Score:
+    """Cross-entropy of a model on text: a sum over tokens, and what it is the sum of.
 
     Attributes:
-        sources: the same of each source's blocks alone, by its label; empty where there is one source.
+        nats: the sum.
+        tokens: that were predicted, ends of documents among them.
+        text_bytes: UTF-8 bytes that they stand for.
+        sources: the same of each source's text alone, by its label; empty where there is one source.
     """
 
-    loss: float
-    bits_per_byte: float
-    sources: Mapping[str, HeldOut] = field(default_factory=dict)
+    nats: float
+    tokens: int
+    text_bytes: int
+    sources: Mapping[str, Score] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, nats: float, targets: float, text_bytes: float, sources: Mapping[str, HeldOut] | None = None
-    ) -> HeldOut:
-        """From sums over the blocks."""
-        return cls(nats / targets, nats / math.log(2) / text_bytes if text_bytes else math.nan, sources or {})
+    def of(cls, parts: Mapping[str, Score], apart: bool = True) -> Score:
+        """The score of some texts together, each with its label; with `sources` if it is to tell them `apart`."""
+        every = parts.values()
+        nats, tokens, text_bytes = (sum(getattr(one, key) for one in every) for key in ("nats", "tokens", "text_bytes"))
+        return cls(nats, tokens, text_bytes, parts if apart else {})
+
+    @property
+    def loss(self) -> float:
+        """Mean, nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
 
     def metrics(self) -> dict[str, float]:
-        """The names and values that are logged."""
+        """The names and values that are logged of held-out text."""
         named = {"": self, **{f"/{label}": one for label, one in self.sources.items()}}
         return {
             f"{name}{label}": value
@@ -52,7 +66,16 @@ class HeldOut:
         }
 
 
-def losses(engine: Engine, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+class Model(Protocol):
+    """An engine; or what else has a model that returns its loss (see `loss_in_forward`), whole on each of `ranks`."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def ranks(self) -> Ranks: ...
+
+
+def losses(engine: Model, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
     """Of `tokens` (sequences, block_size + 1): the sum of the next-token cross-entropy in nats, fp32, and the router
     loss where there is one; see `loss_in_forward`."""
     return engine.model(input_ids=tokens[:, :-1], targets=tokens[:, 1:], use_cache=False)
@@ -74,7 +97,7 @@ def generate(engine: Engine, tokenizer: Any, tokens: int, context: int, temperat
 
 
 @torch.no_grad()
-def check_documents_apart(engine: Engine, start: int, tokens: int, rows: int) -> None:
+def check_documents_apart(engine: Model, start: int, tokens: int, rows: int) -> None:
     """Raise InputError where a document of a sequence changes what the model says of the next. A collective.
 
     Args:
@@ -104,8 +127,14 @@ def check_documents_apart(engine: Engine, start: int, tokens: int, rows: int) ->
 
 
 @torch.no_grad()
-def held_out(engine: Engine, holdout: HoldoutData, blocks: int, micro_batch: int) -> HeldOut:
-    """Loss on the first `blocks` held-out blocks, whatever the number of ranks, a source at a time. A collective."""
+def held_out(
+    engine: Model, holdout: HoldoutData, blocks: int, micro_batch: int, tick: Callable[[int], None] = lambda _: None
+) -> Score:
+    """Score of the first `blocks` held-out blocks, whatever the number of ranks, a source at a time. A collective.
+
+    Args:
+        tick: called with the number of blocks that are done since the last call.
+    """
     ranks = engine.ranks
     sums: list[float] = []
     sets = {label: numbers for label, numbers in holdout.sets(blocks).items() if len(numbers)}
@@ -122,15 +151,16 @@ def held_out(engine: Engine, holdout: HoldoutData, blocks: int, micro_batch: int
             if len(mine):
                 total += loss.double()
                 text_bytes += holdout.target_bytes(tokens)
+            tick(len(numbers[start : start + ranks.world_size * micro_batch]))
         sums += [total.item(), text_bytes]
     engine.model.train()
     sums = ranks.sum(sums)
     counts = [len(numbers) * holdout.block_size for numbers in sets.values()]
     parts = {
-        label: HeldOut.of(nats, count, text_bytes)
+        label: Score(nats, count, round(text_bytes))
         for label, nats, text_bytes, count in zip(sets, sums[::2], sums[1::2], counts, strict=True)
     }
-    return HeldOut.of(sum(sums[::2]), sum(counts), sum(sums[1::2]), parts if len(holdout.labels) > 1 else None)
+    return Score.of(parts, apart=len(holdout.labels) > 1)
 
 
 def limits(model: PreTrainedModel, holdout: HoldoutData, scored: int) -> Iterator[str]:

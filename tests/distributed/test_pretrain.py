@@ -100,10 +100,11 @@ def _holdings(rank, world_size, folder):
     from torch.distributed.tensor import DTensor
 
     from shardopt.distributed import Ranks
+    from shardopt.pretrain.begin import begin
     from shardopt.pretrain.loop import Run
 
     with ExitStack() as stack:
-        run = Run(tiny.config(folder, run__name="holdings", train__steps=2), Ranks.start("cpu"), stack)
+        run = Run(begin(tiny.config(folder, run__name="holdings", train__steps=2), Ranks.start("cpu"), stack))
         run.train()
         held = {}
         for s in run.engine.state.slices():

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 
 import pytest
 
@@ -156,7 +157,8 @@ def test_a_damaged_config_of_the_run_folder_is_named(folder):
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(folder):
     """The config is made to agree, as if somebody had copied the checkpoint into another run's folder."""
-    assert command(folder, "small")[0] == 0
+    assert command(folder, "small", checkpoint__every=3)[0] == 0
+    shutil.rmtree(folder / "runs" / "small" / "checkpoints" / "step-00000006")  # it is not finished
     changed = {"model__hidden_size": 64}
     recorded = folder / "runs" / "small" / "config.yaml"
     recorded.write_text(tiny.config(folder, run__name="small", **changed).as_yaml())
@@ -168,7 +170,8 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(folder):
 def test_a_corpus_that_changed_since_the_checkpoint_is_refused(folder):
     text = tiny.corpus(folder / "changing")
     sources = f"[{{source: text, paths: {text}}}]"
-    assert command(folder, "changing", data__sources=sources)[0] == 0
+    assert command(folder, "changing", data__sources=sources, checkpoint__every=3)[0] == 0
+    shutil.rmtree(folder / "runs" / "changing" / "checkpoints" / "step-00000006")  # it is not finished
     (text / "000.txt").write_text("other words " * 100)
     status, said, _ = command(folder, "changing", data__sources=sources)
     assert status == 2

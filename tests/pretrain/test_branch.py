@@ -22,6 +22,7 @@ from shardopt.engines.state import ModuleState
 from shardopt.errors import InputError, NonFiniteError
 from shardopt.optim import states
 from shardopt.pretrain import data, loop, model, rng
+from shardopt.pretrain.begin import begin
 from shardopt.pretrain.branch import resolve
 from shardopt.pretrain.data import build
 from shardopt.pretrain.progress import Progress
@@ -85,7 +86,7 @@ def begun(folder: Path, name: str, source: str, **changes: Any) -> Iterator[loop
     """A branch from step 6 before its first step."""
     config = tiny.config(folder, run__name=name, run__from=at(folder, source, 6), **TRUNK | changes)
     with ExitStack() as stack:
-        yield loop.Run(config, Ranks.start("cpu", 1.0), stack)
+        yield loop.Run(begin(config, Ranks.start("cpu", 1.0), stack))
 
 
 def state_of(run: loop.Run) -> dict[tuple[str, str], torch.Tensor]:
@@ -246,7 +247,9 @@ def test_a_branch_is_resumed_without_its_source_and_keeps_where_it_came_from(
     save_id = checkpoint.read_document(at(folder, "gone", 6))["checkpoint"]["save_id"]
     changes = TRUNK | {"run__name": "heir", "checkpoint__every": 2, "optimizer__lr": 1e-3}
     with ExitStack() as stack:  # killed before its first checkpoint; then there is a newer one where it came from
-        loop.Run(tiny.config(folder, run__from=folder / "runs" / "gone", **changes), Ranks.start("cpu", 1.0), stack)
+        loop.Run(
+            begin(tiny.config(folder, run__from=folder / "runs" / "gone", **changes), Ranks.start("cpu", 1.0), stack)
+        )
     shutil.copytree(at(folder, "gone", 6), at(folder, "gone", 9))
     capsys.readouterr()
     tiny.run(0, 1, folder, run__from=folder / "runs" / "gone", **changes)

@@ -56,6 +56,15 @@ class Piece:
     whole: bool = True
 
 
+class Keys(NamedTuple):
+    """What the user wrote, for errors to name: of a source, of its column, and of the share of rows that may be
+    broken."""
+
+    source: str
+    column: str
+    broken: str
+
+
 class RowError(Exception):
     """A row that gives no text: why, as a kind of error that is counted, and in words."""
 
@@ -150,29 +159,29 @@ class Tally:
     def n_broken(self) -> int:
         return sum(self.broken.values())
 
-    def check_hope(self, where: str) -> None:
+    def check_hope(self, keys: Keys) -> None:
         """Raise InputError where many rows were read and each was broken."""
         if self.rows >= _HOPELESS and self.n_broken >= self.rows:
-            self.check(where, 0.0)
+            self.check(keys, 0.0)
 
-    def check_so_far(self, where: str, most: float) -> None:
+    def check_so_far(self, keys: Keys, most: float) -> None:
         """As `check`, for a source that is still being read: of its first rows as many may be broken as of 1,000."""
         if self.n_broken > most * max(self.rows, _HOPELESS):
-            self.check(where, most)
+            self.check(keys, most)
 
-    def check(self, where: str, most: float) -> None:
-        """Raise InputError where more than the share `most` of the rows of the source `where` is broken."""
+    def check(self, keys: Keys, most: float) -> None:
+        """Raise InputError where more than the share `most` of the rows is broken."""
         broken = self.n_broken
         if broken <= most * self.rows:
             return
         place, words = self.examples[0]
         for kind in (_COLUMN, _TYPE):
             if self.broken.get(kind) == self.rows:
-                raise InputError(f"{where}.column: {words} ({show(place)})")
+                raise InputError(f"{keys.column}: {words} ({show(place)})")
         listed = "; ".join(f"{show(place)} {words}" for place, words in self.examples[:3])
         more = f"; and {broken - 3:,} more" if broken > 3 else ""
         count = f"{broken:,} of {self.rows:,} rows cannot be read"
-        raise InputError(f"{where}: {count}, more than the share data.max_broken = {most:g}: {listed}{more}")
+        raise InputError(f"{keys.source}: {count}, more than the share {keys.broken} = {most:g}: {listed}{more}")
 
 
 def show(place: Place) -> str:

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardopt.errors import InputError, few
+from shardopt.errors import InputError, few, nearest_path
 from shardopt.pretrain.data import reading
 from shardopt.pretrain.data.config import DataConfig, HfSource, JsonlSource, ParquetSource, StdlibSource, TokensSource
 from shardopt.pretrain.data.reading import (
     Document,
+    Keys,
     Piece,
     Place,
     Tally,
@@ -54,7 +55,7 @@ class Corpus:
     """One source of the config, found and identified but not yet read.
 
     Attributes:
-        where, label: its place in the config, for messages, and its name.
+        where, label: its place in the config (of what `keys` names), for messages, and its name.
         key: hash of everything that decides which documents it gives.
         files: what it reads, in order; empty for a hub dataset.
 
@@ -62,9 +63,11 @@ class Corpus:
         InputError: nothing is there, or the hub cannot be reached.
     """
 
-    def __init__(self, config: DataConfig, index: int) -> None:
+    def __init__(self, config: DataConfig, index: int, keys: Keys | None = None) -> None:
         self.source = config.sources[index]
-        self.where, self.label = f"data.sources[{index}]", config.labels[index]
+        where = f"data.sources[{index}]"
+        self.keys = keys or Keys(where, f"{where}.column", "data.max_broken")
+        self.where, self.label = self.keys.source, config.labels[index]
         self._column, self._max_broken = getattr(self.source, "column", "text"), config.max_broken
         self.files: list[Path] = []
         self._hub_cache = config.cache_folder / "hf"
@@ -131,7 +134,7 @@ class Corpus:
             )
         with self._errors("" if isinstance(source, HfSource) else f"{path} "):
             yield from self._documents(piece, tally, tokenizer)
-        tally.check_hope(self.where)
+        tally.check_hope(self.keys)
 
     def _documents(self, piece: Piece, tally: Tally, tokenizer: SavedTokenizer | None) -> Iterator[Document]:
         source = self.source
@@ -162,7 +165,7 @@ class Corpus:
         Args:
             tally: of the whole corpus.
         """
-        tally.check(self.where, most_broken)
+        tally.check(self.keys, most_broken)
         if isinstance(self.source, TokensSource) and tally.rows <= len(self.files):
             files = few(map(str, self.files), 3)
             raise InputError(
@@ -185,9 +188,9 @@ class Corpus:
         place = Place(self.source.name, 0, 0)  # a reading begins anywhere
         with self._errors():
             for document in tally.documents(((place, row) for row in rows), self._column):
-                tally.check_so_far(self.where, self._max_broken)
+                tally.check_so_far(self.keys, self._max_broken)
                 yield document.text
-            tally.check_so_far(self.where, self._max_broken)
+            tally.check_so_far(self.keys, self._max_broken)
 
     def stream(self, shards: int = 1, index: int = 0) -> datasets.IterableDataset:
         """A hub dataset's rows in order, those of shard `index`; its `state_dict` is the place after the last row.
@@ -292,29 +295,39 @@ def _find(kind: str, paths: tuple[str, ...], where: str) -> list[Path]:
         path = Path(text).expanduser()
         if kind == "tokens" and not path.exists() and index_of(path.with_name(f"{path.name}.bin")).exists():
             path = path.with_name(f"{path.name}.bin")  # Megatron's own way to name the two files
+        matches = files_at(path, where, text)
         if path.is_dir():
-            matches = [
-                file
-                for file in path.rglob("*")
-                if file.is_file()
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-                and _kind(file) == kind
-            ]
+            matches = [file for file in matches if kind_of(file) == kind]
             if not matches:
                 raise InputError(f"{where}: the folder {text} holds no {kind} file")
-        elif path.exists():
-            matches = [path]
-        else:
-            # Path.glob takes no absolute pattern.
-            names = glob.glob(str(path), recursive=True)  # noqa: PTH207
-            matches = [file for file in map(Path, names) if file.is_file()]
-            if not matches:
-                raise InputError(f"{where}: {text} {'matches no file' if glob.has_magic(text) else 'does not exist'}")
         found.update(dict.fromkeys(file.resolve() for file in sorted(matches)))
     return list(found)
 
 
-def _kind(path: Path) -> str:
+def files_at(path: Path, where: str, given: str) -> list[Path]:
+    """The files of a folder but hidden ones, a file itself, or those that a glob matches.
+
+    Args:
+        where, given: what the user wrote, for messages.
+
+    Raises:
+        InputError: there are none.
+    """
+    if path.is_dir():
+        every = (file for file in path.rglob("*") if file.is_file())
+        return [file for file in every if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if path.exists():
+        return [path]
+    # Path.glob takes no absolute pattern.
+    names = glob.glob(str(path), recursive=True)  # noqa: PTH207
+    if files := [file for file in map(Path, names) if file.is_file()]:
+        return files
+    if glob.has_magic(given):
+        raise InputError(f"{where}: {given} matches no file")
+    raise InputError(f"{where}: {given} does not exist{nearest_path(path)}")
+
+
+def kind_of(path: Path) -> str:
     """The kind of a file in a folder: by its name, and text where that says nothing."""
     return _KINDS.get((path.with_suffix("") if is_compressed(path) else path).suffix, "text")
 

@@ -13,12 +13,10 @@ from typing import Any
 import yaml
 
 from shardopt.errors import InputError
-from shardopt.pretrain.events import read_events
+from shardopt.pretrain.events import read_events, state_after
 from shardopt.pretrain.jsonl import read_objects
 from shardopt.pretrain.lock import look_at
 from shardopt.pretrain.metrics import read_metrics
-
-_ENDS = {"finished": "finished", "interrupted": "stopped", "failed": "failed"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Record:
         if self.running:
             return "running"
         if self.events:
-            return _ENDS.get(self.events[-1]["event"], "killed")
+            return state_after(self.events[-1])
         return "finished" if self.rows and self.rows[-1]["step"] == self.steps else "unfinished"
 
     @property

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from shardopt.errors import InputError
 from shardopt.pretrain.cores import usable_cores
-from shardopt.pretrain.metrics import last_row
+from shardopt.pretrain.record import last_row
 from shardopt.pretrain.report import Report, duration
 from shardopt.pretrain.signals import Stop, stop_signals
 from shardopt.pretrain.study.plan import Trial
