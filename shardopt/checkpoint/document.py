@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -144,11 +145,13 @@ def _check(written: dict[str, Any]) -> None:
     _expect(str, written["name"], written["byteorder"], written["torch"])
     _expect(int, written["world_size"])
     _expect(float, written["time"], *filter(None, [written["loss"]]))
+    if not 0 <= written["time"] < 2**37:  # before the year 6325: what a date can be made of
+        raise ValueError("its time is none")
     _expect(bool, written["after_finite_step"])
     _expect(dict, *written["groups"])
     for counts in written["step_counts"].values():
         for number in counts.values():
-            if type(number) not in (int, float):
+            if type(number) not in (int, float) or not math.isfinite(number):
                 raise TypeError("a step count is not a number")
     for group in written["groups"]:
         _expect(str, *group["names"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,16 @@ def describe(folder: Path) -> dict[str, Any]:
     """
     stored = Stored(folder)
     document, config = stored.document, stored.config
-    written, train = document["checkpoint"], config.get("train", {})
-    step = document.get("step", step_of(folder))
+    written = document["checkpoint"]
+
+    def known(kind: type, key: str, of: Mapping[str, Any] = document) -> Any:
+        """A value as the launcher writes it; None where another program keeps something else by that name."""
+        return value if type(value := of.get(key)) is kind else None
+
+    run, model, optimizer, engine, train = (
+        known(dict, key, config) or {} for key in ("run", "model", "optimizer", "engine", "train")
+    )
+    step = known(int, "step")
     kinds: dict[str, dict[str, Any]] = {}
     for name, kind in sorted(stored.keys, key=lambda key: (key[1] not in _FIRST, *map(key[1].__ne__, _FIRST), key[1])):
         row = kinds.setdefault(kind, {"dtypes": [], "tensors": 0, "elements": 0, "bytes": 0})
@@ -43,15 +51,15 @@ def describe(folder: Path) -> dict[str, Any]:
         files = {name: size for name, size in sorted(listing(folder).items()) if size is not None}
     return {
         "folder": str(folder),
-        "step": step,
-        "steps": train.get("steps"),
-        "tokens": document.get("tokens"),
-        "skipped_steps": document.get("skipped"),
+        "step": step_of(folder) if step is None else step,
+        "steps": known(int, "steps", train),
+        "tokens": known(int, "tokens"),
+        "skipped_steps": known(int, "skipped"),
         "optimizer_steps": sorted({min(counts), max(counts)}) if counts else None,
-        "run": config.get("run", {}).get("name"),
-        "model": next(filter(None, map(config.get("model", {}).get, ("model_type", "path"))), None),
-        "optimizer": config.get("optimizer", {}).get("name"),
-        "engine": config.get("engine", {}).get("name") or document.get("host"),
+        "run": known(str, "name", run),
+        "model": known(str, "model_type", model) or known(str, "path", model),
+        "optimizer": known(str, "name", optimizer),
+        "engine": known(str, "name", engine) or known(str, "host"),
         "ranks": written["world_size"],
         "torch": written["torch"],
         "written": _time(written["time"]),

@@ -44,7 +44,7 @@ def store_of(run: Path) -> Path:
         text = recorded.read_bytes()
     try:
         config = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:  # !!int x
         raise InputError(f"{recorded} is damaged, so that its checkpoint.dir is not known: {error}") from error
     match config:  # another program's config.yaml says nothing here
         case {"run": {"name": str(name)}, "checkpoint": {"dir": str(elsewhere)}}:
@@ -137,7 +137,8 @@ class Stored:
     @property
     def config(self) -> dict[str, Any]:
         """The run's configuration; empty where no run of the launcher wrote it."""
-        return self.document.get("config") or {}
+        config = self.document.get("config")  # another program keeps there what it likes
+        return config if isinstance(config, dict) else {}
 
     def dtype(self, name: str, kind: str) -> torch.dtype:
         """Of what `read` gives: as it is stored, fp32 for a block format."""

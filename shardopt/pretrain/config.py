@@ -17,6 +17,7 @@ from shardopt.engines import EngineConfig, FsdpConfig
 from shardopt.engines.compile import CompileName
 from shardopt.errors import InputError
 from shardopt.optim import registry
+from shardopt.pretrain import strict_yaml
 from shardopt.pretrain.config_errors import explain
 from shardopt.pretrain.data.config import DataConfig, holds_tokenizer
 from shardopt.pretrain.data.stages import StageConfig, Stages
@@ -26,7 +27,6 @@ from shardopt.pretrain.profile import ProfileConfig
 from shardopt.pretrain.schedule import ScheduleConfig
 from shardopt.pretrain.section import Folder, Section, Sequences, Steps, Tokens, in_unit
 from shardopt.pretrain.spikes import LossSpikeConfig
-from shardopt.pretrain.strict_yaml import Loader
 from shardopt.pretrain.tracking import TrackingConfig
 
 
@@ -327,7 +327,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What is written in a YAML file and its overrides, as plain data; see `load`."""
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+        tree = strict_yaml.parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         hint = f"; there are: {', '.join(known)}" if known else ""
@@ -367,6 +367,6 @@ def _override(tree: dict[str, Any], text: str) -> None:
         # A copy: an alias of this section elsewhere in the file stays as it is written.
         node[parent] = node = dict(node.get(parent, {}))
     try:
-        node[leaf] = yaml.load(value, Loader)
+        node[leaf] = strict_yaml.parse(value)
     except yaml.YAMLError as e:
         raise InputError(f"override {text!r}: the value is not valid YAML: {e}") from e

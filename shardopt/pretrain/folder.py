@@ -14,7 +14,7 @@ from shardopt import checkpoint
 from shardopt.checkpoint.document import DOCUMENT
 from shardopt.checkpoint.stored import step_of, store_of
 from shardopt.errors import InputError, StorageError
-from shardopt.pretrain import branch, hub
+from shardopt.pretrain import branch, hub, strict_yaml
 from shardopt.pretrain.advice import instead_of
 from shardopt.pretrain.config import Config, differences
 from shardopt.pretrain.data import check_sources
@@ -112,7 +112,7 @@ class RunFolder:
             if recorded.name == DOCUMENT:
                 old = read_document(recorded.parent)["config"]
             else:
-                old = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+                old = strict_yaml.parse(recorded.read_text(encoding="utf-8"))
             config = hub.keep(old, branch.keep_source(old, config)) if began else config
             changed = differences(old, config.as_dict())
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as e:

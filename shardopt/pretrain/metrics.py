@@ -283,7 +283,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     A step that stands twice (which this module never writes) keeps its last row.
     """
-    rows = {row["step"]: row for row in read_objects(path) if isinstance(row.get("step"), int)}
+    rows = {row["step"]: row for row in read_objects(path) if type(row.get("step")) is int}
     return [rows[step] for step in sorted(rows)]
 
 

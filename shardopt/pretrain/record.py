@@ -30,7 +30,7 @@ def recorded_config(folder: Path) -> dict[str, Any] | None:
         tree = yaml.load(recorded.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except OSError as e:
         raise StorageError(f"cannot read {recorded}: {e.strerror or e}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:  # !!int x
         raise InputError(f"{recorded} is damaged: {' '.join(str(e).split())}") from e
     match tree:
         case {"run": {"name": str()}, "train": {"steps": int()}, "data": dict(), "engine": {"name": str()}}:
@@ -55,8 +55,8 @@ def newest_rows(path: Path) -> Iterator[dict[str, Any]]:
             lines = (file.read(end - start) + rest).split(b"\n")
             rest, end = (lines.pop(0) if start else b""), start
             for line in reversed(lines):
-                with contextlib.suppress(ValueError):
-                    if isinstance(row := json.loads(line), dict) and isinstance(row.get("step"), int):
+                with contextlib.suppress(ValueError, RecursionError):
+                    if isinstance(row := json.loads(line), dict) and type(row.get("step")) is int:
                         yield row
 
 

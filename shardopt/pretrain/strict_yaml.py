@@ -29,6 +29,25 @@ class Loader(yaml.SafeLoader):
                 seen.add((key.tag, key.value))
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # !!bool x; an int of 5,000 digits
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(problem=f"this is no {kind}: {error}", problem_mark=node.start_mark) from error
+
+
+def parse(text: str) -> Any:
+    """What `text` says, as plain data.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or refused by `Loader`.
+    """
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+
 
 _SIGN = "-+0123456789."
 for _tag, _pattern, _first in (

@@ -67,9 +67,13 @@ class TokenFile:
         magic, version, code, sequences, documents = _MEGATRON.unpack_from(index)
         if magic != _MEGATRON_MAGIC or version != 1 or code not in _MEGATRON_DTYPES:
             raise ValueError(f"{index_of(path).name} is no index of Megatron's with ids of whole numbers")
+        if _MEGATRON.size + 12 * sequences + 8 * documents > len(index):
+            raise ValueError(f"{index_of(path).name} is cut short: it says {sequences:,} sequences")
         sizes = np.frombuffer(index, "<i4", sequences, _MEGATRON.size)
         # The byte where each sequence begins follows from the sizes; then the sequence that each document begins with.
         bounds = np.frombuffer(index, "<i8", documents, _MEGATRON.size + 12 * sequences)
+        if (sizes < 0).any() or [*bounds[:1], *bounds[-1:]] != [0, sequences] or (np.diff(bounds) < 0).any():
+            raise ValueError(f"{index_of(path).name} has documents that are not made of its {sequences:,} sequences")
         dtype, size = np.dtype(_MEGATRON_DTYPES[code]), path.stat().st_size
         ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         if ends[-1] * dtype.itemsize != size:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from shardopt.errors import InputError
+from shardopt.pretrain import strict_yaml
 from shardopt.pretrain.events import read_events, state_after
 from shardopt.pretrain.jsonl import read_objects
 from shardopt.pretrain.lock import look_at
@@ -91,7 +92,7 @@ def runs_in(path: Path) -> list[Path]:
 def _read(folder: Path) -> Record:
     metrics, samples, data = (folder / name for name in ("metrics.jsonl", "samples.jsonl", "data.json"))
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = strict_yaml.parse((folder / "config.yaml").read_text(encoding="utf-8"))
         return Record(
             folder,
             folder.name,
@@ -104,7 +105,7 @@ def _read(folder: Path) -> Record:
         )
     except OSError as e:
         raise InputError(f"cannot read {folder}: {e.strerror or e}") from e
-    except (yaml.YAMLError, ValueError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise InputError(f"{folder} has a file that is damaged: {' '.join(str(e).split())}") from e
 
 

@@ -22,9 +22,8 @@ from shardopt.checkpoint.stored import step_of
 from shardopt.engines import SingleConfig
 from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import registry
-from shardopt.pretrain import branch, hub
+from shardopt.pretrain import branch, hub, strict_yaml
 from shardopt.pretrain.config import Config, changes, load, parse
-from shardopt.pretrain.strict_yaml import Loader
 
 _NAME = r"\w[\w.+-]*"
 # Keys that a resumed run may change, and that make the figures of finished runs another thing than those of new ones.
@@ -167,7 +166,7 @@ def _recorded(trial: Trial) -> dict[str, Any] | None:
     if not (recorded.exists() and (trial.config.folder / "metrics.jsonl").exists()):
         return None
     try:
-        return yaml.safe_load(recorded.read_text(encoding="utf-8"))
+        return strict_yaml.parse(recorded.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise InputError(f"{recorded} is damaged ({e}): remove that run's folder") from e
 
@@ -255,7 +254,7 @@ def check_baseline(name: str, variants: Sequence[Variant]) -> str:
 
 def _value(where: str, text: str) -> Any:
     try:
-        return yaml.load(text, Loader)
+        return strict_yaml.parse(text)
     except yaml.YAMLError as e:
         raise InputError(f"{where}: the value is not valid YAML: {' '.join(str(e).split())}") from e
 
