@@ -192,15 +192,26 @@ def as_dict(score: Score) -> dict[str, Any]:
 
 @contextmanager
 def progress(label: str) -> Iterator[Tick]:
-    """A bar on stderr, where that is a terminal, which is told the shares that have been done."""
+    """A bar on stderr, where that is a terminal, which is told the shares that have been done; from the first on."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
     columns = "{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(label, total=1.0)
-        yield lambda share: bar.advance(task, share)
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task(label, total=1.0)
+
+    def tick(share: float) -> None:
+        bar.start()  # not before: text may be tokenised first, with a bar of its own
+        bar.advance(task, share)
+
+    try:
+        yield tick
+    finally:
+        bar.stop()
 
 
 def _batches(blocks: Iterable[np.ndarray], most: int) -> Iterator[Tensor]:

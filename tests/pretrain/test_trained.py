@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import nullcontext
 from itertools import pairwise
 from unittest import mock
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shardopt import cli
 from shardopt.checkpoint.store import as_folder, put
 from shardopt.errors import InputError
+from shardopt.pretrain import evaluate
 from shardopt.pretrain.continuation import Printer
 from shardopt.pretrain.report import printable
 from shardopt.pretrain.trained import one_process
@@ -181,6 +183,15 @@ def test_text_is_read_in_every_form_that_a_run_reads_each_path_a_set(folder, cap
     )
     assert max(map(len, said.splitlines()[2:])) <= 80
     assert [line.split()[0] for line in said.splitlines() if "." in line][-3:] == ["plain.jsonl", "mixed", "all"]
+
+
+@pytest.mark.parametrize("given", [[], ["--data", "{folder}/text"]])
+def test_progress_is_told_all_of_the_work(folder, capsys, monkeypatch, given):
+    shares = []
+    monkeypatch.setattr(evaluate, "progress", lambda _: nullcontext(shares.append))
+    scored(capsys, folder / "runs" / "bytes", *(word.format(folder=folder) for word in given))
+    assert len(shares) > 1
+    assert sum(shares) == pytest.approx(1, rel=0.01)
 
 
 def test_dtype_is_of_the_weights_that_are_scored(folder, capsys, tmp_path):
