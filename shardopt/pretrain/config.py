@@ -200,6 +200,9 @@ class Config(Section):
         for key, batch in self.stages.batches.items():
             if batch % train.micro_batch:
                 raise InputError(f"{key}: {batch} is not a multiple of train.micro_batch = {train.micro_batch}")
+        for index, of_stages in enumerate(zip(*(stage.weights for stage in self.stages.all), strict=True)):
+            if not any(of_stages):
+                raise InputError(f"data.sources[{index}].weight: 0, and no stage of train.stages draws from it")
         for index, stage in enumerate(train.stages or ()):
             if stage.from_step >= train.steps:
                 raise InputError(

@@ -257,6 +257,13 @@ def test_a_run_that_begins_with_nothing_is_refused(folder: Path) -> None:
         tiny.config(folder, data__sources="[{source: stdlib, weight: 0}]")
 
 
+def test_a_source_that_waits_for_a_stage_is_held_out_from_the_beginning(folder: Path) -> None:
+    """As whoever scores a run on its own held-out text opens it, without its stages."""
+    config = tiny.config(folder, **RUN | {"data__sources": two_sources(folder)})
+    _, holdout = data.prepare(config.data, tiny.ALONE, 0, 2)
+    assert len(holdout.sets(holdout.n_blocks)["more"]) > 10
+
+
 def test_every_batch_must_be_cut_over_the_ranks(folder: Path) -> None:
     config = tiny.config(folder, **RUN | {"data__sources": two_sources(folder), "engine": "{name: ddp}"})
     config.check_ranks(1)

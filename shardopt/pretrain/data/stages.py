@@ -56,8 +56,7 @@ class Stages:
         batches: the sizes of a global batch, by the key that says so.
 
     Raises:
-        InputError: stages that do not follow each other, or change nothing; weights that are not the sources'; a source
-            that no stage draws from.
+        InputError: stages that do not follow each other, or change nothing; weights that are not the sources' or all 0.
     """
 
     def __init__(self, weights: Mapping[str, float], global_batch: int, changes: Sequence[StageConfig] = ()) -> None:
@@ -82,9 +81,6 @@ class Stages:
             if change.weights is not None:
                 now = replace(now, weights=_in_order(f"{key}.weights", change.weights, list(weights)))
             self.all.append(now)
-        for index, of_stages in enumerate(zip(*(stage.weights for stage in self.all), strict=True)):
-            if not any(of_stages):
-                raise InputError(f"data.sources[{index}].weight: 0, and no stage of train.stages draws from it")
 
     def at(self, step: int) -> Stage:
         """The stage of `step`."""
