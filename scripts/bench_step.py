@@ -92,7 +92,7 @@ def cached(calls: int) -> None:
     """
     kernel = choose("c", torch.ones(1))
     assert isinstance(kernel, CpuKernel)
-    step, sizes = kernel._step, (8192, 32768)
+    step, sizes = kernel._step, (4096, 16384)
     seconds: list[float] = []
 
     def timed(*arguments: object) -> None:

@@ -477,6 +477,14 @@ INLINE Place place_of(const Segment *s, const Kind k, int64_t at) {
 #undef SCALE
 }
 
+/* Fetches what will be read soon: the processor's own guesses end with a page of each tensor. Where sizes are not known when
+ * this is compiled, it would cost more than it saves. */
+#define AHEAD 128 /* elements */
+INLINE void fetch(const void *from, int at, int size) {
+    for (int byte = 0; __builtin_constant_p(size) && byte < TURN * size; byte += 64)
+        __builtin_prefetch((const char *)from + (int64_t)(at + AHEAD) * size + byte);
+}
+
 /* n elements, at most a tile, from the start of a block on, n a multiple of TURN. */
 INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
     const int rounds_weight = k.weight == BF16 && k.master == NO_MASTER && !k.stays;
@@ -504,6 +512,9 @@ INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
         /* in the order of latencies: roots and quotients begin early, and what rounds the state runs beside them */
 #pragma GCC unroll 1
         for (int at = from; at < end; at += TURN, words += LANES * FIRST) {
+            fetch(p.grad, at, SIZE(k.grad)), fetch(p.weight, at, SIZE(k.weight)), fetch(p.master, at, MASTER_SIZE(k.master));
+            fetch(p.codes[0], at, SIZE(k.m1)), fetch(p.codes[1], at, SIZE(k.m2)), fetch(p.codes[2], at, SIZE(k.nu));
+            fetch(p.codes[3], at, SIZE(k.weight_ema));
             F w[2], g[2], m1[2], m2[2], nu[2], ema[2] = {{0}, {0}}, root_of_nu[2], u[2];
             for (int v = 0; v < 2; v++) {
                 g[v] = load_value(p.grad, at, v * LANES, k.grad);
