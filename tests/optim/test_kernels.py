@@ -541,13 +541,14 @@ def test_finite_values_stay_finite_in_every_format(kernel, state):
 
 
 def stays_finite(kernel, state):
-    param = torch.nn.Parameter(torch.zeros(300))
-    optimizer = shardopt.AdEMAMix([("p", param)], kernel=kernel, state_dtype=state, betas=(0.5, 0.5, 0.5), lr=1e-3)
-    for _ in range(12):
-        param.grad = torch.full((300,), 3.4e38)
-        optimizer.step()
-    for piece in states.state_slices(optimizer):
-        assert states.read_slice(piece).isfinite().all(), piece.kind
+    for dtype in (torch.float32, torch.bfloat16):
+        param = torch.nn.Parameter(torch.zeros(300, dtype=dtype))
+        optimizer = shardopt.AdEMAMix([("p", param)], kernel=kernel, state_dtype=state, betas=(0.5, 0.5, 0.5), lr=1e-3)
+        for _ in range(12):
+            param.grad = torch.full((300,), torch.finfo(dtype).max, dtype=dtype)
+            optimizer.step()
+        for piece in states.state_slices(optimizer):
+            assert states.read_slice(piece).isfinite().all(), piece.kind
 
 
 def small_beta_run(kernel, betas, dtype=torch.float32, **options):
