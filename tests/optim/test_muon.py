@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -50,18 +51,21 @@ def test_hidden_matrices_are_moved_by_torchs_muon_and_the_rest_of_a_model_by_its
     assert state["lm_head.weight"] == {"step", "exp_avg", "exp_avg_sq"}
 
 
-def test_a_state_dict_is_loaded_into_both() -> None:
+def test_a_state_dict_that_is_loaded_in_mid_run_takes_the_place_of_both_states() -> None:
     nets = [nn.Linear(3, 2), nn.Linear(3, 2)]
     optimizers = [Muon(net.named_parameters(), lr=0.1) for net in nets]
-    for again in (False, True):
-        optimizers[0].zero_grad()
-        nets[0](torch.ones(3)).sum().backward()
-        if again:
-            nets[1].load_state_dict(nets[0].state_dict())
-            optimizers[1].load_state_dict(optimizers[0].state_dict())
-            nets[1](torch.ones(3)).sum().backward()
-            optimizers[1].step()
-        optimizers[0].step()
+
+    def step(number: int, scale: torch.Tensor) -> None:
+        optimizers[number].zero_grad()
+        (nets[number](torch.arange(3.0)) * scale).sum().backward()
+        optimizers[number].step()
+
+    for number, scale in (0, torch.tensor([1.0, 2.0])), (1, torch.tensor([-3.0, 1.0])):
+        step(number, scale)
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for number in range(2):
+        step(number, torch.tensor([-1.0, 5.0]))
     assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
 
 
