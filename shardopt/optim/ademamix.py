@@ -360,8 +360,10 @@ class AdEMAMix(CheckedOptimizer):
 
     def _update(self) -> None:
         params = [param for group in self.param_groups for param in group["params"]]
-        grads = [param.grad for param in params]
         plan = self._current_plan(params)
+        if plan.repeat():
+            return
+        grads = [param.grad for param in params]
         if missing := [i for i in plan.absent if grads[i] is not None]:
             groups = [group for group in self.param_groups for _ in group["params"]]
             for i in missing:

@@ -92,12 +92,13 @@ class Plan:
         labels = [(key, i, tensor) for i, entry in enumerate(self.entries) for key, tensor in pointed(entry)]
         self._labels = [(key, i) for key, i, _ in labels]  # of each column of the facts
         self._labels += [(key, i) for key in ("weight", "grad") for i in range(len(weights))]
-        self._facts = Facts([tensor for _, _, tensor in labels], 2 * len(weights))
+        self._facts = Facts([tensor for _, _, tensor in labels], self._params)
         self._known = np.zeros((2, len(self._labels)), dtype=np.int64)  # sizes and kinds that have been checked
         self._types: list[torch.dtype | None] = [None] * len(weights)  # of the gradients
         self._strided: set[int] = set()  # entries whose weight or gradient is not laid out in order
         self._tables: list[Table] = []
         self._made_for: tuple[set[int], list[int]] | None = None  # strided entries and the groups' seeds
+        self._by_address = False  # whether the kernels of all tables need no tensors
 
     @property
     def captured(self) -> bool:
@@ -137,20 +138,41 @@ class Plan:
         grads = gradients if len(gradients) == len(self.positions) else [gradients[i] for i in self.positions]
         if not {*map(type, grads)} <= _ORDINARY:
             grads = [self._local_gradient(i, grad) for i, grad in enumerate(grads)]
-        facts = self._facts.read([*weights, *grads])
+        facts = self._facts.read(weights, grads)
         if (facts[1:] != self._known).any():
             found = self._checked(weights, grads, facts[1:])
             if found is None:
                 return False
-            grads, facts = found, self._facts.read([*weights, *found])
+            grads, facts = found, self._facts.read(weights, found)
             self._known = facts[1:].copy()
         made_for = self._strided, [group["seed"] for group in self.groups]
         if made_for != self._made_for:
             self._make_tables()
             self._made_for = made_for
+        self._take(facts[0], weights, grads)
+        return True
+
+    def repeat(self) -> bool:
+        """One step where no tensor is of another kind than at the last one, which the kernels take by addresses alone.
+
+        Returns:
+            False where that is not so, and `step` is to have a look. Nothing has moved or counted.
+        """
+        if not self._by_address or any(self.params[i].grad is not None for i in self.absent):
+            return False
+        if self._made_for != (self._strided, [group["seed"] for group in self.groups]):
+            return False
+        facts = self._facts.read_own()
+        if facts is None or (facts[1:] != self._known).any():
+            return False
+        self._take(facts[0], self._params, [None] * len(self._params))
+        return True
+
+    def _take(self, addresses_of_all: np.ndarray, weights: list[Tensor], grads: list[Tensor | None]) -> None:
+        """The step itself, of tensors that have been checked."""
         try:
             for table in self._tables:
-                addresses, own = facts[0], (weights, grads, self._types)
+                addresses, own = addresses_of_all, (weights, grads, self._types)
                 if len(table.indices) < len(grads):
                     addresses = addresses[table.columns]
                     own = tuple([values[i] for i in table.indices] for values in own)  # type: ignore[assignment]
@@ -158,23 +180,22 @@ class Plan:
                 if table.capturable:
                     table.describe_schedules(self.groups)
                 table.kernel.check(table)
-            self._run(weights, grads)  # nothing is refused from here on
+            self._run(weights)  # nothing is refused from here on
         finally:
             for table in self._tables:
                 table.weights, table.grads = [], []  # or the gradients would outlive zero_grad
-        return True
 
-    def _run(self, weights: list[Tensor], grads: list[Tensor | None]) -> None:
+    def _run(self, weights: list[Tensor]) -> None:
         """Count the step and let the kernels take it."""
-        places, scalars, steps = self._count(grads)
+        places, scalars, steps = self._count()
         if not scalars:
             return
-        mastered = [i for i in self._mastered if grads[i] is not None]
+        mastered = [i for i in self._mastered if self._types[i] is not None]
         for i in mastered:
             if self._left.get(i) != self._version(i, weights[i]):
                 follow_weight(self.entries[i].tensors["master"], weights[i])
         for table in self._tables:
-            own = places if len(table.indices) == len(grads) else places[table.indices]
+            own = places if len(table.indices) == len(weights) else places[table.indices]
             if table.strided:
                 self._step_strided(table, scalars[own[0]], steps[own])
             else:
@@ -268,7 +289,7 @@ class Plan:
         local = local_tensor(grad)
         return local.wait() if hasattr(local, "wait") else local  # an AsyncCollectiveTensor
 
-    def _count(self, grads: list[Tensor | None]) -> tuple[np.ndarray, list[Scalars], np.ndarray]:
+    def _count(self) -> tuple[np.ndarray, list[Scalars], np.ndarray]:
         """Count the step; each entry's place in the list of scalars (-1: no gradient), the list, its steps.
 
         There is one place for each group and step count: nearly always as many as there are groups.
@@ -280,8 +301,8 @@ class Plan:
         on_device: list[Tensor] = []
         places: dict[tuple[int, int, int], int] = {}
         which = []
-        for entry, grad in zip(self.entries, grads, strict=True):
-            if grad is None:
+        for entry, kind in zip(self.entries, self._types, strict=True):
+            if kind is None:  # no gradient
                 which.append(-1)
                 continue
             state = entry.state
@@ -349,6 +370,9 @@ class Plan:
             )
             for (_, _, captured, alone), indices in members.items()
         ]
+        self._by_address = (
+            not self._any_placed and not self._strided and all(t.kernel.takes_addresses for t in self._tables)
+        )
         owners = np.array([i for _, i in self._labels])
         for table in self._tables:
             table.columns = np.flatnonzero(np.isin(owners, table.indices))

@@ -1,6 +1,7 @@
 """A plan checks what it points at: a tensor that does not fit is refused, every time, and nothing moves or counts."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -157,31 +158,55 @@ def test_shim_and_python_tell_the_same_facts(monkeypatch):
     assert facts._shim() is not None
     tensors = some_tensors()
     kept = [tensor for tensor in tensors if tensor is not None]
-    found = facts.Facts(kept, len(tensors)).read(tensors)
+    weights = [torch.ones(n) for n in range(len(tensors))]
+    found = facts.Facts(kept, weights).read(weights, tensors)
     monkeypatch.setattr(facts, "_shim", lambda: None)
-    expected = facts.Facts(kept, len(tensors)).read(tensors)
-    dense = [i for i, t in enumerate([*kept, *tensors]) if t is None or t.layout is torch.strided]
+    expected = facts.Facts(kept, weights).read(weights, tensors)
+    dense = [i for i, t in enumerate([*kept, *weights, *tensors]) if t is None or t.layout is torch.strided]
     assert (found[0, dense] == expected[0, dense]).all()
     assert (found[1] == expected[1]).all()
     alike, expected_alike = (kinds[:, None] == kinds for kinds in (found[2], expected[2]))
     assert (alike == expected_alike).all()
 
 
+@pytest.mark.parametrize("asked", ["shim"], indirect=True)  # Python is asked where the shim cannot tell
+def test_gradients_that_the_shim_looks_up_are_those_of_the_parameters():
+    state, params = torch.ones(3), [nn.Parameter(torch.ones(n)) for n in range(5)]
+    told = facts.Facts([state], params)
+
+    def same():
+        own = told.read_own().copy()
+        assert (own == told.read(params, [param.grad for param in params])).all()
+        assert (own[0, -5:] != 0).tolist() == [p.grad is not None and p.grad.numel() > 0 for p in params]
+
+    same()
+    sum(param.sum() for param in params).backward()
+    same()
+    params[1].grad, params[2].grad.data = None, torch.ones(2, dtype=torch.bfloat16)
+    params[3].data, params[3].grad = torch.ones(2, 4).t(), torch.ones(4, 2)
+    torch.utils.swap_tensors(params[4], nn.Parameter(torch.ones(7)))
+    same()
+    params[3].grad = torch.ones(4, 2).to_sparse()
+    assert told.read_own() is None
+
+
 def test_facts_follow_data_and_none(asked):
     tensor, other = torch.ones(4), torch.ones(5)
-    told = facts.Facts([tensor], 1)
+    told = facts.Facts([tensor], [tensor])
     tensor.data = other
-    found = told.read([None])
-    assert found[:2, 0].tolist() == [other.data_ptr(), 5]
-    assert found[:, 1].tolist() == [0, 0, 0]
+    found = told.read([tensor], [None])
+    assert found[:2, :2].tolist() == [[other.data_ptr()] * 2, [5] * 2]
+    assert found[:, 2].tolist() == [0, 0, 0]
 
 
-def test_facts_own_what_they_keep_and_let_go_of_it(asked):
+def test_facts_keep_their_tensors_and_let_go_of_them():
     tensor = torch.ones(4)
-    told = facts.Facts([tensor], 0)
-    assert tensor._use_count() == (2 if asked == "shim" else 1)
+    alive, told = weakref.ref(tensor), facts.Facts([tensor], [])
+    address = tensor.data_ptr()
+    del tensor
+    assert told.read([], [])[0].tolist() == [address]
     del told
-    assert tensor._use_count() == 1
+    assert alive() is None
 
 
 def test_step_takes_parameter_whose_tensor_was_swapped():

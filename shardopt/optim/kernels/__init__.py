@@ -23,6 +23,7 @@ A kernel is an object with
     takes_strides     whether a weight and gradient may be laid out otherwise than in order. Their rows' pointers are
                       then to the tensors' first elements, `weight_shape` and `grad_shape` to int64 numbers (that of
                       the dimensions, then size and stride of each; else 0), `local` is the row's first element
+    takes_addresses   whether `run` needs no tensors of rows whose weight and gradient are contiguous
     check(table)      raises InputError where `run` could not take a step now; nothing has been counted yet
     run(table)        one step, in place
 
@@ -58,6 +59,7 @@ __all__ = ["KERNELS", "Entry", "Kernel", "Table", "choose"]
 class Kernel(Protocol):
     name: str
     takes_strides: bool = False
+    takes_addresses: bool = False
 
     def refusal(self, weight: Tensor) -> str | None:
         return None

@@ -744,11 +744,20 @@ typedef struct { /* torch's C shim; a tensor is a pointer to an at::Tensor, whic
     int32_t (*address)(void *, void **), (*numel)(void *, int64_t *), (*storage_numel)(void *, int64_t *);
     int32_t (*offset)(void *, int64_t *), (*dtype)(void *, int32_t *), (*layout)(void *, int32_t *);
     int32_t (*device)(void *, int32_t *), (*device_index)(void *, int32_t *), (*is_contiguous)(void *, uint8_t *);
+    int32_t (*is_defined)(void *, uint8_t *);
+    void *(*grad)(void *); /* of the shim alone not: c10::TensorImpl::grad, of what an at::Tensor points to */
 } Shim;
 
-/* Of each tensor its address, number of elements and kind (facts.py); how many cannot be told, whose kind is then -1. */
-int64_t shardopt_describe(const Shim *ask, void *const *tensors, int64_t count, int64_t *facts) {
+/* Of each tensor its address, number of elements and kind (facts.py); how many cannot be told, whose kind is then -1.
+ * The last `gradients` tensors are looked up first: those of the tensors as many places before them. */
+int64_t shardopt_describe(const Shim *ask, void **tensors, int64_t count, int64_t gradients, int64_t *facts) {
+    static void *nothing = NULL;
     int64_t untold = 0;
+    for (int64_t i = count - gradients; i < count; i++) {
+        uint8_t defined = 0;
+        void *grad = ask->grad(*(void **)tensors[i - gradients]);
+        tensors[i] = !ask->is_defined(grad, &defined) && defined ? grad : &nothing;
+    }
     for (int64_t i = 0; i < count; i++) {
         void *tensor = tensors[i], *address = NULL;
         int64_t numel = 0, room = 0, offset = 0, kind = 0;

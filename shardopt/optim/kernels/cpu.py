@@ -43,6 +43,8 @@ _PACKAGE = Path(__file__).parents[2]
 _SHIPPED = Path(__file__).with_name("shipped")
 _DIGEST = 16  # bytes behind the library, by which a damaged one is known: loading a cut file may crash
 _CHUNK = 1 << 15  # elements a thread takes at a time; a multiple of precision.BLOCK
+_ROW = 128  # elements in the time of which a row is begun
+_WORTH_A_THREAD = 1 << 17  # elements, some 0.1 ms: to wake a thread and wait for it may take half as long
 
 
 class CpuKernel(Kernel):
@@ -50,6 +52,7 @@ class CpuKernel(Kernel):
 
     name = "c"
     takes_strides = True
+    takes_addresses = True
 
     def __init__(self) -> None:
         library, (pointer, number) = _load(), (ctypes.c_void_p, ctypes.c_int64)
@@ -57,7 +60,8 @@ class CpuKernel(Kernel):
         self._step.restype = None
         self._step.argtypes = [pointer, pointer, number, number, ctypes.c_int]
         # facts.py asks by it; torch's answers may take Python, so the interpreter stays locked
-        self.describe = ctypes.PYFUNCTYPE(number, pointer, pointer, number, pointer)(("shardopt_describe", library))
+        describe = ctypes.PYFUNCTYPE(number, pointer, pointer, number, number, pointer)
+        self.describe = describe(("shardopt_describe", library))
 
     def refusal(self, weight: Tensor) -> str | None:
         if weight.device.type != "cpu":
@@ -71,10 +75,11 @@ class CpuKernel(Kernel):
         if call is None:  # numpy takes longer to give an address than to add up a row
             ends = np.cumsum(-(-table.rows["length"] // _CHUNK)).astype(np.int64)
             chunks = int(ends[-1]) if len(ends) else 0
-            call = table.cache["c_call"] = (table.rows.ctypes.data, ends.ctypes.data, len(ends), chunks, ends)
-        rows, ends_at, count, chunks, _ = call
-        if chunks:
-            self._step(rows, ends_at, count, _CHUNK, min(torch.get_num_threads(), chunks))
+            worth = min(chunks, 1 + int((table.rows["length"] + _ROW).sum()) // _WORTH_A_THREAD)
+            call = table.cache["c_call"] = (table.rows.ctypes.data, ends.ctypes.data, len(ends), worth, ends)
+        rows, ends_at, count, worth, _ = call
+        if worth:
+            self._step(rows, ends_at, count, _CHUNK, min(torch.get_num_threads(), worth))
 
 
 def cache_folder() -> Path:

@@ -82,7 +82,7 @@ def _add_scaled_at_once(x: Tensor, y: Tensor, factor: float, spare: Tensor) -> N
     torch.addcmul(x, y, _ONE, value=factor, out=x)
 
 
-_ONE = torch.ones(())
+_ONE = torch.ones((), device="cpu")
 _NUMPY = _Operations(
     *(np.subtract, np.multiply, np.add, np.divide, np.minimum, np.sqrt),
     _add_scaled(np.multiply, np.add),

@@ -7,8 +7,7 @@ call, through torch's C shim (its stable interface for compiled models); without
 from __future__ import annotations
 
 import ctypes
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 
 import numpy as np
@@ -21,47 +20,54 @@ from shardopt.optim import kernels
 # The answers of torch's C shim, in the order of `Shim` in cpu.c.
 _QUESTIONS = (
     *("get_data_ptr", "get_numel", "get_storage_numel", "get_storage_offset"),
-    *("get_dtype", "get_layout", "get_device_type", "get_device_index", "is_contiguous"),
+    *("get_dtype", "get_layout", "get_device_type", "get_device_index", "is_contiguous", "is_defined"),
 )
+_GRADIENT = "_ZNK3c1010TensorImpl4gradEv"  # c10::TensorImpl::grad() const, for which the shim has no question
 _UNTOLD = -1  # the kind of a tensor about which the shim says nothing, such as a sparse one
 _kinds: dict[tuple[object, ...], int] = {}  # numbers below that, for those asked about in Python
 
 
 class Facts:
-    """Facts about some tensors that stay and others that are new at every step.
+    """Facts about state tensors, weights and gradients.
 
-    The shim takes pointers to at::Tensor. Those of `kept` own a reference, which goes with this object. Those of the
-    others point into `_impls`, are filled in from the tensors at hand and used in the same call only.
+    The shim takes pointers to at::Tensor. Each Python tensor holds one, which is there as long as the tensor.
 
     Args:
-        kept: tensors that stay, whatever their `.data` becomes.
-        others: number of the others.
+        kept: state tensors, which stay, whatever their `.data` becomes.
+        params: parameters, each of which stands for a weight and a gradient.
     """
 
-    def __init__(self, kept: Sequence[Tensor], others: int) -> None:
-        self._kept, self._shim = list(kept), _shim()
+    def __init__(self, kept: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        self._kept, self._params, self._shim = list(kept), list(params), _shim()
         if self._shim is None:
             return
-        self._impls = np.array([*(tensor._cdata for tensor in kept), *[0] * others], dtype=np.int64)
-        handles = self._impls.ctypes.data + self._impls.itemsize * np.arange(len(self._impls))
-        handles[: len(kept)] = owned = list(map(self._shim.own, handles[: len(kept)].tolist()))
-        weakref.finalize(self, self._shim.release, owned).atexit = False
-        self._handles, self._facts = handles, np.zeros((3, len(handles)), dtype=np.int64)
+        count = len(params)
+        self._handles = np.array(self._shim.handles([*kept, *params, *[None] * count]), dtype=np.int64)
+        self._own, self._facts = self._handles.copy(), np.zeros((3, len(self._handles)), dtype=np.int64)
         # numpy takes longer to give an address than torch to describe a tensor
-        self._describe = partial(self._shim.describe, handles.ctypes.data, len(handles), self._facts.ctypes.data)
+        size, facts = len(self._handles), self._facts.ctypes.data
+        self._describe = partial(self._shim.describe, self._handles.ctypes.data, size, 0, facts)
+        self._describe_own = partial(self._shim.describe, self._own.ctypes.data, size, count, facts)
 
-    def read(self, others: Sequence[Tensor | None]) -> np.ndarray:
+    def read(self, weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> np.ndarray:
         """An int64 column for each tensor, those kept first: address, number of elements, number of its kind.
 
         The kind is dtype, layout, device, and whether the tensor is contiguous and has storage for every element.
         Zeros stand for None. The array is good until the next call.
         """
         if self._shim is None:
-            return np.array(list(map(_ask, [*self._kept, *others])), dtype=np.int64).reshape(-1, 3).T
-        self._impls[len(self._kept) :] = [0 if tensor is None else tensor._cdata for tensor in others]
+            return np.array(list(map(_ask, [*self._kept, *weights, *grads])), dtype=np.int64).reshape(-1, 3).T
+        self._handles[len(self._kept) :] = self._shim.handles([*weights, *grads])
         if self._describe():
             for i in np.flatnonzero(self._facts[2] == _UNTOLD):
-                self._facts[:, i] = _ask([*self._kept, *others][i])
+                self._facts[:, i] = _ask([*self._kept, *weights, *grads][i])
+        return self._facts
+
+    def read_own(self) -> np.ndarray | None:
+        """What `read` returns of the parameters and the gradients that they have now, without one look at them in
+        Python; None where the shim cannot tell."""
+        if self._shim is None or not self._shim.tells_gradients or self._describe_own():
+            return None
         return self._facts
 
 
@@ -117,27 +123,40 @@ class _Shim:
     """torch's C shim, and the function of cpu.c that asks it.
 
     Raises:
-        AttributeError: a torch without it.
+        AttributeError: a torch without it, or whose Python tensors are made otherwise.
     """
 
     def __init__(self, describe: Callable[..., int]) -> None:
         library = ctypes.PyDLL(torch._C.__file__)  # finds what it is linked with, too
         ask = [getattr(library, f"aoti_torch_{question}") for question in _QUESTIONS]
+        ask.append(getattr(library, _GRADIENT, None))
+        self.tells_gradients = ask[-1] is not None
         self._ask = (ctypes.c_void_p * len(ask))(*(ctypes.cast(f, ctypes.c_void_p).value for f in ask))
-        self._new, self._delete = library.aoti_torch_new_tensor_handle, library.aoti_torch_delete_tensor_object
-        self._new.argtypes, self._delete.argtypes = [ctypes.c_void_p, ctypes.c_void_p], [ctypes.c_void_p]
-        self.describe = partial(describe, self._ask)  # addresses of handles and of facts, and their number between
+        self._place, self._nothing = _place_in_python(), ctypes.c_void_p()
+        # addresses of handles, their number, how many of them are gradients to be looked up, and address of facts
+        self.describe = partial(describe, self._ask)
 
-    def own(self, handle: int) -> int:
-        """A handle of its own to the same tensor, which keeps it."""
-        new = ctypes.c_void_p()
-        if self._new(handle, ctypes.byref(new)) or not new.value:
-            raise RuntimeError("torch's C shim gives no handle to a tensor")
-        return new.value
+    def handles(self, tensors: Iterable[Tensor | None]) -> list[int]:
+        """Addresses of the at::Tensor in each tensor, good as long as the tensor is there."""
+        place, nothing = self._place, ctypes.addressof(self._nothing)
+        return [nothing if tensor is None else id(tensor) + place for tensor in tensors]
 
-    def release(self, handles: list[int]) -> None:
-        for handle in handles:
-            self._delete(handle)
+
+def _place_in_python() -> int:
+    """
+    Returns:
+        Where a Python tensor holds its at::Tensor, a pointer: bytes from its start.
+
+    Raises:
+        AttributeError: not in one place.
+    """
+    places = []
+    for tensor in (torch.empty(1), torch.nn.Parameter(torch.empty(1)), torch.empty(1, dtype=torch.int8).view(1, 1)):
+        words = (ctypes.c_size_t * (Tensor.__basicsize__ // ctypes.sizeof(ctypes.c_size_t))).from_address(id(tensor))
+        places.append([i for i, word in enumerate(words) if word == tensor._cdata])
+    if len(places[0]) != 1 or places.count(places[0]) != len(places):
+        raise AttributeError("a Python tensor holds no at::Tensor")
+    return places[0][0] * ctypes.sizeof(ctypes.c_size_t)
 
 
 @cache
