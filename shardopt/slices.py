@@ -207,6 +207,11 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return local._tensor.detach() if type(local).__name__ == _CAST_WHEN_GATHERED else local  # type: ignore[attr-defined]
 
 
+def local_values(param: Tensor) -> Tensor:
+    """`local_tensor` of a parameter, apart from its autograd graph where that takes a tensor of its own."""
+    return param if type(param) in _ORDINARY else local_tensor(param.detach())
+
+
 def is_packed(tensor: Tensor) -> bool:
     """True for a tensor whose elements are made of other tensors, such as a quantized weight's codes and scales."""
     return type(tensor) not in _ORDINARY and is_traceable_wrapper_subclass(tensor)

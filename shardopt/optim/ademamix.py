@@ -17,7 +17,7 @@ from shardopt.optim.checked import CheckedOptimizer, Stored, check_state
 from shardopt.optim.kernels.table import Entry
 from shardopt.optim.plan import Plan
 from shardopt.optim.schema import STATE_TENSORS, HyperParameters
-from shardopt.slices import Layout, PlacementError, layout_of, local_tensor
+from shardopt.slices import Layout, PlacementError, layout_of, local_tensor, local_values
 
 _TILE = 1 << 20  # elements that a temporary may have, where a pass outside the kernels needs one
 _unnamed = count()  # a number for each optimizer of this process whose parameters have no names
@@ -215,7 +215,7 @@ class AdEMAMix(CheckedOptimizer):
 
     def _layouts(self, group: Mapping[str, Any], param: Tensor, name: str = "a parameter") -> tuple[Layout, ...]:
         """What the local tensor of `param` holds."""
-        weight, found = local_tensor(param.detach()), self.layouts.get(param)
+        weight, found = local_values(param), self.layouts.get(param)
         try:
             found = layout_of(param, name) if found is None else found
         except PlacementError as e:
@@ -232,16 +232,12 @@ class AdEMAMix(CheckedOptimizer):
         return layouts
 
     def _stored(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Stored]:
-        local = local_tensor(param.detach())
-        formats = schema.formats_of(group["state_dtype"])
-        stored = {}
-        for key in (tensor.key for tensor in STATE_TENSORS if tensor.kept(group)):
-            stored[key] = Stored(formats[key].dtype(local.dtype), local.shape)
-            if formats[key].in_blocks:
+        local = local_values(param)
+        shape, stored = local.shape, {}
+        for key, (dtype, in_blocks) in schema.stored_dtypes(group, local.dtype).items():
+            stored[key] = Stored(dtype, shape)
+            if in_blocks:
                 stored[f"{key}_scale"] = Stored(torch.float32, self._scale_shape(group, param))
-        master = schema.master_of(group, local.dtype)
-        if master is not None:
-            stored[master[0]] = Stored(master[1], local.shape)
         return stored
 
     def _scale_shape(self, group: Mapping[str, Any], param: Tensor) -> torch.Size:
@@ -271,7 +267,7 @@ class AdEMAMix(CheckedOptimizer):
 
     def _entry(self, name: str, group: Mapping[str, Any], param: Tensor) -> Entry:
         """The local tensors of `param` and its state, all of which are what they should be."""
-        state, weight = self.state[param], local_tensor(param.detach())
+        state, weight = self.state[param], local_values(param)
         layouts = self._layouts(group, param, name)
         check_state(name, state, weight, self._stored(group, param))
         index = next(i for i, other in enumerate(self.param_groups) if other is group)

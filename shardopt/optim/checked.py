@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import states
 from shardopt.optim.schema import COUNTS, PAPER_NAMES, STATE_KEYS, HyperParameter, signature
-from shardopt.slices import canonical_name, is_packed, is_shard, layout_of, local_tensor, shards_of
+from shardopt.slices import canonical_name, is_packed, is_shard, layout_of, local_tensor, local_values, shards_of
 
 
 class Stored(NamedTuple):
@@ -326,7 +326,7 @@ def _placements(param: Tensor, *, per_shard: bool) -> tuple[Any, ...] | None:
 
 
 def _zeros(param: Tensor, key: str, want: Stored) -> Tensor:
-    zeros = torch.zeros(want.shape, dtype=want.dtype, device=local_tensor(param.detach()).device)
+    zeros = torch.zeros(want.shape, dtype=want.dtype, device=local_values(param).device)
     return placed_like(param, zeros, per_shard=key.endswith("_scale"))
 
 

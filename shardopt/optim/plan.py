@@ -28,7 +28,7 @@ from shardopt.optim.kernels.table import pointed
 from shardopt.optim.precision import follow_weight
 from shardopt.optim.reference import scalars_of
 from shardopt.optim.schema import COUNTS, TYPES, Scalars
-from shardopt.slices import Layout, local_tensor
+from shardopt.slices import Layout, local_tensor, local_values
 
 _TILE = 1 << 20  # elements that a temporary may have where strided tensors are copied in parts
 _ORDINARY = {Tensor, torch.nn.Parameter, NoneType}
@@ -67,7 +67,7 @@ class Plan:
             seen.add(param)
             self.entries.append(entry_of(group, param))
             self.positions.append(position)
-        weights = [local_tensor(entry.param.detach()) for entry in self.entries]
+        weights = [local_values(entry.param) for entry in self.entries]
         self.absent = [i for i, param in enumerate(params) if param not in seen]
         self._states = [entry.state for entry in self.entries]
         self._stepped, place = np.unique([entry.group for entry in self.entries], return_inverse=True)
@@ -225,7 +225,10 @@ class Plan:
                     f"one here, which reads the step on the host: set capturable=False"
                 )
         grads, types, strided = list(grads), list(self._types), set(self._strided)
-        for column in np.flatnonzero((facts != self._known).any(0)).tolist():
+        changed = (facts != self._known).any(0)
+        state = slice(0, len(changed) - 2 * len(weights))  # which is as its entry says when it is first seen
+        changed[state] &= (self._known[1, state] != 0) | ~has_room(facts[1, state])
+        for column in np.flatnonzero(changed).tolist():
             key, i = self._labels[column]
             entry, weight, (dtype, device) = self.entries[i], weights[i], self._kinds[i]
             if key == "grad":
@@ -242,7 +245,7 @@ class Plan:
                 check_storage(weight, device, f"the weight {entry.name}")
             elif self._known[1, column]:
                 return None
-            elif not has_room(facts[1, column]):
+            else:
                 check_storage(entry.tensors[key], device, f"state {key!r} of {entry.name}")
             grad = grads[i]
             if grad is None or (grad.is_contiguous() and weight.is_contiguous()):

@@ -109,6 +109,31 @@ def master_of(group: Mapping[str, Any], weight: torch.dtype) -> tuple[str, torch
     return None if chosen is None else MASTERS[chosen]
 
 
+def stored_dtypes(group: Mapping[str, Any], weight: torch.dtype) -> Mapping[str, tuple[torch.dtype, bool]]:
+    """Of each state tensor of a group's weights of this dtype, in the order in which they are made, its dtype and
+    whether it has scales beside it.
+
+    Raises:
+        InputError: a dtype that AdEMAMix does not update.
+    """
+    kept = tuple(tensor.key for tensor in STATE_TENSORS if tensor.kept(group))
+    state_dtype = group["state_dtype"]
+    named = tuple(state_dtype.items()) if isinstance(state_dtype, Mapping) else state_dtype
+    return _stored_dtypes(kept, named, master_of(group, weight), weight)
+
+
+@cache  # asked for each parameter
+def _stored_dtypes(
+    kept: tuple[str, ...],
+    state_dtype: str | tuple[tuple[str, str], ...],
+    master: tuple[str, torch.dtype] | None,
+    weight: torch.dtype,
+) -> Mapping[str, tuple[torch.dtype, bool]]:
+    formats = _formats_named(state_dtype) if isinstance(state_dtype, str) else _formats(state_dtype)
+    found = {key: (formats[key].dtype(weight), formats[key].in_blocks) for key in kept}
+    return found if master is None else found | {master[0]: (master[1], False)}
+
+
 # -- hyper-parameters: each with its default and its check, which returns the value as a group keeps it -----------
 
 

@@ -71,9 +71,9 @@ class Facts:
         return self._facts
 
 
-def has_room(kind: int) -> bool:
-    """True for the kind of a tensor that has storage for every element, where it was told by the shim."""
-    return kind > 0 and bool(kind >> 2 & 1)
+def has_room(kinds: np.ndarray) -> np.ndarray:
+    """True for the kinds of tensors that have storage for every element, where they were told by the shim."""
+    return (kinds > 0) & (kinds >> 2 & 1 != 0)
 
 
 def has_storage(tensor: Tensor) -> bool:
