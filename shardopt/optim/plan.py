@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import chain
 from operator import is_, itemgetter
 from types import NoneType
 from typing import Any
@@ -23,12 +22,12 @@ from torch.autograd.graph import increment_version
 
 from shardopt.errors import InputError
 from shardopt.optim.kernels import Entry, Table
-from shardopt.optim.kernels.facts import Facts, check_storage, has_room
-from shardopt.optim.kernels.table import pointed
+from shardopt.optim.kernels.facts import Facts, Held, check_storage, has_room
+from shardopt.optim.kernels.table import clipped, pointed
 from shardopt.optim.precision import follow_weight
 from shardopt.optim.reference import scalars_of
 from shardopt.optim.schema import COUNTS, TYPES, Scalars
-from shardopt.slices import Layout, local_tensor, local_values
+from shardopt.slices import local_tensor, local_values
 
 _TILE = 1 << 20  # elements that a temporary may have where strided tensors are copied in parts
 _ORDINARY = {Tensor, torch.nn.Parameter, NoneType}
@@ -74,15 +73,10 @@ class Plan:
         self._place = place.astype(np.int64)  # of each entry's group among those that have entries
         self._scheduled = any("schedule_step" in held for held in self._states)
         self._all_states = list(state.values())
-        self._lengths = list(map(len, self._states))
-        # For each set of state keys what takes their values from the dicts that have them, and what these should be.
-        self._columns: list[tuple[Callable[[Any], Any], list[dict[str, Any]], list[Tensor]]] = []
-        holders: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        alike: dict[tuple[int, tuple[str, ...]], list[dict[str, Any]]] = {}
         for entry in self.entries:
-            holders.setdefault(tuple(entry.tensors), []).append(entry.state)
-        for keys, held in holders.items():
-            get = itemgetter(*keys)
-            self._columns.append((get, held, list(chain.from_iterable(map(get, held)))))
+            alike.setdefault((len(entry.state), tuple(entry.tensors)), []).append(entry.state)
+        self._held = [Held(dicts, keys) for (_, keys), dicts in alike.items()]
         self._params = [entry.param for entry in self.entries]
         self._mastered = [i for i, entry in enumerate(self.entries) if "master" in entry.tensors]
         self._left: dict[int, tuple[int, ...]] = {}  # those weights as our own step has left them
@@ -95,6 +89,7 @@ class Plan:
         self._facts = Facts([tensor for _, _, tensor in labels], self._params)
         self._known = np.zeros((2, len(self._labels)), dtype=np.int64)  # sizes and kinds that have been checked
         self._types: list[torch.dtype | None] = [None] * len(weights)  # of the gradients
+        self._all_have_gradients = False
         self._strided: set[int] = set()  # entries whose weight or gradient is not laid out in order
         self._tables: list[Table] = []
         self._made_for: tuple[set[int], list[int]] | None = None  # strided entries and the groups' seeds
@@ -112,15 +107,7 @@ class Plan:
         now = state.values()
         if len(now) != len(self._all_states) or not all(map(is_, now, self._all_states)):
             return False
-        if list(map(len, self._states)) != self._lengths:
-            return False
-        for get, held, tensors in self._columns:
-            try:
-                if not all(map(is_, chain.from_iterable(map(get, held)), tensors)):
-                    return False
-            except KeyError:
-                return False
-        return True
+        return all(held.unchanged() for held in self._held)
 
     def step(self, gradients: list[Tensor | None]) -> bool:
         """One step; `gradients` are those of `params`, None where there is none.
@@ -252,7 +239,7 @@ class Plan:
                 strided.discard(i)
             else:
                 strided.add(i)
-        self._types, self._strided = types, strided
+        self._types, self._strided, self._all_have_gradients = types, strided, None not in types
         return grads
 
     def _check_numel(self, index: int, tensor: Tensor, what: str) -> None:
@@ -297,7 +284,7 @@ class Plan:
 
         There is one place for each group and step count: nearly always as many as there are groups.
         """
-        alike = None if None in self._types else self._count_alike()
+        alike = self._count_alike() if self._all_have_gradients else None
         if alike is not None:
             found = [scalars_of(self.groups[group], *alike) for group in self._stepped]
             return self._place, found, np.array([alike[0]] * len(found))
@@ -399,8 +386,8 @@ class Plan:
                 key: tensor if key.endswith("_scale") else tensor.view(-1).narrow(0, start, copy.numel())
                 for key, tensor in entry.tensors.items()
             }
-            clipped = tuple(_clipped(layout, start, copy.numel()) for layout in entry.layouts)
-            part_table = Table([0], [replace(entry, tensors=tensors, layouts=clipped)], self.groups, capturable=False)
+            layouts = tuple(clipped(layout, start, copy.numel()) for layout in entry.layouts)
+            part_table = Table([0], [replace(entry, tensors=tensors, layouts=layouts)], self.groups, capturable=False)
             part_grad = grad[first : first + some].contiguous()
             kept = [*(tensor for _, tensor in pointed(part_table.entries[0])), copy, part_grad]
             part_table.point(np.array([t.data_ptr() for t in kept]), [copy], [part_grad], [grad.dtype])
@@ -408,16 +395,3 @@ class Plan:
             entry.kernel.run(part_table)
             if scalars.lr != 0.0 and copy.data_ptr() != part.data_ptr():  # with lr = 0 no bit is to move
                 part.copy_(copy)
-
-
-# -- layouts -----------------------------------------------------------------------------------------------------
-
-
-def _clipped(layout: Layout, start: int, length: int) -> Layout:
-    """The part of a layout that lies in the local elements start .. start + length, counted from `start`."""
-    ranges = []
-    for r in layout.ranges:
-        first, last = max(r.local_start, start), min(r.local_start + r.length, start + length)
-        if first < last:
-            ranges.append(r.part(first - r.local_start, last - first)._replace(local_start=first - start))
-    return Layout(layout.name, layout.shape, tuple(ranges))

@@ -779,3 +779,19 @@ int64_t shardopt_describe(const Shim *ask, void **tensors, int64_t count, int64_
     }
     return untold;
 }
+
+typedef struct { /* Python's: what a dict has under a key, and its size */
+    void *(*get)(void *, void *);
+    int64_t (*size)(void *);
+} Dict;
+
+/* True while each of `count` dicts has that many entries, and under each of the `some` keys its very object of `objects`. */
+int64_t shardopt_holds(const Dict *ask, void *const *dicts, int64_t count, int64_t size, void *const *keys, int64_t some,
+                       void *const *objects) {
+    for (int64_t i = 0; i < count; i++) {
+        if (ask->size(dicts[i]) != size) return 0;
+        for (int64_t k = 0; k < some; k++)
+            if (ask->get(dicts[i], keys[k]) != objects[i * some + k]) return 0;
+    }
+    return 1;
+}

@@ -62,6 +62,8 @@ class CpuKernel(Kernel):
         # facts.py asks by it; torch's answers may take Python, so the interpreter stays locked
         describe = ctypes.PYFUNCTYPE(number, pointer, pointer, number, number, pointer)
         self.describe = describe(("shardopt_describe", library))
+        holds = ctypes.PYFUNCTYPE(number, pointer, pointer, number, number, pointer, number, pointer)
+        self.holds = holds(("shardopt_holds", library))
 
     def refusal(self, weight: Tensor) -> str | None:
         if weight.device.type != "cpu":

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
+from operator import is_
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +73,38 @@ class Facts:
         return self._facts
 
 
+class Held:
+    """Whether some dicts still hold the very objects that they held, and as many of them.
+
+    Args:
+        dicts: of the same size and with the same keys.
+        keys: those whose objects count.
+    """
+
+    def __init__(self, dicts: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
+        self._dicts, self._keys, self._size = list(dicts), list(keys), len(dicts[0])
+        self._objects = [held[key] for held in dicts for key in keys]
+        self._ask: Callable[[], int] | None = None
+        if (shim := _shim()) is not None:
+            dicts_at, keys_at, objects_at = (_addresses(map(id, own)) for own in (dicts, keys, self._objects))
+            self._ask = partial(shim.holds, dicts_at, len(dicts), self._size, keys_at, len(keys), objects_at)
+
+    def unchanged(self) -> bool:
+        if self._ask is not None:
+            return bool(self._ask())
+        now = (held.get(key) for held in self._dicts for key in self._keys)
+        return {*map(len, self._dicts)} == {self._size} and all(map(is_, now, self._objects))
+
+
+def _addresses(numbers: Iterable[int | None]) -> ctypes.Array[ctypes.c_void_p]:
+    numbers = list(numbers)
+    return (ctypes.c_void_p * len(numbers))(*numbers)
+
+
+def _functions(functions: Iterable[Any]) -> ctypes.Array[ctypes.c_void_p]:
+    return _addresses(ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+
+
 def has_room(kinds: np.ndarray) -> np.ndarray:
     """True for the kinds of tensors that have storage for every element, where they were told by the shim."""
     return (kinds > 0) & (kinds >> 2 & 1 != 0)
@@ -120,21 +154,23 @@ def _ask(tensor: Tensor | None) -> tuple[int, int, int]:
 
 
 class _Shim:
-    """torch's C shim, and the function of cpu.c that asks it.
+    """torch's C shim and Python's dicts, and the functions of cpu.c that ask them.
 
     Raises:
         AttributeError: a torch without it, or whose Python tensors are made otherwise.
     """
 
-    def __init__(self, describe: Callable[..., int]) -> None:
+    def __init__(self, describe: Callable[..., int], holds: Callable[..., int]) -> None:
         library = ctypes.PyDLL(torch._C.__file__)  # finds what it is linked with, too
         ask = [getattr(library, f"aoti_torch_{question}") for question in _QUESTIONS]
         ask.append(getattr(library, _GRADIENT, None))
         self.tells_gradients = ask[-1] is not None
-        self._ask = (ctypes.c_void_p * len(ask))(*(ctypes.cast(f, ctypes.c_void_p).value for f in ask))
+        self._ask = _functions(ask)
         self._place, self._nothing = _place_in_python(), ctypes.c_void_p()
         # addresses of handles, their number, how many of them are gradients to be looked up, and address of facts
         self.describe = partial(describe, self._ask)
+        # addresses of dicts, their number and size, addresses and number of keys, addresses of objects
+        self.holds = partial(holds, _functions([ctypes.pythonapi.PyDict_GetItem, ctypes.pythonapi.PyDict_Size]))
 
     def handles(self, tensors: Iterable[Tensor | None]) -> list[int]:
         """Addresses of the at::Tensor in each tensor, good as long as the tensor is there."""
@@ -162,8 +198,8 @@ def _place_in_python() -> int:
 @cache
 def _shim() -> _Shim | None:
     """None where there is no C compiler, or a torch without the shim."""
-    describe = getattr(kernels._load("c"), "describe", None)
+    describe, holds = (getattr(kernels._load("c"), name, None) for name in ("describe", "holds"))
     try:
-        return None if describe is None else _Shim(describe)
+        return None if describe is None or holds is None else _Shim(describe, holds)
     except (AttributeError, OSError):
         return None

@@ -132,6 +132,16 @@ def collapsed(tensor: Tensor) -> list[tuple[int, int]]:
     return dims or [(1, 1)]
 
 
+def clipped(layout: Layout, start: int, length: int) -> Layout:
+    """The part of a layout that lies in the local elements start .. start + length, counted from `start`."""
+    ranges = []
+    for r in layout.ranges:
+        first, last = max(r.local_start, start), min(r.local_start + r.length, start + length)
+        if first < last:
+            ranges.append(r.part(first - r.local_start, last - first)._replace(local_start=first - start))
+    return Layout(layout.name, layout.shape, tuple(ranges))
+
+
 class Table:
     """
     Args:

@@ -531,6 +531,7 @@ class _Launch(NamedTuple):
 class TritonKernel:
     name = "triton"
     takes_strides = False
+    takes_addresses = False
 
     def refusal(self, weight: Tensor) -> str | None:
         wanted = "cpu" if _INTERPRETED else "cuda"
