@@ -220,7 +220,7 @@ def _wrong_of(ranks, folder, tensors):
     return wrong
 
 
-@budget(6)
+@budget(4)
 @given(states_of_three_ranks())
 def test_what_any_shards_wrote_is_read_into_any_others(tensors):
     folder = scratch()
