@@ -321,6 +321,7 @@ def test_results_are_those_of_the_runs_own_files(finished):
     assert adamw["state_bytes"] == pytest.approx(8 * parameters, rel=0.01)
     assert mix["state_bytes"] == pytest.approx(12 * parameters, rel=0.01)
     assert 0 < adamw["step_time"] < 10
+    assert mix["runs"][1]["train_loss"] == rows["ademamix-seed1"][-1]["loss"]  # of 6 steps a tenth is the last one
     assert told["best"] == min(told["variants"], key=lambda one: one["eval_loss"])["name"]
 
 

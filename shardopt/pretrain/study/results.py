@@ -32,6 +32,7 @@ class Finished:
         rows: of its metrics.
         loss: held-out loss after its last step, nats per token; infinite where it was not finite.
         bits: the same in bits per byte of the held-out text.
+        train_loss: mean over the last tenth of its steps, nats per token; infinite where it was not finite.
         step_time: median of its rows, seconds.
         state_bytes: of the optimizer's state, from the last checkpoint.
     """
@@ -40,6 +41,7 @@ class Finished:
     rows: list[dict[str, Any]]
     loss: float
     bits: float
+    train_loss: float
     tokens: int
     step_time: float
     state_bytes: int
@@ -61,9 +63,10 @@ def read(trial: Trial) -> Finished:
         raise InputError(f"{trial.config.folder} has lost its metrics or its checkpoint: remove it, to run it again")
     kinds = inspect.describe(newest)["kinds"]
     loss, bits = (math.inf if (value := rows[-1].get(key)) is None else value for key in _HELD_OUT)
+    last = [math.inf if row["loss"] is None else row["loss"] for row in rows if row["step"] > 0.9 * rows[-1]["step"]]
     times = [row["step_time"] for row in rows if row.get("step_time") is not None]
     state = sum(row["bytes"] for kind, row in kinds.items() if kind not in _WEIGHTS)
-    return Finished(trial, rows, loss, bits, rows[-1]["tokens"], median(times), state)
+    return Finished(trial, rows, loss, bits, fmean(last), rows[-1]["tokens"], median(times), state)
 
 
 _HELD_OUT = ("eval_loss", "eval_bits_per_byte")
@@ -201,7 +204,8 @@ class Results:
             "curve": {"tokens": curve.tokens, "eval_loss": curve.mean, "spread": curve.spread},
             "runs": [
                 {"name": run.trial.name, "seed": run.seed, "eval_loss": _plain(run.loss),
-                 "eval_bits_per_byte": _plain(run.bits), "tokens": run.tokens, "step_time": run.step_time}
+                 "eval_bits_per_byte": _plain(run.bits), "train_loss": _plain(run.train_loss),
+                 "tokens": run.tokens, "step_time": run.step_time}
                 for run in runs
             ],
         }  # fmt: skip
