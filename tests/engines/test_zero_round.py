@@ -64,11 +64,12 @@ def test_backward_after_clipping_is_refused_every_time_and_the_step_is_right():
     assert same_weights(model, expected_after(range(3)))
 
 
+@pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_calls_inside_accumulate_are_refused_and_the_micro_batch_is_right(stage):
+def test_calls_inside_accumulate_are_refused_and_the_micro_batch_is_right(stage, last):
     model = mlp()
     optimizer = ZeroOptimizer(model, AdEMAMix, stage=stage, lr=0.1)
-    with optimizer.accumulate():
+    with optimizer.accumulate(last):
         optimizer.zero_grad()  # nothing has come yet
         loss_of(model, 0).backward()
         for call in (

@@ -172,7 +172,7 @@ STAGES = st.sampled_from([{"stage": 1}, {"stage": 2}, {"stage": 2, "reduce_dtype
 
 
 @budget(12)
-@given(STAGES, st.lists(CALLS, max_size=14))
+@given(STAGES, st.lists(CALLS, min_size=6, max_size=24))
 def test_any_sequence_of_calls_gives_the_numbers_of_one_process(options, calls):
     assert on_ranks(2, _run, options, calls, timeout=60) == [None, None]
 

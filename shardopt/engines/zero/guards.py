@@ -49,9 +49,9 @@ class _ZeroGrad:
     def __call__(self, set_to_none: bool = True) -> None:
         model = self.model()
         assert model is not None
-        type(model).zero_grad(model, set_to_none)
         for optimizer in list(self.optimizers):
             optimizer.zero_grad()
+        type(model).zero_grad(model, set_to_none)
 
     def remove(self, optimizer: ZeroOptimizer) -> None:
         self.optimizers.discard(optimizer)

@@ -74,7 +74,7 @@ class MicroBatches:
                 current.fail(error)
             self.flat.drop_gradients()
             raise
-        current.state = RoundState.ACCUMULATING
+        current.state, current.begun = RoundState.ACCUMULATING, True
         # Another rank may come by other optimizers' parameters first, and wait there for this one.
         self.reducer.may_wait = len(_open) == 1
         if current.last is None:
@@ -133,7 +133,7 @@ class MicroBatches:
         """Around forward and backward of one micro-batch."""
         current = self.round
         current.require("accumulate()", RoundState.IDLE, RoundState.ACCUMULATED, RoundState.GATHERING)
-        current.state, current.last = RoundState.ACCUMULATING, last
+        current.state, current.last, current.begun = RoundState.ACCUMULATING, last, False
         # With several optimizers ranks may come by the buckets in orders of their own.
         self.reducer.is_last = last and len(_open) == 1
         try:

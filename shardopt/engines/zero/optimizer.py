@@ -269,8 +269,9 @@ class ZeroOptimizer(Optimizer):
         """Forget the gradients, reduced and not. Not inside a backward, nor inside `accumulate` after one."""
         if self.round.state is not RoundState.FAILED:
             self.round.require("zero_grad()", *RESTING, RoundState.ACCUMULATING)
-            if not self.reducer.idle:
+            if self.round.begun or not self.reducer.idle:
                 self.round.require("zero_grad()", *RESTING)
+            if not self.reducer.idle:
                 self._micro_batches.finish()
         self.reducer.skip()
         self.round.drop()

@@ -45,6 +45,7 @@ class Round:
 
     state: RoundState = RoundState.IDLE
     last: bool | None = None  # accumulate()'s argument inside its block; None outside
+    begun: bool = False  # a backward has brought gradients since the accumulate() block was entered
     unsent: bool = False  # whole gradients of earlier micro-batches are held and not reduced (stage 1)
     norm: float = 0.0  # L2 norm of the whole gradient after clipping, in REDUCED
     clip: float = 1.0  # what the gradients are still to be multiplied by, in REDUCED
