@@ -32,6 +32,10 @@ STATUS = "SHARDOPT_STATUS"
 with a checkpoint. It is for whoever started the ranks: torchrun's exit status after a signal says neither."""
 
 
+# transformers imports torchao where it is installed, which warns of CUDA libraries and of torch, on every rank.
+_NOISY = ("torchao", "torch.utils._pytree")
+
+
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     """Run a command; the exit status: 0 done, or stopped on request with a checkpoint; 2 bad input; else another.
 
@@ -40,6 +44,8 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         command: what a script of its own runs, so that `argv` does not name it.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if command is None:
         if given[:1] and given[0] in commands.COMMANDS:
             return commands.main(given)

@@ -208,7 +208,8 @@ def test_the_command_that_starts_ranks_stops_with_a_checkpoint_and_without_a_tra
     output = stopped_with_a_checkpoint(folder, "started", signal.SIGTERM, process)
     assert process.returncode == 0, output
     assert "Traceback (most" not in output
-    for log in ("death signal", "closing signal", "torch/distributed/elastic"):  # torchrun's own
+    # torchrun's own; of a package that transformers imports
+    for log in ("death signal", "closing signal", "torch/distributed/elastic", "torchao", "_pytree"):
         assert log not in output
 
 
