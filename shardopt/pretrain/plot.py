@@ -75,7 +75,7 @@ def save(figure: Figure, target: Path) -> None:
 def limits(values: Sequence[float]) -> tuple[float, float]:
     """Of an axis that shows all of `values`."""
     low, high = min(values), max(values)
-    margin = 0.05 * (high - low) or 0.1
+    margin = 0.05 * (high - low) or 0.1 * abs(high) or 0.1
     return low - margin, high + margin
 
 

@@ -306,6 +306,19 @@ def test_ticks_are_round_and_short(low, high, ticks):
     assert [drawing.label(tick) for tick in drawing.ticks(low, high, 5)] == ticks
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "labels", "offset"),
+    [
+        (2.1, 2.9, ["2.2", "2.4", "2.6", "2.8"], ""),
+        (-0.0013, 0.001, ["-0.001", "-5e-4", "0", "5e-4", "0.001"], ""),
+        (0.0049849, 0.0049863, ["0", "5e-7", "1e-6"], "0.004985"),
+        (12_345_600, 12_345_900, ["0", "100", "200", "300"], "12.3456M"),
+    ],
+)
+def test_labels_of_a_y_axis_differ_and_are_short(low, high, labels, offset):
+    assert drawing.labels(drawing.ticks(low, high, 5)) == (labels, offset)
+
+
 def test_held_out_loss_may_be_missing_and_sources_have_panels_of_their_own(tmp_path):
     without = made_runs.write(tmp_path / "a", [row(step) for step in range(1, 9)])
     of_sources = made_runs.write(

@@ -19,6 +19,7 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--allow-file-access-from-files",
     "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom",
 ]  # fmt: skip
+DRIFT = "eval_bits_per_byte/of a source that hardly changes"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,8 @@ def found(tmp_path_factory):
         made_runs.write(folder / "runs" / "a", rows(), events=[start(), event("warning", 500, text=evil), start(500)]),
         made_runs.write(folder / "runs" / "b<img src=x onerror='injected = true'>", rows(shift=0.4)),
         made_runs.write(
-            folder / "runs" / "c", [*rows(400), row(402, loss=None)],
+            folder / "runs" / "c",
+            [*({**one, DRIFT: 0.004985 + 1e-9 * one["step"]} for one in rows(400)), row(402, loss=None)],
             config={"optimizer": {"note": evil, "long": "x" * 400}}, samples=[{"step": 9, "text": evil * 9}],
         ),
     ]  # fmt: skip
@@ -69,6 +71,8 @@ def test_every_reader_sees_all_curves_with_labels_and_nothing_runs_out_of_the_pa
     assert len(seen["labels"]) >= 2
     assert seen["labels"][-1] == "1000"
     assert seen["overflow"] == 0
+    assert seen["cut"] == []
+    assert seen["offsets"] == ["+ 0.0049851"]
 
 
 def test_letters_on_a_phone_are_as_large_as_elsewhere(found):

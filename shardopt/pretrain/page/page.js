@@ -56,7 +56,19 @@
     for (const [size, name] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]])
       if (Math.abs(number) >= size && (size > 1e3 || Math.abs(number) >= 1e4))
         return `${Number((number / size).toPrecision(digits))}${name}`;
-    return `${Number(number.toPrecision(digits))}`;
+    if (number === 0 || Math.abs(number) >= 1e-3) return `${Number(number.toPrecision(digits))}`;
+    const [mantissa, exponent] = number.toExponential(digits - 1).split("e");
+    return `${Number(mantissa)}e${exponent}`;
+  }
+
+  // See labels in drawing.py.
+  function labels(numbers) {
+    const steps = numbers.slice(1).map((number, i) => Math.abs(number - numbers[i]));
+    const largest = Math.max(0, ...numbers.map(Math.abs));
+    const digits = steps.length ? Math.max(4, Math.ceil(Math.log10(largest / Math.min(...steps)) + 1)) : 4;
+    const texts = numbers.map((number) => label(number, digits));
+    if (texts.every((text) => text.length - (text.match(/[.-]/g) || []).length / 2 <= data.most_digits)) return [texts, ""];
+    return [numbers.map((number) => label(number - numbers[0])), label(numbers[0], digits)];
   }
 
   function scale(low, high, length, log) {
@@ -115,11 +127,13 @@
     image.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     image.replaceChildren();
     image.scales = { x, y };
-    for (const tick of choice.logY ? logTicks(y0, y1) : ticks(y0, y1, 6)) {
+    const yTicks = choice.logY ? logTicks(y0, y1) : ticks(y0, y1, 6), [texts, offset] = labels(yTicks);
+    yTicks.forEach((tick, i) => {
       const at = (TOP + y.to(tick)).toFixed(1);
       add(image, "path", { class: "grid", d: `M${LEFT} ${at}h${box[0]}` });
-      add(image, "text", { x: LEFT - 6, y: Number(at) + 4, "text-anchor": "end" }, label(tick));
-    }
+      add(image, "text", { x: LEFT - 6, y: Number(at) + 4, "text-anchor": "end" }, texts[i]);
+    });
+    if (offset) add(image, "text", { class: "offset", x: LEFT + 6, y: TOP + 12 }, `+ ${offset}`);
     let free = 0;
     for (const tick of x.ticks(width < 420 ? 4 : 6)) {
       const at = LEFT + x.to(tick), text = label(tick, 6), half = 4 * text.length;

@@ -81,6 +81,7 @@ def _for_the_script(
 ) -> dict[str, Any]:
     return {
         "dots": drawing.DOTS,
+        "most_digits": drawing.MOST_DIGITS,
         "runs": [{"name": record.name, "tokens": _tokens(record)} for record in records],
         "panels": [
             {
