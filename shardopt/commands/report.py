@@ -21,9 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     from shardopt.pretrain.page.write import write
+    from shardopt.pretrain.report import Report
 
     target = arguments.output or (arguments.runs[0] / _NAME if len(arguments.runs) == 1 else Path(_NAME))
     records = write(arguments.runs, target)
     runs = records[0].name if len(records) == 1 else f"{len(records)} runs"
     print(f"{runs}: {target}, {target.stat().st_size / 1e3:,.0f} kB, opens in any browser")
-    return 0
+    damage = [f"{record.folder}/{text}" for record in records for text in record.damage]
+    for text in damage:
+        Report(True).warn(text)
+    return 1 if damage else 0

@@ -238,19 +238,60 @@ def test_folders_that_hold_no_run_or_a_damaged_one_are_named(tmp_path):
         with pytest.raises(InputError, match=f"{nothing} holds no run: give a run's folder"):
             records.read([nothing])
     run = made_runs.write(tmp_path / "a", rows(4))
-    (run / "data.json").write_text("{")
-    with pytest.raises(InputError, match=f"{run} has a file that is damaged"):
+    (run / "config.yaml").rename(run / "other.yaml")
+    with pytest.raises(InputError, match=f"{run}/config.yaml: there is none"):
         records.read([run])
-    (run / "data.json").unlink()
-    (run / "config.yaml").write_text("a: [")
-    with pytest.raises(InputError, match=f"{run} has a file that is damaged"):
-        records.read([run])
-    (run / "config.yaml").write_text("[]")
-    assert page(run, run).data["runs"][0]["name"] == "a"
+    (run / "other.yaml").rename(run / "config.yaml")
     (taken := tmp_path / "taken").mkdir()
     with pytest.raises(StorageError, match=r"--output: cannot write .*taken: Is a directory"):
         write([run], taken)
     assert [path.name for path in tmp_path.iterdir() if path != run] == ["taken"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "warning"),
+    [
+        ("config.yaml", b"a: [", "config.yaml is damaged: while parsing"),
+        ("config.yaml", b"\xff", "config.yaml is damaged: 'utf-8' codec"),
+        ("config.yaml", b"[]", "config.yaml is damaged: it holds no sections"),
+        ("data.json", b"{", "data.json is damaged: Expecting property name"),
+        ("samples.jsonl", b"7\n{}\n", "samples.jsonl: 1 line cannot be read"),
+        ("events.jsonl", b"\xff", "events.jsonl: 1 line cannot be read"),
+        ("metrics.jsonl", b"\x00\xff\n\n[[[[\n\xfe", "metrics.jsonl: 3 lines cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_named_on_the_console_and_the_page_which_does_without_it(
+    tmp_path, capsys, file, content, warning
+):
+    run = made_runs.write(tmp_path / "a", rows(40), events=[start(), event("finished", 40)])
+    (run / file).write_bytes(content)
+    assert cli.main(["report", str(run)]) == 1
+    assert f"warning: {run}/{warning}" in capsys.readouterr().out
+    made = Page(run / "report.html")
+    assert warning in made.text
+    assert "no metrics yet" not in made.text
+    assert ("no metrics that can be read" in made.text) == (file == "metrics.jsonl")
+    assert table(figures(records.read([run])))["step"] == ["40" if file == "config.yaml" else "40 of 1,000"]
+
+
+def test_a_half_written_last_line_is_no_damage(tmp_path):
+    run = made_runs.write(tmp_path / "a", [])
+    (run / "metrics.jsonl").write_text('{"step": 1, "lo')
+    assert records.read([run])[0].damage == []
+
+
+def test_damaged_runs_in_a_folder_are_named_and_the_others_shown(tmp_path, capsys):
+    runs = {name: made_runs.write(tmp_path / "runs" / name, rows(40)) for name in ("good", "torn", "unknown")}
+    (runs["torn"] / "config.yaml").write_text("a: [")
+    (runs["unknown"] / "config.yaml").unlink()
+    assert cli.main(["report", str(tmp_path / "runs")]) == 1
+    said = capsys.readouterr().out
+    made = Page(tmp_path / "runs" / "report.html")
+    assert [run["name"] for run in made.data["runs"]] == list(runs)
+    assert made.text.count("is damaged: while parsing") == said.count(f"{runs['torn']}/config.yaml is damaged") == 1
+    for text in (said, made.text):
+        assert "config.yaml cannot be read: No such file or directory" in text
+        assert "good/" not in text
 
 
 def test_data_of_another_version_is_said_to_be_so_and_shown_once_for_runs_that_share_it(tmp_path):

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from shardopt.errors import InputError
 from shardopt.pretrain import strict_yaml
 from shardopt.pretrain.events import read_events, state_after
-from shardopt.pretrain.jsonl import read_objects
+from shardopt.pretrain.jsonl import read_objects, unreadable_lines
 from shardopt.pretrain.lock import look_at
 from shardopt.pretrain.metrics import read_metrics
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Record:
         samples: text by `step`.
         data: the report on its text; None where there is none.
         running: whether a process has it now.
+        damage: what of its files cannot be read, a line for each file, which begins with its name.
     """
 
     folder: Path
@@ -42,12 +45,23 @@ class Record:
     samples: list[dict[str, Any]]
     data: dict[str, Any] | None
     running: bool
+    damage: list[str]
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the config; empty where it has none."""
+        section = self.config.get(name)
+        return section if isinstance(section, dict) else {}
 
     @property
     def steps(self) -> int | None:
         """Those that the config asks for."""
-        train = self.config.get("train")
-        return train.get("steps") if isinstance(train, dict) else None
+        steps = self.section("train").get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def step(self) -> int:
+        """The last one that its metrics tell, or where there are none its events."""
+        return next((one["step"] for one in [*self.rows[-1:], *self.events[-1:]]), 0)
 
     @property
     def state(self) -> str:
@@ -68,7 +82,7 @@ def read(paths: Sequence[Path]) -> list[Record]:
     """The runs in `paths`: run folders, and folders of runs, such as a study's, each once.
 
     Raises:
-        InputError: a path holds no run, or a file of a run cannot be read.
+        InputError: a path holds no run.
     """
     folders = {folder.resolve(): folder for path in paths for folder in runs_in(path)}
     records = [_read(folder) for folder in folders.values()]
@@ -76,37 +90,59 @@ def read(paths: Sequence[Path]) -> list[Record]:
 
 
 def runs_in(path: Path) -> list[Path]:
-    """`path` itself where it is a run's folder, else the runs in it.
+    """`path` itself where it is a run's folder, else the runs in it, those without a config.yaml too.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or `path` is a run's without a config.yaml.
     """
     if (path / "config.yaml").is_file():
         return [path]
-    found = sorted((config.parent for config in path.glob("*/config.yaml")), key=lambda p: _natural(p.name))
+    if (path / "metrics.jsonl").is_file():
+        raise InputError(f"{path / 'config.yaml'}: there is none, so that nothing tells what run this is: restore it")
+    inner = {file.parent for name in ("config.yaml", "metrics.jsonl") for file in path.glob(f"*/{name}")}
+    found = sorted(inner, key=lambda p: _natural(p.name))
     if not found:
         raise InputError(f"{path} holds no run: give a run's folder, such as runs/NAME, or one with runs in it")
     return found
 
 
 def _read(folder: Path) -> Record:
-    metrics, samples, data = (folder / name for name in ("metrics.jsonl", "samples.jsonl", "data.json"))
-    try:
-        config = strict_yaml.parse((folder / "config.yaml").read_text(encoding="utf-8"))
-        return Record(
-            folder,
-            folder.name,
-            config if isinstance(config, dict) else {},
-            read_metrics(metrics) if metrics.exists() else [],
-            read_events(folder / "events.jsonl"),
-            read_objects(samples) if samples.exists() else [],
-            json.loads(data.read_text(encoding="utf-8")) if data.exists() else None,
-            look_at(folder / ".lock")[0] in ("held", "silent"),
-        )
-    except OSError as e:
-        raise InputError(f"cannot read {folder}: {e.strerror or e}") from e
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise InputError(f"{folder} has a file that is damaged: {' '.join(str(e).split())}") from e
+    damage: list[str] = []
+
+    def part(name: str, read: Callable[[Path], _T], nothing: _T, needed: bool = False) -> _T:
+        """What a file says; what cannot be read is told in `damage`, and the page does without it."""
+        file = folder / name
+        try:
+            return read(file) if needed or file.exists() else nothing
+        except OSError as e:
+            damage.append(f"{name} cannot be read: {e.strerror or e}")
+        except (yaml.YAMLError, ValueError, RecursionError) as e:
+            damage.append(f"{name} is damaged: {' '.join(str(e).split())}")
+        return nothing
+
+    def lines(name: str, read: Callable[[Path], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        if count := part(name, unreadable_lines, 0):
+            damage.append(f"{name}: {count:,} line{'s' * (count != 1)} cannot be read")
+        return part(name, read, [])
+
+    return Record(
+        folder,
+        folder.name,
+        part("config.yaml", _config, {}, needed=True),
+        lines("metrics.jsonl", read_metrics),
+        lines("events.jsonl", read_events),
+        lines("samples.jsonl", read_objects),
+        part("data.json", lambda file: json.loads(file.read_text(encoding="utf-8")), None),
+        part(".lock", lambda file: look_at(file)[0] in ("held", "silent"), False),
+        list(dict.fromkeys(damage)),
+    )
+
+
+def _config(file: Path) -> dict[str, Any]:
+    config = strict_yaml.parse(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError("it holds no sections")
+    return config
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -65,13 +65,12 @@ def _figures(record: Record) -> dict[str, str]:
 
     rates = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second") is not None]
     best = "" if "best_eval_loss" not in whole else f"{whole['best_eval_loss']:.4f} at {whole['best_eval_step']:,}"
-    done = whole.get("step", 0)
     return {
         "state": record.state,
-        "step": f"{done:,}" + (f" of {record.steps:,}" if record.steps is not None else ""),
+        "step": f"{record.step:,}" + (f" of {record.steps:,}" if record.steps is not None else ""),
         "time left": _left(record) if record.running else "",
-        "tokens": count(int(whole.get("tokens", 0))),
-        "time of its steps": duration(3600 * whole.get("hours", 0)),
+        "tokens": count(int(whole["tokens"])) if whole else "",
+        "time of its steps": duration(3600 * whole["hours"]) if whole else "",
         "train loss": last("loss", "{:.4f}".format),
         "held-out loss": last("eval_loss", "{:.4f}".format),
         "best, at step": best,
@@ -82,7 +81,7 @@ def _figures(record: Record) -> dict[str, str]:
         "went back": last("rewinds", lambda n: f"{n:,} times" if n else ""),
         "parameters": count(about["parameters"]) if "parameters" in about else "",
         "engine": f"{about['engine']}, {ranks(about)}" if {"engine", "world_size"} <= about.keys() else "",
-        "optimizer": str((record.config.get("optimizer") or {}).get("name", "")),
+        "optimizer": str(record.section("optimizer").get("name", "")),
     }
 
 

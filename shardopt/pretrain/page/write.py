@@ -61,6 +61,7 @@ def render(records: Sequence[Record], studies: Sequence[tuple[str, tables.Table 
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         records=records,
+        damaged=any(record.damage for record in records),
         figures=tables.figures(records),
         studies=[(name, table) for name, table in studies if table is not None],
         panels=[(panel, drawing.draw(panel, marks if panel.key == "loss" else ())) for panel in panels],
