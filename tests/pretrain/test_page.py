@@ -189,6 +189,26 @@ def test_rows_of_a_killed_start_that_overlap_are_drawn_once(tmp_path):
     assert [(mark.step, mark.text) for mark in curves.marks([one])] == [(40, "a: resumed at step 40"), (70, "a: !")]
 
 
+def test_stages_that_have_begun_are_events_and_marks(tmp_path):
+    stages = [
+        {"from_step": 20, "global_batch": 16, "weights": None},
+        {"from_step": 50, "weights": {"code": 1, "text": 0.5}},
+        {"from_step": 80, "global_batch": 32},
+    ]
+    run = made_runs.write(tmp_path / "a", rows(60), config={"train": {"steps": 100, "stages": stages}})
+    told = [
+        (20, "stage from step 21: global_batch 16"),
+        (50, "stage from step 51: weights code 1, text 0.5"),
+    ]
+    (one,) = records.read([run])
+    assert [(line.step, line.text) for line in story(one).lines] == told
+    assert [(mark["step"], mark["text"]) for mark in page(tmp_path, run).data["marks"]] == [
+        (step, f"a: {text}") for step, text in told
+    ]
+    (run / "config.yaml").write_text("train: {stages: 7}")
+    assert records.read([run])[0].stages == []
+
+
 def test_only_differing_keys_of_configs_are_compared(tmp_path):
     runs = [
         made_runs.write(tmp_path / "a", rows(10), config={"run": {"name": "a"}}),

@@ -94,10 +94,11 @@ def panels(records: Sequence[Record]) -> list[Panel]:
 
 
 def marks(records: Sequence[Record]) -> list[Mark]:
-    """The later starts and the warnings of each run, the newest of many."""
+    """The stages, the later starts and the warnings of each run, of many warnings the newest."""
     found, most = [], max(1, min(_MOST_MARKS, _ALL_MARKS // max(1, len(records))))
     for run, record in enumerate(records):
         events = [e for e in record.events if e["event"] == "warning" or (e["event"] == "start" and e["step"])]
+        found += [Mark(run, step, f"{record.name}: {text}") for step, text in record.stages]
         for event in events[-most:]:
             text = f"resumed at step {event['step']:,}" if event["event"] == "start" else str(event.get("text", ""))
             found.append(Mark(run, event["step"], f"{record.name}: {text}"))

@@ -64,6 +64,17 @@ class Record:
         return next((one["step"] for one in [*self.rows[-1:], *self.events[-1:]]), 0)
 
     @property
+    def stages(self) -> list[tuple[int, str]]:
+        """The stages that the run has come to after its first: their `from_step`, and what is another from it on."""
+        stages, begun = self.section("train").get("stages"), []
+        for stage in stages if isinstance(stages, list) else ():
+            match stage:
+                case {"from_step": int(step)} if step < self.step:
+                    told = {key: value for key, value in stage.items() if key != "from_step" and value is not None}
+                    begun.append((step, f"stage from step {step + 1:,}: {_in_words(told)}"))
+        return begun
+
+    @property
     def state(self) -> str:
         """running, finished, stopped, failed, killed, or "unfinished" where no events tell which."""
         if self.running:
@@ -143,6 +154,14 @@ def _config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError("it holds no sections")
     return config
+
+
+def _in_words(values: dict[str, Any]) -> str:
+    parts = []
+    for key, value in values.items():
+        inner = ", ".join(f"{name} {one}" for name, one in value.items()) if isinstance(value, dict) else value
+        parts.append(f"{key} {inner}")
+    return "; ".join(parts)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

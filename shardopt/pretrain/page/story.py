@@ -37,7 +37,8 @@ class Story:
 
 def story(record: Record, runs: int = 1) -> Story:
     """The events of `record`, one of so many `runs`; saves in a row are one line."""
-    lines = [*_not_finite(record), *_lines(record)]
+    stages = [Line("", step, "start", text) for step, text in record.stages]
+    lines = [*_not_finite(record), *stages, *_lines(record)]
     most = max(_LEAST_LINES, min(_MOST_LINES, _ALL_LINES // runs))
     return Story(lines[-most:], max(0, len(lines) - most))
 
