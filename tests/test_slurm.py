@@ -75,6 +75,44 @@ def test_the_job_is_queued_again_only_where_its_time_was_up_before_the_run_was_f
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("per_node", "on_node"), [("a100:3", ""), ("", "3"), ("a100:8", "3")], ids=["typed", "gres", "both"]
+)
+def test_ranks_threads_and_port_follow_from_what_slurm_says_of_the_job(
+    tmp_path: Path, per_node: str, on_node: str
+) -> None:
+    torchrun = 'echo "$@" >arguments; echo $SRUN_CPUS_PER_TASK $OMP_NUM_THREADS >cpus; '
+    (tmp_path / "run").write_text(torchrun + FINISHED)
+    environment = stand_in_slurm.install(tmp_path, 8, f"bash {tmp_path / 'run'}", "true")
+    environment |= {"SLURM_GPUS_PER_NODE": per_node, "SLURM_GPUS_ON_NODE": on_node, "RDZV_PORT": ""}
+    job = start(tmp_path, environment, "c.yaml")
+    said, _ = job.communicate(timeout=20)
+    assert job.returncode == 0, said
+    given = (tmp_path / "arguments").read_text()
+    assert "--nproc_per_node 3 " in given
+    assert "--rdzv_endpoint 127.0.0.1:24711 " in given
+    assert (tmp_path / "cpus").read_text().split() == ["8", "2"]
+
+
+@pytest.mark.parametrize(
+    ("lacks", "message"),
+    [
+        ("SLURM_GPUS_PER_NODE", "set #SBATCH --gpus-per-node (or --gres=gpu:N) in launch/slurm.sbatch"),
+        ("SLURM_CPUS_PER_TASK", "set #SBATCH --cpus-per-task in launch/slurm.sbatch"),
+        (".venv", "has no .venv/bin/torchrun: call sbatch in shardopt's folder, with its .venv"),
+    ],
+)
+def test_a_job_without_what_it_needs_names_the_line_to_set(tmp_path: Path, lacks: str, message: str) -> None:
+    environment = stand_in_slurm.install(tmp_path, 2, "touch started", "true") | {lacks: ""}
+    if lacks == ".venv":
+        (tmp_path / ".venv" / "bin" / "torchrun").unlink()
+    job = start(tmp_path, environment, "c.yaml")
+    said, _ = job.communicate(timeout=20)
+    assert job.returncode == 2
+    assert said.endswith(f"{message}\n")
+    assert not (tmp_path / "started").exists()
+
+
 def test_a_mistake_in_the_config_ends_the_job_before_a_rank_is_started(tmp_path: Path) -> None:
     environment = stand_in_slurm.install(tmp_path, 2, "touch started", "bash -c 'exit 2'")
     job = start(tmp_path, environment, "c.yaml")
