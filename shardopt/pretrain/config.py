@@ -305,12 +305,12 @@ def as_written(value: Any) -> str:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of an `as_dict()` by their dotted keys, those of data.sources one by one."""
+    """The values of an `as_dict()` by their dotted keys, those of data.sources and train.stages one by one."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, list) and any(isinstance(member, dict) for member in value):  # data.sources
-            value = {str(i): member for i, member in enumerate(value)}
-        if isinstance(value, dict):
+        if isinstance(value, list) and any(isinstance(member, dict) for member in value):
+            out |= flat({f"{key}[{i}]": member for i, member in enumerate(value)}, prefix)
+        elif isinstance(value, dict):
             out |= flat(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value

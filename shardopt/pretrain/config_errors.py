@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 from collections.abc import Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -16,6 +17,7 @@ from shardopt.errors import InputError, did_you_mean
 _WRITE = {
     "bool_type": "write true or false",
     "tuple_type": "write a list",
+    "dict_type": "write a mapping",
     "is_instance_of": "write a path",
     "too_short": "must not be empty",
 }
@@ -27,9 +29,11 @@ def explain(error: Any, root: type[BaseModel]) -> str:
     if isinstance(cause, InputError):
         return str(cause)
     *parts, last = map(str, error["loc"])
+    places = error["loc"]
     # Without the tags of union members, which nobody writes.
-    location = [p for i, p in enumerate(parts) if p.isdecimal() or p in _keys_at(root, parts[:i])] + [last]
-    key = ".".join(location)
+    kept = [i for i, p in enumerate(parts) if isinstance(places[i], int) or p in _keys_at(root, parts[:i])]
+    location = [*(parts[i] for i in kept), last]
+    key = as_key([*(places[i] for i in kept), places[-1]])
     if error["type"] == "unexpected_keyword_argument":
         (known,) = (e.__dataclass_fields__ for e in get_args(EngineConfig) if e.name == parts[-1])
         hint = did_you_mean(last, known, "engine.") or f"; known: {', '.join(known)}"
@@ -39,7 +43,10 @@ def explain(error: Any, root: type[BaseModel]) -> str:
         )
     if error["type"] == "extra_forbidden":
         known = _keys_at(root, location[:-1])
-        hint = did_you_mean(last, known, ".".join([*location[:-1], ""])) or f"; known: {', '.join(sorted(known))}"
+        listed = f"; known: {', '.join(sorted(known))}"
+        if len(parts) > 1 and last in _keys_at(root, parts[:1]):  # such as micro_batch in a stage
+            return f"{key}: there is no such key{listed}; {last} is a key of {parts[0]}: write {parts[0]}.{last}"
+        hint = did_you_mean(last, known, key.removesuffix(last)) or listed
         return f"{key}: there is no such key{hint}"
     if error["type"] == "missing":
         return f"{key}: is required"
@@ -52,16 +59,27 @@ def explain(error: Any, root: type[BaseModel]) -> str:
         scalars = int | float if annotation in (int, float) else str | int | float
         fits = value in words if words else isinstance(value, scalars) and not isinstance(value, bool)
         hint = "" if fits else did_you_mean(value, words, f"{key}.{first}=")
-        such_as = f"{key}.{first}={value if fits else '...'}"
+        example = value if fits else "..."
+        such_as = f"{{{first}: {example}}}" if isinstance(places[-1], int) else f"{key}.{first}={example}"
         return f"{key}: is a section, not a value; write its keys, such as {such_as}{hint}"
     if error["type"] == "union_tag_invalid":
         tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "")
         hint = did_you_mean(tag, tags.split(", "))
         return f"{key}.{error['ctx']['discriminator'][1:-1]}: {tag!r} is not one of {tags}{hint}"
+    if error["type"] == "too_short" and type(None) in get_args(_keys_at(root, location[:-1]).get(last)):
+        return f"{key}: must not be empty; for none write {key}=null, or leave it out"
     message = _WRITE.get(error["type"]) or str(cause or error["msg"])
+    if error["type"] == "string_pattern_mismatch":  # of a name
+        marks = " ".join(mark for mark in ".+-_" if re.fullmatch(error["ctx"]["pattern"], f"a{mark}"))
+        message = f"write letters, digits and any of {marks}, a letter, digit or _ first"
     shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # as YAML spells them
     got = "" if message.startswith(f"{value}: ") else f", got {shown}"  # which it names already
     return f"{key}: {message[0].lower()}{message[1:]}{got}"
+
+
+def as_key(places: Sequence[str | int]) -> str:
+    """A place in a config as messages name it: train.stages[0].weights."""
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in places).removeprefix(".")
 
 
 def _keys_at(annotation: Any, location: Sequence[str]) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class RunFolder:
             changed = differences(old, config.as_dict())
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as e:
             raise InputError(f"{recorded} is damaged ({e}): restore it, or choose another run.name") from e
-        if began and changed and all(key.startswith(("train.steps:", "train.stages.")) for key in changed):
+        if began and changed and all(key.startswith(("train.steps:", "train.stages[")) for key in changed):
             reason = branch.why_not(old, config, (newest and step_of(newest)) or 0)
             changed = [] if reason is None else [*changed[:-1], f"{changed[-1]} ({reason})"]
         if changed and began:  # a run that failed before its first step leaves nothing to lose

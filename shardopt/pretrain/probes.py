@@ -32,8 +32,7 @@ class Probes:
     def __init__(self, config: Config, engine: Engine) -> None:
         self._every, self._clip = config.tracking.layers_every, config.train.grad_clip
         self._layers = LayerProbe(engine.state) if self._every is not None else None
-        micro_batches = min(config.stages.batches.values()) // config.train.micro_batch
-        self._noise = NoiseProbe(engine, micro_batches) if config.tracking.noise_scale else None
+        self._noise = NoiseProbe(engine, config) if config.tracking.noise_scale else None
         self._measured: dict[str, float] = {}
 
     def begin(self, step: int) -> None:
@@ -172,20 +171,22 @@ class NoiseProbe:
     one process: over a micro-batch); both parts are averaged over about 20 steps before they are divided. Cost: a norm
     of every bucket before it is sent (of every gradient), and a small all-reduce a step.
 
-    Args:
-        micro_batches: of the smallest step, if one process takes all of it.
-
     Raises:
         InputError: an engine without gradient hooks, or a rank alone; or one micro-batch on the engine single.
     """
 
-    def __init__(self, engine: Engine, micro_batches: int) -> None:
-        alone = engine.name == "single" and micro_batches > 1
+    def __init__(self, engine: Engine, config: Config) -> None:
+        (key, batch), micro_batch = (
+            min(config.stages.batches.items(), key=lambda item: item[1]),
+            config.train.micro_batch,
+        )
+        alone = engine.name == "single" and batch >= 2 * micro_batch
         if not alone and (engine.name not in ("zero", "ddp", "fsdp") or engine.ranks.world_size < 2):
             raise InputError(
                 f"tracking.noise_scale: needs engine.name zero, ddp or fsdp and at least 2 ranks, or single with a "
                 f"train.micro_batch of at most half of every batch, to see gradients of parts of the batch; this run "
-                f"has {engine.name} on {engine.ranks.world_size}"
+                f"has engine.name {engine.name} on {engine.ranks.world_size} rank(s), train.micro_batch {micro_batch} "
+                f"and {key} {batch}"
             )
         self._ranks, self._hook = engine.ranks, _LocalNorms()
         # What ranks average is each one's gradient of the mean over its own part; what they sum is less by as much.

@@ -33,7 +33,7 @@ def test_the_screen_has_the_engine_and_each_key_of_a_source_as_yaml_has_them(tmp
     new = tiny.config(tmp_path, data__sources=sources, train__grad_clip="null", engine="{name: fsdp}")
     changed = branch._take_over(old, new).changed
     lines = [branch._line(key, *values) for key, values in changed.items()]
-    assert "data.sources.0.weight: 1.0 → 2.0" in lines
+    assert "data.sources[0].weight: 1.0 → 2.0" in lines
     assert "train.grad_clip: 1.0 → null" in lines
     assert "optimizer.betas: [0.8, 0.9, 0.99] → [0.9, 0.999, 0.9999]" in lines
     assert "engine.name: single → fsdp" in lines
@@ -43,8 +43,8 @@ def test_the_screen_has_the_engine_and_each_key_of_a_source_as_yaml_has_them(tmp
 
 def test_of_long_values_the_screen_shows_where_they_differ() -> None:
     old, new = (["/usr/share/somewhere/far/away/and/farther/still/" + name] for name in ("one.txt", "two.txt"))
-    line = branch._line("data.sources.0.paths", old, new)
-    assert line == 'data.sources.0.paths: ...ill/one.txt"] → ...ill/two.txt"]'
+    line = branch._line("data.sources[0].paths", old, new)
+    assert line == 'data.sources[0].paths: ...ill/one.txt"] → ...ill/two.txt"]'
 
 
 def test_a_checkpoint_that_is_no_runs_is_refused_with_the_way_to_its_weights(tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
         ("data.block_size=512", r"data\.block_size: 512 is over this model's limit, model\.max_position_embeddings"),
         (
             "data.sources=[{source: txt}]",
-            r"^data\.sources\.0\.source: 'txt' is not one of stdlib, text, .*; did you mean text\?$",
+            r"^data\.sources\[0\]\.source: 'txt' is not one of stdlib, text, .*; did you mean text\?$",
         ),
-        ("data.sources=[{weight: 2}]", r"^data\.sources\.0: 'source' is required$"),
+        ("data.sources=[{weight: 2}]", r"^data\.sources\[0\]: 'source' is required$"),
         ("data.sources=5", r"^data\.sources: must be a list of sources, such as \[\{source: stdlib\}\], got 5$"),
         ("data.tokenizer=5", r"^data\.tokenizer: must be byte, bpe, "),
         (
@@ -109,7 +109,7 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
         ("run.resume=true", r"^run\.resume: .*, got true$"),
         ("eval.every=~", r"^eval\.every: .*, got null$"),
         ("data.sources=[]", r"^data\.sources: must not be empty, got \(\)$"),
-        ("data.sources=[{source: text, paths: 5}]", r"^data\.sources\.0\.paths: write a list, got 5$"),
+        ("data.sources=[{source: text, paths: 5}]", r"^data\.sources\[0\]\.paths: write a list, got 5$"),
         ("data.tokenizer={bpe: 10}", r"^data\.tokenizer\.vocab_size: .* 257, got 10$"),
         ("run.resume=yes", r"run\.resume: .*, got 'yes'"),
         ("checkpoint.export=on", r"checkpoint\.export: write true or false, got 'on'"),
@@ -123,7 +123,22 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
         ("optimizer.lr=fast", r"optimizer ademamix: lr must be a number, got the text 'fast'$"),
         ("train.steps=010", r"train\.steps: .*integer, got '010'"),
         ("schedule.cooldown=10", r"schedule\.cooldown: belongs to schedule\.name=wsd"),
-        ("run.name=a/b", r"run\.name"),
+        (
+            "run.name=a/b",
+            r"^run\.name: write letters, digits and any of \. \+ - _, a letter, digit or _ first, got 'a/b'$",
+        ),
+        ("train.stages=[]", r"^train\.stages: must not be empty; for none write train\.stages=null, or leave it out$"),
+        ("train.stages=[5]", r"^train\.stages\[0\]: is a section, .* such as \{from_step: 5\}$"),
+        ("train.stages=[{from_step: 5, weights: 3}]", r"^train\.stages\[0\]\.weights: write a mapping, got 3$"),
+        (
+            "train.stages=[{from_step: 5, micro_batch: 3}]",
+            r"^train\.stages\[0\]\.micro_batch: there is no such key; known: from_step, global_batch, weights; "
+            r"micro_batch is a key of train: write train\.micro_batch$",
+        ),
+        (
+            "train.stages=[{from_stp: 5}]",
+            r"train\.stages\[0\]\.from_stp: .*; did you mean train\.stages\[0\]\.from_step\?",
+        ),
         ("train.steps", "write it as key.sub=value"),
         ("train.steps.x=1", r"train\.steps\.x|steps is a value, not a section"),
     ],

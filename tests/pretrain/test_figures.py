@@ -296,7 +296,10 @@ def test_one_process_measures_the_noise_scale_from_its_micro_batches(folder, exp
 
 
 def test_a_noise_scale_that_cannot_be_measured_is_refused(folder):
-    said = r"tracking\.noise_scale: needs engine\.name zero, ddp or fsdp and at least 2 .* has single on 1$"
+    said = (
+        r"tracking\.noise_scale: needs engine\.name zero, ddp or fsdp and at least 2 .* has engine\.name single on "
+        r"1 rank\(s\), train\.micro_batch 8 and train\.global_batch 8$"
+    )
     with pytest.raises(InputError, match=said):
         tiny.run(0, 1, folder, run__name="no-noise", tracking__noise_scale=True, train__micro_batch=8, **SINGLE)
 

@@ -51,7 +51,7 @@ def test_no_key_of_a_config_is_missing(groups, tmp_path):
     tags = {f"{group.path}.{group.where.split(': ')[0]}" for group in groups if group.where}
     for engine in ("single", "ddp", "zero", "fsdp", "deepspeed"):
         config = tiny.config(tmp_path, engine=f"{{name: {engine}}}", data__tokenizer="{bpe: 300}")
-        there = {re.sub(r"\.\d+\.", ".", key) for key in flat(config.as_dict())}  # of any member of a list
+        there = {re.sub(r"\[\d+\]\.", ".", key) for key in flat(config.as_dict())}  # of any member of a list
         found = {key for key in there if not key.startswith("model.") or key in listed}
         assert {"engine.compute_dtype", "data.tokenizer.train_mb", "tracking.wandb.tags"} <= found
         assert found - listed - tags == set()
@@ -178,7 +178,7 @@ def test_a_config_with_comments_is_its_preset_and_so_it_is_with_every_default_un
     whole = re.sub(r"^( *)#(?! )", r"\1", text, flags=re.MULTILINE)
     assert text.count("\n") == whole.count("\n") > 150
     written, resolved = yaml.load(whole, Loader), load(f"configs/{name}.yaml").as_dict()
-    of_both = [{re.sub(r"^(data\.sources)\..*", r"\1", key) for key in flat(tree)} for tree in (written, resolved)]
+    of_both = [{re.sub(r"^(data\.sources)\[.*", r"\1", key) for key in flat(tree)} for tree in (written, resolved)]
     assert of_both[0] >= {key for key in of_both[1] if not key.startswith("data.tokenizer.")}
     given = resolved | {"optimizer": registry.defaults("ademamix") | resolved["optimizer"]}
     del given["optimizer"]["seed"]

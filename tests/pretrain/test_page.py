@@ -219,7 +219,7 @@ def test_only_differing_keys_of_configs_are_compared(tmp_path):
     ]
     found = records.read(runs)
     assert table(differences(found)) == {
-        "data.sources.0.paths": ['["text"]', '["text"]', '["new"]'],
+        "data.sources[0].paths": ['["text"]', '["text"]', '["new"]'],
         "optimizer.lr": ["0.001", "0.1", "0.001"],
         "optimizer.alpha": ["—", "null", "—"],
     }

@@ -231,9 +231,9 @@ def test_stages_that_are_still_to_come_may_be_changed_and_those_that_were_may_no
         ("[{from_step: 2}]", r"train\.stages\[0\]: changes nothing"),
         ("[]", r"train\.stages: must not be empty"),
         (f"[{{from_step: 1, global_batch: 3}}, {MIXED}]", r"train\.stages\[0\]\.global_batch: 3 is not a multiple"),
-        ("[{from_step: 2, global_batch: 0}]", r"train\.stages\.0\.global_batch: .*or equal to 1, got 0"),
-        ("[{global_batch: 4}]", r"train\.stages\.0\.from_step: is required"),
-        ("[{from_step: 2, batch: 4}]", r"train\.stages\.0\.batch: there is no such key"),
+        ("[{from_step: 2, global_batch: 0}]", r"train\.stages\[0\]\.global_batch: .*or equal to 1, got 0"),
+        ("[{global_batch: 4}]", r"train\.stages\[0\]\.from_step: is required"),
+        ("[{from_step: 2, batch: 4}]", r"train\.stages\[0\]\.batch: there is no such key"),
         (
             "[{from_step: 2, weights: {text: 1, moar: 1}}]",
             r"train\.stages\[0\]\.weights\.moar: no source has this label; did you mean more\?",
@@ -241,7 +241,7 @@ def test_stages_that_are_still_to_come_may_be_changed_and_those_that_were_may_no
         ("[{from_step: 2, weights: {more: 1}}]", r"train\.stages\[0\]\.weights: lacks text: give every source its"),
         (
             "[{from_step: 2, weights: {text: -1, more: 1}}]",
-            r"train\.stages\.0\.weights\.text: .* or equal to 0, got -1",
+            r"train\.stages\[0\]\.weights\.text: .* or equal to 0, got -1",
         ),
         ("[{from_step: 2, weights: {text: 0, more: 0}}]", r"train\.stages\[0\]\.weights: every weight is 0"),
         (f"[{RAMP}]", r"data\.sources\[1\]\.weight: 0, and no stage of train\.stages draws from it"),
@@ -289,6 +289,7 @@ def test_the_plan_and_the_data_report_count_what_the_stages_take(folder: Path) -
     assert kept["samples"] == 28
     shares = {one["label"]: one["share"] * 28 for one in kept["sources"]}
     assert shares == pytest.approx({"text": 12 + 16 / 3, "more": 16 * 2 / 3})
+    assert in_short(kept)["documents"][1].startswith("over the whole run: text 61.9% (")
     assert in_short(kept)["stages"] == [
         "from step 1: 2 sequences a step, text 100.0%, more 0.0%",
         "from step 3: 4 sequences a step",

@@ -140,8 +140,11 @@ def in_short(report: dict[str, Any]) -> dict[str, object]:
     if len(sources) == 1:
         lines[0] += f", {_epochs(sources[0])}"
     else:
+        shares = "" if len(report["stages"]) == 1 else "over the whole run: "
         parts = [f"{one['label']} {one['share']:.1%} ({_epochs(one)})" for one in sources[:_MOST_SOURCES]]
-        lines += textwrap.wrap(", ".join([*parts, f"and {len(sources) - _MOST_SOURCES} more"][: len(sources)]), 65)
+        lines += textwrap.wrap(
+            shares + ", ".join([*parts, f"and {len(sources) - _MOST_SOURCES} more"][: len(sources)]), 65
+        )
     for one in sources:
         if what := left_out(one):
             lines.append(f"left out of {one['label']}: {what}")
