@@ -9,7 +9,8 @@ torchtitan spreads the model and saves the container's state_dict, by parameter 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -20,6 +21,8 @@ from shardopt.optim.ademamix import AdEMAMix
 from shardopt.slices import named_parameters
 
 NAME = "AdEMAMix"
+# What is here under one version of torchtitan alone.
+_NEEDS = {"ademamix": "0.3", "AdEMAMixContainer": "0.3", "build_optimizers": "0.2"}
 
 if hasattr(titan.OptimizersContainer, "Config"):  # torchtitan 0.3
 
@@ -109,3 +112,11 @@ else:
             "weight_decay": optimizer_config.weight_decay,
         }
         return titan.OptimizersContainer(model_parts, with_names, given | settings)
+
+
+if not TYPE_CHECKING:  # for a type checker this would give the module every name
+
+    def __getattr__(name: str) -> Any:
+        if name in _NEEDS:
+            raise ImportError(f"{name} needs torchtitan {_NEEDS[name]}; {version('torchtitan')} is installed")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

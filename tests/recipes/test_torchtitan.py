@@ -245,3 +245,17 @@ def test_the_step_by_which_torchtitan_creates_state_counts_none() -> None:
 
     init_optim_state(optimizer)
     assert optimizer.state[weight]["step"] == 0
+
+
+@pytest.mark.parametrize("name", ["ademamix", "AdEMAMixContainer", "build_optimizers"])
+def test_what_another_torchtitan_has_is_refused_with_both_versions(name: str) -> None:
+    from importlib.metadata import version
+
+    from shardopt.integrations import torchtitan
+
+    installed = version("torchtitan")
+    if (needed := torchtitan._NEEDS[name]) == installed[: len(needed)]:
+        assert name in vars(torchtitan)
+        return
+    with pytest.raises(ImportError, match=rf"^{name} needs torchtitan {needed}; {installed} is installed$"):
+        exec(f"from shardopt.integrations.torchtitan import {name}")
