@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,13 @@ STATUS = "SHARDOPT_STATUS"
 with a checkpoint. It is for whoever started the ranks: torchrun's exit status after a signal says neither."""
 
 
+class _Prefixed(logging.Formatter):
+    """ "warning: " and the like before a message that no handler but Python's last resort shows, as reports have it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
 # transformers imports torchao where it is installed, which warns of CUDA libraries and of torch, on every rank.
 _NOISY = ("torchao", "torch.utils._pytree")
 
@@ -46,6 +54,8 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Prefixed())
     if command is None:
         if given[:1] and given[0] in commands.COMMANDS:
             return commands.main(given)
@@ -178,6 +188,7 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
 
     from shardopt.checkpoint import latest
     from shardopt.pretrain.cores import usable_cores
+    from shardopt.pretrain.events import read_events
     from shardopt.pretrain.signals import SHUTDOWN_TIMEOUT
 
     wanted = arguments.nproc_per_node
@@ -198,17 +209,23 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
     with TemporaryDirectory(prefix="shardopt-") as scratch:
         status = Path(os.environ.setdefault(STATUS, str(Path(scratch) / "status")))
         status.unlink(missing_ok=True)
+        started = time.time()
         try:
             torchrun(["--standalone", "--nproc_per_node", str(count), *command])
         except processes.SignalException as e:  # torchrun has passed it on to the ranks, and they have ended
             if status.exists():
                 return 0
             saved = latest(config.store / "checkpoints")
-            _say(
-                f"{e.sigval.name} ended the run before its checkpoint was complete (torchrun kills the ranks after "
-                f"{os.environ[SHUTDOWN_TIMEOUT]} s: {SHUTDOWN_TIMEOUT}, or run.timeout_minutes); "
-                f"{f'the newest is {saved}' if saved else 'there is none'}"
-            )
+            events = read_events(config.folder / "events.jsonl")
+            if any(one["event"] == "start" and one["time"] >= started for one in events):
+                _say(
+                    f"{e.sigval.name} ended the run before its checkpoint was complete (torchrun kills the ranks after "
+                    f"{os.environ[SHUTDOWN_TIMEOUT]} s: {SHUTDOWN_TIMEOUT}, or run.timeout_minutes); "
+                    f"{f'the newest is {saved}' if saved else 'there is none'}"
+                )
+            else:
+                newest = f"the newest checkpoint is {saved}" if saved else "it has no checkpoint"
+                _say(f"{e.sigval.name} ended the run before its first step; {newest}")
             return 128 + e.sigval
         except ChildFailedError as e:
             rank, failure = e.get_first_failure()

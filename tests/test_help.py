@@ -1,10 +1,13 @@
 """What every command has in common: help with an example, completion, mistakes in one line and their traceback."""
 
+import json
+import logging
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -111,3 +114,36 @@ def test_a_reader_that_has_enough_and_ctrl_c_end_a_command_quietly(monkeypatch, 
         monkeypatch.setattr(sys, "stdout", pipe)
         assert cli.main(["config"]) == 128 + signal.SIGPIPE
     assert capfd.readouterr().err == ""
+
+
+def test_a_warning_of_a_library_begins_as_those_of_a_run_do(capsys):
+    say(capsys, "config", "train.steps")
+    logging.lastResort.handle(
+        logging.makeLogRecord({"msg": "2 rows are broken", "levelno": 30, "levelname": "WARNING"})
+    )
+    assert capsys.readouterr().err == "warning: 2 rows are broken\n"
+
+
+def test_a_signal_before_the_first_step_of_a_start_is_told_as_that(capsys, tmp_path, monkeypatch):
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def killed(_):
+        raise SignalException("", signal.SIGTERM)
+
+    monkeypatch.setattr(torchrun, "main", killed)
+    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(name, "1")
+    arguments = ["pretrain", "--nproc-per-node", "2", "configs/quickstart.yaml", f"run.dir={tmp_path}"]
+    events = tmp_path / "quickstart" / "events.jsonl"
+    assert say(capsys, *arguments)[::2] == (
+        143, "shardopt: SIGTERM ended the run before its first step; it has no checkpoint\n"
+    )  # fmt: skip
+    events.parent.mkdir()
+    for seconds, words in (
+        (-9, "before its first step; it"),
+        (9, "before its checkpoint was complete (torchrun kills"),
+    ):
+        events.write_text(json.dumps({"time": time.time() + seconds, "event": "start", "step": 0}) + "\n")
+        status, _, error = say(capsys, *arguments)
+        assert (status, words in error) == (143, True), error

@@ -24,6 +24,7 @@ from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 from shardopt.pretrain.data import DataConfig, HoldoutData, TrainData, packing, prepare, sources, tokenizers
 from shardopt.pretrain.data.packing import is_held_out
+from shardopt.pretrain.data.reading import Tally
 from shardopt.pretrain.data.sources import Corpus
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), distributed=False)
@@ -615,7 +616,7 @@ def test_broken_rows_of_a_stream_are_counted_and_left_out_up_to_their_share(
     whole = torch.cat([train.batch(step, 0, 4) for step in range(steps)]).tolist()
     assert whole == [ids[16 * index : 16 * index + 17] for index in range(len(whole))]
     said = [record.getMessage() for record in caplog.records]
-    assert said == ["data.sources[0]: 2 of 43 rows read are broken, and left out: 'text' holds int, not text"]
+    assert said == ["data.sources[0] (hub): 2 of 43 rows read are broken, and left out: 'text' holds int, not text"]
     strict, _ = load(tmp_path, source)
     listed = rf"{tmp_path}/hub 'text' holds int, not text; {tmp_path}/hub 'text' holds dict, not text$"
     refusal = rf"data\.sources\[0\]: 2 of 34 rows cannot be read, more than .* data\.max_broken = 0\.001: {listed}"
@@ -654,3 +655,23 @@ def test_vocabulary_reaches_to_the_largest_id_where_ids_have_gaps():
             return self
 
     assert tokenizers.vocab_size(Gaps({"a": 0, "b": 1, "</s>": 9})) == 10
+
+
+def test_of_a_streams_broken_rows_datasets_hides_a_missing_column_and_refuses_a_lone_surrogate(tmp_path: Path) -> None:
+    """As docs/data.md says."""
+    rows = [json.dumps({"text": text, "id": 1}) for text in made_up(5)]
+    for name, row in {"missing": '{"id": 5}', "surrogate": r'{"text": "half \ud83d", "id": 3}'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("\n".join([*rows, row]))
+
+    def read(name: str) -> Tally:
+        source = {"source": "hf", "name": str(tmp_path / name), "streaming": True}
+        corpus = Corpus(DataConfig.model_validate({"sources": [source], "cache": tmp_path / "cache"}), 0)
+        tally = Tally()
+        assert len(list(corpus.texts(corpus.stream(), tally))) == 5
+        return tally
+
+    tally = read("missing")
+    assert (tally.rows, tally.empty, tally.broken) == (6, 1, {})
+    with pytest.raises(InputError, match=r"data\.sources\[0\]: cannot be read .*surrogate"):
+        read("surrogate")

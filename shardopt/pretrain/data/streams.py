@@ -149,8 +149,9 @@ class _Shard:
             self._warn_at = 10 ** len(str(broken))
             words = self._tally.examples[0][1]
             logger.warning(
-                "%s: %d of %d rows read are broken, and left out: %s",
+                "%s (%s): %d of %d rows read are broken, and left out: %s",
                 self._corpus.where,
+                self._corpus.label,
                 broken,
                 self._tally.rows,
                 words,
