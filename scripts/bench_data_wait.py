@@ -19,7 +19,7 @@ from pathlib import Path
 
 from shardopt.pretrain.config import load
 from shardopt.pretrain.loop import pretrain
-from shardopt.pretrain.metrics import read_metrics
+from shardopt.pretrain.record import read_metrics
 
 
 def dataset(folder: Path, files: int = 8) -> Path:

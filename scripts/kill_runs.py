@@ -57,7 +57,7 @@ from scripts.struck_rank import OF_A_SAVE, OF_A_STEP, ON_RANK_0, Notes, Strike  
 from shardopt import checkpoint  # noqa: E402
 from shardopt.engines import ddp, fsdp, single, zero  # noqa: E402, F401
 from shardopt.pretrain import loop  # noqa: E402, F401
-from shardopt.pretrain.metrics import read_metrics  # noqa: E402
+from shardopt.pretrain.record import read_metrics  # noqa: E402
 
 EVERY_ENGINE = [
     "single", "ddp", "{name: zero, stage: 1}", "{name: zero, stage: 2}", "{name: zero, replicate: 2}", "fsdp",

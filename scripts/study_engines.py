@@ -25,7 +25,7 @@ import yaml
 
 from scripts.bench_page import Line, Panel, draw, keep, table
 from shardopt.pretrain.config import load
-from shardopt.pretrain.metrics import read_metrics
+from shardopt.pretrain.record import read_metrics
 
 ENGINES = ["ddp", "{name: zero, stage: 1}", "{name: zero, stage: 2}", "fsdp", "{name: deepspeed, stage: 2}"]
 FORMATS = ["fp32", "bf16", "block16", "block8"]

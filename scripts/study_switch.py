@@ -18,8 +18,8 @@ from statistics import fmean
 from scripts.bench_page import Line, Paired, Panel, draw, keep, table, with_spread
 from shardopt.checkpoint.folders import step_folder
 from shardopt.pretrain.config import load
-from shardopt.pretrain.metrics import read_metrics
 from shardopt.pretrain.plot import smooth
+from shardopt.pretrain.record import read_metrics
 
 TRUNKS = ("adamw", "ademamix")
 

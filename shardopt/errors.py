@@ -1,7 +1,8 @@
 """Errors caused by user input, told apart from defects of shardopt."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -26,6 +27,15 @@ class MissingExtraError(ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed. Install it with: pip install 'shardopt[{extra}]'")
+
+
+@contextlib.contextmanager
+def writing(what: Path | str, key: str = "run.dir") -> Iterator[None]:
+    """Around what writes in the run folder, or where `key` says: a disk's error is a StorageError that says `what`."""
+    try:
+        yield
+    except OSError as e:
+        raise StorageError(f"{key}: cannot write {what}: {e.strerror or e}") from e
 
 
 def did_you_mean(word: object, known: Iterable[str], prefix: str = "", cutoff: float = 0.6) -> str:

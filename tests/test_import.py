@@ -26,6 +26,8 @@ print(json.dumps(sorted(sys.modules)))
 with contextlib.redirect_stdout(io.StringIO()):
     cli.main(["runs", "shardopt"])
 print(json.dumps(sorted(sys.modules)))
+import shardopt.pretrain.page.write
+print(json.dumps(sorted(sys.modules)))
 for name in [name for name in sys.modules if name.startswith("shardopt.pretrain")]:
     del sys.modules[name]
 import torch, numpy
@@ -40,7 +42,8 @@ print(json.dumps(sorted(sys.modules)))
 
 @pytest.fixture(scope="module")
 def modules():
-    """Those that are there after the help of every command, after a list of runs, those that shardopt.AdEMAMix loads
+    """Those that are there after the help of every command, after a list of runs, after what writes
+    the page of runs, those that shardopt.AdEMAMix loads
     beside torch and numpy, and all that are there after the config's."""
     ran = subprocess.run([sys.executable, "-c", _LOADED], cwd=ROOT, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in ran.stdout.splitlines()]
@@ -58,8 +61,14 @@ def test_runs_are_listed_without_torch(modules):
     assert not packages & {"torch", "numpy", "pydantic", "transformers", "matplotlib", "wandb"}
 
 
+def test_the_page_of_runs_is_written_without_torch(modules):
+    assert "shardopt.pretrain.page.write" in modules[2]
+    packages = {name.split(".")[0] for name in modules[2]}
+    assert not packages & {"torch", "numpy", "pydantic", "transformers", "matplotlib", "wandb"}
+
+
 def test_import_loads_the_optimizer_and_nothing_heavy_beside_torch_and_numpy(modules):
-    loaded = [name for name in modules[2] if not name.startswith(("shardopt.commands", "shardopt.cli"))]
+    loaded = [name for name in modules[3] if not name.startswith(("shardopt.commands", "shardopt.cli"))]
     assert "shardopt.optim.ademamix" in loaded
     ours = {name for name in loaded if name.split(".")[0] == "shardopt"}
     assert {name.split(".")[0] for name in set(loaded) - ours} <= sys.stdlib_module_names
@@ -70,8 +79,8 @@ def test_import_loads_the_optimizer_and_nothing_heavy_beside_torch_and_numpy(mod
 def test_a_config_is_read_without_what_only_its_run_needs(modules):
     """Models of transformers bring torch's compiler with them: a mistake in a config was told seconds later."""
     heavy = {"transformers.modeling_utils", "torch._dynamo", "accelerate", "datasets", "matplotlib", "wandb"}
-    assert "shardopt.pretrain.config" in modules[3]
-    assert not heavy & set(modules[3])
+    assert "shardopt.pretrain.config" in modules[4]
+    assert not heavy & set(modules[4])
 
 
 def test_imports_are_without_collections_which_go_on_after_them():

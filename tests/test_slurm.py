@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scripts import stand_in_slurm
-from shardopt.pretrain.metrics import read_metrics
+from shardopt.pretrain.record import read_metrics
 from tests.pretrain import tiny
 
 # A torchrun that lasts until it is told to stop, and ends as the test says.

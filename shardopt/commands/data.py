@@ -38,7 +38,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--processes: {arguments.processes} tokenises nothing; give a number of at least 1")
     config = configuration.load(arguments.config, arguments.overrides)
     from shardopt.pretrain import data, model
-    from shardopt.pretrain.data.report import in_short, render
+    from shardopt.pretrain.data.report import render
+    from shardopt.pretrain.data_facts import in_short
     from shardopt.pretrain.hub import local
     from shardopt.pretrain.report import Report
 

@@ -12,7 +12,7 @@ import transformers
 
 from shardopt import __version__
 from shardopt.engines.base import Engine
-from shardopt.pretrain.data import in_short
+from shardopt.pretrain.data_facts import in_short
 from shardopt.pretrain.report import count
 
 if TYPE_CHECKING:

@@ -30,12 +30,13 @@ from shardopt.optim.from_adamw import STATE_FROM_ADAMW
 from shardopt.optim.registry import OptimizerSpec
 from shardopt.optim.schema import STATE_TENSORS
 from shardopt.pretrain import rng
-from shardopt.pretrain.config import Config, OptimizerConfig, as_written, changes
+from shardopt.pretrain.config import Config, OptimizerConfig, changes
 from shardopt.pretrain.data import Batches
 from shardopt.pretrain.data.stages import StageConfig, Stages
 from shardopt.pretrain.progress import Progress, read_document, restore_generators
 from shardopt.pretrain.report import COLUMNS
 from shardopt.pretrain.schedule import lr_factor
+from shardopt.pretrain.strict_yaml import as_written
 
 RECORD = "branch.yaml"
 _MOST_CHANGES = 12

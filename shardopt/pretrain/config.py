@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +26,7 @@ from shardopt.pretrain.profile import ProfileConfig
 from shardopt.pretrain.schedule import ScheduleConfig
 from shardopt.pretrain.section import Folder, Section, Sequences, Steps, Tokens, in_unit
 from shardopt.pretrain.spikes import LossSpikeConfig
+from shardopt.pretrain.strict_yaml import as_written, flat
 from shardopt.pretrain.tracking import TrackingConfig
 
 
@@ -297,24 +297,6 @@ def changes(old: dict[str, Any], new: dict[str, Any], also: Sequence[str] = ()) 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """ "key: old → new" for each of the `changes`."""
     return [f"{k}: {as_written(before)} → {as_written(after)}" for k, (before, after) in changes(old, new).items()]
-
-
-def as_written(value: Any) -> str:
-    """A value of a config on one line, as its YAML has it: null, true, [0.9, 0.999]."""
-    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str, ensure_ascii=False)
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of an `as_dict()` by their dotted keys, those of data.sources and train.stages one by one."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, list) and any(isinstance(member, dict) for member in value):
-            out |= flat({f"{key}[{i}]": member for i, member in enumerate(value)}, prefix)
-        elif isinstance(value, dict):
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:

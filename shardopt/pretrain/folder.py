@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import yaml
 from shardopt import checkpoint
 from shardopt.checkpoint.document import DOCUMENT
 from shardopt.checkpoint.stored import step_of, store_of
-from shardopt.errors import InputError, StorageError
+from shardopt.errors import InputError, writing
 from shardopt.pretrain import branch, hub, strict_yaml
 from shardopt.pretrain.advice import instead_of
 from shardopt.pretrain.config import Config, differences
@@ -25,15 +24,6 @@ from shardopt.pretrain.progress import read_document
 _UNFINISHED = "config.tmp"
 # All that a start has written when it is refused.
 _BEFORE_A_RUN = (".lock", "config.yaml", _UNFINISHED, branch.RECORD)
-
-
-@contextlib.contextmanager
-def writing(what: Path | str, key: str = "run.dir") -> Iterator[None]:
-    """Around what writes in the run folder, or where `key` says: a disk's error is a StorageError that says `what`."""
-    try:
-        yield
-    except OSError as e:
-        raise StorageError(f"{key}: cannot write {what}: {e.strerror or e}") from e
 
 
 class RunFolder:

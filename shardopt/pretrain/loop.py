@@ -13,14 +13,13 @@ from shardopt import checkpoint, engines
 from shardopt.checkpoint.folders import step_folder
 from shardopt.distributed import Ranks
 from shardopt.engines.base import DTYPES, EngineInputs
-from shardopt.errors import InputError, NonFiniteError
+from shardopt.errors import InputError, NonFiniteError, writing
 from shardopt.pretrain import branch, data, model, report, rng, saves
 from shardopt.pretrain.about import about, console_facts
 from shardopt.pretrain.advice import after_nonfinite
 from shardopt.pretrain.begin import Begun, begin
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.flops import flops_per_token, peak_flops
-from shardopt.pretrain.folder import writing
 from shardopt.pretrain.hub import local
 from shardopt.pretrain.loss import loss_in_forward
 from shardopt.pretrain.meter import Meter

@@ -12,7 +12,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,8 @@ import torch
 
 from shardopt.errors import InputError
 from shardopt.pretrain.events import EventsFile
-from shardopt.pretrain.jsonl import read_objects
 from shardopt.pretrain.plot import draw_loss
+from shardopt.pretrain.record import read_metrics, summary
 from shardopt.pretrain.report import Holdings
 from shardopt.pretrain.sink import EventKind, Sink, Status
 from shardopt.pretrain.tensorboard import TensorboardLog
@@ -173,27 +173,6 @@ class Tracker:
                 self._warn(f"{name} failed, training goes on without it: {cause(error)}")
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
-    """Figures of a whole run, however often it was resumed, from its rows of metrics.
-
-    Returns:
-        `step` and `tokens` at its end; `hours` that its steps took, without evaluations and checkpoints;
-        `final_eval_loss`, `best_eval_loss` and `best_eval_step`, of those that are finite, if any are.
-    """
-    if not rows:
-        return {}
-    steps = [0, *(row["step"] for row in rows)]
-    seconds = sum(
-        (row.get("step_time") or 0) * (row["step"] - before) for row, before in zip(rows, steps, strict=False)
-    )
-    figures = {"step": rows[-1]["step"], "tokens": rows[-1].get("tokens", 0), "hours": seconds / 3600}
-    held_out = [(row["eval_loss"], row["step"]) for row in rows if row.get("eval_loss") is not None]
-    if held_out:
-        best, at = min(held_out)
-        figures |= {"final_eval_loss": held_out[-1][0], "best_eval_loss": best, "best_eval_step": at}
-    return figures
-
-
 class MetricsFile(Sink):
     """A file of one JSON object per line, `step` first, written at once and whole; not finite is null.
 
@@ -276,15 +255,6 @@ class MetricsFile(Sink):
         if self._torn:
             os.write(self._file, line[written:])
             self._torn = False
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order; lines that a crash or a full disk left half-written are skipped.
-
-    A step that stands twice (which this module never writes) keeps its last row.
-    """
-    rows = {row["step"]: row for row in read_objects(path) if type(row.get("step")) is int}
-    return [rows[step] for step in sorted(rows)]
 
 
 def _plain(value: float | int | str) -> float | int | str | None:

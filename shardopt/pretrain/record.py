@@ -1,17 +1,18 @@
-"""What a run has recorded in its folder, read without torch and from the end: its config, its newest metrics."""
+"""What a run has recorded in its folder, read without torch: its config, its metrics, the newest from the end."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from shardopt.errors import InputError, StorageError
+from shardopt.pretrain.jsonl import read_objects
 
 # Bytes of a file that are read at a time, from its end.
 _TAIL = 1 << 16
@@ -63,3 +64,33 @@ def newest_rows(path: Path) -> Iterator[dict[str, Any]]:
 def last_row(path: Path) -> dict[str, Any] | None:
     """The last whole row of a metrics.jsonl; None where there is none."""
     return next(newest_rows(path), None)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl in order; lines that a crash or a full disk left half-written are skipped.
+
+    A step that stands twice (which this module never writes) keeps its last row.
+    """
+    rows = {row["step"]: row for row in read_objects(path) if type(row.get("step")) is int}
+    return [rows[step] for step in sorted(rows)]
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+    """Figures of a whole run, however often it was resumed, from its rows of metrics.
+
+    Returns:
+        `step` and `tokens` at its end; `hours` that its steps took, without evaluations and checkpoints;
+        `final_eval_loss`, `best_eval_loss` and `best_eval_step`, of those that are finite, if any are.
+    """
+    if not rows:
+        return {}
+    steps = [0, *(row["step"] for row in rows)]
+    seconds = sum(
+        (row.get("step_time") or 0) * (row["step"] - before) for row, before in zip(rows, steps, strict=False)
+    )
+    figures = {"step": rows[-1]["step"], "tokens": rows[-1].get("tokens", 0), "hours": seconds / 3600}
+    held_out = [(row["eval_loss"], row["step"]) for row in rows if row.get("eval_loss") is not None]
+    if held_out:
+        best, at = min(held_out)
+        figures |= {"final_eval_loss": held_out[-1][0], "best_eval_loss": best, "best_eval_step": at}
+    return figures

@@ -40,5 +40,5 @@ class Sink:
         """The end of this start.
 
         Args:
-            summary: figures of the whole run: see `metrics.summary`.
+            summary: figures of the whole run: see `record.summary`.
         """

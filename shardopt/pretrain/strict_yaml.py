@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -47,6 +49,24 @@ def parse(text: str) -> Any:
         return yaml.load(text, Loader)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
+
+
+def as_written(value: Any) -> str:
+    """A value of a config on one line, as its YAML has it: null, true, [0.9, 0.999]."""
+    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of an `as_dict()` by their dotted keys, those of data.sources and train.stages one by one."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, list) and any(isinstance(member, dict) for member in value):
+            out |= flat({f"{key}[{i}]": member for i, member in enumerate(value)}, prefix)
+        elif isinstance(value, dict):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
 
 
 _SIGN = "-+0123456789."

@@ -24,7 +24,7 @@ from shardopt.engines.base import EngineInputs
 from shardopt.engines.deepspeed.state import DeepspeedState
 from shardopt.errors import InputError
 from shardopt.optim import registry
-from shardopt.pretrain.metrics import read_metrics
+from shardopt.pretrain.record import read_metrics
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
 

@@ -19,7 +19,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from shardopt.cli import main
 from shardopt.errors import InputError, NonFiniteError
 from shardopt.pretrain.loop import Run
-from shardopt.pretrain.metrics import Tracker, read_metrics
+from shardopt.pretrain.metrics import Tracker
+from shardopt.pretrain.record import read_metrics
 from tests.distributed.forked import Command, pretrain
 from tests.distributed.pool import Pool, on_ranks
 from tests.pretrain import tiny

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from shardopt.cli import main
-from shardopt.pretrain.metrics import read_metrics
+from shardopt.pretrain.record import read_metrics
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
 

@@ -21,9 +21,8 @@ from shardopt.errors import InputError
 from shardopt.pretrain import config, keys, strict_yaml
 from shardopt.pretrain.data.token_files import TokenFile
 from shardopt.pretrain.events import read_events
-from shardopt.pretrain.metrics import read_metrics
 from shardopt.pretrain.page import records
-from shardopt.pretrain.record import last_row, recorded_config
+from shardopt.pretrain.record import last_row, read_metrics, recorded_config
 from tests.fuzz import budget
 
 TREE = {

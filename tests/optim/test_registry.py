@@ -15,7 +15,7 @@ from torch import nn
 
 from shardopt.errors import InputError
 from shardopt.optim import registry
-from shardopt.pretrain.metrics import read_metrics
+from shardopt.pretrain.record import read_metrics
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shardopt.distributed import Ranks
 from shardopt.errors import InputError
 from shardopt.pretrain import data, loop, model
-from shardopt.pretrain.metrics import read_metrics
+from shardopt.pretrain.record import read_metrics
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
 from tests.pretrain.wandb_server import online, rows_on

@@ -10,8 +10,8 @@ import yaml
 from shardopt import cli
 from shardopt.optim import registry
 from shardopt.pretrain import keys, presets
-from shardopt.pretrain.config import Config, flat, load, parse, read
-from shardopt.pretrain.strict_yaml import Loader
+from shardopt.pretrain.config import Config, load, parse, read
+from shardopt.pretrain.strict_yaml import Loader, flat
 from tests.pretrain import tiny
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))

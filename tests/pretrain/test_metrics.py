@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from shardopt.errors import InputError, MissingExtraError
 from shardopt.pretrain import plot
 from shardopt.pretrain.about import git_commit
-from shardopt.pretrain.metrics import Tracker, read_metrics, summary
-from shardopt.pretrain.record import last_row
+from shardopt.pretrain.metrics import Tracker
+from shardopt.pretrain.record import last_row, read_metrics, summary
 from shardopt.pretrain.tracking import TrackingConfig, WandbConfig
 from tests.pretrain.wandb_server import KEY, online, rows_on
 

@@ -16,9 +16,9 @@ from shardopt.pretrain import data
 from shardopt.pretrain.data.batches import Shuffled, TrainData, merge_places
 from shardopt.pretrain.data.config import DataConfig
 from shardopt.pretrain.data.prefetch import Batches
-from shardopt.pretrain.data.report import in_short
 from shardopt.pretrain.data.stages import StageConfig, Stages
 from shardopt.pretrain.data.tokenizers import SavedTokenizer
+from shardopt.pretrain.data_facts import in_short
 from shardopt.pretrain.forecast import Device, forecast
 from shardopt.pretrain.forecast_text import as_text
 from tests.distributed.pool import on_ranks

@@ -26,9 +26,8 @@ from shardopt import cli
 from shardopt.errors import InputError
 from shardopt.pretrain import config
 from shardopt.pretrain.loop import pretrain
-from shardopt.pretrain.metrics import read_metrics
 from shardopt.pretrain.page.tables import study as page_of_study
-from shardopt.pretrain.record import last_row
+from shardopt.pretrain.record import last_row, read_metrics
 from shardopt.pretrain.report import Report
 from shardopt.pretrain.study import curves, jobs, plan, wandb_sweep
 from shardopt.pretrain.study.plan import Study

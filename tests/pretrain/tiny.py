@@ -16,7 +16,7 @@ from shardopt.pretrain import data
 from shardopt.pretrain.config import Config, _override, parse
 from shardopt.pretrain.loop import Result, pretrain
 from shardopt.pretrain.meter import PARTS
-from shardopt.pretrain.metrics import read_metrics
+from shardopt.pretrain.record import read_metrics
 
 MEASURED = {"tokens_per_second", "memory_bytes", "step_time", "data_wait", *PARTS}
 """Figures that are no functions of the config: they have tests of their own."""

@@ -17,7 +17,7 @@ from shardopt.pretrain import strict_yaml
 from shardopt.pretrain.events import read_events, state_after
 from shardopt.pretrain.jsonl import read_objects, unreadable_lines
 from shardopt.pretrain.lock import look_at
-from shardopt.pretrain.metrics import read_metrics
+from shardopt.pretrain.record import read_metrics
 
 _T = TypeVar("_T")
 

@@ -10,11 +10,11 @@ from statistics import median
 from typing import Any
 
 from shardopt.errors import InputError
-from shardopt.pretrain.config import as_written, flat
-from shardopt.pretrain.data.report import in_short, size
-from shardopt.pretrain.metrics import summary
+from shardopt.pretrain.data_facts import in_short, size
 from shardopt.pretrain.page.records import Record
+from shardopt.pretrain.record import summary
 from shardopt.pretrain.report import count, duration, unit_of
+from shardopt.pretrain.strict_yaml import as_written, flat
 
 # Rows of metrics whose steps tell the time left.
 _RECENT = 20

@@ -13,7 +13,7 @@ import jinja2
 import yaml
 
 from shardopt import __version__
-from shardopt.pretrain.folder import writing
+from shardopt.errors import writing
 from shardopt.pretrain.page import curves, drawing, tables
 from shardopt.pretrain.page.records import Record, read
 from shardopt.pretrain.page.story import story

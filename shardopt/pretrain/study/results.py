@@ -17,7 +17,7 @@ from rich.table import Table
 from shardopt import __version__
 from shardopt.checkpoint import inspect
 from shardopt.errors import InputError
-from shardopt.pretrain.metrics import read_metrics
+from shardopt.pretrain.record import read_metrics
 from shardopt.pretrain.report import count
 from shardopt.pretrain.study.plan import Study, Trial, Variant
 

@@ -9,9 +9,8 @@ import torch
 
 from shardopt.checkpoint.document import DOCUMENT
 from shardopt.distributed import Ranks
-from shardopt.errors import InputError
+from shardopt.errors import InputError, writing
 from shardopt.pretrain import data, model
-from shardopt.pretrain.folder import writing
 from shardopt.pretrain.hub import local
 from shardopt.pretrain.lock import RunLock
 from shardopt.pretrain.progress import read_document
