@@ -46,8 +46,22 @@ def did_you_mean(word: object, known: Iterable[str], prefix: str = "", cutoff: f
 
 def nearest_path(path: Path) -> str:
     """ "; did you mean ...?" for a local path that is not there, or nothing where none beside it is like it."""
-    beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    beside = [name for name in names if name != path.name]
     return did_you_mean(path.name, beside, "" if path.parent == Path() else f"{path.parent}/")
+
+
+def no_folder(path: Path, give: str) -> InputError:
+    """The error of a local path that is not the folder that was to be given.
+
+    Args:
+        give: which one, such as "a run's folder".
+    """
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return InputError(f"{path} is a config: give the run's folder, such as runs/NAME")
+    if path.exists():
+        return InputError(f"{path} is not a folder: give {give}")
+    return InputError(f"{path} does not exist: give {give}{nearest_path(path)}")
 
 
 def few(items: Iterable[str], limit: int = 5) -> str:

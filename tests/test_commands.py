@@ -236,7 +236,7 @@ def test_checkpoint_of_hf_trainer_is_exported_with_the_config_and_tokenizer_arou
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["checkpoint", "inspect", "{run}/nowhere"], "nowhere is not a folder: give a run's folder"),
+        (["checkpoint", "inspect", "{run}/nowhere"], "nowhere does not exist: give a run's folder"),
         (["checkpoint", "inspect", "{run}/export"], "is neither a checkpoint of shardopt (it has no checkpoint.json)"),
         (["checkpoint", "inspect", "{run}", "--step", "5"], "--step 5: {run}/checkpoints has steps 2, 4, 6"),
         (["checkpoint", "list", "{run}/export"], "has no checkpoints: give a run's folder"),

@@ -28,7 +28,7 @@ with contextlib.redirect_stdout(io.StringIO()):
 print(json.dumps(sorted(sys.modules)))
 import shardopt.pretrain.page.write
 print(json.dumps(sorted(sys.modules)))
-for name in [name for name in sys.modules if name.startswith("shardopt.pretrain")]:
+for name in [name for name in sys.modules if name.startswith(("shardopt.pretrain", "shardopt.rows"))]:
     del sys.modules[name]
 import torch, numpy
 before = set(sys.modules) - {name for name in sys.modules if name.startswith("shardopt")}

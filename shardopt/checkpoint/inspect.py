@@ -13,7 +13,7 @@ from shardopt.checkpoint import folders
 from shardopt.checkpoint.blocks import reading
 from shardopt.checkpoint.document import DOCUMENT, FORMAT, OTHER_FORMAT_ADVICE, OtherFormatError, read_document
 from shardopt.checkpoint.store import as_folder, exists, is_local, listing
-from shardopt.checkpoint.stored import SLICES, Stored, complete_in, root_of, step_of
+from shardopt.checkpoint.stored import SLICES, Stored, check_begun, check_folder, complete_in, root_of, step_of
 from shardopt.errors import InputError
 
 _FIRST = ("weight", "buffer", "m1", "m2", "nu")
@@ -110,8 +110,10 @@ def list_run(run: str | Path) -> list[dict[str, Any]]:
     Raises:
         InputError: no folder with checkpoints.
     """
-    root = root_of(run := as_folder(run))
+    check_folder(run := as_folder(run), "a run's folder, such as runs/NAME")
+    root = root_of(run)
     if root is None:
+        check_begun(run)
         raise InputError(f"{run} has no checkpoints: give a run's folder, such as runs/NAME")
     complete = complete_in(root)
     rows = []

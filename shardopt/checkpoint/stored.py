@@ -15,7 +15,8 @@ from shardopt.checkpoint.document import DOCUMENT, read_document
 from shardopt.checkpoint.index import DTYPES, read_index
 from shardopt.checkpoint.loading import read_slices
 from shardopt.checkpoint.store import as_folder, exists, is_local, listing
-from shardopt.errors import InputError, nearest_path
+from shardopt.errors import InputError, no_folder
+from shardopt.rows import newest_rows
 from shardopt.slices import Layout, Slice
 
 SLICES = "shardopt"
@@ -74,6 +75,27 @@ def complete_in(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def check_folder(path: Path, give: str) -> None:
+    """Raise InputError where there is no folder, which says what to `give`."""
+    with reading(path):
+        there = path.is_dir() if is_local(path) else listing(path)
+    if not there:
+        raise no_folder(path, give) if is_local(path) else InputError(f"{path} is not a folder: give {give}")
+
+
+def check_begun(path: Path) -> None:
+    """Raise InputError where a folder is a run's that has no checkpoint, and say why it has none."""
+    if not (is_local(path) and (path / "config.yaml").is_file()):
+        return
+    event = next(newest_rows(path / "events.jsonl"), {})
+    if event.get("event") == "failed":
+        reason = " ".join(str(event.get("text", "")).split())
+        raise InputError(
+            f"{path} failed at step {event['step']:,}, before its first checkpoint{reason and f': {reason}'}"
+        )
+    raise InputError(f"{path} has no checkpoint yet: one is written every checkpoint.every steps, and at the end")
+
+
 def locate(path: str | Path, step: int | None = None) -> Path:
     """The checkpoint that `path` stands for: itself, the one in HF Trainer's, or a run's newest (or that of `step`).
 
@@ -81,20 +103,15 @@ def locate(path: str | Path, step: int | None = None) -> Path:
         InputError: there is none; the message lists the steps there are.
     """
     path = as_folder(path)
-    with reading(path):
-        there = listing(path)
-    if not there and not (is_local(path) and path.is_dir()):
-        near = nearest_path(path) if is_local(path) else ""
-        raise InputError(f"{path} is not a folder: give a run's folder, such as runs/NAME, or a checkpoint's{near}")
+    check_folder(path, "a run's folder, such as runs/NAME, or a checkpoint's")
     for folder in (path, path / SLICES):
         if exists(folder / DOCUMENT):
             if step is not None and step != step_of(folder):
                 raise InputError(f"--step {step}: {path} is one checkpoint already; give its run's folder, or no step")
             return folder
     root = root_of(path)
-    if root is None and is_local(path) and (path / "config.yaml").is_file():
-        raise InputError(f"{path} has no checkpoint yet: one is written every checkpoint.every steps, and at the end")
     if root is None:
+        check_begun(path)
         raise InputError(
             f"{path} is neither a checkpoint of shardopt (it has no {DOCUMENT}) nor a run with checkpoints"
         )

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_arguments(parser)
     models.add_dtype(parser, "of the weights; by default as they are stored")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="how the text begins; by default standard input")
+    prompt.add_argument("--prompt", metavar="TEXT", help="how the text begins, or ''; by default standard input")
     prompt.add_argument("--prompt-file", metavar="PATH", help="a file with it")
     parser.add_argument(
         "--max-new-tokens", type=numbers.at_least(1), default=128, metavar="N", help="by default %(default)s"
@@ -53,7 +53,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         trained.load(model, ranks.device, given.raw)
         if generator.room is not None and generator.room < given.max_new_tokens:
             room = f"the model has room for {generator.room:,} tokens after the prompt"
-            print(f"shardopt: --max-new-tokens {given.max_new_tokens}: {room}", file=sys.stderr)
+            print(f"warning: --max-new-tokens {given.max_new_tokens}: {room}", file=sys.stderr)
         for sample in range(given.samples):
             if given.samples > 1:
                 print(f"{'' if sample == 0 else chr(10)}── sample {sample + 1}, seed {given.seed + sample} ──")
@@ -77,10 +77,17 @@ def _prompt(arguments: argparse.Namespace) -> str:
             content = path.read_bytes()
         except OSError as error:
             raise InputError(f"--prompt-file: cannot read {path}: {error.strerror}{nearest_path(path)}") from error
-        return _decoded(f"--prompt-file {path}", content).removesuffix("\n")
+        return _not_empty(f"--prompt-file {path}", content)
     if sys.stdin.isatty():
         raise InputError("give --prompt TEXT, --prompt-file PATH, or the prompt on standard input")
-    return _decoded("standard input", sys.stdin.buffer.read()).removesuffix("\n")
+    return _not_empty("standard input", sys.stdin.buffer.read())
+
+
+def _not_empty(where: str, content: bytes) -> str:
+    """A prompt from a file or a shell; an empty one is more likely a mistake there than the wish for any text."""
+    if prompt := _decoded(where, content).removesuffix("\n"):
+        return prompt
+    raise InputError(f"{where}: is empty; give the beginning of a text, or --prompt '' for any text")
 
 
 def _decoded(where: str, content: bytes) -> str:

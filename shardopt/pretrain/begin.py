@@ -13,8 +13,8 @@ from shardopt.pretrain import model
 from shardopt.pretrain.config import Config
 from shardopt.pretrain.folder import RunFolder, open_folder
 from shardopt.pretrain.progress import newest, read_document
-from shardopt.pretrain.record import newest_rows
 from shardopt.pretrain.report import Report, Result, held_out_words
+from shardopt.rows import newest_rows
 
 
 @dataclass(frozen=True)

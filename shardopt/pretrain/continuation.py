@@ -55,18 +55,16 @@ class Generator:
 
     Args:
         trained, model: where it is of, and the model itself.
-        prompt: not empty.
+        prompt: how the text begins; empty: any text.
 
     Attributes:
         room: tokens that the model has positions for after the prompt; None: there is no limit.
 
     Raises:
-        InputError: the prompt is empty, or longer than the model takes.
+        InputError: the prompt is longer than the model takes, or the tokenizer has no end-of-text token.
     """
 
     def __init__(self, trained: Trained, model: PreTrainedModel, prompt: str) -> None:
-        if not prompt:
-            raise InputError("--prompt: is empty; give the beginning of a text")
         self._tokenizer, self._model = trained.tokenizer, model
         ids = self._tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         self._ids = torch.tensor([[trained.end_of_text, *ids]])

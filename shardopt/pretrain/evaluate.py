@@ -26,7 +26,7 @@ from shardopt.pretrain.data.text_sets import Reader, TextSet
 from shardopt.pretrain.data.tokenizers import SavedTokenizer, vocab_size
 from shardopt.pretrain.loss import loss_in_forward
 from shardopt.pretrain.model import position_limits
-from shardopt.pretrain.report import count, printable
+from shardopt.pretrain.report import count, one_line
 from shardopt.pretrain.scoring import Score, check_documents_apart, held_out, losses
 from shardopt.pretrain.trained import Trained
 
@@ -173,7 +173,7 @@ def table(score: Score) -> Table:
     for header, footer in zip(("tokens", "bytes", "loss", "bits per byte"), whole, strict=True):
         table.add_column(header, footer=footer, justify="right", no_wrap=True)
     for label, one in score.sources.items():
-        table.add_row(printable(label), *_cells(one))
+        table.add_row(one_line(label), *_cells(one))
     if not score.sources:
         table.add_row("held out", *whole)
     return table

@@ -1,11 +1,8 @@
-"""What a run has recorded in its folder, read without torch: its config, its metrics, the newest from the end."""
+"""What a run has recorded in its folder, read without torch: its config, its metrics."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,7 @@ import yaml
 
 from shardopt.errors import InputError, StorageError
 from shardopt.pretrain.jsonl import read_objects
-
-# Bytes of a file that are read at a time, from its end.
-_TAIL = 1 << 16
+from shardopt.rows import newest_rows
 
 
 def recorded_config(folder: Path) -> dict[str, Any] | None:
@@ -37,28 +32,6 @@ def recorded_config(folder: Path) -> dict[str, Any] | None:
         case {"run": {"name": str()}, "train": {"steps": int()}, "data": dict(), "engine": {"name": str()}}:
             return tree
     return None
-
-
-def newest_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole rows of a metrics.jsonl, or events of an events.jsonl, from the last one on.
-
-    The file may be long, and still be written; there are none where there is no file.
-    """
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return
-    with file:
-        end, rest = file.seek(0, os.SEEK_END), b""
-        while end:
-            start = max(0, end - _TAIL)
-            file.seek(start)
-            lines = (file.read(end - start) + rest).split(b"\n")
-            rest, end = (lines.pop(0) if start else b""), start
-            for line in reversed(lines):
-                with contextlib.suppress(ValueError, RecursionError):
-                    if isinstance(row := json.loads(line), dict) and type(row.get("step")) is int:
-                        yield row
 
 
 def last_row(path: Path) -> dict[str, Any] | None:

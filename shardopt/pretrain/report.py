@@ -133,7 +133,7 @@ def render(held: Holdings) -> Table:
         table.add_column(header, footer=footer, justify="right", no_wrap=True, style=styles.get(header))
     for label, sizes in shown.items():
         if label != "total":
-            table.add_row(label, *cells(sizes))
+            table.add_row(one_line(label), *cells(sizes))
     return table
 
 
@@ -353,6 +353,11 @@ def printable(text: str, encoding: str = "utf-8") -> str:
         for character in text.replace("\r\n", "\n")
     )
     return kept.encode(encoding, "replace").decode(encoding)
+
+
+def one_line(text: str) -> Text:
+    """A name in a cell of a table: in one line, without control characters, and never read as markup."""
+    return Text(printable(text).replace("\n", "\\n").replace("\t", "\\t"))
 
 
 def unit_of(largest: int) -> tuple[int, str]:

@@ -69,9 +69,12 @@ class Trained:
             return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
         return next(self.stored.dtype(*key) for key in self.stored.keys if key[1] == "weight")
 
-    def weights_of(self, raw: bool) -> str:
-        """The kind of weights that `load` gives: weight, or the weight_ema that the run kept of them."""
-        averaged = self.stored is not None and any(kind == "weight_ema" for _, kind in self.stored.keys)
+    def weights_of(self, raw: bool) -> str | None:
+        """The kind of weights that `load` gives: weight, or the weight_ema that the run kept of them; None of an
+        export, which does not say what its weights were."""
+        if self.stored is None:
+            return None
+        averaged = any(kind == "weight_ema" for _, kind in self.stored.keys)
         return "weight_ema" if averaged and not raw else "weight"
 
     def model(self, dtype: torch.dtype | None = None, attention: str | None = None) -> PreTrainedModel:

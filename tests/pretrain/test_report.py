@@ -2,6 +2,7 @@ import io
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from rich.console import Console
 from torch import nn
 
 from shardopt.distributed import Ranks
+from shardopt.pretrain.data import build
+from shardopt.pretrain.data import report as data_report
 from shardopt.pretrain.report import Holdings, Report, Result, holdings, printable, render
+from shardopt.pretrain.study.results import Results
 from shardopt.slices import Layout, Slice, layout_of, local_tensor
 from tests.checkpoint import made
 from tests.distributed.pool import on_ranks
@@ -275,3 +279,28 @@ def test_other_ranks_print_nothing():
 def test_printable_keeps_text_and_shows_the_rest():
     assert printable("a\tb\nc é 日\r\nd") == "a\tb\nc é 日\nd"
     assert printable("\x00\x1b\x9b\u200b\ue000\U000e0001") == r"\x00\x1b\x9b\u200b\ue000\U000e0001"
+
+
+def test_names_in_tables_are_no_markup():
+    names = ["[/x]", "a[bold]b", "two\nlines"]
+    holdings = Holdings((dict.fromkeys(names, 5),), dict.fromkeys(names, 5))
+    source = {
+        "documents": 1, "bytes": 1, "tokens": 1, "tokens_per_byte": 1.0, "share": 1.0, "epochs": 1.0,
+        "holdout": {"tokens": 1}, "broken": {}, "broken_examples": [], "empty": 0, "skipped_files": 0, "longest": [],
+    }  # fmt: skip
+    text, _ = data_report.render({"sources": [source | {"label": name} for name in names]}, [])
+    study = SimpleNamespace(baseline="[/b]")
+    rows = [SimpleNamespace(variant=SimpleNamespace(name=name)) for name in names]
+    results = SimpleNamespace(study=study, rows=rows, best=None, _cells=lambda _: [""] * 5)
+    for table in (render(holdings), text, Results.table(results)):
+        said = [line.strip() for line in text_of(table)]
+        assert all(any(line.startswith(name.replace("\n", "\\n")) for line in said) for name in names), said
+    assert "below [/b]" in said[0]
+
+
+def test_the_label_of_a_bar_is_no_markup(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=out, force_terminal=True, width=100))
+    with build._bar("tokenising [/x]", True) as tick:
+        tick(1, 2)
+    assert "tokenising [/x]" in out.getvalue()

@@ -13,7 +13,8 @@ from shardopt import cli
 from shardopt.checkpoint.folders import step_folder
 from shardopt.pretrain import lock, loop, runs
 from shardopt.pretrain.lock import RunLock
-from shardopt.pretrain.record import last_row, newest_rows
+from shardopt.pretrain.record import last_row
+from shardopt.rows import newest_rows
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
 
@@ -161,8 +162,93 @@ def test_the_list_is_sorted_as_json_and_as_a_table_of_80_columns(tmp_path, capsy
     }
 
 
+def test_names_are_printed_as_they_are_in_one_line(tmp_path, capsys):
+    names = ["run[v2]", "a[bold]b", "[red]", "[", "two\nlines"]
+    for name in names:
+        folder = made(tmp_path, name.encode().hex(), events_jsonl=ended("failed", "[/why]"))
+        folder.rename(tmp_path / name)
+    (tmp_path / "[").rename(tmp_path / "study")
+    made(tmp_path, "nested").rename(tmp_path / "study" / "x]")
+    (tmp_path / "study" / "config.yaml").unlink()
+    (tmp_path / "study" / "metrics.jsonl").unlink()
+    (tmp_path / "study").rename(tmp_path / "[")  # "[/x]" is a tag that closes none
+    said = listed(capsys, tmp_path).splitlines()
+    for name in ("run[v2]", "a[bold]b", "[red]", "two\\nlines"):
+        assert any(line.startswith(f"{name} ") and " failed " in line for line in said), name
+        assert f"{name} failed: [/why]" in said
+    assert any(line.startswith("[/x] ") for line in said)
+
+
+def test_what_is_not_finite_is_not_known(tmp_path, capsys):
+    folder = made(tmp_path, "one")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "loss": NaN, "eval_loss": Infinity, "step_time": NaN}\n')
+    made(tmp_path, "two", steps=())
+    (tmp_path / "two" / "metrics.jsonl").write_text('{"step": 3, "loss": NaN}\n')
+    one, two = json.loads(listed(capsys, tmp_path, "--json", "--sort", "name"), parse_constant=pytest.fail)
+    assert (one["step"], one["loss"], one["holdout_loss"], two["loss"]) == (30, 5.0, 9.5, None)
+    assert "nan" not in listed(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("columns", [50, 40, 24, 10])
+def test_a_narrow_terminal_has_the_names_still(tmp_path, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    made(tmp_path, "ademamix_lr-0.001-seed0-and-more-words", (10, 100_000), 1_000_000)
+    made(tmp_path, "b")
+    header, *lines = listed(capsys, tmp_path).splitlines()
+    assert max(map(len, [header, *lines])) <= columns
+    assert header.split()[0] == "run"
+    assert ("state" in header, "age" in header) == (columns > 20, False)
+    assert sorted(line[:7] for line in lines)[0] == "ademami"
+    assert "…" in sorted(lines)[0]
+    assert len(lines) == 2
+
+
+def test_why_a_folder_is_damaged_is_true(tmp_path):
+    for name, text in (("empty", ""), ("foreign", "lr: 3"), ("folder", None), ("none", None)):
+        config = made(tmp_path, name) / "config.yaml"
+        if text is None:
+            config.unlink()
+        else:
+            config.write_text(text)
+    (tmp_path / "folder" / "config.yaml").mkdir()
+    assert {name: (run.state, run.reason) for name, run in by_name(tmp_path).items()} == {
+        "empty": ("damaged", "it has metrics, and its config.yaml is empty"),
+        "foreign": ("damaged", "it has metrics, and its config.yaml is not of a run of shardopt"),
+        "folder": ("damaged", "it has metrics, and its config.yaml is a folder"),
+        "none": ("damaged", "it has metrics and no config.yaml"),
+    }
+
+
+def test_a_path_that_is_no_folder_of_runs_is_told_what_it_is(tmp_path, capsys):
+    config = made(tmp_path, "one") / "config.yaml"
+    for path, said in (
+        (config, f"{config} is a config: give the run's folder, such as runs/NAME"),
+        (
+            config.with_name("metrics.jsonl"),
+            f"{config.parent}/metrics.jsonl is not a folder: give that of the runs, run.dir",
+        ),
+        (
+            tmp_path / "ones",
+            f"{tmp_path}/ones does not exist: give that of the runs, run.dir; did you mean {tmp_path}/one?",
+        ),
+        ("s3://bucket/runs", "s3://bucket/runs: stores are not supported here; give a local folder"),
+    ):
+        assert cli.main(["runs", str(path)]) == 2
+        assert capsys.readouterr().err == f"shardopt: {said}\n"
+
+
+def test_a_run_without_metrics_is_new_or_what_its_events_say(tmp_path):
+    for name in ("new", "done"):
+        (made(tmp_path, name) / "metrics.jsonl").unlink()
+    (tmp_path / "done" / "events.jsonl").write_text(ended("finished"))
+    found = by_name(tmp_path)
+    assert (found["new"].state, found["new"].step) == ("new", 0)
+    assert (found["done"].state, found["done"].step) == ("finished", 20)
+
+
 def test_rows_are_read_from_the_end_a_piece_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("shardopt.pretrain.record._TAIL", 50)
+    monkeypatch.setattr("shardopt.rows._TAIL", 50)
     path = tmp_path / "metrics.jsonl"
     assert list(newest_rows(path)) == []
     path.write_text(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import re
 import shutil
@@ -23,6 +24,7 @@ from shardopt.errors import InputError
 from shardopt.pretrain import evaluate
 from shardopt.pretrain.continuation import Printer
 from shardopt.pretrain.report import printable
+from shardopt.pretrain.scoring import Score
 from shardopt.pretrain.trained import one_process
 from tests.pretrain import tiny
 
@@ -198,7 +200,7 @@ def test_dtype_is_of_the_weights_that_are_scored(folder, capsys, tmp_path):
     run, text = folder / "runs" / "bytes", ["--batch-size", 8, "--data", folder / "text" / "000.txt"]
     assert cli.main(["export", str(run), str(tmp_path / "half"), "--dtype", "bf16"]) == 0
     half = scored(capsys, tmp_path / "half", "--block-size", 32, *text)
-    assert scored(capsys, run, "--dtype", "bf16", *text) == half | {"model": mock.ANY, "step": 6}
+    assert scored(capsys, run, "--dtype", "bf16", *text) == half | {"model": mock.ANY, "step": 6, "weights": "weight"}
     whole = scored(capsys, run, *text)["loss"]
     assert half["loss"] == pytest.approx(whole, rel=1e-2)
     assert half["loss"] != pytest.approx(whole, rel=1e-6)
@@ -270,11 +272,18 @@ def test_printer_passes_no_control_character_on_and_leaves_special_tokens_out(fo
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["generate", "{runs}/byts", "--prompt", "a"], "/byts is not a folder: .*; did you mean .*/runs/bytes"),
+        (["generate", "{runs}/byts", "--prompt", "a"], "/byts does not exist: .*; did you mean .*/runs/bytes"),
         (["generate", "{runs}/new", "--prompt", "a"], "new has no checkpoint yet: one is written"),
         (["generate", "{bare}", "--prompt", "a"], "bare has no tokenizer: write the model's own there"),
-        (["generate", "{runs}/bytes", "--prompt", ""], "--prompt: is empty"),
-        (["generate", "{runs}/bytes", "--prompt-file", "{top}/empty.txt"], "--prompt: is empty"),
+        (["generate", "{runs}/failed", "--prompt", "a"], "failed at step 3, before its first checkpoint: a disk is"),
+        (["export", "{runs}/failed"], "failed at step 3, before its first checkpoint"),
+        (["checkpoint", "list", "{runs}/failed"], "failed at step 3, before its first checkpoint"),
+        (["checkpoint", "list", "{runs}/new"], "new has no checkpoint yet"),
+        (["checkpoint", "list", "{runs}/byts"], "/byts does not exist: give a run's folder.*; did you mean .*/bytes"),
+        (["export", "{runs}/new/config.yaml"], "config.yaml is a config: give the run's folder, such as runs/NAME$"),
+        (["eval", "{top}/empty.txt"], "empty.txt is not a folder: [^;]*$"),
+        (["generate", "{runs}/bytes"], "standard input: is empty; .* --prompt ''"),
+        (["generate", "{runs}/bytes", "--prompt-file", "{top}/empty.txt"], "--prompt-file .*empty.txt: is empty"),
         (["generate", "{runs}/bytes", "--prompt", "a" * 64], "is 64 tokens long, and the model has 64 positions"),
         (["generate", "{runs}/bytes", "--prompt-file", "{top}/emty.txt"], "cannot read .*; did you mean .*empty.txt"),
         (["generate", "{runs}/bytes/export", "--step", "3", "--prompt", "a"], "is an export, of one step"),
@@ -289,12 +298,15 @@ def test_printer_passes_no_control_character_on_and_leaves_special_tokens_out(fo
         (["eval", "{runs}/bytes", "--block-size", "16"], "--block-size: .* give --data, too"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_an_error_that_names_the_thing_to_change(folder, capsys, arguments, said):
-    bare, new = folder / "bare", folder / "runs" / "new"
+def test_what_cannot_work_is_an_error_that_names_the_thing_to_change(folder, capsys, monkeypatch, arguments, said):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    bare, new, failed = folder / "bare", folder / "runs" / "new", folder / "runs" / "failed"
     if not bare.exists():
         shutil.copytree(folder / "runs" / "bytes" / "export", bare, ignore=shutil.ignore_patterns("*token*"))
         new.mkdir()
         shutil.copy(folder / "runs" / "bytes" / "config.yaml", new)
+        shutil.copytree(new, failed)
+        (failed / "events.jsonl").write_text('{"event": "failed", "step": 3, "text": "a disk\\nis full"}\n')
         (folder / "empty.txt").write_text("")
         (folder / "ids.bin").write_bytes(b"\1\0")
         (folder / "lines.jsonl").write_text('{"body": "a"}\n')
@@ -309,7 +321,40 @@ def test_what_cannot_work_is_an_error_that_names_the_thing_to_change(folder, cap
 def test_more_tokens_than_the_model_has_positions_for_are_told_and_left_out(folder, capsys):
     capsys.readouterr()
     assert cli.main(["generate", str(folder / "runs" / "bytes"), "--prompt", "a" * 60]) == 0
-    assert "the model has room for 3 tokens after the prompt" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error == "warning: --max-new-tokens 128: the model has room for 3 tokens after the prompt\n"
+
+
+def test_an_empty_prompt_gives_what_follows_the_end_of_text_token(folder, capsys):
+    run, given = folder / "runs" / "bytes", ("--prompt", "", "--max-new-tokens", 8, "--temperature", 0)
+    model, tokenizer = (auto.from_pretrained(run / "export") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    ids = torch.tensor([[tokenizer.eos_token_id]])
+    out = model.generate(ids, do_sample=False, max_new_tokens=8, attention_mask=torch.ones_like(ids), pad_token_id=0)
+    said = say(capsys, "generate", run, *given)
+    assert len(said) > 1
+    assert said == printable(tokenizer.decode(out[0], skip_special_tokens=True)) + "\n"
+
+
+def test_names_of_sets_stand_in_the_table_as_they_are(folder, capsys):
+    globs = [f"[/x]={folder}/text/000.txt", f"a[bold]b={folder}/text/00[0-1].txt", f"{folder}/text/00[0-2]*.txt"]
+    said = say(capsys, "eval", folder / "runs" / "bytes", "--data", *globs)
+    for name in ("[/x]", "a[bold]b", "00[0-2]*.txt"):
+        assert f"\n{name} " in said or f"\n {name} " in said, said
+
+
+def test_an_export_does_not_claim_what_its_weights_were_and_what_is_not_finite_is_null(folder, capsys, monkeypatch):
+    export, text = folder / "runs" / "masked" / "export", folder / "text" / "000.txt"
+    monkeypatch.setattr(evaluate.Evaluator, "texts", lambda *_: Score(math.nan, 3, 4))
+    what = json.loads(say(capsys, "eval", export, "--data", text, "--json"), parse_constant=pytest.fail)
+    assert (what["step"], what["weights"], what["loss"], what["bits_per_byte"]) == (None, None, None, None)
+
+
+def test_rows_that_are_broken_are_told_in_a_line_that_begins_with_warning(folder, capsys, tmp_path):
+    path = tmp_path / "half.jsonl"
+    path.write_text('{"text": "a"}\n{"text": 3}\n')
+    record = logging.LogRecord("shardopt.data", logging.WARNING, "", 0, "%d of %d rows", (1, 2), None)
+    say(capsys, "eval", folder / "runs" / "bytes", "--data", path, "--max-broken", 1)
+    assert logging.lastResort.format(record) == "warning: 1 of 2 rows"
 
 
 def test_a_process_of_torchrun_is_refused(monkeypatch):

@@ -245,9 +245,7 @@ def _counter(label: str, shown: bool) -> Iterator[Callable[[int], None]]:
     """A bar on stderr that counts documents; how many there are is not known before they are read."""
     from rich.progress import BarColumn, TimeElapsedColumn
 
-    with _progress(
-        shown, "{task.description}", BarColumn(), "{task.completed:,} documents", TimeElapsedColumn()
-    ) as bar:
+    with _progress(shown, BarColumn(), "{task.completed:,} documents", TimeElapsedColumn()) as bar:
         task = bar.add_task(label, total=None)
         yield lambda documents: bar.advance(task, documents)
         bar.update(task, total=bar.tasks[0].completed)
@@ -258,18 +256,17 @@ def _bar(label: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr that is told the bytes done and in all."""
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
 
-    with _progress(
-        shown, "{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn(elapsed_when_finished=True)
-    ) as bar:
+    with _progress(shown, BarColumn(), DownloadColumn(), TimeRemainingColumn(elapsed_when_finished=True)) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _progress(shown: bool, *columns: str | ProgressColumn) -> Progress:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TextColumn
 
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+    described = TextColumn("{task.description}", markup=False)  # a source's label among it
+    return Progress(described, *columns, console=Console(stderr=True), disable=not shown)
 
 
 def _open(config: DataConfig, folders: list[Path], seed: int, stages: Stages) -> tuple[TrainData, HoldoutData]:

@@ -11,7 +11,7 @@ from shardopt.pretrain.data.packing import Packed, Side
 from shardopt.pretrain.data.reading import show
 from shardopt.pretrain.data.streams import Stream
 from shardopt.pretrain.data_facts import left_out, size
-from shardopt.pretrain.report import count, printable
+from shardopt.pretrain.report import count, one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -102,7 +102,7 @@ def render(report: dict[str, Any], blocks: list[str]) -> list[RenderableType]:
         table.add_column(name, justify="right", no_wrap=True)
     for one in report["sources"]:
         table.add_row(
-            one["label"],
+            one_line(one["label"]),
             f"{one['documents']:,}",
             size(one["bytes"]),
             count(one["tokens"]),

@@ -18,7 +18,7 @@ from shardopt import __version__
 from shardopt.checkpoint import inspect
 from shardopt.errors import InputError
 from shardopt.pretrain.record import read_metrics
-from shardopt.pretrain.report import count
+from shardopt.pretrain.report import count, one_line
 from shardopt.pretrain.study.plan import Study, Trial, Variant
 
 _WEIGHTS = ("weight", "buffer")
@@ -217,9 +217,9 @@ class Results:
         table.add_column("variant", overflow="fold")
         columns = ("held-out loss", f"below {self.study.baseline}", "tokens to it", "ms/step", "state")
         for header in columns:
-            table.add_column(header, justify="right", overflow="fold")
+            table.add_column(one_line(header), justify="right", overflow="fold")
         for row in self.rows:
-            table.add_row(row.variant.name, *self._cells(row), style="bold" if row is best else None)
+            table.add_row(one_line(row.variant.name), *self._cells(row), style="bold" if row is best else None)
         return table
 
     def _cells(self, row: Row) -> list[str]:
