@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_arguments(parser)
     models.add_dtype(parser, "of the weights; by default as they are stored")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="how the text begins, or ''; by default standard input")
+    prompt.add_argument("--prompt", metavar="TEXT", help="how the text begins, '' for any; by default standard input")
     prompt.add_argument("--prompt-file", metavar="PATH", help="a file with it")
     parser.add_argument(
         "--max-new-tokens", type=numbers.at_least(1), default=128, metavar="N", help="by default %(default)s"

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import math
 import re
 import shutil
@@ -347,14 +346,6 @@ def test_an_export_does_not_claim_what_its_weights_were_and_what_is_not_finite_i
     monkeypatch.setattr(evaluate.Evaluator, "texts", lambda *_: Score(math.nan, 3, 4))
     what = json.loads(say(capsys, "eval", export, "--data", text, "--json"), parse_constant=pytest.fail)
     assert (what["step"], what["weights"], what["loss"], what["bits_per_byte"]) == (None, None, None, None)
-
-
-def test_rows_that_are_broken_are_told_in_a_line_that_begins_with_warning(folder, capsys, tmp_path):
-    path = tmp_path / "half.jsonl"
-    path.write_text('{"text": "a"}\n{"text": 3}\n')
-    record = logging.LogRecord("shardopt.data", logging.WARNING, "", 0, "%d of %d rows", (1, 2), None)
-    say(capsys, "eval", folder / "runs" / "bytes", "--data", path, "--max-broken", 1)
-    assert logging.lastResort.format(record) == "warning: 1 of 2 rows"
 
 
 def test_a_process_of_torchrun_is_refused(monkeypatch):
