@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import time
 from unittest import mock
 
 import pytest
@@ -226,6 +227,15 @@ def test_fsdp_over_micro_batches_equals_what_sums_in_the_same_order_bit_for_bit(
 
 
 def _live_bytes():
+    """`_seen_bytes`, once gloo's threads have let go of what they have just reduced."""
+    last, now = None, _seen_bytes()
+    while now != last:
+        time.sleep(0.1)
+        last, now = now, _seen_bytes()
+    return now
+
+
+def _seen_bytes():
     """Of the memory behind all tensors that there are, and behind the gradients that autograd keeps in them."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu"]
