@@ -489,9 +489,9 @@ def test_weights_that_are_not_finite_are_not_saved_and_older_checkpoints_are_nam
 
 
 def test_a_run_keeps_its_best_checkpoint(folder):
-    """The held-out loss of a run whose weights are made worse after step 2 is best there."""
+    """The held-out loss of a run whose growing lr makes its weights worse is best at step 2."""
     changes = {"engine": "{name: single}", "checkpoint__every": 2, "eval__every": 2, "train__steps": 8}
-    changes |= {"checkpoint__keep": 1, "checkpoint__keep_best": 1, "optimizer__lr": 10.0, "schedule__warmup": 0}
+    changes |= {"checkpoint__keep": 1, "checkpoint__keep_best": 1, "optimizer__lr": 1.0, "schedule__warmup": 7}
     tiny.run(0, 1, folder, run__name="best", **changes)
     rows = read_metrics(folder / "runs" / "best" / "metrics.jsonl")
     losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}

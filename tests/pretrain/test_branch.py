@@ -298,7 +298,7 @@ def test_the_start_of_a_branch_fits_into_80_columns(folder: Path, capsys: pytest
             {"train__steps": 6},
             r"train\.steps: 6 is not larger than 6, the step of run\.from = .*step-00000006",
         ),
-        ("trunk", {"run__from": "/nowhere"}, r"run\.from: /nowhere is not a folder"),
+        ("trunk", {"run__from": "/nowhere"}, r"run\.from: /nowhere does not exist"),
         ("trunk", {"optimizer": "{name: adamw}"}, r"optimizer\.name: ademamix → adamw: .*cannot be taken over"),
         ("adamw", {"optimizer": "{name: yogi}"}, r"optimizer\.name: adamw → yogi: .*cannot be taken over"),
         (

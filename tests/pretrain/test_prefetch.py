@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +126,18 @@ def test_samples_do_not_depend_on_ranks_and_a_run_goes_on_with_others(tmp_path: 
 def test_each_rank_tokenises_only_its_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(tmp_path, 6, mixed=False)
     read: set[str] = set()
-    text = Corpus.text
+    texts = Corpus.texts
 
-    def watched(self: Corpus, row: dict[str, Any]) -> str:
-        read.add(text(self, row))
-        return text(self, row)
+    def watched(self: Corpus, rows: Any, tally: Any) -> Iterator[str]:
+        for text in texts(self, rows, tally):
+            read.add(text)
+            yield text
 
     of_rank = []
     for ranks in ranks_of(3):
         batches = Batches(opened(tmp_path, 6, mixed=False), ranks, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(Corpus, "text", watched)
+            patch.setattr(Corpus, "texts", watched)
             for step in range(40):
                 batches.batch(step)
             batches.close()
@@ -262,20 +264,21 @@ def test_a_streamed_run_is_stopped_and_goes_on_with_other_ranks_as_if_it_never_w
 
 def _refused(rank: int, world_size: int, folder: Path, **changes: Any) -> tuple[str, list[str]]:
     """The error of a run that cannot read the row "bad", and the threads of batches that it leaves behind."""
-    real, characters = Corpus.text, streams._STREAM_CHARACTERS
+    real, characters = Corpus.texts, streams._STREAM_CHARACTERS
 
-    def text(self: Corpus, row: dict[str, Any]) -> str:
-        if row["text"] == "bad":
-            raise InputError(f"{self.where}: a row is bad")
-        return real(self, row)
+    def texts(self: Corpus, rows: Any, tally: Any) -> Iterator[str]:
+        for text in real(self, rows, tally):
+            if text == "bad":
+                raise InputError(f"{self.where}: a row is bad")
+            yield text
 
-    Corpus.text, streams._STREAM_CHARACTERS = text, 500  # type: ignore[method-assign]
+    Corpus.texts, streams._STREAM_CHARACTERS = texts, 500  # type: ignore[method-assign]
     try:
         tiny.run(rank, world_size, folder, **changes)
     except InputError as error:
         return str(error), [thread.name for thread in threads()]
     finally:
-        Corpus.text, streams._STREAM_CHARACTERS = real, characters  # type: ignore[method-assign]
+        Corpus.texts, streams._STREAM_CHARACTERS = real, characters  # type: ignore[method-assign]
     return "", []
 
 
