@@ -544,6 +544,7 @@ def _session(pid):
         return None
 
 
+@pytest.mark.slow  # imports DeepSpeed on two new ranks
 def test_a_run_ends_cleanly_and_says_nothing_of_deepspeed(folder):
     process = torchrun(folder, "clean", "launch/pretrain.py", train__steps=3)
     output, _ = process.communicate(timeout=120)

@@ -193,6 +193,7 @@ def stopped_with_a_checkpoint(folder, name, number, process):
     return output
 
 
+@pytest.mark.slow  # two new ranks; the command below starts torchrun too
 def test_a_signal_to_torchrun_stops_after_the_step_with_a_checkpoint(folder):
     process = torchrun(folder, "interrupted", train__steps=3000)
     output = stopped_with_a_checkpoint(folder, "interrupted", signal.SIGINT, process)

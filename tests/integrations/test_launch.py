@@ -110,6 +110,7 @@ def test_each_file_of_accelerate_shards_the_state(name: str, tmp_path: Path, mon
     holds(tmp_path, HOSTS.get(name, "deepspeed"), output)
 
 
+@pytest.mark.slow  # two new ranks; tests/test_readme.py starts torchrun too
 def test_plain_torchrun(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -77,6 +77,7 @@ def test_a_value_that_either_refuses_is_refused_and_so_is_a_vector_for_muon() ->
         Muon([{"params": [nn.Parameter(torch.zeros(2))], "muon": True}])
 
 
+@pytest.mark.slow  # three runs
 def test_a_run_with_muon_learns_on_one_process_and_two_and_resumes_to_the_bit(tmp_path: Path) -> None:
     tiny.corpus(tmp_path / "text")
     changes = {"optimizer": "{name: muon, lr: 3e-3}", "checkpoint__every": 6, "train__steps": 12}

@@ -46,7 +46,12 @@ def _outcome(folder, name):
 
 
 @pytest.mark.parametrize(
-    ("engine", "streamed"), [("{name: fsdp}", False), ("{name: zero, stage: 2}", False), ("{name: zero}", True)]
+    ("engine", "streamed"),
+    [
+        pytest.param("{name: fsdp}", False, marks=pytest.mark.slow),
+        ("{name: zero, stage: 2}", False),
+        ("{name: zero}", True),
+    ],
 )
 def test_after_a_spike_the_run_is_as_one_that_never_saw_those_batches(tmp_path, engine, streamed):
     tiny.corpus(tmp_path / "text")
