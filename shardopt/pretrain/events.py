@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shardopt.pretrain.jsonl import read_objects
 from shardopt.pretrain.sink import EventKind, Sink
+from shardopt.rows import read_objects
 
 
 class EventsFile(Sink):

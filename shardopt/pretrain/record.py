@@ -9,8 +9,7 @@ from typing import Any
 import yaml
 
 from shardopt.errors import InputError, StorageError
-from shardopt.pretrain.jsonl import read_objects
-from shardopt.rows import newest_rows
+from shardopt.rows import newest_rows, read_objects
 
 
 def recorded_config(folder: Path) -> dict[str, Any] | None:

@@ -15,9 +15,9 @@ import yaml
 from shardopt.errors import InputError
 from shardopt.pretrain import strict_yaml
 from shardopt.pretrain.events import read_events, state_after
-from shardopt.pretrain.jsonl import read_objects, unreadable_lines
 from shardopt.pretrain.lock import look_at
 from shardopt.pretrain.record import read_metrics
+from shardopt.rows import read_objects, unreadable_lines
 
 _T = TypeVar("_T")
 
