@@ -23,6 +23,7 @@ from shardopt.errors import InputError
 from shardopt.pretrain.events import EventsFile
 from shardopt.pretrain.plot import draw_loss
 from shardopt.pretrain.record import read_metrics, summary
+from shardopt.pretrain.replacing import replacing
 from shardopt.pretrain.report import Holdings
 from shardopt.pretrain.sink import EventKind, Sink, Status
 from shardopt.pretrain.tensorboard import TensorboardLog
@@ -232,9 +233,8 @@ class MetricsFile(Sink):
 
     def _keep(self, step: int) -> None:
         kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
-        aside = self.path.with_suffix(".jsonl.tmp")
-        aside.write_text("".join(kept), encoding="utf-8")
-        aside.replace(self.path)
+        with replacing(self.path) as aside:
+            aside.write_text("".join(kept), encoding="utf-8")
 
     def _open(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardopt.pretrain.replacing import replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -67,9 +69,8 @@ def canvas(width: float, height: float) -> Figure:
 
 def save(figure: Figure, target: Path) -> None:
     """Write `figure` as a PNG, aside and then in its place."""
-    aside = target.with_suffix(".png.tmp")
-    figure.savefig(aside, format="png", dpi=150)
-    aside.replace(target)
+    with replacing(target) as aside:
+        figure.savefig(aside, format="png", dpi=150)
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from shardopt.errors import writing
 from shardopt.pretrain.page import curves, drawing, tables
 from shardopt.pretrain.page.records import Record, read
 from shardopt.pretrain.page.story import story
+from shardopt.pretrain.replacing import replacing
 from shardopt.pretrain.report import printable
 
 # More runs have no configs of their own in the page.
@@ -36,13 +37,8 @@ def write(paths: Sequence[Path], target: Path) -> list[Record]:
     """
     records = read(paths)
     page = render(records, [(path.absolute().name, tables.study(path)) for path in paths])
-    aside = target.with_name(f"{target.name}.tmp")
-    with writing(target, "--output"):
-        try:
-            aside.write_text(page, encoding="utf-8")
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
+    with writing(target, "--output"), replacing(target) as aside:
+        aside.write_text(page, encoding="utf-8")
     return records
 
 

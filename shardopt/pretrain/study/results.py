@@ -18,6 +18,7 @@ from shardopt import __version__
 from shardopt.checkpoint import inspect
 from shardopt.errors import InputError
 from shardopt.pretrain.record import read_metrics
+from shardopt.pretrain.replacing import replacing
 from shardopt.pretrain.report import count, one_line
 from shardopt.pretrain.study.plan import Study, Trial, Variant
 
@@ -169,9 +170,8 @@ class Results:
             self._replace("best.yaml", said + tree.model_copy(update={"run": run}).as_yaml())
 
     def _replace(self, name: str, text: str) -> None:
-        aside = self.study.folder / f"{name}.tmp"
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(self.study.folder / name)
+        with replacing(self.study.folder / name) as aside:
+            aside.write_text(text, encoding="utf-8")
 
     def as_dict(self) -> dict[str, Any]:
         """All figures as JSON has them; what is not finite, or of too few runs, is null."""
