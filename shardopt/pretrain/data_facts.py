@@ -18,15 +18,33 @@ def size(number: float) -> str:
     return f"{number:.0f} B"
 
 
+def source_figures(source: dict[str, Any]) -> dict[str, str]:
+    """What a table has of a source, by the heads of its columns; the last is in tokens."""
+    return {
+        "source": source["label"],
+        "documents": f"{source['documents']:,}",
+        "text": size(source["bytes"]),
+        "tokens": count(source["tokens"]),
+        "tokens/byte": f"{source['tokens_per_byte']:.3f}",
+        "share": f"{source['share']:.1%}",
+        "epochs": "stream" if source["epochs"] is None else f"{source['epochs']:.3g}",
+        "broken": f"{n_broken(source):,}",
+        "held out": count(source["holdout"]["tokens"]),
+    }
+
+
+def n_broken(source: dict[str, Any]) -> int:
+    return sum(source["broken"].values())
+
+
 def _epochs(source: dict[str, Any]) -> str:
     return "a stream" if source["epochs"] is None else f"{source['epochs']:.2g} epochs"
 
 
 def left_out(source: dict[str, Any]) -> str:
     """What of a source is not trained on, and the first place of what is broken; "" for nothing."""
-    broken = sum(source["broken"].values())
     what = []
-    if broken:
+    if broken := n_broken(source):
         what.append(f"{broken:,} broken ({source['broken_examples'][0]})")
     if source["empty"]:
         what.append(f"{source['empty']:,} empty")

@@ -32,12 +32,13 @@ class EventsFile(Sink):
             file.write(line.encode())
 
 
-_ENDS = {"finished": "finished", "interrupted": "stopped", "failed": "failed"}
+ENDS = {"finished": "finished", "interrupted": "stopped", "failed": "failed"}
+"""The kinds of events with which a start ends, and the state in which each leaves the run."""
 
 
 def state_after(event: Mapping[str, Any]) -> str:
     """finished, stopped, failed, or killed: what a run is whose last event this is, and that no process has now."""
-    return _ENDS.get(event.get("event", ""), "killed")
+    return ENDS.get(event.get("event", ""), "killed")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

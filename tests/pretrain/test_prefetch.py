@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,26 @@ def through_json(state: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(state))
 
 
+def assert_goes_on(
+    open_data: Callable[[], TrainData], expected: list[torch.Tensor], world_sizes: Sequence[int], steps: int
+) -> None:
+    """Ranks take `expected`, the global batches, where a run goes on with other numbers of them every few `steps`."""
+    place: dict[str, Any] | None = None
+    step = 0
+    for world_size in world_sizes:
+        group = [Batches(open_data(), ranks, 2) for ranks in ranks_of(world_size)]
+        for one in group:
+            if place is not None:
+                one.load_state_dict(place, step)
+        for _ in range(steps):
+            for rank, one in enumerate(group):
+                assert torch.equal(one.batch(step), expected[step][rank::world_size]), (world_size, step, rank)
+            step += 1
+        place = through_json(merge_places([one._place for one in group]))
+        for one in group:
+            one.close()
+
+
 @pytest.mark.parametrize("ahead", [0, 1, 5])
 def test_batches_ahead_are_the_same_and_the_place_is_that_after_the_last_one_used(tmp_path: Path, ahead: int) -> None:
     data, alone = opened(tmp_path, shards=3), ranks_of(1)[0]
@@ -103,20 +123,7 @@ def test_samples_do_not_depend_on_ranks_and_a_run_goes_on_with_others(tmp_path: 
     whole = opened(tmp_path, shards, files=files)
     expected = [whole.batch(step, 0, BATCH) for step in range(24)]
     assert len({tuple(row) for batch in expected[:4] for row in batch.tolist()}) > 3 * BATCH
-    place: dict[str, Any] | None = None
-    step = 0
-    for world_size in (2, 1, 4, 3, 6, 2):
-        group = [Batches(opened(tmp_path, shards, files=files), ranks, 2) for ranks in ranks_of(world_size)]
-        for one in group:
-            if place is not None:
-                one.load_state_dict(place, step)
-        for _ in range(4):
-            for rank, one in enumerate(group):
-                assert torch.equal(one.batch(step), expected[step][rank::world_size]), (world_size, step, rank)
-            step += 1
-        place = through_json(merge_places([one._place for one in group]))
-        for one in group:
-            one.close()
+    assert_goes_on(lambda: opened(tmp_path, shards, files=files), expected, (2, 1, 4, 3, 6, 2), 4)
     # Without a place the stream is read again up to the step; and going back works.
     fresh = opened(tmp_path, shards, files=files)
     assert torch.equal(fresh.batch(20, 1, BATCH, 3), expected[20][1::3])

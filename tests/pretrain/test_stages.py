@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from shardopt.errors import InputError
 from shardopt.pretrain import data
-from shardopt.pretrain.data.batches import Shuffled, TrainData, merge_places
+from shardopt.pretrain.data.batches import Shuffled, TrainData
 from shardopt.pretrain.data.config import DataConfig
-from shardopt.pretrain.data.prefetch import Batches
 from shardopt.pretrain.data.stages import StageConfig, Stages
 from shardopt.pretrain.data.tokenizers import SavedTokenizer
 from shardopt.pretrain.data_facts import in_short
@@ -24,7 +22,7 @@ from shardopt.pretrain.forecast_text import as_text
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
 from tests.pretrain.test_data_order import blocks_of
-from tests.pretrain.test_prefetch import ranks_of, source
+from tests.pretrain.test_prefetch import assert_goes_on, ranks_of, source
 
 WEIGHTS = {"code": 3.0, "web": 1.0, "late": 0.0}
 CHANGES = [
@@ -125,20 +123,7 @@ def test_streams_and_packed_text_follow_the_stages_on_any_number_of_ranks(tmp_pa
 
     whole = opened()
     expected = [whole.batch(step, 0, whole.stages.at(step).global_batch) for step in range(18)]
-    place: dict[str, Any] | None = None
-    step = 0
-    for world_size in (2, 6, 3):
-        group = [Batches(opened(), ranks, 2) for ranks in ranks_of(world_size)]
-        for one in group:
-            if place is not None:
-                one.load_state_dict(place, step)
-        for _ in range(6):
-            for rank, one in enumerate(group):
-                assert torch.equal(one.batch(step), expected[step][rank::world_size]), (world_size, step, rank)
-            step += 1
-        place = json.loads(json.dumps(merge_places([one._place for one in group])))
-        for one in group:
-            one.close()
+    assert_goes_on(opened, expected, (2, 6, 3), 6)
 
 
 def two_sources(folder: Path) -> str:

@@ -10,14 +10,15 @@ from shardopt.pretrain.data.config import DataConfig
 from shardopt.pretrain.data.packing import Packed, Side
 from shardopt.pretrain.data.reading import show
 from shardopt.pretrain.data.streams import Stream
-from shardopt.pretrain.data_facts import left_out, size
-from shardopt.pretrain.report import count, one_line, printable
+from shardopt.pretrain.data_facts import left_out, source_figures
+from shardopt.pretrain.report import one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _BLOCK_CHARACTERS = 400
 _COLUMNS = 80
+_FIGURES = ("documents", "text", "tokens", "tokens/byte", "share", "epochs")
 
 
 def describe(config: DataConfig, train: TrainData, holdout: HoldoutData, steps: int, scored: int) -> dict[str, Any]:
@@ -98,19 +99,12 @@ def render(report: dict[str, Any], blocks: list[str]) -> list[RenderableType]:
 
     table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("source", overflow="fold")
-    for name in ("documents", "text", "tokens", "tokens/byte", "share", "epochs", "held out"):
+    for name in (*_FIGURES, "held out"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in report["sources"]:
-        table.add_row(
-            one_line(one["label"]),
-            f"{one['documents']:,}",
-            size(one["bytes"]),
-            count(one["tokens"]),
-            f"{one['tokens_per_byte']:.3f}",
-            f"{one['share']:.1%}",
-            "stream" if one["epochs"] is None else f"{one['epochs']:.3g}",
-            f"{count(one['holdout']['tokens'])} tokens",
-        )
+        cells = source_figures(one)
+        figures = (cells[name] for name in _FIGURES)
+        table.add_row(one_line(one["label"]), *figures, f"{cells['held out']} tokens")
     shown: list[RenderableType] = [table, ""]
     for one in report["sources"]:
         shown += [f"{one['label']} left out: {what}"] if (what := left_out(one)) else []

@@ -13,7 +13,7 @@ from shardopt.pretrain.section import Section, Sequences, Steps, in_unit
 
 
 class StageConfig(Section):
-    """What is another from a step on, in the order of the steps: the batch, the sources' weights, or both."""
+    """What changes at a step, in the order of the steps: the batch, the sources' weights, or both."""
 
     from_step: Steps
     """Steps that are done when it begins: its first is the step `from_step` + 1 of the metrics."""
@@ -49,7 +49,7 @@ class Stages:
     Args:
         weights: of the sources by label, in their order, at step 0.
         global_batch: at step 0.
-        changes: what is another later: `train.stages`.
+        changes: what changes later: `train.stages`.
 
     Attributes:
         all: the stages in their order.

@@ -27,8 +27,8 @@ _SMOOTHED = ("loss", "bits_per_byte", "grad_norm", "tokens_per_second")
 _NO_CURVES = ("step", "tokens")
 # Of one curve, and of all: at some 25 bytes a point the page stays below 2 MB.
 _MOST_POINTS, _ALL_POINTS, _LEAST_POINTS = 1000, 48_000, 40
-# More runs have the main curves alone, without what lies behind the smoothed ones.
-_MANY_RUNS = 8
+MANY_RUNS = 8
+"""More runs have the main curves alone, without what lies behind the smoothed ones, and no configs."""
 # Of one run, and of all.
 _MOST_MARKS, _ALL_MARKS = 50, 500
 
@@ -72,7 +72,7 @@ def panels(records: Sequence[Record]) -> list[Panel]:
     found = list(dict.fromkeys(key for record in records for row in record.rows for key in row))
     sources = [key for key in found if key.startswith(_OF_SOURCE)]
     main = [*(key for key in TITLES if key in found), *sources]
-    few = len(records) <= _MANY_RUNS
+    few = len(records) <= MANY_RUNS
     other = [key for key in found if few and key not in (*main, *_NO_CURVES) and "/" not in key]
     curves = {
         key: [one for run, record in enumerate(records) for one in _series(run, record, key, few)]

@@ -65,7 +65,7 @@ class Record:
 
     @property
     def stages(self) -> list[tuple[int, str]]:
-        """The stages that the run has come to after its first: their `from_step`, and what is another from it on."""
+        """The stages that the run has come to after its first: their `from_step`, and what changes there."""
         stages, begun = self.section("train").get("stages"), []
         for stage in stages if isinstance(stages, list) else ():
             match stage:

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
 
+from shardopt.pretrain.events import ENDS
 from shardopt.pretrain.page.records import Record
 from shardopt.pretrain.page.tables import ranks
 
-_ENDS = ("finished", "interrupted", "failed")
 # Of one run, and of all, so that a page of many runs stays small.
 _MOST_LINES, _ALL_LINES, _LEAST_LINES = 200, 2000, 10
 _NO_END = "killed: it could not say why"
@@ -51,7 +51,7 @@ def _lines(record: Record) -> Iterable[Line]:
             yield _saves(events)
         else:
             for event in events:
-                if kind == "start" and before is not None and before["event"] not in _ENDS:
+                if kind == "start" and before is not None and before["event"] not in ENDS:
                     yield Line("", None, "failed", _NO_END)
                 yield Line(_time(event), event["step"], kind, _words(event))
                 before = event

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from shardopt.errors import InputError
-from shardopt.pretrain.data_facts import in_short, size
+from shardopt.pretrain.data_facts import in_short, size, source_figures
 from shardopt.pretrain.page.records import Record
 from shardopt.pretrain.record import summary
 from shardopt.pretrain.report import count, duration, unit_of
@@ -156,22 +156,8 @@ def _text(names: list[str], report: dict[str, Any]) -> Text:
 
 
 def _sources(report: dict[str, Any]) -> Table:
-    head = ["source", "documents", "text", "tokens", "tokens/byte", "share", "epochs", "broken", "held out"]
-    rows = [
-        [
-            one["label"],
-            f"{one['documents']:,}",
-            size(one["bytes"]),
-            count(one["tokens"]),
-            f"{one['tokens_per_byte']:.3f}",
-            f"{one['share']:.1%}",
-            "stream" if one["epochs"] is None else f"{one['epochs']:.3g}",
-            f"{sum(one['broken'].values()):,}",
-            count(one["holdout"]["tokens"]),
-        ]
-        for one in report["sources"]
-    ]
-    return Table(head, rows)
+    rows = [source_figures(one) for one in report["sources"]]
+    return Table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def study(folder: Path) -> Table | None:

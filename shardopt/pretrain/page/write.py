@@ -20,8 +20,6 @@ from shardopt.pretrain.page.story import story
 from shardopt.pretrain.replacing import replacing
 from shardopt.pretrain.report import printable
 
-# More runs have no configs of their own in the page.
-_MANY_RUNS = 8
 _SAMPLES = 5
 
 
@@ -69,7 +67,7 @@ def render(records: Sequence[Record], studies: Sequence[tuple[str, tables.Table 
         texts=tables.texts(records),
         samples=[_samples(record) for record in records],
         versions=tables.versions(records),
-        configs=[] if len(records) > _MANY_RUNS else [_as_yaml(record) for record in records],
+        configs=[] if len(records) > curves.MANY_RUNS else [_as_yaml(record) for record in records],
     )
 
 
