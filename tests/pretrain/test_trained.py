@@ -205,6 +205,16 @@ def test_dtype_is_of_the_weights_that_are_scored(folder, capsys, tmp_path):
     assert half["loss"] != pytest.approx(whole, rel=1e-6)
 
 
+def test_a_run_whose_attention_needs_a_gpu_is_scored_without_one(folder, capsys, tmp_path):
+    run, text = folder / "runs" / "bytes", ["--data", folder / "text" / "000.txt"]
+    shutil.copytree(run / "export", tmp_path / "export")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["attention"] = "flash_attention_2"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    scores = scored(capsys, tmp_path / "export", "--device", "cpu", *text)
+    assert scores == scored(capsys, run / "export", *text) | {"model": mock.ANY}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["masked", "bytes"])
 def test_generated_text_without_chance_is_that_of_transformers_from_the_export(
