@@ -4,6 +4,7 @@
     python scripts/bench_all.py --out docs/benchmarks    ... in docs/benchmarks/, the page is docs/benchmarks.md
     python scripts/bench_all.py --only lr-byte byte      these parts alone
     python scripts/bench_all.py --list                   each part's command, and whether its result is there
+    python scripts/bench_all.py --page                   the page alone, of what results there are
 
 Every part is a command that anybody can run by itself. In the list `{out}` is the part's folder of results, `{runs}`
 that of all training runs, `{stdlib}` Python's own sources, and `{best:PART:KEY}` the value of a key in the best config
@@ -80,8 +81,9 @@ class Part:
         """
 
         def best(match: re.Match[str]) -> str:
-            config = runs / match[1] / "best.yaml"
-            if config.exists():
+            folders = out / match[1], runs / match[1]
+            config = next((path for folder in folders if (path := folder / "best.yaml").exists()), None)
+            if config is not None:
                 value: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
                 for key in match[2].split("."):
                     value = value[key]
@@ -180,6 +182,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results; by default %(default)s")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these parts alone, in the list's order")
     parser.add_argument("--list", action="store_true", help="list the parts and stop")
+    parser.add_argument("--page", action="store_true", help="make the page of what results there are, and run nothing")
     arguments = parser.parse_args()
     parts, out = read_parts(), arguments.out
     if unknown := sorted(set(arguments.only or ()) - {part.name for part in parts}):
@@ -193,7 +196,7 @@ def main() -> int:
         print(f"{left:g} minutes are left, on two idle cores")
         return 0
     failed = False
-    for part in chosen:
+    for part in [] if arguments.page else chosen:
         if (out / part.name / "part.json").exists():
             print(f"== {part.name}: there", flush=True)
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,11 @@ from typing import Any, Protocol
 
 from shardopt.pretrain.plot import canvas, limits, save
 
-INTRODUCTION = """# Benchmarks
-
-Made by `scripts/bench_all.sh --out docs/benchmarks` from the results in `{folder}/`. Every figure has its command,
-which repeats that part alone, from the repository's root with PYTHONPATH=. (a part that names another's runs needs that
-one first). ± is the sample standard deviation over seeds. Speed is a ratio against a named peer in the same run:
-compare ratios, not milliseconds.
+INTRODUCTION = Path(__file__).with_name("bench_intro.md")
+"""What the page of docs/ begins with, written by hand; its links are those of a page there."""
+HOW = """What follows is made by `scripts/bench_all.sh --out {out}` from the results in `{out}/`. Each part's command
+repeats it alone, from the repository's root with PYTHONPATH=. (one that names another's runs needs that one first).
+± is the sample standard deviation over seeds.
 """
 
 
@@ -175,11 +175,13 @@ def _figures(variant: Mapping[str, Any], key: str) -> dict[int, float]:
 def write(parts: Sequence[Listed], out: Path) -> Path:
     """Write the page from what results there are; its path.
 
-    It stands in the folder of the results, or, where that is below docs/, beside it.
+    It stands in the folder of the results, or, where that is below docs/, beside it, after what is written by hand.
     """
-    page = out.with_suffix(".md") if out.parent.name == "docs" else out / "benchmarks.md"
-    at = out.name + "/" if page.parent != out else ""
-    lines, chapter = [INTRODUCTION.format(folder=out)], None
+    of_docs = out.parent.name == "docs"
+    page = out.with_suffix(".md") if of_docs else out / "benchmarks.md"
+    at = out.name + "/" if of_docs else ""
+    above = INTRODUCTION.read_text(encoding="utf-8") if of_docs else "# Benchmarks\n"
+    lines, chapter = [above, HOW.format(out=out)], None
     for part in parts:
         folder = out / part.name
         if not (folder / "part.json").exists():
@@ -213,5 +215,7 @@ def _made(folder: Path) -> str:
 def _table(folder: Path) -> str:
     own = folder / "table.txt"
     if own.exists():
-        return own.read_text(encoding="utf-8").strip()
+        text = own.read_text(encoding="utf-8").strip()
+        # What a script printed for a terminal keeps its columns.
+        return text if any(line.startswith("|") for line in text.splitlines()) else textwrap.indent(text, "    ")
     return study_table(json.loads((folder / "results.json").read_text(encoding="utf-8")))

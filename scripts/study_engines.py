@@ -24,6 +24,8 @@ import psutil
 import yaml
 
 from scripts.bench_page import Line, Panel, draw, keep, table
+from shardopt.checkpoint import latest
+from shardopt.checkpoint.stored import step_of
 from shardopt.pretrain.config import load
 from shardopt.pretrain.record import read_metrics
 
@@ -78,7 +80,8 @@ class Runs:
                 self.finish(job)
                 break
             self.kill_after(job, name, (move + 1) * self.steps // (moves + 1))
-            went.append((self.done(name) // every * every, short(engines[(move + 1) % len(engines)])))
+            newest = latest(self.folder / name / "checkpoints")
+            went.append((0 if newest is None else step_of(newest), short(engines[(move + 1) % len(engines)])))
         return self.losses(name), went
 
     def done(self, name: str) -> int:
@@ -137,16 +140,17 @@ def main() -> None:
     state, steps = arguments.formats[0], list(range(1, runs.steps + 1))
     marks = {f"killed, on {name}": float(step) for step, name in went[state]}
     curves = {name: Line(steps, of, style=STYLES[i % 4]) for i, (name, of) in enumerate(losses[state].items())}
-    furthest = {s: Line(steps, [max(max(v), 1e-9) for v in zip(*of.values(), strict=True)]) for s, of in gaps.items()}
+    furthest = {s: Line(steps, [max(max(v), EQUAL) for v in zip(*of.values(), strict=True)]) for s, of in gaps.items()}
     panels = [
         Panel(f"training loss, {state} state", "step", "nats a token", curves, marks=marks),
-        Panel(f"furthest from {first}", "step", "nats a token (1e-9: equal)", furthest, yscale="log"),
+        Panel(f"furthest from {first}", "step", f"nats a token ({EQUAL:.0e}: equal)", furthest, yscale="log"),
     ]
     draw(panels, arguments.out / "engines.png")
     print(text)
 
 
 STYLES = ("-", "--", "-.", ":")
+EQUAL = 1e-8  # below what fp32 tells apart in a loss: where a logarithmic axis shows no difference
 
 if __name__ == "__main__":
     main()

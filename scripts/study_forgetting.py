@@ -7,7 +7,8 @@ The experiment of the paper (arXiv 2409.03137): of each optimizer and seed two r
 trains on some batches of held-out text, each once, in the place of the step's own batch. The loss on such a batch less
 the same of the run that never saw it, over the steps since, is what it still knows of it. Batches are the first ones of
 the held-out text, shown after the given shares of the run's steps, and scored every --every steps and right after
-they are shown. A run is one process with one thread; --jobs of them at once.
+they are shown. A difference from before a batch is shown comes of the batches that were shown earlier. A run is one
+process with one thread; --jobs of them at once.
 """
 
 from __future__ import annotations
@@ -142,7 +143,13 @@ def main() -> None:
             spread = [stdev(v) if len(v) > 1 else 0.0 for v in values]
             lines[name] = Line([s - step for s in at], [fmean(v) for v in values], spread)
         panels.append(
-            Panel(f"batch shown after {step} steps", "steps since", "loss below the control's, nats a token", lines)
+            Panel(
+                f"batch shown after {step} steps",
+                "steps since",
+                "loss below the control's, nats a token",
+                lines,
+                marks={"shown": 0.0},
+            )
         )
     draw(panels, arguments.out / "forgetting.png")
     print(text)

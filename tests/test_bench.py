@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from shardopt.pretrain.config import load
 from shardopt.pretrain.plot import canvas, save
 from shardopt.pretrain.study.plan import Study
 
+ROOT = Path(__file__).parent.parent
 PARTS = bench_all.read_parts()
 ABOUT = {"command": "made up", "seconds": 60, "date": "2026-01-01", "load_before": 0.1, "processor": "none", "cores": 2,
          "gpus": [], "torch": "2", "commit": "abc"}  # fmt: skip
@@ -73,7 +75,9 @@ def test_the_best_value_of_a_study_is_taken_from_its_config(tmp_path):
         part.words(tmp_path, tmp_path)
     (tmp_path / "lr").mkdir()
     (tmp_path / "lr" / "best.yaml").write_text("optimizer: {lr: 0.002}\n")
-    assert part.words(tmp_path, tmp_path)[4] == "adamw.lr=0.002"
+    assert part.words(tmp_path / "out", tmp_path)[4] == "adamw.lr=0.002"
+    # Of results that were copied, without their runs.
+    assert part.words(tmp_path, tmp_path / "runs")[4] == "adamw.lr=0.002"
 
 
 def test_a_part_that_fails_leaves_nothing_and_one_that_succeeds_is_left_alone(tmp_path, monkeypatch, capfd):
@@ -90,11 +94,15 @@ def test_a_part_that_fails_leaves_nothing_and_one_that_succeeds_is_left_alone(tm
     assert sorted(p.name for p in (tmp_path / "out" / "a").iterdir()) == ["part.json", "table.txt", "whole.txt"]
     page = (tmp_path / "out" / "benchmarks.md").read_text()
     assert "A title" in page
-    assert "said" in page
+    assert "\n    said\n" in page, "what is no table keeps its columns"
     assert str(tmp_path / "out" / "a") in page
     written.write_text("sh -c 'exit 3'")
     assert bench_all.main() == 0
     assert "a: there" in capfd.readouterr().out
+    shutil.rmtree(tmp_path / "out" / "a")
+    monkeypatch.setattr(sys, "argv", ["bench_all", "--out", str(tmp_path / "out"), "--page"])
+    assert bench_all.main() == 0
+    assert "Not run yet: a." in (tmp_path / "out" / "benchmarks.md").read_text()
 
 
 def made_up_study(folder, adamw, ademamix):
@@ -120,9 +128,13 @@ def test_the_page_has_each_results_command_machine_table_and_plots(tmp_path):
     page = bench_page.write(PARTS, out)
     text = page.read_text()
     assert page == tmp_path / "docs" / "benchmarks.md"
+    assert text.startswith(bench_page.INTRODUCTION.read_text())
+    elsewhere = bench_page.write(PARTS, tmp_path / "elsewhere").read_text()
+    assert "(memory.png)" in text
+    assert "(memory.png)" not in elsewhere, "a link of docs/"
     assert "    shardopt compare x.yaml --name byte\n" in text
     assert "none, 2 cores, torch 2, commit abc" in text
-    picture = text.partition("](")[2].partition(")")[0]
+    picture = text.rpartition("![")[2].partition("](")[2].partition(")")[0]
     assert (page.parent / picture).exists()
     assert picture.endswith("curves.png")
     row = next(line for line in text.splitlines() if line.startswith("| ademamix "))
@@ -134,6 +146,13 @@ def test_the_page_has_each_results_command_machine_table_and_plots(tmp_path):
     assert cells[7] == f"{stats.ttest_rel(ademamix, adamw).pvalue:.3f}"
     assert "Not run yet: lr-adamw-byte, " in text
     assert ", byte, " not in text
+
+
+def test_the_page_of_docs_is_made_by_the_script():
+    page, introduction = (path.read_text() for path in (ROOT / "docs" / "benchmarks.md", bench_page.INTRODUCTION))
+    assert page.startswith(introduction), (
+        "write it in scripts/bench_intro.md, then scripts/bench_all.sh --out docs/benchmarks --page"
+    )
 
 
 def test_a_paired_test_takes_the_seeds_that_both_have():
