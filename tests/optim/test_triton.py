@@ -1,14 +1,13 @@
 """The Triton kernel: its arithmetic in the interpreter, its instructions from the compiler, and both on a GPU.
 
-TRITON_INTERPRET is read when triton is imported, so that the two kinds of test live in processes of their own.
+TRITON_INTERPRET is read when triton is imported, so that tests of the interpreter live in a process of their own.
 """
 
 import importlib.util
 import multiprocessing
 import os
-import re
+import sys
 import warnings
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import torch
 import shardopt
 from shardopt.errors import InputError
 from shardopt.optim import kernels
-from shardopt.optim.schema import FLAG_BITS
 from shardopt.slices import Layout, Range
 from tests.optim.test_kernels import (
     COLUMNS,
@@ -36,27 +34,16 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 SIZES = (1, 130, 1300)  # one element, a partial block of a scale, a whole program and a part
 
 
-def start_worker(interpret: str) -> None:
-    os.environ["TRITON_INTERPRET"] = interpret
+def start_worker() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     # numpy's, where a branch that is not taken divides by zero: Triton's where() computes both
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
 
 
-def worker(interpret: bool) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, context, start_worker, ("1" if interpret else "0",))
-
-
 @pytest.fixture(scope="module")
 def interpreted():
-    with worker(interpret=True) as pool:
-        yield lambda body, *args, **options: pool.submit(body, *args, **options).result(timeout=200)
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    with worker(interpret=False) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker) as pool:
         yield lambda body, *args, **options: pool.submit(body, *args, **options).result(timeout=200)
 
 
@@ -152,7 +139,7 @@ def test_edges_of_the_formats_and_small_betas(interpreted):
 
 
 def many_tensors():
-    """40 tensors of one kind, of which some have no gradient in the second step, and one of another kind."""
+    """14 tensors of one kind, of which some have no gradient in the second step, and one of another kind."""
     from shardopt.optim.kernels import triton as kernel
 
     launches, tables = [], []
@@ -172,7 +159,7 @@ def many_tensors():
         outcomes = []
         for name in ("triton", "torch"):
             torch.manual_seed(0)
-            params = [torch.nn.Parameter(torch.randn(1 + 40 * i)) for i in range(40)]
+            params = [torch.nn.Parameter(torch.randn(1 + 120 * i)) for i in range(14)]
             params.append(torch.nn.Parameter(torch.randn(50).bfloat16()))
             optimizer = shardopt.AdEMAMix([(str(i), p) for i, p in enumerate(params)], kernel=name, state_dtype="bf16")
             for step in range(3):
@@ -184,7 +171,7 @@ def many_tensors():
     finally:
         kernel._step_kernel, kernel._fill = step_kernel, fill
     assert_same(*outcomes)
-    assert launches == [sum(-(-(1 + 40 * i) // 1024) for i in range(40)), 1] * 3
+    assert launches == [sum(-(-(1 + 120 * i) // 1024) for i in range(14)), 1] * 3
     assert all(table is tables[0][0] and made is tables[0][1] for table, made in tables), "the map was built again"
 
 
@@ -291,50 +278,66 @@ def test_captured_steps_take_their_scalars_from_the_device(interpreted, start, o
 # -- by the compiler, for GPUs that need not be there ----------------------------------------------------------------
 
 
-ALIGNED = 1 << 6
-
-
-def instructions(capability, cache, **codes):
-    """PTX instructions of a step, counted."""
-    os.environ["TRITON_CACHE_DIR"] = cache
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """scripts/compile_kernels.py, without what an earlier run has compiled."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    from shardopt.optim.kernels.triton import _OPTIONS, _step_kernel, kind_of
-
-    constants = {"KIND": kind_of(**codes), "BLOCK": 1024}
-    names = _step_kernel.arg_names
-    signature = {name: {"table": "*i64", "owners": "*i32"}.get(name, "constexpr") for name in names}
-    source = ASTSource(
-        _step_kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
-    )
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=_OPTIONS)
-    return Counter(re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.:]*)\s", built.asm["ptx"], re.MULTILINE))
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    return script("compile_kernels")
 
 
-PLAIN = {"weight_type": 1, "grad_type": 1, "m1_format": 1, "m2_format": 1, "nu_format": 1, "flags": ALIGNED}
-BF16 = PLAIN | {"m1_format": 2, "m2_format": 2, "nu_format": 2}
-MIXED = PLAIN | {"weight_type": 2, "grad_type": 5, "m1_format": 4, "m2_format": 3, "nu_format": 4}
-MIXED |= {"weight_ema_format": 4, "master_kind": 2, "flags": ALIGNED | FLAG_BITS["yogi"]}
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "scripts" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_compiles_to_wide_loads_and_exact_arithmetic(compiled, tmp_path, capability):
-    for codes in (PLAIN, BF16, MIXED):
-        found = compiled(instructions, capability, str(tmp_path), **codes)
-        inexact = [name for name in found if ".ftz" in name or ".approx" in name or ".full" in name]
-        assert not inexact, inexact
-        assert not [name for name in found if name.startswith(("fma.", "mad.f", "mad.rn"))], "a contracted multiply-add"
-        # eight elements a thread in each of the two branches
-        assert found["div.rn.f32"] >= 16
-        assert found["sqrt.rn.f32"] >= 16
-        wide = sum(count for name, count in found.items() if re.match(r"(ld|st)\.global.*\.v4\.b32", name))
-        expected = {id(PLAIN): 5 * 2 + 4 * 2, id(BF16): 2 * 2 + 3 + 2 + 3}
-        assert wide >= expected.get(id(codes), 1)
+def found_wrong(compiler, kind, sm):
+    """Inexact or contracted arithmetic, narrow loads, spilled registers of a kind compiled for a GPU."""
+    built = compiler.compile_step(kind, sm) if kind else compiler.compile_scalars(sm)
+    assert built.cubin_bytes > 1000
+    return list(compiler.faults(built, kind))
+
+
+def test_compiles_to_wide_loads_and_exact_arithmetic(compiler):
+    alike = {"m1": "bf16", "m2": "bf16", "nu": "bf16"}
+    assert found_wrong(compiler, compiler.Kind(), 80) == []
+    assert found_wrong(compiler, compiler.Kind(**alike), 90) == []
+    assert found_wrong(compiler, compiler.Kind(nu="block8"), 100) == []
+    assert found_wrong(compiler, None, 100) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [80, 90, 100])
+def test_every_kind_compiles_to_wide_loads_and_exact_arithmetic(compiler, sm):
+    wrong = {str(kind): found_wrong(compiler, kind, sm) for kind in compiler.kinds()}
+    assert {name: text for name, text in wrong.items() if text} == {}
+    assert found_wrong(compiler, None, sm) == []
+
+
+def test_what_the_compiler_may_not_do_is_found(compiler):
+    """A narrow load, a contracted multiply-add, subnormals as zeros, and registers in memory."""
+    lines = ["ld.global.v4.b32 { %r1 }, [ %rd1 ];"] * 2 + ["@%p1 ld.global.v4.b32 { %r1 }, [ %rd1 ];"]
+    lines += ["div.rn.f32 %f1, %f2, %f3;", "sqrt.rn.f32 %f1, %f2;"] * 16
+    lines += ["fma.rn.f32 %f1, %f2, %f3, %f4;", "mul.ftz.f32 %f1, %f2, %f3;"]
+    built = compiler.Compiled("made up", 90, "\n".join(lines), 1, registers=255, spilled=64, shared=0)
+    assert list(compiler.faults(built, compiler.Kind())) == [
+        "64 bytes of registers are spilled",
+        "inexact arithmetic: mul.ftz.f32",
+        "a contracted multiply-add",
+        "wide loads and stores move 4 bytes per element, the formats 36",
+    ]
+
+
+def test_compiled_kinds_have_the_bytes_that_the_documentation_counts(compiler):
+    moved = {str(kind): kind.bytes_moved() for kind in compiler.kinds()}
+    assert moved["fp32, state fp32"] == 36
+    assert moved["fp32, state bf16"] == 24
+    assert moved["bf16, state bf16"] == 18
+    assert moved["bf16, state bf16, master split"] == 22
+    assert moved["fp32, state block8"] == 18
 
 
 def refusals():
@@ -342,8 +345,8 @@ def refusals():
         kernels.choose("triton", torch.ones(3))
 
 
-def test_refuses_what_it_cannot_take(compiled, interpreted):
-    compiled(refusals)
+def test_refuses_what_it_cannot_take(interpreted):
+    refusals()
     interpreted(refuses_doubles)
 
 
@@ -357,11 +360,7 @@ def refuses_doubles():
 
 @pytest.fixture(scope="module")
 def gpu_check():
-    path = Path(__file__).parents[2] / "scripts" / "gpu_check.py"
-    spec = importlib.util.spec_from_file_location("gpu_check", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("gpu_check")
 
 
 @pytest.mark.cuda
