@@ -4,7 +4,7 @@
     PYTHONPATH=. python scripts/compile_kernels.py --sm 90 --only bf16  # those whose name has "bf16" in it
 
 A kind is what a launch is compiled for: the formats of its tensors, and how its rows lie. A line of the Markdown table
-has, for each, registers of a thread and shared bytes of a program, bytes that are spilled, and of the memory it moves the
+has registers of a thread and shared bytes of a program, bytes that are spilled, and of the memory that is moved the
 bytes per element that the formats call for beside those of wide loads and stores. `faults` says what is wrong with the
 code; the exit status is 1 where there is something. tests/optim/test_triton.py calls it. Nothing runs: no speeds here.
 """
