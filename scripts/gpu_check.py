@@ -1,443 +1,246 @@
-"""Everything that only a GPU can show, in one run of under ten minutes, with a short table at the end.
+"""Everything that only a GPU can show, by one command, within ten minutes, as a page for docs/.
 
-    python scripts/gpu_check.py [bits] [graphs] [large] [speed] [tune] [zero] [nccl]      all of them without arguments
+    PYTHONPATH=. python scripts/gpu_check.py --out docs/gpu.md       # all of it
+    PYTHONPATH=. python scripts/gpu_check.py bits graphs             # some cases, on the console alone
+    PYTHONPATH=. python scripts/gpu_check.py --unmeasured --out docs/gpu.md      # the page of a machine without a GPU
 
-bits    the compiled Triton kernel against the torch path on the CPU, for every format and option: the same bits,
-        and so the same random ones; 500 tensors in one launch
-graphs  replay N of a captured step against eager step N
-large   a tensor of more than 2^31 elements against its last piece alone (where 30 GB are free)
-speed   step times beside torch's AdamW and, where it is installed, bitsandbytes; GB/s against the copy bandwidth
-tune    the kernel with other block sizes and numbers of warps, to see whether the one chosen is the best
-zero    our ZeRO over NCCL on all GPUs there are: numbers, waits for the device, peak memory (scripts/gpu_zero.py)
-nccl    the quickstart on one GPU: FSDP2 in bf16 over NCCL (where transformers is installed)
-
-It ends with 1 if any check failed or there is no CUDA device. Speeds are reported, not judged: "step" is wall time of
-steps issued back to back, the host's share included, "GPU" that of replayed graphs, without it.
-
-Not yet run: none of this has seen a GPU so far, the comparison with bitsandbytes included. What is known of the
-kernel comes from Triton's interpreter and from the compiled code (tests/optim/test_triton.py).
+Each case runs in a process of its own, so that a fault on the device, or a hang, costs that case alone. It is ended at
+its limit, and the rows that it had by then stay; all together they take at most `--minutes`, and the page says what was
+left out for want of time. The exit status is 1 where a check failed or there is no GPU.
 """
 
 from __future__ import annotations
 
-import gc
+import argparse
+import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a machine that is lent for a check has the sources only
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a machine that is lent for a check has the sources only
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
 
-import shardopt  # noqa: E402
-from shardopt.slices import Layout, Range  # noqa: E402
+Row = tuple[str, bool | None, str]  # what, whether it holds (None: it was not run), in what figures
+SAME = "the same bits"
 
-Row = tuple[str, bool, str]  # what, whether it holds, in what figures
-DEVICE = "cuda"
-SHAPES = (("50M", (50_000_000,), 1), ("500 x 10k", (10_000,), 500), ("8 x 4096^2", (4096, 4096), 8))
-SIZES = (1, 130, 5000, 40_001)
-WEIGHTS: list[tuple[torch.dtype, str | None]] = [
-    (torch.float32, None),
-    (torch.bfloat16, None),
-    (torch.bfloat16, "fp32"),
-    (torch.bfloat16, "split"),
-    (torch.float16, "fp32"),
+
+@dataclass(frozen=True)
+class Case:
+    """
+    Args:
+        name: as tests/gpu_cover.yaml and the command line have it.
+        limit: seconds.
+        where: module and function in scripts/, which yields rows.
+        shows: in words, for the page.
+    """
+
+    name: str
+    limit: int
+    where: str
+    shows: str
+
+
+CASES = [
+    Case("bits", 100, "gpu_kernels:bits", "kernel and torch path have the bits of the CPU, in every format and option"),
+    Case("graphs", 40, "gpu_kernels:graphs", "replay N of a captured step is eager step N"),
+    Case("large", 40, "gpu_kernels:large", "a tensor of over 2^31 elements ends as that end alone does (30 GB free)"),
+    Case("zero", 80, "gpu_zero:zero", "our ZeRO over NCCL on all GPUs: numbers, waits, peak memory, gradient hooks"),
+    Case("parts", 50, "gpu_parts:parts", "batches copied ahead, a save's copy, clocks, random numbers, devices' names"),
+    Case("engines", 150, "gpu_parts:engines", "a small run, saved and resumed, on every engine, one rank per GPU"),
+    Case(
+        "speed", 90, "gpu_kernels:speed", "a step beside torch's AdamW and bitsandbytes' AdEMAMix; GB/s against a copy"
+    ),
+    Case("tune", 40, "gpu_kernels:tune", "the kernel with other block sizes and numbers of warps, in ms"),
 ]
-OPTIONS: list[dict[str, Any]] = [
-    {"betas": (0.0, 0.99, 0.9999), "state_dtype": "bf16"},
-    {"second_moment": "yogi", "state_dtype": "bf16", "maximize": True},
-    {"alpha_warmup": 7, "beta3_warmup": 9, "eps_root": 1e-3, "eps": 0.0},
-    {"weight_ema": 0.9, "state_dtype": {"m2": "bf16", "weight_ema": "bf16"}},
-    {"weight_ema": 0.9, "state_dtype": "block8", "weight": torch.bfloat16},
-    {"lr": 0.0, "state_dtype": "bf16", "weight_ema": 0.9},
-    {"grad": torch.bfloat16},
-    {"grad": torch.float16, "state_dtype": "block16"},
-    {"layout": Layout.contiguous("p", (3 << 32,), (1 << 33) - 2500, 5000), "sizes": (5000,), "state_dtype": "bf16"},
-    {"layout": Layout("p", (70, 201), (Range(77, 0, 4900, 70, 201),)), "sizes": (4900,), "state_dtype": "bf16"},
-    {
-        "layout": Layout("p", (9, 3 << 30), (Range(640, 0, 4608, 512, 3 << 30),)),
-        "sizes": (4608,),
-        "state_dtype": "block8",
-    },
-]
 
 
-# -- correctness ---------------------------------------------------------------------------------------------------
+@dataclass
+class Result:
+    """A case and its rows; `seconds` is None where it was not begun."""
+
+    case: Case
+    rows: list[Row] = field(default_factory=list)
+    seconds: float | None = None
 
 
-def after_steps(
-    device: str,
-    kernel: str,
-    *,
-    weight: torch.dtype = torch.float32,
-    grad: torch.dtype | None = None,
-    sizes: tuple[int, ...] = SIZES,
-    layout: Layout | None = None,
-    lr: float = 1e-2,
-    steps: int = 3,
-    **options: Any,
-) -> dict[str, Tensor]:
-    """Weights and state, on the CPU, after steps on the same data on any device."""
-    random = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(n, generator=random).to(weight).to(device)) for n in sizes]
-    named = [(f"p{i}", p) for i, p in enumerate(params)]
-    optimizer = shardopt.AdEMAMix(named, lr=lr, weight_decay=0.1, kernel=kernel, **options)
-    if layout is not None:
-        optimizer.set_layout(params[0], layout)
-    for _ in range(steps):
-        for param in params:
-            scale = torch.randn(param.shape, generator=random).exp()
-            value = (torch.randn(param.shape, generator=random) * scale).to(grad or weight).to(device)
-            if value.dtype != param.dtype:
-                param.grad_dtype = value.dtype
-            param.grad = value
-        optimizer.step()
-    assert optimizer.kernel == kernel
-    found = {f"p{i}": p.detach().cpu() for i, p in enumerate(params)}
-    for i, param in enumerate(params):
-        found |= {f"p{i}.{key}": v.cpu() for key, v in optimizer.state[param].items() if isinstance(v, Tensor)}
-    return found
+def check(
+    cases: Sequence[Case],
+    minutes: float,
+    run: Callable[[Case, float], Iterator[Row]] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Result]:
+    """Run the cases, one after another, within `minutes` together.
+
+    Args:
+        run: a case and its seconds to its rows; by default in a process of its own.
+    """
+    end = clock() + 60 * minutes
+    for case in cases:
+        began = clock()
+        left = min(end - began, case.limit)
+        if left < min(10, case.limit):
+            yield Result(case, [(case.name, None, "no time was left")])
+            continue
+        rows = list((run or in_process)(case, left))
+        yield Result(case, rows, clock() - began)
 
 
-def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    """Empty if all bits are the same, else which tensors differ in how many elements, and by how many fp32 ulp."""
-    parts = []
-    for key, value in expected.items():
-        a, b = (t.contiguous().view(-1).view(torch.uint8).view(t.numel(), -1) for t in (found[key], value))
-        wrong = (a != b).any(1)
-        if wrong.any():
-            ulp = ""
-            if value.dtype == torch.float32:
-                codes = [t.contiguous().view(-1).view(torch.int32).long() for t in (found[key], value)]
-                ulp = f" by up to {int((codes[0] - codes[1]).abs().max())} ulp"
-            parts.append(f"{key}: {int(wrong.sum())} of {value.numel()}{ulp}")
-    return "; ".join(parts)
-
-
-def formats() -> list[Row]:
-    cases: list[dict[str, Any]] = [
-        {"state_dtype": state, "weight": weight, "master_weights": master}
-        for state in ("fp32", "bf16", "block16", "block8")
-        for weight, master in WEIGHTS
-    ]
-    rows = []
-    for case in [*cases, *OPTIONS]:
-        expected = after_steps("cpu", "torch", **case)
-        text = " ".join(f"{key}={value}" for key, value in case.items() if value is not None and key != "layout")
-        for kernel in ("triton", "torch"):
-            wrong = differences(after_steps(DEVICE, kernel, **case), expected)
-            rows.append((f"{kernel}: {text.replace('torch.', '')}", not wrong, wrong or "the same bits"))
-    return rows
-
-
-def launches() -> list[Row]:
-    from shardopt.optim.kernels import triton as module
-
-    kernel, grids = module._step_kernel, []
-
-    class Counted:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            grids.append(grid)
-            return kernel[grid]
-
-    params = tensors((10_000,), 500, torch.float32)
-    optimizer = shardopt.AdEMAMix(params, kernel="triton")
-    module._step_kernel = Counted()
-    try:
-        optimizer.step()
-    finally:
-        module._step_kernel = kernel
-    return [("500 tensors of 10k", len(grids) == 1, f"{len(grids)} launch of {grids[0][0]} programs")]
-
-
-def graphs() -> list[Row]:
-    rows = []
-    for options in (
-        {},
-        {"state_dtype": "bf16", "alpha_warmup": 6, "beta3_warmup": 7, "weight_ema": 0.9},
-        {"state_dtype": "block8", "betas": (0.0, 0.99, 0.999), "beta3_warmup": 20},
-    ):
-        wrong = replays(**options)
-        rows.append((f"graph: {options or 'defaults'}", not wrong, wrong or "the same bits"))
-    return rows
-
-
-def replays(**options: Any) -> str:
-    """Three eager steps and ten replays beside thirteen eager ones; empty if they agree in every bit."""
-    random = torch.Generator(DEVICE).manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(n, device=DEVICE, generator=random)) for n in SIZES]
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    for p in [*params, *twins]:
-        p.grad = torch.zeros_like(p)
-    lr = torch.tensor(1e-2, device=DEVICE)
-    captured = shardopt.AdEMAMix(params, lr=lr, kernel="triton", capturable=True, **options)
-    eager = shardopt.AdEMAMix(twins, kernel="triton", **options)
-
-    def step(number: int, go: Callable[[], Any]) -> None:
-        lr.fill_(1e-2 / number)
-        eager.param_groups[0]["lr"] = float(lr)
-        for p, twin in zip(params, twins, strict=True):
-            assert p.grad is not None
-            assert twin.grad is not None
-            p.grad.copy_(torch.randn(p.shape, device=DEVICE, generator=random))
-            twin.grad.copy_(p.grad)
-        go()
-        eager.step()
-
-    replay = capture(captured, lambda number: step(number, captured.step))
-    for number in range(4, 14):
-        step(number, replay)
-        for i, pair in enumerate(zip(params, twins, strict=True)):
-            found, expected = (
-                {"weight": p.detach().cpu(), **{k: v.cpu() for k, v in o.state[p].items() if k != "step"}}
-                for o, p in zip((captured, eager), pair, strict=True)
-            )
-            wrong = differences(found, expected)
-            if wrong:
-                return f"replay {number}, tensor {i}: {wrong}"
-    count = int(captured.state[params[0]]["step"])
-    return "" if count == 13 else f"the step is {count}, not 13"
-
-
-def capture(optimizer: Any, warm_up: Callable[[int], Any]) -> Callable[[], Any]:
-    """A graph of a step, after steps 1 to 3 on a stream of their own, as torch asks for."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for number in (1, 2, 3):
-            warm_up(number)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
-
-    def replay(held: Any = optimizer) -> None:  # a graph does not keep alive what it reads
-        graph.replay()
-
-    return replay
-
-
-def large() -> list[Row]:
-    free, _ = torch.cuda.mem_get_info()
-    if free < 30 << 30:
-        return [("2^31 elements", True, f"NOT RUN: needs 30 GB, {free >> 30} are free")]
-    size, piece = (1 << 31) + 5000, 6000
-    outcomes = []
-    for start, count in ((0, size), (size - piece, piece)):
-        param = torch.nn.Parameter(torch.zeros(count, dtype=torch.bfloat16, device=DEVICE))
-        optimizer = shardopt.AdEMAMix([("p", param)], lr=0.1, state_dtype="bf16", kernel="triton")
-        optimizer.set_layout(param, Layout.contiguous("p", (size,), start, count))
-        param.grad = torch.full((count,), 0.3, dtype=torch.bfloat16, device=DEVICE)
-        for _ in range(2):
-            optimizer.step()
-        state = optimizer.state[param]
-        kept = {"weight": param.detach(), **{key: state[key] for key in ("m1", "m2", "nu")}}
-        outcomes.append({key: value[-piece:].cpu() for key, value in kept.items()})
-        del param, optimizer, state, kept
-        gc.collect()
-        torch.cuda.empty_cache()
-    wrong = differences(*outcomes)
-    return [("2^31 + 5000 elements", not wrong, wrong or "the last 6000 as they are alone")]
-
-
-# -- speed ---------------------------------------------------------------------------------------------------------
-
-
-def tensors(shape: tuple[int, ...], count: int, dtype: torch.dtype) -> list[Tensor]:
-    found: list[Tensor] = []
-    for _ in range(count):
-        param = torch.nn.Parameter(torch.randn(shape, device=DEVICE, dtype=dtype))
-        param.grad = torch.randn_like(param)
-        found.append(param)
-    return found
-
-
-def milliseconds(go: Callable[[], Any], calls: int = 10, rounds: int = 7) -> float:
-    """Median over rounds of the time of one of `calls` calls that are issued back to back."""
-    for _ in range(3):
-        go()
-    times = []
-    for _ in range(rounds):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        for _ in range(calls):
-            go()
-        last.record()
-        last.synchronize()
-        times.append(first.elapsed_time(last) / calls)
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a device copy of 2 GiB."""
-    source = torch.empty(1 << 29, dtype=torch.float32, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * 4 * source.numel() / (milliseconds(lambda: target.copy_(source)) * 1e-3)
-
-
-def contestants() -> Iterator[tuple[str, torch.dtype, float, Callable[..., Any]]]:
-    """Name, dtype of weights and gradients, bytes that must move per element, and how to make it."""
-
-    def ours(**options: Any) -> Callable[..., Any]:
-        return lambda params, **more: shardopt.AdEMAMix(params, kernel="triton", **options, **more)
-
-    def adamw(**options: Any) -> Callable[..., Any]:
-        return lambda params, **more: torch.optim.AdamW(params, **options, **more)
-
-    fp32, bf16, scale = torch.float32, torch.bfloat16, 8 / 128
-    yield "ours, fp32 state", fp32, 36, ours()
-    yield "ours, bf16 state", fp32, 24, ours(state_dtype="bf16")
-    yield "ours, block16 state", fp32, 24 + 3 * scale, ours(state_dtype="block16")
-    yield "ours, block8 state", fp32, 18 + 3 * scale, ours(state_dtype="block8")
-    yield "ours, bf16 weights and state", bf16, 18, ours(state_dtype="bf16")
-    yield "ours, split master, bf16 state", bf16, 22, ours(state_dtype="bf16", master_weights="split")
-    yield "torch AdamW fused", fp32, 28, adamw(fused=True)
-    yield "torch AdamW foreach", fp32, 28, adamw(foreach=True)
-    if importlib.util.find_spec("bitsandbytes"):
-        import bitsandbytes
-
-        yield "bitsandbytes AdEMAMix", fp32, 36, lambda params: bitsandbytes.optim.AdEMAMix(params)
-        yield "bitsandbytes AdEMAMix8bit", fp32, 18 + 24 / 256, lambda params: bitsandbytes.optim.AdEMAMix8bit(params)
-
-
-def graph_of(make: Callable[..., Any], params: list[Tensor]) -> Callable[[], Any]:
-    optimizer = make(params, capturable=True)
-    return capture(optimizer, lambda number: optimizer.step())
-
-
-def speed() -> list[Row]:
-    bandwidth = copy_bandwidth()
-    rows: list[Row] = [("copy", True, f"{bandwidth / 1e9:.0f} GB/s read and written")]
-    for label, shape, count in SHAPES:
-        for name, dtype, moved, make in contestants():
-            params = tensors(shape, count, dtype)
-            total = moved * count * torch.Size(shape).numel()
-            text = ""
-            kinds = [("step", lambda make=make, params=params: make(params).step)]
-            if not name.startswith("bitsandbytes"):
-                kinds.append(("GPU", lambda make=make, params=params: graph_of(make, params)))
-            for kind, prepare in kinds:
-                took = milliseconds(prepare())
-                rate = total / (took * 1e-3)
-                text += f"{kind} {took:7.3f} ms {rate / 1e9:5.0f} GB/s {rate / bandwidth:4.0%}   "
-            rows.append((f"{label}: {name}", True, text))
-            del params, kinds, prepare
-            gc.collect()
-            torch.cuda.empty_cache()
-    return rows
-
-
-def tune() -> list[Row]:
-    from shardopt.optim.kernels import triton as module
-
-    chosen = module._BLOCK, dict(module._OPTIONS)
-    rows: list[Row] = []
-    try:
-        for block, warps in ((512, 4), (1024, 2), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8)):
-            module._BLOCK = block
-            module._OPTIONS["num_warps"] = warps
-            text = ""
-            for label, shape, count in SHAPES[:2]:
-                for state in ("fp32", "bf16", "block8"):
-                    make = lambda p, state=state, **o: shardopt.AdEMAMix(p, kernel="triton", state_dtype=state, **o)  # noqa: E731
-                    took = milliseconds(graph_of(make, tensors(shape, count, torch.float32)))
-                    text += f"{label} {state} {took:.3f}  "
-                    gc.collect()
-                    torch.cuda.empty_cache()
-            mark = " (chosen)" if (block, warps) == (chosen[0], chosen[1]["num_warps"]) else ""
-            rows.append((f"tune: {block} elements, {warps} warps{mark}", True, text + "ms"))
-    finally:
-        module._BLOCK = chosen[0]
-        module._OPTIONS.update(chosen[1])
-    return rows
-
-
-# -- a run ---------------------------------------------------------------------------------------------------------
-
-
-def zero() -> list[Row]:
-    import gpu_zero
-
-    return gpu_zero.zero()
-
-
-def nccl() -> list[Row]:
-    if not importlib.util.find_spec("transformers"):
-        return [("NCCL quickstart", True, "NOT RUN: transformers is not installed")]
+def in_process(case: Case, seconds: float) -> Iterator[Row]:
+    """The rows of a case, from a process that is ended after so many seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"),
-                *("launch/pretrain.py", "configs/quickstart.yaml", f"run.dir={folder}", "train.steps=40"),
-                *("engine.compute_dtype=bf16", "optimizer.state_dtype=bf16", "checkpoint.every=20", "eval.every=20"),
-            ],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"},
-            capture_output=True,
-            text=True,
-            timeout=240,
+        file = Path(folder, "rows")
+        command = [sys.executable, __file__, "--case", case.name, "--rows", str(file)]
+        # a session of its own: the processes that it has started end with it
+        child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        try:
+            status: int | None = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+            os.killpg(child.pid, 9)
+            child.wait()
+        for line in file.read_text().splitlines() if file.exists() else []:
+            what, ok, figures = json.loads(line)
+            yield what, ok, figures
+    if status is None:
+        within = seconds < case.limit
+        yield case.name, None if within else False, f"ended after {seconds:.0f} s{', as time ran out' * within}"
+    elif status:
+        yield case.name, False, f"its process ended with {status}: see its output"
+
+
+def run_case(name: str, file: Path) -> int:
+    """In the process of a case: write a line to `file` for each of its rows."""
+    module, function = next(case.where for case in CASES if case.name == name).split(":")
+    with file.open("w") as rows:
+        for row in getattr(importlib.import_module(module), function)():
+            print(json.dumps(row), file=rows, flush=True)
+    return 0
+
+
+# -- the page -----------------------------------------------------------------------------------------------------
+
+INTRODUCTION = """\
+# On a GPU
+
+Without a GPU the tests go as far as they can. The Triton kernel runs in Triton's interpreter, bit for bit against the
+torch path, and every kind of it compiles for sm_80, sm_90 and sm_100: no contracted or approximate arithmetic, and the
+bytes of each format in wide loads and stores (`PYTHONPATH=. python scripts/compile_kernels.py`; registers are in
+[the optimizer's page](optimizer.md#what-the-compiler-makes-of-the-gpus-kernel)). Code that uses streams and events runs
+on a stand-in that records their order and finds races (`tests/fake_cuda.py`), captured steps on one that refuses what a
+CUDA graph may not hold. `tests/gpu_cover.yaml` names, for each place in the code that asks for a GPU, the test or the
+case below that covers it; a place that is not in it fails the tests.
+
+The rest is `PYTHONPATH=. python scripts/gpu_check.py --out docs/gpu.md`, which takes at most ten minutes and writes
+this page.
+"""
+
+
+def page(results: Sequence[Result], machine: str, seconds: float) -> str:
+    """The page as Markdown; results of cases that were not begun have no seconds."""
+    text = [INTRODUCTION]
+    if not results:
+        text.append("**Nothing below has been measured yet**: there was no GPU where this was made.\n")
+        results = [Result(case) for case in CASES]
+    else:
+        rows = [row for result in results for row in result.rows]
+        failed = sum(row[1] is False for row in rows)
+        text.append(
+            f"Made on {machine}, in {seconds:.0f} s: {sum(row[1] is True for row in rows)} checks hold, {failed} fail, "
+            f"{sum(row[1] is None for row in rows)} were not run.\n"
         )
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    if done.returncode:
-        print("\n".join(lines[-40:]))
-    return [("NCCL quickstart", done.returncode == 0, lines[-1][:150] if lines else "no output")]
+    text.append("| case | what it shows | result | s |\n|---|---|---|--:|")
+    for result in results:
+        took = "" if result.seconds is None else f"{result.seconds:.0f}"
+        text.append(f"| {result.case.name} | {_cell(result.case.shows)} | {verdict(result)} | {took} |")
+    for result in results:
+        if result.rows:
+            text += [f"\n## {result.case.name}\n", "| | | |\n|---|---|---|"]
+            text += [f"| {_cell(what)} | {_WORD[ok]} | {_cell(figures)} |" for what, ok, figures in folded(result.rows)]
+    return "\n".join(text) + "\n"
 
 
-CHECKS: dict[str, Callable[[], list[Row]]] = {
-    "bits": lambda: formats() + launches(),
-    "graphs": graphs,
-    "large": large,
-    "speed": speed,
-    "tune": tune,
-    "zero": zero,
-    "nccl": nccl,
-}
+_WORD = {True: "ok", False: "**FAIL**", None: "not run"}
 
 
-def main(wanted: list[str] | None = None) -> int:
-    if not torch.cuda.is_available():
+def verdict(result: Result) -> str:
+    """ok, FAIL or not run: the worst of a case's rows."""
+    states = [ok for _, ok, _ in result.rows]
+    return _WORD[False if False in states else True if True in states and None not in states else None]
+
+
+def folded(rows: Sequence[Row]) -> Iterator[Row]:
+    """The rows, with those that only say that bits are the same in one."""
+    same = [row for row in rows if row[1] and row[2] == SAME]
+    if same:
+        yield f"{len(same)} combinations of formats and options", True, SAME
+    yield from (row for row in rows if row not in same)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def machine() -> str:
+    """The GPUs and the versions, in words."""
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    versions = [
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("torch", "triton", "bitsandbytes", "transformers", "deepspeed")
+        if importlib.util.find_spec(name)
+    ]
+    gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    return f"{gpus} (CUDA {torch.version.cuda}, {', '.join(versions)})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help=f"some of {', '.join(c.name for c in CASES)}; all by default")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of all cases together (default 10)")
+    parser.add_argument("--out", type=Path, help="the page to write")
+    parser.add_argument("--unmeasured", action="store_true", help="run nothing: the page says so")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.case:
+        return run_case(given.case, given.rows)
+    if unknown := sorted(set(given.cases) - {case.name for case in CASES}):
+        parser.error(f"no case is called {unknown[0]!r}; there are {', '.join(c.name for c in CASES)}")
+    if given.unmeasured:
+        text, status = page([], "", 0.0), 0
+    elif not torch.cuda.is_available():
         print("gpu_check: there is no CUDA device here, so nothing was checked", file=sys.stderr)
         return 1
-    unknown = sorted(set(wanted or ()) - set(CHECKS))
-    if unknown:
-        print(f"gpu_check: no check is called {unknown[0]!r}; there are {', '.join(CHECKS)}", file=sys.stderr)
-        return 2
-    table: list[Row] = []
-    for name in wanted or CHECKS:
-        began = time.perf_counter()
-        try:
-            rows = CHECKS[name]()
-        except Exception as e:  # the others are still worth a run on a borrowed machine
-            import traceback
+    else:
+        text, status = measured([c for c in CASES if not given.cases or c.name in given.cases], given.minutes)
+    if given.out:
+        given.out.write_text(text)
+    else:
+        print(text)
+    return status
 
-            traceback.print_exc()
-            rows = [(name, False, f"{type(e).__name__}: {str(e)[:150]}")]
-        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-        table += rows
-    versions = " ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("torch", "triton", "bitsandbytes", "transformers")
-        if importlib.util.find_spec(name)
-    )
-    print(f"\n{torch.cuda.get_device_name()}, {versions}")
-    same = [row for row in table if row[1] and row[2] == "the same bits"]
-    if same:
-        print(f"ok    {len(same)} combinations of formats and options: the same bits as on the CPU")
-    for what, ok, detail in table:
-        if (what, ok, detail) not in same:
-            print(f"{'ok  ' if ok else 'FAIL'}  {what:50} {detail}")
-    return int(not all(ok for _, ok, _ in table))
+
+def measured(cases: Sequence[Case], minutes: float) -> tuple[str, int]:
+    """The page, and the exit status."""
+    began, results = time.monotonic(), []
+    for result in check(cases, minutes):
+        results.append(result)
+        took = f" ({result.seconds:.0f} s)" if result.seconds is not None else ""
+        print(f"{result.case.name}: {verdict(result)}{took}", flush=True)
+        for what, ok, figures in folded(result.rows):
+            print(f"  {'ok  ' if ok else '--  ' if ok is None else 'FAIL'} {what:50} {figures}", flush=True)
+    failed = any(ok is False for result in results for _, ok, _ in result.rows)
+    return page(results, machine(), time.monotonic() - began), int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

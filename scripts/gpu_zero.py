@@ -6,6 +6,7 @@ row: what, whether it holds, in what figures.
 - the weights after five steps are those of one process with the whole batch, with fp32 and with bf16 on the wire
 - a step waits for the device at most once (torch.cuda.set_sync_debug_mode)
 - gradients take two buckets besides this rank's part (torch.cuda.max_memory_allocated)
+- hooks on gradients see what was reduced, under ZeRO and DistributedDataParallel
 - waiting for a collective behind a kernel of 200 ms does not hold the processor, with a timeout given too
 """
 
@@ -25,10 +26,11 @@ import torch.distributed as dist
 from torch import nn
 
 from shardopt import AdEMAMix, ZeroOptimizer
+from shardopt.engines import gradient_hooks
 from shardopt.engines.zero import optimizer as module
 from shardopt.engines.zero.transports.backends import NativeCommunicator
 
-Row = tuple[str, bool, str]
+Row = tuple[str, bool, str]  # what, whether it holds, in what figures
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "alpha": 5.0, "alpha_warmup": 10, "beta3_warmup": 10}
 BUCKET_MB = 8
 
@@ -113,6 +115,23 @@ def _peak(world_size: int) -> Row:
     return "peak of a backward", buckets <= 2.3, f"{buckets:.2f} buckets of {BUCKET_MB} MiB"
 
 
+def _hooks(kind: str) -> Row:
+    """Statistics of gradients of 3, and a guard that a NaN on one rank stops on all."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = nn.Linear(64, 8, bias=False).cuda()
+    target: Any = _made(model) if kind == "zero" else DistributedDataParallel(model, [torch.cuda.current_device()])
+    statistics = gradient_hooks.GradientStatistics()
+    gradient_hooks.attach([statistics], target)
+    (model if kind == "zero" else target)(torch.full((3, 64), 1.0, device="cuda")).sum().backward()
+    if kind == "zero":
+        target.step()
+        target.close()
+    torch.cuda.synchronize()
+    largest = statistics.read()["largest"]
+    return f"hooks on gradients, {kind}", largest == 3.0, f"largest {largest}"
+
+
 def _processor() -> Row:
     comm = NativeCommunicator(dist.group.WORLD, timedelta(seconds=60), in_stream=True)
     flat = torch.ones(dist.get_world_size() * 1024, device="cuda")
@@ -134,7 +153,7 @@ def _serve(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("nccl", init_method=store, rank=rank, world_size=world_size)
     rows = [_numbers(rank, world_size, "fp32"), _numbers(rank, world_size, "bf16")]
     rows += [_waits(torch.float32, AdEMAMix), _waits(torch.bfloat16, AdEMAMix), _waits(torch.bfloat16, torch.optim.SGD)]
-    rows += [_peak(world_size), _processor()]
+    rows += [_peak(world_size), _processor(), _hooks("zero"), _hooks("ddp")]
     everyone: list[Any] = [None] * world_size
     dist.all_gather_object(everyone, rows)
     if rank == 0:

@@ -1,0 +1,148 @@
+"""What only a GPU can show beside the kernel and ZeRO: cases of scripts/gpu_check.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from shardopt.checkpoint.staging import Staging
+from shardopt.distributed import Ranks
+from shardopt.pretrain import flops, machine, metrics, rng
+from shardopt.pretrain.data.prefetch import Batches
+from shardopt.pretrain.meter import StepClock
+
+Row = tuple[str, bool | None, str]  # what, whether it holds (None: it was not run), in what figures
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = torch.device("cuda", 0)
+BUSY = int(0.05 * 1.5e9)  # cycles: some 50 ms
+ENGINES = ("single", "ddp", "fsdp", "zero", "deepspeed")
+
+
+def parts() -> Iterator[Row]:
+    checks = (staged, read_ahead, timed, random_numbers, peak, names)
+    for check in checks:
+        yield attempt(check)
+
+
+def attempt(check: Callable[[], Row]) -> Row:
+    """The row of a check; one that raises does not keep the others from running."""
+    try:
+        return check()
+    except Exception as error:
+        return check.__name__, False, f"{type(error).__name__}: {error}"[:200]
+
+
+def staged() -> Row:
+    """What a save copies is what was there, though the device is behind and the tensors change at once."""
+    source = torch.arange(1 << 20, dtype=torch.float32, device=DEVICE)
+    staging = Staging()
+    torch.cuda._sleep(BUSY)
+    source.add_(1)
+    buffer = staging.copy([source])
+    held = buffer[: source.nbytes].view(torch.float32).clone()
+    source.zero_()
+    right = torch.equal(held, torch.arange(1 << 20, dtype=torch.float32) + 1)
+    return "a save's copy to the host", right and buffer.is_pinned(), f"pinned: {buffer.is_pinned()}"
+
+
+def read_ahead() -> Row:
+    """Batches that a thread copies are whole when the step reads them, and stay so while the next ones come."""
+    size = (64, 4097)
+    data: Any = SimpleNamespace(
+        batch=lambda step, *_: torch.full(size, step, dtype=torch.int64),
+        state_dict=lambda step: {"step": step},
+        stages=SimpleNamespace(at=lambda step: SimpleNamespace(global_batch=size[0])),
+    )
+    batches, sums = Batches(data, Ranks(0, 1, 0, DEVICE, distributed=False), ahead=2), []
+    for step in range(20):
+        tokens = batches.batch(step)
+        torch.cuda._sleep(BUSY // 10)  # what is read late must not have been overwritten
+        sums.append(tokens.sum())
+        del tokens
+    batches.close()
+    expected = [step * size[0] * size[1] for step in range(20)]
+    return "batches copied ahead", [int(s) for s in sums] == expected, "20 batches behind a busy device"
+
+
+def timed() -> Row:
+    """The clock of a step's parts reads the device's time, without waiting for it."""
+    clock = StepClock(DEVICE)
+    began = time.perf_counter()
+    for part in ("forward_backward", "update", None):
+        clock.mark(part)
+        torch.cuda._sleep(BUSY)
+    early, issued = clock.read(), time.perf_counter() - began
+    torch.cuda.synchronize()
+    late = clock.read()
+    seconds = [early[part] + late[part] for part in ("forward_backward", "update")]
+    waited = time.perf_counter() - began
+    text = f"{1e3 * seconds[0]:.0f} and {1e3 * seconds[1]:.0f} ms, issued in {1e3 * issued:.0f} of {1e3 * waited:.0f}"
+    return "the clock of a step's parts", min(seconds) > 0.01 and issued < waited / 2, text
+
+
+def random_numbers() -> Row:
+    rng.seed_all(3)
+    saved = rng.capture(0)
+    first = torch.rand(1000, device=DEVICE)
+    torch.rand(10, device=DEVICE)
+    rng.restore(0, saved)
+    return "states of random numbers", torch.equal(first, torch.rand(1000, device=DEVICE)), ", ".join(sorted(saved))
+
+
+def peak() -> Row:
+    torch.cuda.reset_peak_memory_stats()
+    before = metrics.peak_memory(DEVICE)
+    torch.empty(1 << 26, dtype=torch.uint8, device=DEVICE)
+    more = metrics.peak_memory(DEVICE) - before
+    return "peak memory", more == 1 << 26, f"{more} bytes more after {1 << 26}"
+
+
+def names() -> Row:
+    """What `shardopt doctor` says, and whether the device's peak is known: a report, not a check."""
+    found = [f"{finding.name} {finding.verdict}: {finding.text}" for finding in machine._gpus()]
+    known = flops.peak_flops(DEVICE)
+    return "the device", True, "; ".join([*found, f"peak: {known or 'not known'}"])
+
+
+def engines() -> Iterator[Row]:
+    """Six steps on every GPU, and three more after a restart, on every engine."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "text")
+        text.mkdir()
+        for number in range(40):
+            text.joinpath(f"{number}.txt").write_text(f"document {number} of words that come again. " * 40)
+        for engine in ENGINES:
+            yield attempt(lambda engine=engine: trained(engine, Path(folder)))  # type: ignore[misc]
+
+
+def trained(engine: str, folder: Path) -> Row:
+    def start(*changes: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "shardopt", "pretrain", "configs/quickstart.yaml"]
+        if engine != "single":
+            command += ["--nproc-per-node", "gpu"]
+        settings = [f"run.dir={folder}", f"run.name={engine}", f"engine={{name: {engine}}}", "schedule.warmup=1"]
+        settings += [f"data.sources=[{{source: text, paths: [{folder}/text]}}]", "train.global_batch=32"]
+        settings += ["train.micro_batch=1", "eval.batches=1", "checkpoint.every=3", "profile.steps=2"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+        return subprocess.run(
+            [*command, *settings, *changes], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+        )
+
+    began = time.perf_counter()
+    for changes in (["train.steps=3", "eval.every=3"], ["train.steps=6", "eval.every=3", "run.resume=auto"]):
+        done = start(*changes)
+        if done.returncode:
+            lines = (done.stdout + done.stderr).strip().splitlines()
+            print("\n".join(lines[-40:]), file=sys.stderr)
+            return engine, False, (lines[-1] if lines else "no output")[:200]
+    rows = (folder / engine / "metrics.jsonl").read_text().splitlines()
+    return engine, True, f"{len(rows)} rows of metrics, {time.perf_counter() - began:.0f} s"
