@@ -80,6 +80,8 @@ class Memory:
     write: tuple[str, int] | None = None
     reads: dict[str, int] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
+    in_graph: bool = False  # a captured step reads or writes it
+    pooled: bool = False  # allocated within the capture, for the graph alone
 
 
 class FakeCuda(TorchFunctionMode):
@@ -135,8 +137,9 @@ class FakeCuda(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             storage = tensor.untyped_storage()
             found = self.memory.get(storage._cdata)
-            if found is None:  # made before, or by what nobody sees
-                found = self.add(tensor, "host", HOST)
+            if found is None:  # made before, or as torch.tensor does it
+                place = self.place or "host"
+                found = self.add(tensor, place, self.current.name if place == "gpu" else HOST)
             return found
 
     def add(self, tensor: Tensor, place: str, owner: str) -> Memory:
@@ -144,12 +147,15 @@ class FakeCuda(TorchFunctionMode):
             raise NotCapturable("memory is pinned")
         with torch._C.DisableTorchFunction():
             ref, shape = StorageWeakRef(tensor.untyped_storage()), tuple(tensor.shape)
-        self.memory[ref.cdata] = Memory(place, owner, ref, shape)
+        self.memory[ref.cdata] = Memory(place, owner, ref, shape, pooled=self.capturing)
         return self.memory[ref.cdata]
 
     def access(self, thread: str, memory: Memory, writes: bool) -> None:
         """One, now: after the last write of others, a write also after their reads."""
         clock = self.clocks[thread]
+        memory.in_graph |= self.capturing and thread != HOST
+        if memory.in_graph and writes and thread == HOST:
+            raise Race(f"{memory.place} {memory.shape}, which a graph reads, is written by the host")
         before = [] if memory.write is None else [("written", *memory.write)]
         before += [("read", *item) for item in memory.reads.items()] if writes else []
         for what, other, moment in before:
@@ -167,6 +173,8 @@ class FakeCuda(TorchFunctionMode):
             if not memory.ref.expired():
                 continue
             del self.memory[key]
+            if memory.in_graph and not memory.pooled:
+                raise Race(f"{memory.place} {memory.shape}, which a graph reads, is gone")
             if memory.place != "gpu":  # pinned memory is given out again only when copies are done
                 continue
             clock = self.clocks.get(memory.owner, Counter()) | self.clocks[HOST]
@@ -267,6 +275,7 @@ class FakeCuda(TorchFunctionMode):
         return made
 
     def pin(self, tensor: Tensor) -> Tensor:
+        self.of(tensor)
         return self.making("pinned", lambda: tensor.clone())
 
     def numpy(self, tensor: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ from torch import nn
 from shardopt import ZeroOptimizer
 from shardopt.checkpoint.staging import Staging
 from shardopt.distributed import Ranks
+from shardopt.engines.compile import compile_forward
 from shardopt.engines.zero import optimizer as zero
 from shardopt.engines.zero.transports import backends
+from shardopt.errors import InputError
 from shardopt.pretrain.data.prefetch import Batches
 from tests.fake_cuda import CUDA, FakeCuda, NotCapturable, Race, Stream, Work, collective
 
@@ -213,7 +216,10 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_zeros_collectives_and_its_kernels_are_in_order(nccl: FakeCuda, options: dict[str, Any]) -> None:
-    weights = zero_steps(**options)
+    waits = FakeCuda.host_waits
+    with mock.patch.object(FakeCuda, "host_waits", autospec=True, side_effect=waits) as waited:
+        weights = zero_steps(**options)
+    assert waited.call_count == 3 + 2 * len(weights)  # once a step, and for each weight on its way there and back
     if options in VARIANTS[:2]:
         torch.testing.assert_close(weights, plain_steps())
     assert all(w.isfinite().all() for w in weights)
@@ -242,3 +248,10 @@ def test_zeros_agreement_waits_for_its_sum_in_the_stream(nccl: FakeCuda) -> None
     assert comm.sum(values).tolist() == [1, 1, 1]
     with mock.patch.object(Work, "wait"), pytest.raises(Race, match="written by nccl"):
         comm.sum(values).tolist()
+
+
+def test_compiling_on_a_gpu_asks_for_triton(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2).cuda()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"train\.compile: torch\.compile needs the package triton: install it"):
+        compile_forward("model", model, [], None)

@@ -518,6 +518,7 @@ def _scalars_kernel(table, count, BLOCK: tl.constexpr):
 
 _INTERPRETED = not isinstance(_step_kernel, triton.runtime.JITFunction)
 _captured: list[Any] = []  # what replayed CUDA graphs read
+_SPARE = "triton_spare"  # in a table's cache: pinned memory for a step that is captured
 
 
 class _Launch(NamedTuple):
@@ -553,6 +554,8 @@ class TritonKernel:
             raise InputError("a CUDA graph of AdEMAMix's step needs capturable=True: the step would stand still")
         if any(isinstance(lr, Tensor) and lr.device != table.device for lr in table.learning_rates):
             raise InputError(f"a CUDA graph reads lr on {table.device}: move lr there, or give a number")
+        if _SPARE not in table.cache:
+            raise InputError("a CUDA graph of AdEMAMix's step needs memory from a step before: take one, then capture")
 
     def run(self, table: Table) -> None:
         if not len(table.rows):
@@ -564,15 +567,14 @@ class TritonKernel:
             launches = _launches(table, raw, capturing)
             count = len(raw)
             words = count * (_COLUMNS.value + (_WORDS.value if table.capturable else 0))
-            spare = table.cache.pop("triton_spare", None) if capturing else None
-            host = _pinned(words, table.device) if spare is None else spare
+            host = table.cache.pop(_SPARE) if capturing else _pinned(words, table.device)
             _fill(host.numpy(), raw, table)
             device = host.to(table.device, non_blocking=True)
             if capturing:
                 _captured.append((host, device, launches))
             if table.capturable:
-                if not capturing and table.device.type == "cuda" and "triton_spare" not in table.cache:
-                    table.cache["triton_spare"] = _pinned(words, table.device)  # pinning may not be captured
+                if not capturing and table.device.type == "cuda" and _SPARE not in table.cache:
+                    table.cache[_SPARE] = _pinned(words, table.device)  # pinning may not be captured
                 _scalars_kernel[(triton.cdiv(count, 64),)](device, count, BLOCK=64, **_OPTIONS)
             for launch in launches:
                 _step_kernel[(launch.programs,)](device, launch.owners, KIND=launch.kind, BLOCK=_BLOCK, **_OPTIONS)
