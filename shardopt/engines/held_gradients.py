@@ -62,7 +62,11 @@ def fsdp_groups(module: nn.Module) -> Iterator[Any]:
     Of a module that FSDP2 does not know there is none.
     """
     if isinstance(module, FSDPModule):
-        yield from getattr(module._get_fsdp_state(), "_fsdp_param_groups", ())
+        state: Any = module._get_fsdp_state()
+        if hasattr(state, "_fsdp_param_groups"):
+            yield from state._fsdp_param_groups
+        elif state._fsdp_param_group is not None:  # torch 2.11 has one at most
+            yield state._fsdp_param_group
 
 
 def held_by_fsdp(model: nn.Module) -> bool:
@@ -80,10 +84,12 @@ def drop_in_fsdp(model: nn.Module) -> None:
     """Forget the gradients that `held_by_fsdp` finds, which zero_grad does not see."""
     for group in (group for module in model.modules() for group in fsdp_groups(module)):
         group._partial_reduce_output = None
+        getattr(group, "_partial_reduce_output_layout", {}).clear()  # since torch 2.15: whose sums lie where
         for p in group.fsdp_params:
-            p.unsharded_accumulated_grad = None
             if _whole_gradient(p) is not None:
                 p._unsharded_param.grad = None
+            if p.unsharded_accumulated_grad is not None:  # since torch 2.15 the same tensor, which cannot be set
+                p.unsharded_accumulated_grad = None
 
 
 def _whole_gradient(param: Any) -> Tensor | None:

@@ -318,8 +318,9 @@ def initialise(model: nn.Module, device: torch.device, seed: int, weights: str |
         return
     draws = _DrawWhole(seed)
     # transformers takes a class that FSDP2 has renamed for custom code, and then skips modules without parameters
-    # of their own (GPT-2's residual scaling is in one of those).
-    with mock.patch.object(model, "is_custom_code", return_value=False), torch.random.fork_rng(devices=[]):
+    # of their own (GPT-2's residual scaling is in one of those). Older ones do not ask.
+    own = mock.patch.object(model, "is_custom_code", create=True, return_value=False)
+    with own, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with draws:
             cast("PreTrainedModel", model).initialize_weights()
