@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "shardopt"
 FLOORS = [
-    {"slices", "distributed", "watchdog", "errors", "rows"},
+    {"slices", "distributed", "watchdog", "errors", "rows", "deprecated"},
     {"optim"},
     {"engines"},
     {"checkpoint"},
