@@ -34,7 +34,7 @@ _TEXT = """# Public names
 
 These names, their arguments and what they do, the keys of a config, the commands and their options, and the format of
 checkpoints are public: once 1.0.0 is out, a release that breaks one has a new first number, and the one before warns
-(`typing_extensions.deprecated`). Until then a change needs a line in CHANGELOG.md. Everything else may change in any
+([versions.md](versions.md)). Until then a change needs a line in CHANGELOG.md. Everything else may change in any
 release. Made by `python scripts/list_api.py`; a test holds the page against the code.
 """
 

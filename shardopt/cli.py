@@ -124,12 +124,16 @@ def _importing() -> Iterator[None]:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
+    from shardopt.pretrain import versions
+
+    versions.check(["pretrain"])
     try:
         with _importing():
             from shardopt.pretrain import config as configuration
     except ModuleNotFoundError as e:
         raise MissingExtraError(e.name or "a package", "pretrain") from e
     config = configuration.load(arguments.config, arguments.overrides)
+    versions.check([config.engine.name])  # an engine that needs packages has an extra of its name
     if arguments.print_config:
         if os.environ.get("RANK", "0") == "0":
             print(config.as_yaml(), end="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib import metadata
 from unittest import mock
 
@@ -13,7 +14,7 @@ import torch
 from shardopt import cli
 from shardopt.engines.zero.transports import shared_memory
 from shardopt.optim.kernels import bytes_alone, cpu
-from shardopt.pretrain import machine
+from shardopt.pretrain import machine, versions
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,52 @@ def test_a_missing_package_of_the_launcher_fails_and_another_extras_is_noted(tmp
         status, findings = found(capsys, "--dir", tmp_path)
     assert (status, findings["pretrain"]["verdict"]) == (1, "fail")
     assert findings["pretrain"]["text"].startswith("missing: transformers; ")
+
+
+@pytest.fixture
+def old(monkeypatch):
+    """Versions of packages, in the place of those that are installed."""
+    there, ask = {}, metadata.version
+    monkeypatch.setattr(metadata, "version", lambda package: there.get(package) or ask(package))
+    return there
+
+
+def test_versions_that_are_too_old_are_told_with_those_that_are_needed(tmp_path, capsys, old):
+    old |= {"transformers": "4.57.6", "deepspeed": "0.19.0rc1", "torch": "2.4.0+cpu"}
+    status, findings = found(capsys, "--dir", tmp_path)
+    assert status == 1
+    verdicts = {name: findings[name]["verdict"] for name in ("shardopt", "torch", "pretrain", "wandb", "deepspeed")}
+    assert verdicts == {"shardopt": "fail", "torch": "ok", "pretrain": "fail", "wandb": "ok", "deepspeed": "note"}
+    needed = {package.name: package.needed for package in versions.declared()}
+    assert findings["shardopt"]["text"].endswith(f"; torch 2.4.0+cpu (needs {needed['torch']})")
+    assert findings["pretrain"]["text"].startswith(f"too old: transformers 4.57.6 (needs {needed['transformers']}); ")
+    assert findings["pretrain"]["remedy"] == "pip install 'shardopt[pretrain]'"
+    assert findings["pretrain"]["packages"]["transformers"] == "4.57.6"
+
+
+def test_a_run_is_refused_by_versions_that_are_too_old(capsys, old):
+    config = ["pretrain", "configs/quickstart.yaml", "--print-config"]
+    old |= {"transformers": "4.57.6", "torch": "2.4.0+cpu", "deepspeed": "0.1"}
+    assert cli.main(config) == 2
+    assert re.fullmatch(
+        r"shardopt: too old: torch 2\.4\.0\+cpu \(needs >=[\d.]+\), transformers 4\.57\.6 \(needs >=[\d.]+\): "
+        r"pip install 'torch>=[\d.]+' 'transformers>=[\d.]+'\n",
+        capsys.readouterr().err,
+    )
+    del old["transformers"], old["torch"]
+    assert cli.main(config) == 0  # and never by those of an engine that is not used
+    assert cli.main([*config, "engine.name=deepspeed"]) == 2
+    assert "too old: deepspeed 0.1 (needs" in capsys.readouterr().err
+
+
+def test_nothing_is_asked_of_a_package_that_is_not_installed_but_on_the_path(tmp_path, capsys, monkeypatch):
+    def not_there(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "metadata", not_there)
+    status, findings = found(capsys, "--dir", tmp_path)
+    assert (status, findings["extras"]["text"]) == (0, "shardopt itself is not installed")
+    versions.check(["pretrain"])
 
 
 def test_without_a_compiler_the_kernel_is_torchs_and_the_way_out_is_told(tmp_path, capsys, monkeypatch):

@@ -2,10 +2,14 @@
 
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from scripts import list_api, list_licences
 
@@ -17,6 +21,30 @@ def test_every_pinned_package_has_a_line_with_its_licence():
     rows = re.findall(r"^\| ([\w.-]+) \| (.+) \|$", list_licences.PAGE.read_text(), re.MULTILINE)
     assert [name for name, _ in rows[1:]] == list_licences.pinned()
     assert not [name for name, licence in rows if licence == "not stated"]
+
+
+def test_oldest_versions_are_pinned_at_the_bottom_of_each_range():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for name in extras if name != "dev" for line in extras[name])]
+    needs = [need for need in map(Requirement, lines) if need.name != "shardopt"]
+    pins = re.findall(r"^([\w.-]+)==(.+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE)
+    pinned = {canonicalize_name(name): Version(version).release for name, version in pins}
+    for need in needs:
+        (floor,) = need.specifier
+        release = Version(floor.version).release
+        assert floor.operator == ">="
+        assert pinned[canonicalize_name(need.name)][: len(release)] == release, need
+
+
+def test_versions_of_the_page_are_those_that_are_declared_and_pinned():
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|", (ROOT / "docs/versions.md").read_text(), re.MULTILINE)
+    assert {"torch", "transformers", "accelerate", "datasets", "deepspeed", "wandb"} <= {name for name, *_ in rows}
+    oldest, usual = (
+        dict(re.findall(r"^([\w.-]+)==(.+)$", (ROOT / file).read_text(), re.MULTILINE))
+        for file in ("constraints-oldest.txt", "constraints.txt")
+    )
+    assert rows == [(name, oldest[name], usual[name]) for name, *_ in rows]
 
 
 def test_public_names_and_signatures_are_those_of_the_page():

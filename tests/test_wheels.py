@@ -81,7 +81,7 @@ def test_wheel_trains_with_torch_alone_and_without_a_compiler(wheels, tmp_path):
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     packages = Path(f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages")
-    for name in _needed_by("torch", "numpy", "xxhash"):
+    for name in _needed_by("torch", "numpy", "packaging", "xxhash"):
         (tmp_path / "env" / packages / name).symlink_to(Path(sys.prefix) / packages / name)
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"]
     empty = tmp_path / "home"

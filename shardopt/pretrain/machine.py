@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import re
 import resource
 import shutil
 import time
@@ -22,6 +20,7 @@ from shardopt.engines.zero.transports import shared_memory
 from shardopt.errors import InputError
 from shardopt.optim.kernels.bytes_alone import bytes_alone
 from shardopt.optim.kernels.cpu import Compiler, shipped
+from shardopt.pretrain import versions
 from shardopt.pretrain.cores import usable_cores
 
 _ELEMENTS = 1 << 22  # of the step that is timed: far more than a cache holds, and a few milliseconds
@@ -30,7 +29,7 @@ _CHECKSUM_BYTES = 1 << 25
 _LITTLE_DISK = 5 * 2**30
 _FEW_FILES = 1024
 _NEEDED = "pretrain"  # the extra without which no run starts
-_FOR_DEVELOPERS = {"dev"}
+_FOR_DEVELOPERS = {"dev", "test"}
 
 
 class Finding(NamedTuple):
@@ -66,37 +65,32 @@ def can_start(findings: list[Finding]) -> bool:
 def _versions() -> Iterator[Finding]:
     text = f"{platform.python_version()}, {platform.system()} on {platform.machine()}"
     yield Finding("python", "ok", text, figures={"version": platform.python_version()})
-    yield Finding("shardopt", "ok", __version__, figures={"version": __version__})
+    refused = [package for package in versions.declared() if package.extra == versions.ALWAYS and package.refused]
+    text = "; ".join([__version__, *map(str, refused)])
+    remedy = "pip install shardopt" if refused else ""
+    yield Finding("shardopt", "fail" if refused else "ok", text, remedy, {"version": __version__})
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     yield Finding("torch", "ok", f"{torch.__version__}, {built}", figures={"version": str(torch.__version__)})
 
 
 def _extras() -> Iterator[Finding]:
     """The packages of each extra that shardopt declares."""
-    extras: dict[str, dict[str, str | None]] = {}
-    try:
-        declared = importlib.metadata.requires("shardopt") or []
-    except importlib.metadata.PackageNotFoundError:
+    extras: dict[str, list[versions.Package]] = {}
+    for package in versions.declared():
+        if package.extra not in (versions.ALWAYS, *_FOR_DEVELOPERS):
+            extras.setdefault(package.extra, []).append(package)
+    if not extras:
         yield Finding("extras", "note", "shardopt itself is not installed", "pip install -e '.[pretrain]'")
-        return
-    for line in declared:
-        package, of = re.match(r"[\w.-]+", line), re.search(r"""extra == ['"]([\w-]+)""", line)
-        if package is not None and of is not None and of[1] not in _FOR_DEVELOPERS:
-            extras.setdefault(of[1], {})[package[0]] = _version(package[0])
     for extra, packages in extras.items():
-        there = [f"{name} {version}" for name, version in packages.items() if version is not None]
-        missing = [name for name, version in packages.items() if version is None]
-        verdict: Literal["ok", "note", "fail"] = "ok" if not missing else "fail" if extra == _NEEDED else "note"
-        text = "; ".join(filter(None, [f"missing: {', '.join(missing)}" if missing else "", ", ".join(there)]))
-        remedy = f"pip install 'shardopt[{extra}]'" if missing else ""
-        yield Finding(extra, verdict, text, remedy, {"packages": packages})
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        missing = [package.name for package in packages if package.installed is None]
+        refused = [str(package) for package in packages if package.refused]
+        there = [str(package) for package in packages if package.installed is not None and not package.refused]
+        wrong = bool(missing or refused)
+        verdict: Literal["ok", "note", "fail"] = "ok" if not wrong else "fail" if extra == _NEEDED else "note"
+        told = {"missing: ": missing, "too old: ": refused, "": there}
+        text = "; ".join(what + ", ".join(names) for what, names in told.items() if names)
+        remedy = f"pip install 'shardopt[{extra}]'" if wrong else ""
+        yield Finding(extra, verdict, text, remedy, {"packages": {one.name: one.installed for one in packages}})
 
 
 def _compiler() -> Iterator[Finding]:
