@@ -12,16 +12,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Workers that take whole files begin with these, so that none is left alone with one at the end.
 LONGEST = [
-    "tests/test_readme.py",
-    "tests/distributed/test_pretrain.py",
-    "tests/engines/test_compile.py",
-    "tests/integrations/test_launch.py",
-    "tests/distributed/test_kills.py",
     "tests/distributed/test_deepspeed.py",
+    "tests/distributed/test_pretrain.py",
+    "tests/test_readme.py",
     "tests/integrations/test_trainer.py",
-    "tests/distributed/test_frozen.py",
+    "tests/engines/test_native.py",
+    "tests/distributed/test_zero.py",
+    "tests/integrations/test_launch.py",
+    "tests/engines/test_compile.py",
+    "tests/distributed/test_kills.py",
+    "tests/pretrain/test_branch.py",
+    "tests/pretrain/test_spikes.py",
     "tests/integrations/test_trainer_folders.py",
-    "tests/distributed/test_secrets.py",
+    "tests/test_wheels.py",
+    "tests/distributed/test_frozen.py",
+    "tests/integrations/test_accelerate.py",
+    "tests/pretrain/test_figures.py",
 ]
 
 

@@ -1,7 +1,7 @@
 """Rank processes that stay alive between tests, so that a gloo test costs milliseconds and not an import of torch.
 
-They are forked from a server that has imported the large packages and nothing of ours, which starts with the first
-pool: a pool, also a fresh one, takes a second or less.
+They are forked from a server that has imported the large packages and the launcher, which starts with the first pool: a
+pool, also a fresh one, takes a second or less.
 
     from tests.distributed.pool import on_ranks
 
@@ -40,6 +40,11 @@ _PRELOADED = [
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "transformers.models.llama.modeling_llama",
+    "matplotlib.projections",
+    "matplotlib.backends.backend_agg",
+    "shardopt.engines.fsdp",
+    "shardopt.engines.zero",
+    "shardopt.pretrain.loop",
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOADED)

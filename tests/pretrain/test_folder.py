@@ -210,7 +210,7 @@ def test_a_full_disk_in_the_export_costs_the_export_alone(tmp_path, monkeypatch,
         patch.setattr(export, "_save_file", lambda: full)
         full_disk = r"disk is probably full .*No space left on device\)?; the run is complete but for its export"
         with pytest.raises(InputError, match=full_disk):
-            tiny.run(0, 1, tmp_path, **changes)
+            tiny.run(0, 1, tmp_path, plot=True, **changes)
     here = tmp_path / "runs" / "tiny"
     said = capsys.readouterr().out
     assert "finished" in said

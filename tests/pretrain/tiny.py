@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -79,9 +81,14 @@ def config(folder: Path, **changes: Any) -> Config:
     return parse(tree(folder, **changes))
 
 
-def run(rank: int, world_size: int, folder: Path, **changes: Any) -> Result:
-    """For `on_ranks`: the run on every rank of a pool, or alone with world_size 1 (`run(0, 1, ...)`)."""
-    return pretrain(config(folder, **changes))
+def run(rank: int, world_size: int, folder: Path, plot: bool = False, **changes: Any) -> Result:
+    """For `on_ranks`: the run on every rank of a pool, or alone with world_size 1 (`run(0, 1, ...)`).
+
+    Args:
+        plot: whether it draws loss.png, which takes as long as twenty of its steps.
+    """
+    with nullcontext() if plot else mock.patch("shardopt.pretrain.metrics.draw_loss"):
+        return pretrain(config(folder, **changes))
 
 
 def metrics(folder: Path, name: str) -> list[dict[str, Any]]:
