@@ -28,7 +28,8 @@ def overdue(source: str, version: str) -> list[str]:
 
 
 def test_no_old_name_is_there_in_the_release_in_which_it_was_to_go():
-    late = {str(path): overdue(path.read_text(), __version__) for path in PACKAGE.rglob("*.py")}
+    sources = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
+    late = {str(path): overdue(text, __version__) for path, text in sources.items() if "deprecated." in text}
     assert {path: until for path, until in late.items() if until} == {}, "remove these old names"
 
 
