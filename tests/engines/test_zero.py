@@ -1,5 +1,9 @@
 """The zero engine behind the interface of every engine."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -174,3 +178,29 @@ def test_bf16_compute_follows_fp32():
     for losses in on_ranks(2, _bf16):
         assert losses == pytest.approx(control, rel=0.02)
         assert losses != control
+
+
+_FAULTS = """
+import resource
+import torch
+from torch import nn
+from shardopt import AdEMAMix, ZeroOptimizer
+
+model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(2)])
+optimizer = ZeroOptimizer(model, AdEMAMix, lr=1e-3)
+for step in range(5):
+    if step == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    model(torch.ones(1, 2048)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is of glibc's malloc")
+def test_gradients_lie_in_memory_that_was_freed_before():
+    # A process of its own: what any test before has freed counts.
+    found = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True, timeout=120)
+    pages_of_a_gradient = 2048 * 2048 * 4 // 4096
+    assert int(found.stdout) < pages_of_a_gradient // 2  # in three steps of two gradients each
