@@ -21,7 +21,6 @@ import gc
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -334,16 +333,17 @@ def layouts() -> None:
 
 
 def report(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
-    import torch
+    from scripts.bench_all import machine
 
+    about = machine()
     header = (
         f"{rows[BASELINE]['parameters'] / 1e6:.1f}M-parameter Llama, 64 tokens a rank, {arguments.ranks} ranks on "
-        f"gloo, one thread each, {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}; median of "
-        f"{arguments.rounds} bursts of {arguments.burst} steps, interleaved. Contenders that did not fit into memory "
-        f"together ran in batches of {arguments.batch}: every ratio is against the baseline beside it, so compare "
-        f"ratios, not milliseconds. ZeRO's ranks read each other's memory, but for those by sockets: what remains "
-        f"where that is forbidden (kernel.yama.ptrace_scope above 0, some containers) and between hosts. Made by "
-        f"scripts/bench_engines.py --batch {arguments.batch}"
+        f"gloo, one thread each, {about['cores']} cores of {about['processor']}, torch {about['torch']}, commit "
+        f"{about['commit']}; median of {arguments.rounds} bursts of {arguments.burst} steps, interleaved. Contenders "
+        f"that did not fit into memory together ran in batches of {arguments.batch}: every ratio is against the "
+        f"baseline beside it: compare ratios, not milliseconds. ZeRO's ranks read each other's memory, but for those "
+        f"by sockets: what remains where that is forbidden (kernel.yama.ptrace_scope above 0, some containers) and "
+        f"between hosts. Made by scripts/bench_engines.py --batch {arguments.batch}"
     )
     columns = ["engine + optimizer", "step, ms", "minimum, ms", "× baseline", "minima", "peak memory a rank, MB"]
     lines = [header, "", f"| {' | '.join(columns)} |", "|---" + "|--:" * (len(columns) - 1) + "|"]

@@ -22,10 +22,10 @@ _LARGEST_REUSED = 2**25 - 2**14  # bytes: glibc's 32 MiB, less what it puts arou
 def reuse_freed_memory() -> None:
     """Have gradients, which come and go at every step, lie in memory that was freed before instead of new pages.
 
-    glibc maps an allocation anew, and every page of it costs a fault, if it is at least as large as the largest one
-    that was mapped and freed before, up to 32 MiB (mallopt(3)): without this it is chance whether a step has thousands
-    of faults, some percent of its time. So one of 32 MiB is made here and freed untouched. What it costs: up to 64 MiB
-    of freed memory stay with the process. Other allocators do not notice.
+    glibc gives freed memory back to the system, so that every page of it costs a fault at the next step, if it was
+    mapped for an allocation larger than any mapped and freed before, of at most 32 MiB, or if twice that is free at the
+    heap's end (mallopt(3)). What that was is chance, and whether a step has thousands of faults with it. So 32 MiB are
+    allocated here and freed untouched: up to 64 MiB then stay with the process. Other allocators do not notice.
     """
     torch.empty(_LARGEST_REUSED, dtype=torch.uint8)
 
