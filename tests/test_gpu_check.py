@@ -1,7 +1,10 @@
 """scripts/gpu_check.py on a machine without a GPU: its cases, its clock, and its page by results that are made up."""
 
 import importlib
+import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,26 +52,42 @@ def test_what_there_is_no_time_for_is_said(gpu_check):
     assert [result.seconds for result in results] == [45, 45, 30, None]
 
 
+FIRST = ("first", True, "of two")
 CHILD = """
-import json, sys, time
+import json, sys
 with open(sys.argv[sys.argv.index("--rows") + 1], "w") as rows:
-    print(json.dumps(["first", True, "of two"]), file=rows, flush=True)
-    if "hangs" in sys.argv:
-        time.sleep(60)
+    print(json.dumps(["first", True, "of two"]), file=rows)
 sys.exit(3)
 """
 
 
-def test_a_case_that_hangs_or_dies_keeps_its_rows_and_costs_itself_alone(gpu_check, monkeypatch, tmp_path):
+def test_a_case_that_dies_keeps_its_rows(gpu_check, monkeypatch, tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
     monkeypatch.setattr(gpu_check, "__file__", str(tmp_path / "child.py"))
-    first = ("first", True, "of two")
-    hangs = gpu_check.Case("hangs", 2, "", "")
-    assert list(gpu_check.in_process(hangs, 2)) == [first, ("hangs", False, "ended after 2 s")]
-    late = gpu_check.Case("hangs", 9, "", "")
-    assert list(gpu_check.in_process(late, 1)) == [first, ("hangs", None, "ended after 1 s, as time ran out")]
-    dies = gpu_check.Case("dies", 9, "", "")
-    assert list(gpu_check.in_process(dies, 9)) == [first, ("dies", False, "its process ended with 3: see its output")]
+    dies = gpu_check.Case("dies", 90, "", "")
+    assert list(gpu_check.in_process(dies, 90)) == [FIRST, ("dies", False, "its process ended with 3: see its output")]
+
+
+def test_a_case_that_hangs_is_ended_with_all_that_it_started_and_keeps_its_rows(gpu_check, monkeypatch):
+    ended = []
+
+    class Hangs:
+        pid = 77
+
+        def __init__(self, command, **options):
+            assert options["start_new_session"]
+            Path(command[command.index("--rows") + 1]).write_text(json.dumps(FIRST) + "\n")
+
+        def wait(self, seconds=None):
+            if seconds is not None:
+                raise subprocess.TimeoutExpired("case", seconds)
+
+    monkeypatch.setattr(subprocess, "Popen", Hangs)
+    monkeypatch.setattr(os, "killpg", lambda *given: ended.append(given))
+    case = gpu_check.Case("hangs", 9, "", "")
+    assert list(gpu_check.in_process(case, 9)) == [FIRST, ("hangs", False, "ended after 9 s")]
+    assert list(gpu_check.in_process(case, 4)) == [FIRST, ("hangs", None, "ended after 4 s, as time ran out")]
+    assert ended == [(77, 9)] * 2
 
 
 def test_the_page_names_the_machine_what_failed_and_what_was_not_run(gpu_check):

@@ -24,6 +24,9 @@ NAMES |= {
 DEVICES = re.compile(r"\b(cuda|nccl)\b", re.IGNORECASE)
 
 
+WORDS = re.compile("|".join([*NAMES, "cuda", "nccl", "gpu", "\\Wcpu\\W"]), re.IGNORECASE)
+
+
 def asks(node: ast.AST) -> bool:
     """Whether a node, by itself, is about a GPU: a name, an argument, or a comparison with a kind of device."""
     if isinstance(node, ast.Attribute):
@@ -49,26 +52,24 @@ def branches(source: str) -> Iterator[tuple[str, str]]:
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 yield from visit(child, f"{where}.{child.name}" if where else child.name)
             elif isinstance(child, ast.stmt):
-                own = [n for n in parts(child) if asks(n)]
-                if own:
-                    yield where or "module", heading(child)
+                if any(map(asks, parts(child))):
+                    yield where or "module", ast.unparse(child).splitlines()[0][:90]
                 yield from visit(child, where)
-            else:
+            elif isinstance(child, HOLDERS):
                 yield from visit(child, where)
 
-    yield from visit(ast.parse(source), "")
+    if WORDS.search(source):  # most files have nothing to do with it
+        yield from visit(ast.parse(source), "")
+
+
+HOLDERS = (ast.ExceptHandler, ast.match_case)  # of statements, inside a statement
 
 
 def parts(statement: ast.stmt) -> Iterator[ast.AST]:
     """What belongs to the statement alone, not to statements inside it."""
     for child in ast.iter_child_nodes(statement):
-        if not isinstance(child, ast.stmt):
-            yield child
-            yield from (n for n in ast.walk(child) if n is not child)
-
-
-def heading(statement: ast.stmt) -> str:
-    return ast.unparse(statement).splitlines()[0][:90]
+        if not isinstance(child, (ast.stmt, *HOLDERS)):
+            yield from ast.walk(child)
 
 
 def listed() -> dict[tuple[str, str, str], list[str]]:

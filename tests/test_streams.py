@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -149,8 +150,11 @@ def all_gather(gpu: FakeCuda, flat: torch.Tensor, own: torch.Tensor, **_: Any) -
     return collective(gpu, lambda: flat.view(-1)[: own.numel()].copy_(own), flat, own)
 
 
-def all_reduce(gpu: FakeCuda, values: torch.Tensor, *_: Any, **__: Any) -> Any:
-    return collective(gpu, lambda: values.mul_(1), values)
+def all_reduce(gpu: FakeCuda, values: torch.Tensor, *_: Any, async_op: bool = False, **__: Any) -> Any:
+    work = collective(gpu, lambda: values.mul_(1), values)
+    if not async_op:
+        work.wait()
+    return work
 
 
 @pytest.fixture
@@ -255,3 +259,13 @@ def test_compiling_on_a_gpu_asks_for_triton(gpu: FakeCuda, monkeypatch: pytest.M
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"train\.compile: torch\.compile needs the package triton: install it"):
         compile_forward("model", model, [], None)
+
+
+def test_the_checks_for_a_gpu_run_on_the_stand_in(nccl: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """scripts/gpu_check.py has minutes on a machine that is lent: what it calls exists, and what it compares agrees."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    zero_checks, parts = importlib.import_module("gpu_zero"), importlib.import_module("gpu_parts")
+    monkeypatch.setitem(zero_checks.OPTIONS, "kernel", "torch")  # Triton's needs a driver
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    rows = [zero_checks._hooks("zero"), parts.staged()]
+    assert [row for row in rows if not row[1]] == []
