@@ -285,27 +285,33 @@ class AdEMAMix(CheckedOptimizer):
                 names.update((param, f"{names[param]} of optimizer {group['stream']}") for param in group["params"])
         return names
 
-    def _current_plan(self, params: list[Tensor] | None = None) -> Plan:
-        if params is None:
-            params = [param for group in self.param_groups for param in group["params"]]
-        # A parameter may have moved to another group, a setting decide on other state than there is, or `state` have
-        # been given an entry of another key.
-        decisive: list[Any] = [len(self.state), *(len(g["params"]) for g in self.param_groups)]
-        for g in self.param_groups:
-            decisive += g["betas"][0] == 0.0, g["weight_ema"] is None, g["master_weights"], g["state_dtype"]
+    def _is_planned(self) -> bool:
+        """True while the plan fits the parameters, their groups and their state."""
         plan = self._plan
-        current = plan is not None and plan.groups is self.param_groups and decisive == self._decisive
-        if plan is None or not current or not plan.holds(params, self.state):
-            self._plan, self._decisive = None, decisive
+        if plan is None or plan.groups is not self.param_groups or self._decisive != self._decisions():
+            return False
+        return plan.holds(self.state)
+
+    def _decisions(self) -> list[Any]:
+        """The settings that decide which state there is."""
+        return [
+            (group["betas"][0] == 0.0, group["weight_ema"] is None, group["master_weights"], group["state_dtype"])
+            for group in self.param_groups
+        ]
+
+    def _current_plan(self) -> Plan:
+        if not self._is_planned():
+            self._plan, self._decisive = None, self._decisions()
             names = self._names()
             for key, state in self.state.items():
                 if not isinstance(key, Tensor) or not isinstance(state, dict):
                     name = names.get(key, key) if isinstance(key, Tensor) else key
                     raise InputError(f"optimizer.state[{name!r}] is {state!r}, no parameter's state: delete it")
-            self._plan = plan = Plan(
-                self.param_groups, params, self.state, lambda group, param: self._entry(names[param], group, param)
+            self._plan = Plan(
+                self.param_groups, self.state, lambda group, param: self._entry(names[param], group, param)
             )
-        return plan
+        assert self._plan is not None
+        return self._plan
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -354,17 +360,19 @@ class AdEMAMix(CheckedOptimizer):
         self.refuse_weight_ema("step()")
         return super().step(closure)
 
+    def _repeat(self) -> bool:
+        plan = self._plan
+        return plan is not None and plan.by_address and self._is_planned() and plan.repeat()
+
     def _update(self) -> None:
         params = [param for group in self.param_groups for param in group["params"]]
-        plan = self._current_plan(params)
-        if plan.repeat():
-            return
         grads = [param.grad for param in params]
+        plan = self._current_plan()
         if missing := [i for i in plan.absent if grads[i] is not None]:
             groups = [group for group in self.param_groups for _ in group["params"]]
             for i in missing:
                 self._create_state(groups[i], params[i])
-            plan = self._current_plan(params)
+            plan = self._current_plan()
         if not plan.step(grads):
             self._plan = None
-            self._current_plan(params).step(grads)
+            self._current_plan().step(grads)

@@ -6,6 +6,7 @@ import abc
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -35,11 +36,13 @@ class CheckedOptimizer(Optimizer, abc.ABC):
 
     hyper_parameters: ClassVar[Mapping[str, HyperParameter]]
     given_names: WeakTensorKeyDictionary  # what each parameter was called when it was added
-    _checked: Sequence[tuple[Any, ...]] = ()  # each group's settings as they were when last checked
+    _settings: ClassVar[Callable[[Mapping[str, Any]], Any]]  # of a group, all but lr
+    _checked: Sequence[Any] = ()  # each group's settings as they were when last checked
 
     def __init_subclass__(cls) -> None:
         if "hyper_parameters" in vars(cls):
             cls.__init__.__signature__ = signature(cls.__init__, cls.hyper_parameters)  # type: ignore[attr-defined]
+            cls._settings = itemgetter(*(key for key in cls.hyper_parameters if key != "lr"))
 
     def __init__(self, params: Any, *positional: Any, **given: Any) -> None:
         known = self.hyper_parameters
@@ -76,10 +79,13 @@ class CheckedOptimizer(Optimizer, abc.ABC):
     def _update(self) -> None:
         """One step of every parameter that has a gradient, all settings being right."""
 
+    def _repeat(self) -> bool:
+        """One step where all is as at the one before, without tensor operations; else False, and nothing is done."""
+        return False
+
     # -- the step -------------------------------------------------------------------------------------------------
 
     @torch._disable_dynamo
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient; returns the closure's loss.
 
@@ -93,10 +99,12 @@ class CheckedOptimizer(Optimizer, abc.ABC):
             with torch.enable_grad():
                 loss = closure()
         self._check_changes()
-        if self._only_creates_state():
-            self.init_state()
-        else:
-            self._update()
+        if not self._repeat():
+            with torch.no_grad():
+                if self._only_creates_state():
+                    self.init_state()
+                else:
+                    self._update()
         return loss
 
     @torch.no_grad()
@@ -146,13 +154,12 @@ class CheckedOptimizer(Optimizer, abc.ABC):
 
     def _check_changes(self) -> None:
         """Check the groups' settings where they are not those that were checked last; cheap where they are."""
-        keys = [key for key in self.defaults if key != "lr"]
-        now = [tuple(map(group.get, keys)) for group in self.param_groups]
+        now = [*map(self._settings, self.param_groups)]
+        if now == self._checked and all(_is_usual(group["lr"]) for group in self.param_groups):
+            return
         for i, group in enumerate(self.param_groups):
-            lr = group["lr"]
-            if type(lr) is float and 0.0 <= lr < math.inf and self._checked[i : i + 1] == now[i : i + 1]:
-                continue
-            self._check_settings(group)
+            if not (_is_usual(group["lr"]) and self._checked[i : i + 1] == now[i : i + 1]):
+                self._check_settings(group)
         self._checked = now
 
     # -- loading --------------------------------------------------------------------------------------------------
@@ -247,6 +254,10 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         while frame is not None and frame.f_code.co_name not in _CREATE_STATE:
             frame = frame.f_back  # type: ignore[assignment]
         return frame is not None
+
+
+def _is_usual(lr: Any) -> bool:
+    return type(lr) is float and 0.0 <= lr < math.inf
 
 
 _CREATE_STATE = {"_init_optim_state", "init_optim_state"}  # of torch.distributed.checkpoint, of torchtitan 0.3

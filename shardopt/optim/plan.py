@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from operator import is_, itemgetter
+from operator import itemgetter
 from types import NoneType
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.autograd.graph import increment_version
 
 from shardopt.errors import InputError
 from shardopt.optim.kernels import Entry, Table
-from shardopt.optim.kernels.facts import Facts, Held, check_storage, has_room
+from shardopt.optim.kernels.facts import Facts, Held, Members, check_storage, has_room
 from shardopt.optim.kernels.table import clipped, pointed
 from shardopt.optim.precision import follow_weight
 from shardopt.optim.reference import scalars_of
@@ -42,7 +42,6 @@ class Plan:
     """
     Args:
         groups: the optimizer's parameter groups.
-        params: their parameters, in order, those named twice included.
         state: the optimizer's state; parameters without any are not in the plan.
         entry_of: a parameter with its state, given its group.
     """
@@ -50,12 +49,11 @@ class Plan:
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        params: list[Tensor],
-        state: Mapping[Tensor, dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
         entry_of: Callable[[dict[str, Any], Tensor], Entry],
     ) -> None:
         self.groups = groups
-        self.params = params
+        self.params = params = [param for group in groups for param in group["params"]]
         self.entries: list[Entry] = []
         self.positions: list[int] = []  # of the entries in `params`
         seen: set[Tensor] = set()
@@ -72,11 +70,9 @@ class Plan:
         self._stepped, place = np.unique([entry.group for entry in self.entries], return_inverse=True)
         self._place = place.astype(np.int64)  # of each entry's group among those that have entries
         self._scheduled = any("schedule_step" in held for held in self._states)
-        self._all_states = list(state.values())
-        alike: dict[tuple[int, tuple[str, ...]], list[dict[str, Any]]] = {}
-        for entry in self.entries:
-            alike.setdefault((len(entry.state), tuple(entry.tensors)), []).append(entry.state)
-        self._held = [Held(dicts, keys) for (_, keys), dicts in alike.items()]
+        self._members = Members([group["params"] for group in groups])
+        self._state, self._held = state, Held([state, *self._states], COUNTS)
+        self._counts: tuple[int, int] | None = None  # of all entries, where `_held` says that they are those
         self._params = [entry.param for entry in self.entries]
         self._mastered = [i for i, entry in enumerate(self.entries) if "master" in entry.tensors]
         self._left: dict[int, tuple[int, ...]] = {}  # those weights as our own step has left them
@@ -87,27 +83,22 @@ class Plan:
         self._labels = [(key, i) for key, i, _ in labels]  # of each column of the facts
         self._labels += [(key, i) for key in ("weight", "grad") for i in range(len(weights))]
         self._facts = Facts([tensor for _, _, tensor in labels], self._params)
-        self._known = np.zeros((2, len(self._labels)), dtype=np.int64)  # sizes and kinds that have been checked
         self._types: list[torch.dtype | None] = [None] * len(weights)  # of the gradients
         self._all_have_gradients = False
         self._strided: set[int] = set()  # entries whose weight or gradient is not laid out in order
         self._tables: list[Table] = []
         self._made_for: tuple[set[int], list[int]] | None = None  # strided entries and the groups' seeds
-        self._by_address = False  # whether the kernels of all tables need no tensors
+        self.by_address = False  # whether the kernels of all tables need no tensors
 
     @property
     def captured(self) -> bool:
         """True once a CUDA graph holds a step of this plan."""
         return any(table.captured for table in self._tables)
 
-    def holds(self, params: list[Tensor], state: Mapping[Tensor, Any]) -> bool:
+    def holds(self, state: Mapping[Tensor, Any]) -> bool:
         """True while the parameters and the tensors of their state are the very same objects."""
-        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
-            return False
-        now = state.values()
-        if len(now) != len(self._all_states) or not all(map(is_, now, self._all_states)):
-            return False
-        return all(held.unchanged() for held in self._held)
+        members = [group["params"] for group in self.groups]
+        return state is self._state and self._held.unchanged() and self._members.unchanged(members)
 
     def step(self, gradients: list[Tensor | None]) -> bool:
         """One step; `gradients` are those of `params`, None where there is none.
@@ -126,12 +117,12 @@ class Plan:
         if not {*map(type, grads)} <= _ORDINARY:
             grads = [self._local_gradient(i, grad) for i, grad in enumerate(grads)]
         facts = self._facts.read(weights, grads)
-        if (facts[1:] != self._known).any():
+        if self._facts.changed:
             found = self._checked(weights, grads, facts[1:])
             if found is None:
                 return False
             grads, facts = found, self._facts.read(weights, found)
-            self._known = facts[1:].copy()
+            self._facts.known[1:] = facts[1:]
         made_for = self._strided, [group["seed"] for group in self.groups]
         if made_for != self._made_for:
             self._make_tables()
@@ -145,14 +136,17 @@ class Plan:
         Returns:
             False where that is not so, and `step` is to have a look. Nothing has moved or counted.
         """
-        if not self._by_address or any(self.params[i].grad is not None for i in self.absent):
+        if not self.by_address or any(self.params[i].grad is not None for i in self.absent):
             return False
         if self._made_for != (self._strided, [group["seed"] for group in self.groups]):
             return False
         facts = self._facts.read_own()
-        if facts is None or (facts[1:] != self._known).any():
+        if facts is None or self._facts.changed:
             return False
-        self._take(facts[0], self._params, [None] * len(self._params))
+        if self._facts.moved:
+            self._take(facts[0], self._params, [None] * len(self._params))
+        else:  # the tables point there
+            self._run(self._params)
         return True
 
     def _take(self, addresses_of_all: np.ndarray, weights: list[Tensor], grads: list[Tensor | None]) -> None:
@@ -167,6 +161,7 @@ class Plan:
                 if table.capturable:
                     table.describe_schedules(self.groups)
                 table.kernel.check(table)
+            self._facts.known[0] = addresses_of_all
             self._run(weights)  # nothing is refused from here on
         finally:
             for table in self._tables:
@@ -177,6 +172,7 @@ class Plan:
         places, scalars, steps = self._count()
         if not scalars:
             return
+        whole = places is self._place or not (places < 0).any()
         mastered = [i for i in self._mastered if self._types[i] is not None]
         for i in mastered:
             if self._left.get(i) != self._version(i, weights[i]):
@@ -188,7 +184,6 @@ class Plan:
             else:
                 table.set_scalars(own, scalars, steps)
                 table.kernel.run(table)
-        whole = not (places < 0).any()
         increment_version(self._params if whole else [p for p, at in zip(self._params, places, strict=True) if at >= 0])
         self._left.update((i, self._version(i, weights[i])) for i in mastered)
 
@@ -212,9 +207,10 @@ class Plan:
                     f"one here, which reads the step on the host: set capturable=False"
                 )
         grads, types, strided = list(grads), list(self._types), set(self._strided)
-        changed = (facts != self._known).any(0)
+        known = self._facts.known[1:]
+        changed = (facts != known).any(0)
         state = slice(0, len(changed) - 2 * len(weights))  # which is as its entry says when it is first seen
-        changed[state] &= (self._known[1, state] != 0) | ~has_room(facts[1, state])
+        changed[state] &= (known[1, state] != 0) | ~has_room(facts[1, state])
         for column in np.flatnonzero(changed).tolist():
             key, i = self._labels[column]
             entry, weight, (dtype, device) = self.entries[i], weights[i], self._kinds[i]
@@ -230,7 +226,7 @@ class Plan:
                 if weight.dtype != dtype or weight.device != device:
                     return None
                 check_storage(weight, device, f"the weight {entry.name}")
-            elif self._known[1, column]:
+            elif known[1, column]:
                 return None
             else:
                 check_storage(entry.tensors[key], device, f"state {key!r} of {entry.name}")
@@ -287,7 +283,7 @@ class Plan:
         alike = self._count_alike() if self._all_have_gradients else None
         if alike is not None:
             found = [scalars_of(self.groups[group], *alike) for group in self._stepped]
-            return self._place, found, np.array([alike[0]] * len(found))
+            return self._place, found, np.full(len(found), alike[0])
         on_device: list[Tensor] = []
         places: dict[tuple[int, int, int], int] = {}
         which = []
@@ -321,6 +317,16 @@ class Plan:
 
         None, and nothing counted, where that is not so.
         """
+        counts = self._counts if self._held.counted else self._counts_alike()
+        if counts is None:
+            return None
+        self._counts = counts[0] + 1, counts[1] + 1
+        for key, count in zip(COUNTS, self._counts, strict=True):
+            if key == COUNTS[0] or self._scheduled:
+                self._held.count(key, count)
+        return self._counts
+
+    def _counts_alike(self) -> tuple[int, int] | None:
         counted = []
         for key in COUNTS if self._scheduled else COUNTS[:1]:
             try:
@@ -329,11 +335,8 @@ class Plan:
                 return None
             if {*map(type, counts)} != {int} or counts.count(counts[0]) < len(counts):
                 return None
-            counted.append((key, counts[0] + 1))
-        for key, count in counted:
-            for state in self._states:
-                state[key] = count
-        return counted[0][1], counted[-1][1]
+            counted.append(counts[0])
+        return counted[0], counted[-1]
 
     # -- tables -------------------------------------------------------------------------------------------------
 
@@ -360,7 +363,7 @@ class Plan:
             )
             for (_, _, captured, alone), indices in members.items()
         ]
-        self._by_address = (
+        self.by_address = (
             not self._any_placed and not self._strided and all(t.kernel.takes_addresses for t in self._tables)
         )
         owners = np.array([i for _, i in self._labels])

@@ -311,6 +311,7 @@ def round_to_weight(values: Tensor, dtype: torch.dtype) -> Tensor:
     return split_fp32(values)[0] if dtype == torch.bfloat16 else values.to(dtype)
 
 
+@torch.no_grad()
 def follow_weight(master: Tensor, weight: Tensor) -> None:
     """Take a weight that somebody else has set into its fp32 master: the elements that no longer round to it."""
     ours, torchs = round_to_weight(master, weight.dtype), master.to(weight.dtype)  # they differ at ties

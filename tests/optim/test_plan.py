@@ -223,6 +223,69 @@ def test_step_takes_parameter_whose_tensor_was_swapped():
     assert (param > 4.0).all()
 
 
+def move(tensor):
+    tensor.data = tensor.detach().clone()
+
+
+def leave_group(other, optimizer):
+    group = optimizer.param_groups[0]
+    group["params"].pop(), group["param_names"].pop()
+    other.grad.fill_(5.0)
+
+
+CHANGES = {
+    "nothing": lambda param, other, optimizer: None,
+    "all counts": lambda param, other, optimizer: [s.update(step=700) for s in optimizer.state.values()],
+    "one count": lambda param, other, optimizer: optimizer.state[other].update(step=700),
+    "weight's data": lambda param, other, optimizer: move(param),
+    "gradient's data": lambda param, other, optimizer: move(other.grad),
+    "state's data": lambda param, other, optimizer: move(optimizer.state[param]["m2"]),
+    "gradient": lambda param, other, optimizer: setattr(param, "grad", torch.full_like(param, 3.0)),
+    "no gradient": lambda param, other, optimizer: setattr(param, "grad", None),
+    "state tensor": lambda param, other, optimizer: optimizer.state[param].update(nu=torch.ones(40).bfloat16()),
+    "order of keys": lambda param, other, optimizer: optimizer.state[param].update(m1=optimizer.state[param].pop("m1")),
+    "state": lambda param, other, optimizer: optimizer.state.update({param: dict(optimizer.state[param])}),
+    "members": lambda param, other, optimizer: leave_group(other, optimizer),
+    "list": lambda param, other, optimizer: optimizer.param_groups[0].update(params=[param, other]),
+    "setting": lambda param, other, optimizer: optimizer.param_groups[0].update(alpha=1.0, lr=0.3),
+    "seed": lambda param, other, optimizer: optimizer.param_groups[0].update(seed=5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_repeated_step_is_that_of_a_new_plan(change):
+    """What somebody else has changed since the last step is seen, and seen again after it."""
+    both = [stepped((40,), state_dtype="bf16") for _ in range(2)]
+    for new, (param, other, optimizer) in enumerate(both):
+        for at in range(4):
+            if at == 2:
+                CHANGES[change](param, other, optimizer)
+            if new:
+                optimizer._plan = None
+            optimizer.step()
+    for a, b in zip(*((param, other) for param, other, _ in both), strict=True):
+        assert same_bits(a.detach(), b.detach())
+    for a, b in zip(*(optimizer.state.values() for _, _, optimizer in both), strict=True):
+        assert a["step"] == b["step"]
+        assert all(same_bits(a[key], b[key]) for key in ("m1", "m2", "nu"))
+    if change == "all counts":
+        assert both[0][2].state[both[0][0]]["step"] == 702
+
+
+@pytest.mark.parametrize("asked", ["shim"], indirect=True)
+def test_steps_are_repeated_without_a_look_in_python(monkeypatch):
+    param, _, optimizer = stepped()
+    optimizer.step()
+    monkeypatch.setattr(plan.Plan, "step", None)
+    monkeypatch.setattr(plan.Plan, "_counts_alike", None)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.zero_grad()
+    param.square().sum().backward()
+    with pytest.raises(TypeError):  # the other has no gradient
+        optimizer.step()
+
+
 # -- state ----------------------------------------------------------------------------------------------------------
 
 

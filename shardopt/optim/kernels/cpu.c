@@ -719,10 +719,21 @@ static void chunk(const Segment *s, int64_t from, int64_t n) {
     for (int64_t at = whole; at < end; at += BLOCK) part(s, &c, &k, at, end - at < BLOCK ? (int)(end - at) : BLOCK);
 }
 
+/* Chunk `number` of a segment. */
+INLINE void numbered(const Segment *s, int64_t number, int64_t chunk_length) {
+    const int64_t from = number * chunk_length;
+    if (!(s->flags & SKIP)) chunk(s, from, s->length - from < chunk_length ? s->length - from : chunk_length);
+}
+
 /* Segment i takes chunks ends[i - 1] .. ends[i], each of `chunk_length` elements (a multiple of BLOCK). */
 void shardopt_step(const Segment *segments, const int64_t *ends, int64_t count, int64_t chunk_length, int threads) {
     const int64_t total = count ? ends[count - 1] : 0;
-    (void)threads; /* a compiler without OpenMP runs this on one thread */
+    if (threads == 1) { /* no team, and no search */
+        for (int64_t i = 0, piece = 0; i < count; i++)
+            for (int64_t number = 0; piece < ends[i]; piece++, number++) numbered(segments + i, number, chunk_length);
+        return;
+    }
+    /* a compiler without OpenMP runs this on one thread */
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t piece = 0; piece < total; piece++) {
         int64_t lo = 0, hi = count - 1;
@@ -731,10 +742,7 @@ void shardopt_step(const Segment *segments, const int64_t *ends, int64_t count, 
             if (ends[mid] > piece) hi = mid;
             else lo = mid + 1;
         }
-        const Segment *s = segments + lo;
-        if (s->flags & SKIP) continue;
-        const int64_t from = (piece - (lo ? ends[lo - 1] : 0)) * chunk_length;
-        chunk(s, from, s->length - from < chunk_length ? s->length - from : chunk_length);
+        numbered(segments + lo, piece - (lo ? ends[lo - 1] : 0), chunk_length);
     }
 }
 
@@ -748,50 +756,100 @@ typedef struct { /* torch's C shim; a tensor is a pointer to an at::Tensor, whic
     void *(*grad)(void *); /* of the shim alone not: c10::TensorImpl::grad, of what an at::Tensor points to */
 } Shim;
 
-/* Of each tensor its address, number of elements and kind (facts.py); how many cannot be told, whose kind is then -1.
- * The last `gradients` tensors are looked up first: those of the tensors as many places before them. */
-int64_t shardopt_describe(const Shim *ask, void **tensors, int64_t count, int64_t gradients, int64_t *facts) {
+typedef struct { /* what the shim says of a tensor */
+    void *address;
+    int64_t numel, room, offset; /* room: elements of its storage */
+    int32_t dtype, layout;
+    uint8_t contiguous;
+} Told;
+
+/* False where the shim cannot tell: the tensor is not strided. */
+INLINE int tell(const Shim *ask, void *tensor, Told *t) {
+    return !ask->layout(tensor, &t->layout) && t->layout == 0 && !ask->address(tensor, &t->address)
+        && !ask->numel(tensor, &t->numel) && !ask->storage_numel(tensor, &t->room) && !ask->offset(tensor, &t->offset)
+        && !ask->dtype(tensor, &t->dtype) && !ask->is_contiguous(tensor, &t->contiguous);
+}
+
+enum { MOVED = 1, CHANGED = 2, UNTOLD = 4 };
+
+/* Rows of `facts`: each tensor's address, number of elements and kind (facts.py). Tells whether any addresses, any numbers or
+ * kinds are not those of `known`, and whether there are tensors about which the shim says nothing, whose kind is then -1. The last `gradients` tensors are looked up first: those of the tensors as many places before them. */
+int64_t shardopt_describe(const Shim *ask, void **tensors, int64_t count, int64_t gradients, int64_t *facts, const int64_t *known) {
     static void *nothing = NULL;
-    int64_t untold = 0;
+    int64_t found = 0;
     for (int64_t i = count - gradients; i < count; i++) {
         uint8_t defined = 0;
         void *grad = ask->grad(*(void **)tensors[i - gradients]);
         tensors[i] = !ask->is_defined(grad, &defined) && defined ? grad : &nothing;
     }
+    int64_t *addresses = facts, *numels = facts + count, *kinds = facts + 2 * count;
     for (int64_t i = 0; i < count; i++) {
-        void *tensor = tensors[i], *address = NULL;
-        int64_t numel = 0, room = 0, offset = 0, kind = 0;
-        int32_t dtype = 0, layout = 0, device = 0, index = 0;
-        uint8_t contiguous = 0;
+        void *tensor = tensors[i];
+        Told t = {0};
+        int64_t kind = 0;
         if (*(void **)tensor != NULL) {
-            const int failed = ask->layout(tensor, &layout) || layout != 0 /* strided */ || ask->numel(tensor, &numel)
-                || ask->dtype(tensor, &dtype) || ask->device(tensor, &device) || ask->device_index(tensor, &index)
-                || ask->address(tensor, &address) || ask->storage_numel(tensor, &room) || ask->offset(tensor, &offset)
-                || ask->is_contiguous(tensor, &contiguous);
-            const int whole = numel == 0 || (address != NULL && room >= offset + numel);
-            kind = 1 | (int64_t)(contiguous != 0) << 1 | (int64_t)whole << 2 | (int64_t)(uint8_t)dtype << 8
-                | (int64_t)(uint8_t)device << 16 | (int64_t)(uint16_t)index << 24;
-            if (failed) kind = -1, untold++;
+            const int64_t before = kinds[i];
+            if (!tell(ask, tensor, &t)) kind = -1, found |= UNTOLD;
+            else {
+                const int whole = t.numel == 0 || (t.address != NULL && t.room >= t.offset + t.numel);
+                kind = 1 | (int64_t)(t.contiguous != 0) << 1 | (int64_t)whole << 2 | (int64_t)(uint8_t)t.dtype << 8;
+                /* another device has other addresses */
+                const int same = t.address != NULL && (int64_t)(uintptr_t)t.address == addresses[i] && before > 0;
+                int32_t device = 0, index = 0;
+                if (same) kind |= before & ~(int64_t)0xFFFF;
+                else if (ask->device(tensor, &device) || ask->device_index(tensor, &index)) kind = -1, found |= UNTOLD;
+                else kind |= (int64_t)(uint8_t)device << 16 | (int64_t)(uint16_t)index << 24;
+            }
         }
-        facts[i] = (int64_t)(uintptr_t)address;
-        facts[count + i] = numel;
-        facts[2 * count + i] = kind;
+        addresses[i] = (int64_t)(uintptr_t)t.address, numels[i] = t.numel, kinds[i] = kind;
+        if (addresses[i] != known[i]) found |= MOVED;
+        if (t.numel != known[count + i] || kind != known[2 * count + i]) found |= CHANGED;
     }
-    return untold;
+    return found;
 }
 
-typedef struct { /* Python's: what a dict has under a key, and its size */
-    void *(*get)(void *, void *);
-    int64_t (*size)(void *);
-} Dict;
+/* -- Python's dicts and lists ------------------------------------------------------------------------------ */
 
-/* True while each of `count` dicts has that many entries, and under each of the `some` keys its very object of `objects`. */
-int64_t shardopt_holds(const Dict *ask, void *const *dicts, int64_t count, int64_t size, void *const *keys, int64_t some,
-                       void *const *objects) {
+typedef struct { /* an item of a dict from a place on, its size, sets an item; an item of a list, its size */
+    int32_t (*next)(void *, int64_t *, void **, void **);
+    int64_t (*size)(void *);
+    int32_t (*set)(void *, void *, void *);
+    void *(*at)(void *, int64_t);
+    int64_t (*length)(void *);
+} Python;
+
+typedef struct { void *key, *value; int64_t apart; } Item; /* apart: whose value may be another */
+
+/* 0 unless each of `count` dicts has its very `items`, in their order, and no more; 1 if so, but for values apart; else 2. */
+int64_t shardopt_holds(const Python *ask, void *const *dicts, const int64_t *sizes, int64_t count, const Item *items) {
+    int64_t found = 2;
     for (int64_t i = 0; i < count; i++) {
-        if (ask->size(dicts[i]) != size) return 0;
-        for (int64_t k = 0; k < some; k++)
-            if (ask->get(dicts[i], keys[k]) != objects[i * some + k]) return 0;
+        void *key, *value;
+        int64_t place = 0;
+        if (ask->size(dicts[i]) != sizes[i]) return 0;
+        for (; ask->next(dicts[i], &place, &key, &value); items++) {
+            if (key != items->key || (value != items->value && !items->apart)) return 0;
+            if (value != items->value) found = 1;
+        }
+    }
+    return found;
+}
+
+/* True while each of `count` lists has its very `members`. */
+int64_t shardopt_lists(const Python *ask, void *const *lists, const int64_t *sizes, int64_t count, void *const *members) {
+    for (int64_t i = 0; i < count; i++) {
+        if (ask->length(lists[i]) != sizes[i]) return 0;
+        for (int64_t k = 0; k < sizes[i]; k++)
+            if (ask->at(lists[i], k) != *members++) return 0;
     }
     return 1;
+}
+
+/* Gives each of `count` dicts the value under the key, and lets that be what its item is expected to be; 0 if all is well. */
+int64_t shardopt_put(const Python *ask, void *const *dicts, Item *const *items, int64_t count, void *key, void *value) {
+    for (int64_t i = 0; i < count; i++) {
+        if (ask->set(dicts[i], key, value)) return -1;
+        items[i]->value = value;
+    }
+    return 0;
 }

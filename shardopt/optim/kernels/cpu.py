@@ -59,11 +59,16 @@ class CpuKernel(Kernel):
         self._step = library.shardopt_step
         self._step.restype = None
         self._step.argtypes = [pointer, pointer, number, number, ctypes.c_int]
-        # facts.py asks by it; torch's answers may take Python, so the interpreter stays locked
-        describe = ctypes.PYFUNCTYPE(number, pointer, pointer, number, number, pointer)
-        self.describe = describe(("shardopt_describe", library))
-        holds = ctypes.PYFUNCTYPE(number, pointer, pointer, number, number, pointer, number, pointer)
-        self.holds = holds(("shardopt_holds", library))
+        # facts.py asks by these; torch's and Python's answers may take Python, so the interpreter stays locked
+        self.describe, self.holds, self.lists, self.put = (
+            ctypes.PYFUNCTYPE(number, pointer, *takes)((f"shardopt_{name}", library))
+            for name, takes in {
+                "describe": (pointer, number, number, pointer, pointer),
+                "holds": (pointer, pointer, number, pointer),
+                "lists": (pointer, pointer, number, pointer),
+                "put": (pointer, pointer, number, pointer, pointer),
+            }.items()
+        )
 
     def refusal(self, weight: Tensor) -> str | None:
         if weight.device.type != "cpu":
@@ -81,7 +86,7 @@ class CpuKernel(Kernel):
             call = table.cache["c_call"] = (table.rows.ctypes.data, ends.ctypes.data, len(ends), worth, ends)
         rows, ends_at, count, worth, _ = call
         if worth:
-            self._step(rows, ends_at, count, _CHUNK, min(torch.get_num_threads(), worth))
+            self._step(rows, ends_at, count, _CHUNK, 1 if worth == 1 else min(torch.get_num_threads(), worth))
 
 
 def cache_folder() -> Path:

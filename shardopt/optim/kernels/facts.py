@@ -7,8 +7,9 @@ call, through torch's C shim (its stable interface for compiled models); without
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -25,6 +26,8 @@ _QUESTIONS = (
     *("get_dtype", "get_layout", "get_device_type", "get_device_index", "is_contiguous", "is_defined"),
 )
 _GRADIENT = "_ZNK3c1010TensorImpl4gradEv"  # c10::TensorImpl::grad() const, for which the shim has no question
+_OF_PYTHON = ("PyDict_Next", "PyDict_Size", "PyDict_SetItem", "PyList_GetItem", "PyList_Size")  # of `Python` there
+_MOVED, _CHANGED, _UNTELLABLE = 1, 2, 4  # bits of shardopt_describe's answer
 _UNTOLD = -1  # the kind of a tensor about which the shim says nothing, such as a sparse one
 _kinds: dict[tuple[object, ...], int] = {}  # numbers below that, for those asked about in Python
 
@@ -37,19 +40,26 @@ class Facts:
     Args:
         kept: state tensors, which stay, whatever their `.data` becomes.
         params: parameters, each of which stands for a weight and a gradient.
+
+    Attributes:
+        known: int64 [3, tensors], the caller's: what `read` is compared with.
+        moved: whether addresses read last are not those in `known`.
+        changed: whether the numbers of elements and the kinds are not.
     """
 
     def __init__(self, kept: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         self._kept, self._params, self._shim = list(kept), list(params), _shim()
+        count = len(params)
+        self.known = np.zeros((3, len(kept) + 2 * count), dtype=np.int64)
+        self.moved = self.changed = True
         if self._shim is None:
             return
-        count = len(params)
         self._handles = np.array(self._shim.handles([*kept, *params, *[None] * count]), dtype=np.int64)
-        self._own, self._facts = self._handles.copy(), np.zeros((3, len(self._handles)), dtype=np.int64)
+        self._own, self._facts = self._handles.copy(), np.zeros_like(self.known)
         # numpy takes longer to give an address than torch to describe a tensor
-        size, facts = len(self._handles), self._facts.ctypes.data
-        self._describe = partial(self._shim.describe, self._handles.ctypes.data, size, 0, facts)
-        self._describe_own = partial(self._shim.describe, self._own.ctypes.data, size, count, facts)
+        size, facts, known = len(self._handles), self._facts.ctypes.data, self.known.ctypes.data
+        self._describe = partial(self._shim.describe, self._handles.ctypes.data, size, 0, facts, known)
+        self._describe_own = partial(self._shim.describe, self._own.ctypes.data, size, count, facts, known)
 
     def read(self, weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> np.ndarray:
         """An int64 column for each tensor, those kept first: address, number of elements, number of its kind.
@@ -58,42 +68,100 @@ class Facts:
         Zeros stand for None. The array is good until the next call.
         """
         if self._shim is None:
-            return np.array(list(map(_ask, [*self._kept, *weights, *grads])), dtype=np.int64).reshape(-1, 3).T
+            columns = list(map(_ask, [*self._kept, *weights, *grads]))
+            return self._compared(np.array(columns, dtype=np.int64).reshape(-1, 3).T)
         self._handles[len(self._kept) :] = self._shim.handles([*weights, *grads])
-        if self._describe():
-            for i in np.flatnonzero(self._facts[2] == _UNTOLD):
-                self._facts[:, i] = _ask([*self._kept, *weights, *grads][i])
-        return self._facts
+        if self._told(self._describe()):
+            return self._facts
+        for i in np.flatnonzero(self._facts[2] == _UNTOLD):
+            self._facts[:, i] = _ask([*self._kept, *weights, *grads][i])
+        return self._compared(self._facts)
 
     def read_own(self) -> np.ndarray | None:
         """What `read` returns of the parameters and the gradients that they have now, without one look at them in
         Python; None where the shim cannot tell."""
-        if self._shim is None or not self._shim.tells_gradients or self._describe_own():
+        if self._shim is None or not self._shim.tells_gradients or not self._told(self._describe_own()):
             return None
         return self._facts
 
+    def _told(self, found: int) -> bool:
+        self.moved, self.changed = bool(found & _MOVED), bool(found & _CHANGED)
+        return not found & _UNTELLABLE
+
+    def _compared(self, facts: np.ndarray) -> np.ndarray:
+        self.moved, self.changed = bool((facts[0] != self.known[0]).any()), bool((facts[1:] != self.known[1:]).any())
+        return facts
+
 
 class Held:
-    """Whether some dicts still hold the very objects that they held, and as many of them.
+    """Whether dicts still hold the very objects that they held, in their order and no others.
 
     Args:
-        dicts: of the same size and with the same keys.
-        keys: those whose objects count.
+        dicts: of any sizes and keys.
+        counts: keys of numbers; another object under one of them is no change.
+
+    Attributes:
+        counted: whether, when last looked at, the dicts had under those keys what `count` had put there.
     """
 
-    def __init__(self, dicts: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
-        self._dicts, self._keys, self._size = list(dicts), list(keys), len(dicts[0])
-        self._objects = [held[key] for held in dicts for key in keys]
-        self._ask: Callable[[], int] | None = None
-        if (shim := _shim()) is not None:
-            dicts_at, keys_at, objects_at = (_addresses(map(id, own)) for own in (dicts, keys, self._objects))
-            self._ask = partial(shim.holds, dicts_at, len(dicts), self._size, keys_at, len(keys), objects_at)
+    def __init__(self, dicts: Sequence[dict[Any, Any]], counts: Sequence[str]) -> None:
+        self._dicts, self.counted, self._shim = list(dicts), False, _shim()
+        self._items = [item for held in dicts for item in held.items()]  # kept: C has their addresses
+        self._counts = [key if type(key) is str and key in counts else None for key, _ in self._items]
+        self._lengths, self._counted = [*map(len, dicts)], dict[str, int]()
+        if self._shim is None:
+            return
+        apart = [key is not None for key in self._counts]
+        self._table = np.array(
+            [(id(key), id(value), free) for (key, value), free in zip(self._items, apart, strict=True)], dtype=np.int64
+        ).reshape(-1, 3)
+        table, step = self._table.ctypes.data, self._table.strides[0]
+        at, owners = [*map(id, dicts)], [id(held) for held in dicts for _ in held]
+        self._look = partial(self._shim.holds, _addresses(at), _addresses(self._lengths), len(dicts), table)
+        self._places = {}
+        for key in counts:
+            rows = [i for i, own in enumerate(self._counts) if own == key]
+            places = _addresses(owners[i] for i in rows), _addresses(table + i * step for i in rows)
+            self._places[key] = partial(self._shim.put, *places, len(rows), id(key))
 
     def unchanged(self) -> bool:
-        if self._ask is not None:
-            return bool(self._ask())
-        now = (held.get(key) for held in self._dicts for key in self._keys)
-        return {*map(len, self._dicts)} == {self._size} and all(map(is_, now, self._objects))
+        if self._shim is not None:
+            found = self._look()
+            self.counted = found == 2
+            return bool(found)
+        now = [item for held in self._dicts for item in held.items()]
+        return [*map(len, self._dicts)] == self._lengths and all(
+            key is k and (value is v or count is not None)
+            for (key, value), (k, v), count in zip(now, self._items, self._counts, strict=True)
+        )
+
+    def count(self, key: str, number: int) -> None:
+        """Let all dicts that have one of the counts have this number there."""
+        if self._shim is None:
+            for held in self._dicts:
+                if key in held:
+                    held[key] = number
+            return
+        self._counted[key] = number  # kept, too
+        self._places[key](id(number))
+
+
+class Members:
+    """Whether lists still have the very members that they had; the lists themselves may be others."""
+
+    def __init__(self, lists: Sequence[list[Any]]) -> None:
+        self._members, self._lengths, self._shim = [*chain.from_iterable(lists)], [*map(len, lists)], _shim()
+        if self._shim is not None:
+            self._lists, lengths = _addresses(self._lengths), _addresses(self._lengths)
+            self._look = partial(self._shim.lists, self._lists, lengths, len(lists), _addresses(map(id, self._members)))
+
+    def unchanged(self, lists: Sequence[Sequence[Any]]) -> bool:
+        if len(lists) != len(self._lengths):
+            return False
+        if self._shim is not None and {*map(type, lists)} == {list}:
+            self._lists[:] = [*map(id, lists)]
+            return bool(self._look())
+        return [*map(len, lists)] == self._lengths and all(map(is_, chain.from_iterable(lists), self._members))
 
 
 def _addresses(numbers: Iterable[int | None]) -> ctypes.Array[ctypes.c_void_p]:
@@ -160,17 +228,16 @@ class _Shim:
         AttributeError: a torch without it, or whose Python tensors are made otherwise.
     """
 
-    def __init__(self, describe: Callable[..., int], holds: Callable[..., int]) -> None:
+    def __init__(self, kernel: Any) -> None:
         library = ctypes.PyDLL(torch._C.__file__)  # finds what it is linked with, too
         ask = [getattr(library, f"aoti_torch_{question}") for question in _QUESTIONS]
         ask.append(getattr(library, _GRADIENT, None))
         self.tells_gradients = ask[-1] is not None
         self._ask = _functions(ask)
         self._place, self._nothing = _place_in_python(), ctypes.c_void_p()
-        # addresses of handles, their number, how many of them are gradients to be looked up, and address of facts
-        self.describe = partial(describe, self._ask)
-        # addresses of dicts, their number and size, addresses and number of keys, addresses of objects
-        self.holds = partial(holds, _functions([ctypes.pythonapi.PyDict_GetItem, ctypes.pythonapi.PyDict_Size]))
+        self._python = _functions([getattr(ctypes.pythonapi, name) for name in _OF_PYTHON])
+        self.describe = partial(kernel.describe, self._ask)
+        self.holds, self.lists, self.put = (partial(f, self._python) for f in (kernel.holds, kernel.lists, kernel.put))
 
     def handles(self, tensors: Iterable[Tensor | None]) -> list[int]:
         """Addresses of the at::Tensor in each tensor, good as long as the tensor is there."""
@@ -198,8 +265,8 @@ def _place_in_python() -> int:
 @cache
 def _shim() -> _Shim | None:
     """None where there is no C compiler, or a torch without the shim."""
-    describe, holds = (getattr(kernels._load("c"), name, None) for name in ("describe", "holds"))
+    kernel = kernels._load("c")
     try:
-        return None if describe is None or holds is None else _Shim(describe, holds)
+        return None if isinstance(kernel, InputError) else _Shim(kernel)
     except (AttributeError, OSError):
         return None

@@ -280,8 +280,10 @@ class Table:
             codes = [sum(bit for bit, on in zip(_BITS, values, strict=True) if on) for values in flags]
             self.rows["flags"] = np.where(of_row < 0, schema.SKIP, np.array(codes, dtype=np.uint8)[of_row])
             self._of_row = of_row
-        self._steps[:] = steps[self._of_row]
-        self.doubles[:] = np.array([s[: len(schema.DOUBLES)] for s in scalars])[self._of_row]
+        values = np.array([s[: len(schema.DOUBLES)] for s in scalars])
+        alike = len(scalars) == 1  # what numpy spreads over the rows in a fraction of the time
+        self._steps[:] = steps if alike else steps[self._of_row]
+        self.doubles[:] = values if alike else values[self._of_row]
 
     def describe_schedules(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Fill in what a captured kernel computes its scalars from (kernels/__init__.py).
