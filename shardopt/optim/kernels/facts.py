@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from itertools import chain
-from operator import is_
+from operator import is_, or_
 from typing import Any
 
 import numpy as np
@@ -106,21 +106,21 @@ class Held:
 
     def __init__(self, dicts: Sequence[dict[Any, Any]], counts: Sequence[str]) -> None:
         self._dicts, self.counted, self._shim = list(dicts), False, _shim()
-        self._items = [item for held in dicts for item in held.items()]  # kept: C has their addresses
-        self._counts = [key if type(key) is str and key in counts else None for key, _ in self._items]
+        # Kept, as C has their addresses only; flat, as a tuple of each item would wake the garbage collector.
+        self._keys = [key for held in dicts for key in held]
+        self._values = [value for held in dicts for value in held.values()]
+        self._apart = [type(key) is str and key in counts for key in self._keys]
         self._lengths, self._counted = [*map(len, dicts)], dict[str, int]()
         if self._shim is None:
             return
-        apart = [key is not None for key in self._counts]
-        self._table = np.array(
-            [(id(key), id(value), free) for (key, value), free in zip(self._items, apart, strict=True)], dtype=np.int64
-        ).reshape(-1, 3)
+        columns = [*map(id, self._keys)], [*map(id, self._values)], self._apart
+        self._table = np.array(columns, dtype=np.int64).T.copy()
         table, step = self._table.ctypes.data, self._table.strides[0]
         at, owners = [*map(id, dicts)], [id(held) for held in dicts for _ in held]
         self._look = partial(self._shim.holds, _addresses(at), _addresses(self._lengths), len(dicts), table)
         self._places = {}
         for key in counts:
-            rows = [i for i, own in enumerate(self._counts) if own == key]
+            rows = [i for i, apart in enumerate(self._apart) if apart and self._keys[i] == key]
             places = _addresses(owners[i] for i in rows), _addresses(table + i * step for i in rows)
             self._places[key] = partial(self._shim.put, *places, len(rows), id(key))
 
@@ -129,11 +129,11 @@ class Held:
             found = self._look()
             self.counted = found == 2
             return bool(found)
-        now = [item for held in self._dicts for item in held.items()]
-        return [*map(len, self._dicts)] == self._lengths and all(
-            key is k and (value is v or count is not None)
-            for (key, value), (k, v), count in zip(now, self._items, self._counts, strict=True)
-        )
+        if [*map(len, self._dicts)] != self._lengths:
+            return False
+        keys, values = chain.from_iterable(self._dicts), chain.from_iterable(held.values() for held in self._dicts)
+        same = map(or_, map(is_, values, self._values), self._apart)
+        return all(map(is_, keys, self._keys)) and all(same)
 
     def count(self, key: str, number: int) -> None:
         """Let all dicts that have one of the counts have this number there."""
