@@ -60,9 +60,11 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], target: Path, title: str = "") -> None:
-    """Draw panels side by side, as a PNG of 150 pixels an inch."""
-    figure = canvas(6 * len(panels), 4.5)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    """Draw panels, up to three side by side, as a PNG of 150 pixels an inch."""
+    columns = len(panels) if len(panels) <= 3 else 2
+    rows = math.ceil(len(panels) / columns)
+    figure = canvas(6 * columns, 4.5 * rows)
+    for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
         for number, (label, line) in enumerate(panel.lines.items()):
             color = f"C{number % 10}"
             marker = "o" if len(line.x) <= 20 else ""

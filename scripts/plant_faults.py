@@ -2,6 +2,7 @@
 
     python scripts/plant_faults.py              # every fault of scripts/faults.yaml
     python scripts/plant_faults.py -k schedule  # those whose file or name holds the word
+    python scripts/plant_faults.py --every 20   # a sample: each twentieth, in the list's order
 
 faults.yaml is a list of groups: a file, the tests that should notice (paths and -k expressions, as pytest takes
 them), and the faults in it. A fault is a name, the exact text that is there once, and what stands there instead; it
@@ -132,9 +133,11 @@ def judge(tree: Path, fault: Fault, seconds: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", dest="word", default="", help="only faults whose file or name holds this word")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="each N-th of them")
     parser.add_argument("--faults", type=Path, default=Path(__file__).with_name("faults.yaml"))
     options = parser.parse_args()
-    faults = read_faults(options.faults, options.word)
+    known = read_faults(options.faults, options.word)
+    faults = known[:: options.every]
     verdicts: dict[Fault, str] = {}
     sound: dict[str, tuple[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -147,14 +150,20 @@ def main() -> int:
             outcome, seconds = sound[fault.tests]
             good = outcome == "passed"
             verdicts[fault] = judge(tree, fault, seconds) if good else f"without a fault: {outcome}"
-            print(f"{verdicts[fault]:8} {fault.file}: {fault.name} ({time.monotonic() - began:.0f} s)", flush=True)
-    print(f"\n{'file':40} {'caught':>6} {'of':>4}")
+            print(
+                f"{verdicts[fault]:8} {fault.file}: {fault.name} ({time.monotonic() - began:.0f} s)",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(f"{'file':40} {'caught':>6} {'of':>4}")
     for file in dict.fromkeys(fault.file for fault in faults):
         own = [verdict for fault, verdict in verdicts.items() if fault.file == file]
         print(f"{file:40} {own.count('caught'):6} {len(own):4}")
     counts = Counter(verdict.split(":")[0] for verdict in verdicts.values())
     caught, missed, stale = counts["caught"], counts["missed"], counts["stale"]
     print(f"{'all':40} {caught:6} {len(faults):4}  {100 * caught / max(1, len(faults)):.0f} %")
+    if len(faults) < len(known):
+        print(f"a sample: each {options.every}th of {len(known)} faults")
     print(f"{caught} caught, {missed} missed, {stale} stale, {len(faults) - caught - missed - stale} not tried")
     return caught < len(faults)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from shardopt.engines.base import Engine, EngineInputs
 from shardopt.engines.ddp import DdpConfig, DdpEngine
@@ -12,6 +15,7 @@ from shardopt.engines.fsdp import FsdpConfig, FsdpEngine
 from shardopt.engines.single import SingleConfig, SingleEngine
 from shardopt.engines.zero.engine import ZeroConfig, ZeroEngine
 from shardopt.errors import InputError
+from shardopt.optim.ademamix import AdEMAMix
 from shardopt.optim.registry import OptimizerSpec
 
 EngineConfig = SingleConfig | DdpConfig | ZeroConfig | FsdpConfig | DeepspeedConfig
@@ -19,11 +23,18 @@ EngineConfig = SingleConfig | DdpConfig | ZeroConfig | FsdpConfig | DeepspeedCon
 _ENGINES: list[Any] = [SingleEngine, DdpEngine, ZeroEngine, FsdpEngine, DeepspeedEngine]
 
 
-def check(config: EngineConfig, optimizer: OptimizerSpec, world_size: int, distributed: bool) -> None:
-    """Check an engine against the ranks and the optimizer of a run, before anything is built.
+def check(
+    config: EngineConfig,
+    optimizer: OptimizerSpec,
+    world_size: int,
+    distributed: bool,
+    weights: torch.dtype = torch.float32,
+) -> None:
+    """Check an engine against the ranks, the optimizer and the weights of a run, before anything is built.
 
     Args:
         distributed: whether torchrun, or its like, starts the ranks.
+        weights: the dtype of the trained weights.
 
     Raises:
         InputError: this engine cannot run on them.
@@ -42,9 +53,36 @@ def check(config: EngineConfig, optimizer: OptimizerSpec, world_size: int, distr
     if isinstance(config, ZeroConfig | FsdpConfig | DeepspeedConfig) and not optimizer.elementwise:
         refused = f"{name} cannot shard {optimizer.cls.__name__}: {optimizer.reason}"
         raise InputError(f"engine.name: {refused}; choose ddp or another optimizer")
+    if weights != torch.float32:
+        _check_narrow(config, optimizer)
+
+
+def _check_narrow(config: EngineConfig, optimizer: OptimizerSpec) -> None:
+    """Raise InputError where an engine cannot train bf16 weights, or would round them to nearest at every step."""
+    cls = optimizer.cls.__name__
+    if isinstance(config, DeepspeedConfig):
+        raise InputError(
+            "model.dtype: deepspeed makes bf16 weights and their fp32 masters itself, of engine.compute_dtype=bf16: "
+            "leave model.dtype=fp32, or choose another engine.name"
+        )
+    if config.compute_dtype == "fp32":
+        raise InputError("engine.compute_dtype: bf16 weights (model.dtype) are computed with in bf16, not in fp32")
+    if optimizer.cls is not AdEMAMix and not isinstance(config, ZeroConfig):
+        raise InputError(
+            f"model.dtype: {cls} on {config.name} would round bf16 weights to nearest, which loses small updates: "
+            f"choose optimizer.name=ademamix, engine.name=zero (which keeps fp32 masters), or model.dtype=fp32"
+        )
+
+
+def computing(config: EngineConfig, weights: torch.dtype) -> EngineConfig:
+    """`config` for weights of this dtype: bf16 weights are computed with in bf16 on any device."""
+    auto = weights != torch.float32 and config.compute_dtype == "auto"
+    return replace(config, compute_dtype="bf16") if auto else config
 
 
 def build(config: EngineConfig, inputs: EngineInputs) -> Engine:
     """The engine that `config` describes, with its model sharded, initialised and its optimizer made."""
-    check(config, inputs.optimizer, inputs.ranks.world_size, inputs.ranks.distributed)
+    weights = next((p.dtype for p in inputs.model.parameters()), torch.float32)
+    check(config, inputs.optimizer, inputs.ranks.world_size, inputs.ranks.distributed, weights)
+    config = computing(config, weights)
     return next(engine for engine in _ENGINES if engine.name == config.name)(config, inputs)

@@ -1,7 +1,7 @@
 """What a rank of each engine holds and sends, by arithmetic: before there are ranks, weights or a GPU.
 
 The engines themselves are what this is compared with, on real ranks and on simulated ones
-(tests/engines/test_footprint.py). Trained weights are fp32, as a run has them.
+(tests/engines/test_footprint.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardopt.engines import EngineConfig
 from shardopt.engines.base import DTYPES
@@ -24,6 +26,8 @@ from shardopt.engines.zero.buckets import bucket_bytes, budget, lay_out
 from shardopt.engines.zero.engine import ZeroConfig
 from shardopt.engines.zero.transports import Communicator
 from shardopt.engines.zero.transports.backends import NativeCommunicator, SocketsCommunicator
+from shardopt.optim import states
+from shardopt.optim.registry import OptimizerSpec
 
 _FP32 = 4  # bytes
 # Defaults of DeepSpeed's stage 3, in elements: smaller parameters stay whole, and so many more may be gathered.
@@ -74,6 +78,8 @@ def footprint(
     micro_batches: int,
     compute: torch.dtype,
     native: bool = True,
+    weights: torch.dtype = torch.float32,
+    masters: bool = False,
 ) -> Footprint:
     """The footprint of a model's trained parameters.
 
@@ -84,19 +90,35 @@ def footprint(
         micro_batches: of a rank in a step.
         compute: dtype of forward and backward.
         native: on NCCL or its like, and not on gloo.
+        weights: dtype of the trained weights, and so of the gradients that autograd leaves.
+        masters: our ZeRO keeps fp32 masters of the weights (see `needs_masters`).
     """
-    numel = sum(p.numel for p in parameters)
+    size = weights.itemsize * sum(p.numel for p in parameters)
     if isinstance(config, SingleConfig):
-        return Footprint(_FP32 * numel, _FP32 * numel, [p.shape for p in parameters])
+        return Footprint(size, size, [p.shape for p in parameters])
     if isinstance(config, DdpConfig):
-        return Footprint(
-            _FP32 * numel, _FP32 * numel, [p.shape for p in parameters], reduce=2 * _leg(_FP32 * numel, world_size)
-        )
+        return Footprint(size, size, [p.shape for p in parameters], reduce=2 * _leg(size, world_size))
     if isinstance(config, ZeroConfig):
-        return _zero(config, parameters, world_size, micro_batches, native)
+        return _zero(config, parameters, world_size, micro_batches, native, weights, masters)
     if isinstance(config, FsdpConfig):
-        return _fsdp(config, parameters, world_size, micro_batches, compute)
+        return _fsdp(config, parameters, world_size, micro_batches, compute, weights)
     return _deepspeed(config, parameters, world_size, micro_batches, compute)
+
+
+def state_bytes(
+    spec: OptimizerSpec, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32
+) -> dict[str, int]:
+    """Bytes of the state that the optimizer keeps for weights of these shapes, by key; a scale is its tensor's."""
+    counts, held = Counter(shapes), Counter[str]()
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in counts]
+        optimizer = spec.cls([(str(i), param) for i, param in enumerate(params)], **spec.kwargs)
+        states.init_state(optimizer)
+        for param, count in zip(params, counts.values(), strict=True):
+            for key, value in optimizer.state[param].items():
+                if isinstance(value, Tensor) and not states.is_scalar(key, value, param):
+                    held[key.removesuffix("_scale")] += count * value.nbytes
+    return dict(held)
 
 
 def _leg(nbytes: int, ranks: int) -> int:
@@ -105,29 +127,42 @@ def _leg(nbytes: int, ranks: int) -> int:
 
 
 def _zero(
-    config: ZeroConfig, parameters: Sequence[Parameter], world_size: int, micro_batches: int, native: bool
+    config: ZeroConfig,
+    parameters: Sequence[Parameter],
+    world_size: int,
+    micro_batches: int,
+    native: bool,
+    weights: torch.dtype,
+    masters: bool,
 ) -> Footprint:
     ranks = world_size // config.replicate
     transport: type[Communicator] = NativeCommunicator if native and ranks > 1 else SocketsCommunicator
-    wire = min(_FP32, DTYPES[config.reduce_dtype].itemsize)
-    size = bucket_bytes(config.bucket_mb, transport.depth, ranks, wire / _FP32)
-    buckets = lay_out([(p.name, p.shape, torch.float32) for p in parameters], ranks, size)
+    own = weights.itemsize
+    wire = min(own, DTYPES[config.reduce_dtype].itemsize)
+    size = bucket_bytes(config.bucket_mb, transport.depth, ranks, wire / own)
+    buckets = lay_out([(p.name, p.shape, weights) for p in parameters], ranks, size)
     owned = [bucket.owned(member, 0)[0].local_numel for bucket in buckets for member in bucket.members]
     padded = sum(bucket.numel for bucket in buckets)
-    whole = _FP32 * padded if config.stage == 1 and micro_batches > 1 else 0
+    whole = own * padded if config.stage == 1 and micro_batches > 1 else 0
     reductions = 1 if config.stage == 1 else micro_batches
     return Footprint(
-        weights=_FP32 * padded,
-        gradients=_FP32 * padded // ranks + whole,
+        weights=own * padded,
+        masters=_FP32 * padded // ranks if masters else 0,
+        gradients=_FP32 * padded // ranks + whole,  # sums are fp32
         shards=[(length,) for length in owned],
         buckets=int(budget(buckets, transport.depth, transport.takes_messages, size)),
         reduce=reductions * _leg(wire * padded, ranks) + 2 * _leg(_FP32 * padded // ranks, config.replicate),
-        gather=_leg(_FP32 * padded, ranks),
+        gather=_leg(own * padded, ranks),
     )
 
 
 def _fsdp(
-    config: FsdpConfig, parameters: Sequence[Parameter], world_size: int, micro_batches: int, compute: torch.dtype
+    config: FsdpConfig,
+    parameters: Sequence[Parameter],
+    world_size: int,
+    micro_batches: int,
+    compute: torch.dtype,
+    weights: torch.dtype,
 ) -> Footprint:
     ranks = world_size // config.replicate
     shards = [(-(-p.shape[0] // ranks), *p.shape[1:]) for p in parameters]
@@ -147,8 +182,8 @@ def _fsdp(
     sums = 1 if config.reduce_dtype == "fp32" else reductions
     gathers = total + (total - root if config.reshard_after_forward else 0)
     return Footprint(
-        weights=_FP32 * total // ranks,
-        gradients=_FP32 * (total // ranks if by_micro_batch else sum(p.numel for p in parameters)),
+        weights=weights.itemsize * total // ranks,
+        gradients=weights.itemsize * (total // ranks if by_micro_batch else sum(p.numel for p in parameters)),
         shards=shards,
         # A block's gradients as they come, and copied to be sent.
         buckets=compute.itemsize * gathered + (compute.itemsize + wire) * largest if world_size > 1 else 0,

@@ -358,7 +358,8 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> float:
     """
     if not tensors:
         return 0.0
-    norms = torch._foreach_norm(list(tensors))
+    narrow = all(t.dtype.itemsize < 4 for t in tensors)  # whose norms torch would round to their dtype
+    norms = torch._foreach_norm(list(tensors), 2, torch.float32 if narrow else None)
     square = torch.stack([norm.double() for norm in norms]).square().sum().item()
     if not math.isfinite(square):
         wide = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]

@@ -28,7 +28,7 @@ from shardopt.errors import InputError
 from shardopt.optim.ademamix import AdEMAMix
 from shardopt.optim.from_adamw import STATE_FROM_ADAMW
 from shardopt.optim.registry import OptimizerSpec
-from shardopt.optim.schema import STATE_TENSORS
+from shardopt.optim.schema import MASTERS, STATE_TENSORS
 from shardopt.pretrain import rng
 from shardopt.pretrain.config import Config, OptimizerConfig, changes
 from shardopt.pretrain.data import Batches
@@ -258,6 +258,7 @@ def _take_over(old: dict[str, Any], config: Config) -> _Taken:
     elif "weight_ema" in _kept(was) - _kept(now):
         taken.kinds["weight_ema"] = None
         taken.left.append("weight_ema")
+    _take_masters(taken, _master(old, was), _master(new, now), exact=config.model.dtype == "fp32")
     a, b = (_settings(tree, spec, specs) for tree, spec in zip((old, new), specs, strict=True))
     engine = [f"engine.{key}" for key in old["engine"].keys() & new["engine"].keys()]
     taken.changed = {key: values for key, values in changes(a, b, engine).items() if key not in _OF_THE_RUN}
@@ -266,6 +267,30 @@ def _take_over(old: dict[str, Any], config: Config) -> _Taken:
 
 def _spec(tree: dict[str, Any]) -> OptimizerSpec:
     return OptimizerConfig.model_validate(tree["optimizer"]).spec(tree["train"]["steps"], tree["run"]["seed"])
+
+
+def _master(tree: dict[str, Any], spec: OptimizerSpec) -> str | None:
+    """The state key of what is kept beside weights in bf16; None where nothing is."""
+    if tree["model"].get("dtype", "fp32") == "fp32":
+        return None
+    chosen = spec.arguments["master_weights"] if spec.cls is AdEMAMix else "fp32"  # our ZeRO's own
+    return None if chosen is None else MASTERS[chosen][0]
+
+
+def _take_masters(taken: _Taken, was: str | None, now: str | None, exact: bool) -> None:
+    """Take masters from weights, and weights that are `exact` here from fp32 masters."""
+    if was == now:
+        return
+    if was == "master" and exact:
+        taken.kinds["weight"] = "master"
+        return
+    if now is not None:  # an fp32 weight or master gives either exactly
+        source = "master" if was == "master" else "weight"
+        taken.kinds[now] = source
+        taken.anew += [] if source == "master" else [f"{now}, from the weights"]
+    if was is not None and taken.kinds.get(now or "") != was:
+        taken.kinds[was] = None
+        taken.left.append(was)
 
 
 def _kept(spec: OptimizerSpec) -> set[str]:

@@ -147,8 +147,9 @@ class CheckpointConfig(Section):
     export: bool = True
     """At the end, write the model as safetensors that transformers loads, with its tokenizer; the weight EMA where
     the optimizer keeps one."""
-    export_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the exported weights; bf16 is rounded to nearest."""
+    export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the exported weights: auto is model.dtype; bf16 is rounded to nearest. They are those that held-out loss is
+    of; what masters hold besides is in the checkpoints."""
 
     @property
     def rules(self) -> Keep:
@@ -225,7 +226,10 @@ class Config(Section):
                 f"train.steps = {train.steps}"
             )
         self.checkpoint.rules.check(self.checkpoint.every, self.eval.every)
-        self.optimizer.spec(train.steps, self.run.seed)
+        spec = self.optimizer.spec(train.steps, self.run.seed)
+        if self.model.dtype == "fp32" and spec.kwargs.get("master_weights") is not None:
+            chosen = spec.kwargs["master_weights"]
+            raise InputError(f"optimizer.master_weights: {chosen} is for 16-bit weights: set model.dtype=bf16, or null")
         # The tokenizer comes later; all but the size of its vocabulary can be checked now.
         transformers_config(local(self.model, weights=False), 257, 256, self.data.block_size)
         return self
@@ -237,7 +241,8 @@ class Config(Section):
                 f"checkpoint.dir: what is written to {self.checkpoint.dir} is gone when the process ends: name a "
                 f"folder or another store"
             )
-        engines.check(self.engine, self.optimizer.spec(self.train.steps, self.run.seed), world_size, distributed)
+        spec = self.optimizer.spec(self.train.steps, self.run.seed)
+        engines.check(self.engine, spec, world_size, distributed, self.model.weights)
         a_round, check = world_size * self.train.micro_batch, getattr(self.engine, "check_run", None)
         for key, batch in self.stages.batches.items():
             if batch % a_round:
@@ -247,6 +252,12 @@ class Config(Section):
                 )
             if check is not None:
                 check(key, batch, self.train.micro_batch, world_size)
+
+    @property
+    def export_dtype(self) -> Literal["fp32", "bf16"]:
+        """`checkpoint.export_dtype`, or what auto stands for."""
+        given = self.checkpoint.export_dtype
+        return self.model.dtype if given == "auto" else given
 
     @property
     def stages(self) -> Stages:

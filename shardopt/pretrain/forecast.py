@@ -7,23 +7,20 @@ data, and activations from `activations.Simulation`.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from shardopt import engines
 from shardopt.engines import DdpConfig, DeepspeedConfig, EngineConfig, FsdpConfig, SingleConfig, ZeroConfig
 from shardopt.engines.base import DTYPES, DtypeName
 from shardopt.engines.deepspeed.config import check_state_dtype
-from shardopt.engines.footprint import Footprint, Parameter, footprint
+from shardopt.engines.footprint import Footprint, Parameter, footprint, state_bytes
+from shardopt.engines.zero.flat import needs_masters
 from shardopt.errors import InputError
-from shardopt.optim import states
 from shardopt.optim.precision import FORMATS
 from shardopt.optim.registry import OptimizerSpec
 from shardopt.pretrain.activations import Activations, Computing, Simulation
@@ -223,32 +220,26 @@ def forecast(config: Config, world_size: int, device: Device, mfu: float = 0.4) 
     rows = []
     for engine in candidates:
         try:
-            engines.check(engine, spec, world_size, distributed=True)
+            engines.check(engine, spec, world_size, True, config.model.weights)
         except InputError as error:
             refused[label(engine)] = str(error)
             continue
-        compute = _compute(engine, device)
-        planned = _Planned(
-            engine,
-            parameters,
-            buffers,
-            world_size,
-            list(config.stages.batches.values()),
-            compute,
-            device,
-            activations.of(engine, compute),
-        )
+        compute, weights = _compute(engine, device, config.model.weights), config.model.weights
+        batches, taken = list(config.stages.batches.values()), activations.of(engine, compute)
+        masters = weights != torch.float32 and needs_masters(spec.cls)
+        planned = _Planned(engine, parameters, buffers, world_size, batches, compute, weights, masters, device, taken)
         sent = planned.placed(train.micro_batch)
         for state_dtype, each in specs.items():
             if isinstance(engine, DeepspeedConfig) and not _takes(each):
                 continue
-            state = state_bytes(each, sent.shards)
+            state = state_bytes(each, sent.shards, torch.float32 if masters else weights)
             chosen = engine is candidates[0] and each.kwargs == spec.kwargs
             memory, largest = planned.memory(train.micro_batch, state), planned.largest(state)
             rows.append(Row(label(engine), state_dtype, chosen, memory, largest, sent.reduce, sent.gather))
-    whole = sum(p.numel for p in parameters) * 4 + buffers
+    kept = torch.float32 if needs_masters(spec.cls) else config.model.weights  # with masters beside bf16 weights
+    whole = sum(p.numel for p in parameters) * (kept.itemsize + 2 * (kept != config.model.weights)) + buffers
     checkpoints = {
-        state_dtype: whole + sum(state_bytes(each, [p.shape for p in parameters]).values())
+        state_dtype: whole + sum(state_bytes(each, [p.shape for p in parameters], kept).values())
         for state_dtype, each in specs.items()
     }
     return Forecast(
@@ -281,20 +272,6 @@ def model_of(config: Config) -> PreTrainedModel:
         local(config.model, weights=False), vocabulary, vocabulary - 1, config.data.block_size
     )
     return meta_model(section, config.model.trust_remote_code, config.model.attention)
-
-
-def state_bytes(spec: OptimizerSpec, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
-    """Bytes of the state that the optimizer keeps for fp32 weights of these shapes, by key; a scale is its tensor's."""
-    counts, held = Counter(shapes), Counter[str]()
-    with FakeTensorMode():
-        params = [nn.Parameter(torch.empty(shape)) for shape in counts]
-        optimizer = spec.cls([(str(i), param) for i, param in enumerate(params)], **spec.kwargs)
-        states.init_state(optimizer)
-        for param, count in zip(params, counts.values(), strict=True):
-            for key, value in optimizer.state[param].items():
-                if isinstance(value, Tensor) and not states.is_scalar(key, value, param):
-                    held[key.removesuffix("_scale")] += count * value.nbytes
-    return dict(held)
 
 
 def label(engine: EngineConfig) -> str:
@@ -335,9 +312,9 @@ def _takes(spec: OptimizerSpec) -> bool:
     return True
 
 
-def _compute(engine: EngineConfig, device: Device) -> torch.dtype:
+def _compute(engine: EngineConfig, device: Device, weights: torch.dtype) -> torch.dtype:
     name: DtypeName = engine.dtype_name() if isinstance(engine, DeepspeedConfig) else engine.compute_dtype
-    return DTYPES[("bf16" if device.cuda else "fp32") if name == "auto" else name]
+    return (torch.bfloat16 if device.cuda else weights) if name == "auto" else DTYPES[name]
 
 
 @dataclass
@@ -350,6 +327,8 @@ class _Planned:
     world_size: int
     batches: Sequence[int]  # sequences of a step, in each stage
     compute: torch.dtype
+    weights: torch.dtype
+    masters: bool  # see `footprint`
     device: Device
     activations: Activations | None
     _placed: dict[int, Footprint] = field(default_factory=dict)
@@ -358,8 +337,9 @@ class _Planned:
         micro_batches = max(self.batches) // (self.world_size * micro_batch)
         if micro_batches not in self._placed:
             self._placed[micro_batches] = footprint(
-                self.engine, self.parameters, self.world_size, micro_batches, self.compute, self.device.cuda
-            )
+                self.engine, self.parameters, self.world_size, micro_batches, self.compute, self.device.cuda,
+                self.weights, self.masters,
+            )  # fmt: skip
         return self._placed[micro_batches]
 
     def memory(self, micro_batch: int, state: dict[str, int]) -> Memory:
@@ -381,7 +361,7 @@ class _Activations:
 
     def __init__(self, config: Config, model: PreTrainedModel) -> None:
         train = config.train
-        self.sequences = train.micro_batch
+        self.sequences, self.narrow = train.micro_batch, config.model.weights != torch.float32
         self.unknown: str | None = None
         """Why those of an engine are not known."""
         self._simulation = Simulation(model, config.data.block_size, train.loss_chunks, train.activation_checkpointing)
@@ -390,7 +370,7 @@ class _Activations:
     def of(self, engine: EngineConfig, compute: torch.dtype) -> Activations | None:
         computing: Computing = "fp32"
         if compute != torch.float32:
-            computing = "bf16" if isinstance(engine, FsdpConfig | DeepspeedConfig) else "autocast"
+            computing = "bf16" if self.narrow or isinstance(engine, FsdpConfig | DeepspeedConfig) else "autocast"
         if computing not in self._found:
             try:
                 self._found[computing] = self._simulation.measure(self.sequences, computing)

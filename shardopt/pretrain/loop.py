@@ -95,7 +95,7 @@ class Run:
             )
         )
         self.model_files = ModelFiles(section, model_config, self.tokenizer)
-        meta = model.meta_model(model_config, config.model.trust_remote_code, config.model.attention)
+        meta = model.meta_model(model_config, section.trust_remote_code, section.attention, section.weights)
         flops = flops_per_token(meta, config.data.block_size)
         self.parameters = sum(p.numel() for p in meta.parameters())  # an engine may leave none of them whole
         for limit in limits(meta, self.holdout_data, self.scored_blocks):
@@ -355,7 +355,7 @@ class Run:
             if finished and config.checkpoint.export:
                 export = config.store / "export"
                 try:
-                    self.model_files.export(export, engine.state, DTYPES[config.checkpoint.export_dtype])
+                    self.model_files.export(export, engine.state, DTYPES[config.export_dtype])
                 except InputError as e:  # on every rank
                     failure, export = e, None
         if finished and config.eval.sample_tokens:

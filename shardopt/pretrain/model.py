@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 from unittest import mock
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig
 
+from shardopt.engines.base import DTYPES
 from shardopt.errors import InputError, did_you_mean, few
 from shardopt.pretrain.section import Section
 from shardopt.slices import canonical_name, layout_of, local_tensor, name_key, named_parameters, persistent_buffers
@@ -48,11 +49,19 @@ class ModelConfig(Section):
     """On the hub: branch, tag or commit; None is the newest."""
     commit: str | None = None
     """On the hub: the commit that `revision` was at when the run began, recorded then."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the trained weights and their gradients; bf16 halves both, and `optimizer.master_weights` says what is kept of
+    the bits that are rounded off."""
     attention: str | None = None
     """How attention is computed, as transformers' attn_implementation: sdpa, eager, flash_attention_2, flex_attention,
     ...; null: as transformers chooses."""
     trust_remote_code: bool = False
     """Run the Python code in the folder `path`, where its config or its tokenizer names classes there."""
+
+    @property
+    def weights(self) -> torch.dtype:
+        """`dtype`, as torch has it."""
+        return DTYPES[self.dtype]
 
 
 def transformers_config(section: ModelConfig, vocab_size: int, eos_token_id: int, block_size: int) -> PretrainedConfig:

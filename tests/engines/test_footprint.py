@@ -17,10 +17,9 @@ from shardopt import AdEMAMix, ZeroOptimizer
 from shardopt.distributed import Ranks
 from shardopt.engines import DdpConfig, DeepspeedConfig, FsdpConfig, SingleConfig, ZeroConfig
 from shardopt.engines.base import EngineInputs
-from shardopt.engines.footprint import Parameter, footprint
+from shardopt.engines.footprint import Parameter, footprint, state_bytes
 from shardopt.engines.fsdp import FsdpEngine
 from shardopt.optim import registry
-from shardopt.pretrain.forecast import state_bytes
 from shardopt.slices import local_tensor, named_parameters
 from tests.distributed.pool import on_ranks
 from tests.engines.test_native import LENGTH, alone, batch, engine, meta

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from shardopt.engines.zero.buckets import Bucket, Member
 from shardopt.engines.zero.round import Round, RoundState
@@ -41,6 +42,11 @@ class FlatParameter:
     layout: Layout  # the elements that this rank owns
     shard: nn.Parameter  # those of the weight or of its fp32 master, 1-D: the inner optimizer's parameter
     gradient: Tensor  # those of the reduced gradient, 1-D, fp32 or wider
+
+
+def needs_masters(optimizer: type[Optimizer]) -> bool:
+    """Whether ZeRO keeps fp32 masters of 16-bit weights, since the optimizer does not look after them itself."""
+    return not hasattr(optimizer, "set_layout")
 
 
 class FlatParameters:

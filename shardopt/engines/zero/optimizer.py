@@ -19,7 +19,7 @@ from shardopt.engines.base import DTYPES
 from shardopt.engines.zero import groups as given
 from shardopt.engines.zero.agreement import Agreement, NonFiniteGradientError
 from shardopt.engines.zero.buckets import bucket_bytes, fingerprint, lay_out
-from shardopt.engines.zero.flat import FlatParameters, WeightGather
+from shardopt.engines.zero.flat import FlatParameters, WeightGather, needs_masters
 from shardopt.engines.zero.guards import Guards
 from shardopt.engines.zero.micro_batches import MicroBatches
 from shardopt.engines.zero.reducer import Reducer
@@ -113,7 +113,7 @@ class ZeroOptimizer(Optimizer):
         narrowing = min(1.0, DTYPES[reduce_dtype].itemsize / widest)
         size = bucket_bytes(bucket_mb, self._shard.depth, world, narrowing)
         self.buckets = lay_out([(n, tuple(p.shape), p.dtype) for n, p in named], world, size)
-        with_masters = not hasattr(optimizer_class, "set_layout")
+        with_masters = needs_masters(optimizer_class)
         self.flat = FlatParameters(named, self.buckets, self._shard.rank, with_masters)
         self.flat.start_alike(self.model, (replicate, self._shard))
 
