@@ -288,7 +288,6 @@ def main() -> None:
             rows[contender.name] = {
                 "ms": 1e3 * median,
                 "min_ms": 1e3 * min(contender.seconds),
-                "spread_ms": 1e3 * (statistics.quantiles(contender.seconds, n=4)[2] - median),
                 "ratio": median / base,
                 "min_ratio": min(contender.seconds) / least,
                 "peak_mb": contender.peak / 1e6,
