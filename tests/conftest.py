@@ -26,6 +26,7 @@ LONGEST = [
     "tests/integrations/test_trainer_folders.py",
     "tests/test_wheels.py",
     "tests/distributed/test_frozen.py",
+    "tests/distributed/test_started.py",
     "tests/integrations/test_accelerate.py",
     "tests/pretrain/test_figures.py",
 ]

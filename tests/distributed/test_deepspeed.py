@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,14 +19,19 @@ import pytest
 import torch
 from torch import nn
 
+from scripts import forked
 from shardopt import checkpoint, engines
 from shardopt.distributed import Ranks
 from shardopt.engines import DdpConfig, DeepspeedConfig, ZeroConfig
 from shardopt.engines.base import EngineInputs
+from shardopt.engines.deepspeed.engine import DeepspeedEngine
 from shardopt.engines.deepspeed.state import DeepspeedState
 from shardopt.errors import InputError
 from shardopt.optim import registry
+from shardopt.pretrain.config import load
+from shardopt.pretrain.loop import pretrain
 from shardopt.pretrain.record import read_metrics
+from tests.distributed.forked import Command
 from tests.distributed.pool import on_ranks
 from tests.pretrain import tiny
 
@@ -564,33 +571,60 @@ def test_a_run_ends_cleanly_and_says_nothing_of_deepspeed(folder):
     assert not alive(process.pid)
 
 
-FAILING = """
-import sys
-from shardopt.engines.deepspeed.engine import DeepspeedEngine
-from shardopt.pretrain import config, loop
-step = DeepspeedEngine.step
-def fail(self):
-    self.done = getattr(self, "done", 0) + 1
-    if self.done == 3 and self.ranks.rank == 1:
-        raise OSError("the test's own failure")
-    step(self)
-DeepspeedEngine.step = fail
-loop.pretrain(config.load(sys.argv[1]))
-"""
+def _failing(path):
+    """For `Command`: torchrun, whose rank 1 fails in its third step.
+
+    Ranks end as programs do: they wait for their threads and do what was left for the exit.
+    """
+
+    def rank(_):
+        step = DeepspeedEngine.step
+
+        def fail(self):
+            self.done = getattr(self, "done", 0) + 1
+            if self.done == 3 and self.ranks.rank == 1:
+                raise OSError("the test's own failure")
+            step(self)
+
+        DeepspeedEngine.step = fail
+        try:
+            pretrain(load(path))
+        finally:
+            threading._shutdown()
+            atexit._run_exitfuncs()
+
+    forked.torchrun(["--standalone", "--nproc-per-node", "2", "failing.py"], rank)
+
+
+def writing_to(log):
+    """Processes that have `log` as their standard output."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(f"/proc/{process.pid}/fd/1").readlink() == log:
+                found.append(process.pid)
+        except OSError:  # it has ended
+            continue
+    return found
 
 
 def test_a_rank_that_fails_leaves_no_process_behind(folder):
-    target = folder / "failing.py"
-    target.write_text(FAILING)
-    process = torchrun(folder, "failing", target, train__steps=50)
+    target, log = folder / "failing.yaml", folder / "failing.log"
+    changes = {"run__name": "failing", "engine": "{name: deepspeed}", "train__steps": 50}
+    target.write_text(json.dumps(tiny.tree(folder, **changes)))
+    process = Command(_failing, str(target), output=log)
+    deadline = time.monotonic() + 60
+    while len(writing_to(log)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(writing_to(log)) >= 3  # torchrun and its ranks
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "the test's own failure" in output
     assert len(read_metrics(folder / "runs" / "failing" / "metrics.jsonl")) < 4
     deadline = time.monotonic() + 20
-    while alive(process.pid) and time.monotonic() < deadline:
+    while writing_to(log) and time.monotonic() < deadline:
         time.sleep(0.1)
-    left = alive(process.pid)
+    left = writing_to(log)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left
