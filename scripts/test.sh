@@ -35,5 +35,5 @@ fi
 part install prepare dev
 part lint .venv/bin/ruff check .
 part format .venv/bin/ruff format --check .
-part types .venv/bin/mypy
+part types .venv/bin/mypy -n 2
 tests .venv/bin/python "${tier[@]}" "$@"
