@@ -204,7 +204,7 @@ def build(fmt: str, place: Place, ranks: Ranks) -> Built:
         del model.frozen  # which DeepSpeed, alone, would round to bf16
     spec = registry.spec("ademamix", **OPTIMIZER, **kept.arguments)
     inputs = EngineInputs(ranks, model, lambda _: None, spec, list(model.layers))
-    return Built(engines.build(place.config(kept.compute), inputs), model)
+    return Built(engines.build(place.config("bf16" if kept.exact else "fp32"), inputs), model)
 
 
 _built: dict[tuple[str, Place], Built] = {}  # in each rank process

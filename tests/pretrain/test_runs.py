@@ -283,7 +283,7 @@ def test_a_run_that_fails_leaves_its_reason_until_it_is_started_again(tmp_path, 
 def test_a_finished_run_that_is_started_again_says_so_in_one_line(tmp_path, capsys):
     tiny.corpus(tmp_path / "text")
     settings = {"engine": "{name: single}", "checkpoint__export": "true", "checkpoint__every": 3}
-    first = tiny.run(0, 1, tmp_path, **settings)
+    first = tiny.run(0, 1, tmp_path, plot=True, **settings)
     (tmp_path / "text").rename(tmp_path / "away")  # neither text nor model is touched
     capsys.readouterr()
     again = tiny.run(0, 1, tmp_path, **settings)
