@@ -39,8 +39,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
-    if arguments.steps < 20:
-        parser.error("--steps must be at least 20: metrics come every 10 steps, and the first ten are left out")
+    if arguments.steps < 30:
+        parser.error("--steps must be at least 30: metrics come every 10 steps, and the first row is left out")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         hub = dataset(folder / "hub")
