@@ -272,7 +272,8 @@ class AdEMAMix(CheckedOptimizer):
         check_state(name, state, weight, self._stored(group, param))
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
         tensors = {k: local_tensor(v) for k, v in state.items() if isinstance(v, Tensor) and k not in schema.COUNTS}
-        tensors |= {k: v.view(-1) for k, v in tensors.items() if k.endswith("_scale")}  # a row of a DTensor
+        for key in tensors.keys() & schema.SCALES:
+            tensors[key] = tensors[key].view(-1)  # a row of a DTensor
         formats = {key: fmt for key, fmt in schema.formats_of(group["state_dtype"]).items() if key in tensors}
         kernel = kernels.choose(self._kernel_choice, weight)
         return Entry(name, param, index, state, tensors, formats, layouts, kernel)

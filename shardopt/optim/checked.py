@@ -309,7 +309,9 @@ def _misfit(found: Iterable[str], wanted: Iterable[str], known: Iterable[str]) -
 def check_state(name: str, state: Mapping[str, Any], weight: Tensor, stored: Mapping[str, Stored]) -> None:
     """Refuse state that lacks a tensor, or has one of another dtype, device or size than the kernels take it for."""
     advice = "create the state with the optimizer's own hyper-parameters, or load it into the model it was saved from"
-    if misfit := _misfit(state, {"step", *stored}, STATE_KEYS - {"schedule_step"}):
+    wanted_keys = {"step", *stored}
+    # the comparison alone where all is right: this is asked for each parameter
+    if state.keys() != wanted_keys and (misfit := _misfit(state, wanted_keys, STATE_KEYS - {"schedule_step"})):
         raise InputError(f"the state of {name} {misfit}, for {weight.dtype} weights: {advice}")
     for key in COUNTS:
         count = state.get(key, 0)

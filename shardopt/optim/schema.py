@@ -116,7 +116,7 @@ def stored_dtypes(group: Mapping[str, Any], weight: torch.dtype) -> Mapping[str,
     Raises:
         InputError: a dtype that AdEMAMix does not update.
     """
-    kept = tuple(tensor.key for tensor in STATE_TENSORS if tensor.kept(group))
+    kept = tuple([tensor.key for tensor in STATE_TENSORS if tensor.kept(group)])
     state_dtype = group["state_dtype"]
     named = tuple(state_dtype.items()) if isinstance(state_dtype, Mapping) else state_dtype
     return _stored_dtypes(kept, named, master_of(group, weight), weight)

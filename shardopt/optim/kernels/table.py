@@ -204,16 +204,17 @@ class Table:
 
         Tensors are numbered as `point` has their addresses: those of `pointed`, then weights, then gradients.
         """
-        number: dict[tuple[int, str], int] = {}
+        count = len(self.entries)
+        numbers = {key: [-1] * count for key in _COLUMN_OF}
         sizes: list[int] = []  # of an element
         for index, entry in enumerate(self.entries):
             for key, tensor in pointed(entry):
-                number[index, key] = len(sizes)
+                numbers[key][index] = len(sizes)
                 sizes.append(tensor.element_size())
-        count, parts = len(self.entries), []
+        parts = []
         weights, grads = len(sizes) + self.row_entry, len(sizes) + count + self.row_entry
         for key, column in _COLUMN_OF.items():
-            owner = np.array([number.get((i, key), -1) for i in range(count)], dtype=np.int64)[self.row_entry]
+            owner = np.array(numbers[key], dtype=np.int64)[self.row_entry]
             rows = np.nonzero(owner >= 0)[0]
             first = (self.row_block if key in schema.SCALES else self.row_local)[rows]
             parts.append((rows * _WORDS + column, owner[rows], first * np.array(sizes, dtype=np.int64)[owner[rows]]))
