@@ -53,7 +53,7 @@ def check(
     if isinstance(config, ZeroConfig | FsdpConfig | DeepspeedConfig) and not optimizer.elementwise:
         refused = f"{name} cannot shard {optimizer.cls.__name__}: {optimizer.reason}"
         raise InputError(f"engine.name: {refused}; choose ddp or another optimizer")
-    if weights != torch.float32:
+    if weights == torch.bfloat16:
         _check_narrow(config, optimizer)
 
 
@@ -76,7 +76,7 @@ def _check_narrow(config: EngineConfig, optimizer: OptimizerSpec) -> None:
 
 def computing(config: EngineConfig, weights: torch.dtype) -> EngineConfig:
     """`config` for weights of this dtype: bf16 weights are computed with in bf16 on any device."""
-    auto = weights != torch.float32 and config.compute_dtype == "auto"
+    auto = weights == torch.bfloat16 and config.compute_dtype == "auto"
     return replace(config, compute_dtype="bf16") if auto else config
 
 

@@ -11,6 +11,7 @@ from shardopt.checkpoint.stored import Stored
 from shardopt.distributed import Ranks
 from shardopt.engines.state import sum_of_squares
 from shardopt.errors import InputError
+from shardopt.optim import registry
 from shardopt.pretrain import loop
 from shardopt.pretrain.begin import begin
 from shardopt.pretrain.forecast import Device, forecast
@@ -194,3 +195,10 @@ def test_a_norm_of_bf16_gradients_is_not_rounded_to_bf16():
     gradients = [torch.randn(1000, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3)]
     exact = sum(gradient.double().square().sum().item() for gradient in gradients)
     assert sum_of_squares(gradients) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_a_model_of_other_weights_is_computed_with_as_it_says(dtype):
+    plain = engines.SingleConfig(compute_dtype="fp32")
+    engines.check(plain, registry.spec("ademamix", lr=1e-3), 1, False, dtype)
+    assert engines.computing(engines.SingleConfig(), dtype) == engines.SingleConfig()
