@@ -358,12 +358,14 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> float:
     """
     if not tensors:
         return 0.0
-    narrow = all(t.dtype.itemsize < 4 for t in tensors)  # whose norms torch would round to their dtype
-    norms = torch._foreach_norm(list(tensors), 2, torch.float32 if narrow else None)
+    narrow = [t for t in tensors if t.dtype.itemsize < 4]  # whose norms torch would round to their dtype
+    wide = [t for t in tensors if t.dtype.itemsize >= 4]
+    kinds = ((narrow, torch.float32), (wide, None))
+    norms = [norm for kind, dtype in kinds if kind for norm in torch._foreach_norm(kind, 2, dtype)]
     square = torch.stack([norm.double() for norm in norms]).square().sum().item()
     if not math.isfinite(square):
-        wide = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
-        square = torch.stack(wide).square().sum().item()
+        doubles = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+        square = torch.stack(doubles).square().sum().item()
     return square
 
 

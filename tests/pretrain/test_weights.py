@@ -191,8 +191,10 @@ def test_an_engine_computes_in_the_dtype_of_narrow_weights():
     assert engines.computing(config, torch.float32) is config
 
 
-def test_a_norm_of_bf16_gradients_is_not_rounded_to_bf16():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_norm_of_bf16_gradients_is_not_rounded_to_bf16(dtype):
     gradients = [torch.randn(1000, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3)]
+    gradients.append(gradients.pop().to(dtype))  # of layers that have kept a wider dtype
     exact = sum(gradient.double().square().sum().item() for gradient in gradients)
     assert sum_of_squares(gradients) == pytest.approx(exact, rel=1e-6)
 
