@@ -187,10 +187,10 @@ from torch import nn
 from shardopt import AdEMAMix, ZeroOptimizer
 
 optimizer = ZeroOptimizer(nn.Linear(1024, 1024), AdEMAMix, lr=1e-3)
-for step in range(6):
-    if step == 3:
+for step in range(16):
+    if step == 13:  # by then the heap has its shape
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    gradients = [torch.ones(2**22) for _ in range(3)]
+    gradients = [torch.ones(2**21) for _ in range(3)]
     del gradients
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -200,4 +200,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_memory_of_gradients_stays_with_the_process_once_it_is_built():
     # A process of its own: what any test before has freed counts.
     found = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True, timeout=120)
-    assert int(found.stdout) < 2**22 * 4 // 4096  # pages of one of nine tensors
+    assert int(found.stdout) < 2**21 * 4 // 4096  # pages of one of nine tensors
