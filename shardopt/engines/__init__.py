@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from shardopt.engines.base import Engine, EngineInputs
+from shardopt.engines.base import Engine, EngineInputs, weights_dtype
 from shardopt.engines.ddp import DdpConfig, DdpEngine
 from shardopt.engines.deepspeed.config import DeepspeedConfig
 from shardopt.engines.deepspeed.engine import DeepspeedEngine
@@ -74,15 +73,7 @@ def _check_narrow(config: EngineConfig, optimizer: OptimizerSpec) -> None:
         )
 
 
-def computing(config: EngineConfig, weights: torch.dtype) -> EngineConfig:
-    """`config` for weights of this dtype: bf16 weights are computed with in bf16 on any device."""
-    auto = weights == torch.bfloat16 and config.compute_dtype == "auto"
-    return replace(config, compute_dtype="bf16") if auto else config
-
-
 def build(config: EngineConfig, inputs: EngineInputs) -> Engine:
     """The engine that `config` describes, with its model sharded, initialised and its optimizer made."""
-    weights = next((p.dtype for p in inputs.model.parameters()), torch.float32)
-    check(config, inputs.optimizer, inputs.ranks.world_size, inputs.ranks.distributed, weights)
-    config = computing(config, weights)
+    check(config, inputs.optimizer, inputs.ranks.world_size, inputs.ranks.distributed, weights_dtype(inputs.model))
     return next(engine for engine in _ENGINES if engine.name == config.name)(config, inputs)

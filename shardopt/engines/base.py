@@ -126,14 +126,24 @@ class ModuleEngine(Engine):
 
 def autocast_forward(model: nn.Module, device: torch.device, name: DtypeName) -> None:
     """Run `model`'s forward under autocast if not in fp32; backward follows the forward's dtypes and stays outside."""
-    if (dtype := compute_dtype(name, device)) != torch.float32:
+    if (dtype := compute_dtype(name, device, model)) != torch.float32:
         model.forward = torch.autocast(device.type, dtype)(model.forward)
 
 
-def compute_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
-    """The dtype of forward and backward; "auto" is bf16 on a GPU that has it and fp32 elsewhere."""
+def weights_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of `model`'s first parameter; fp32 where it has none."""
+    return next((p.dtype for p in model.parameters()), torch.float32)
+
+
+def compute_dtype(name: DtypeName, device: torch.device, model: nn.Module) -> torch.dtype:
+    """The dtype of `model`'s forward and backward on `device`."""
+    return settle_dtype(name, weights_dtype(model), device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
+def settle_dtype(name: DtypeName, weights: torch.dtype, prefers_bf16: bool) -> torch.dtype:
+    """What a name stands for: "auto" is bf16 for bf16 weights and on a device that prefers it, and fp32 elsewhere."""
     if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        name = "bf16" if prefers_bf16 or weights == torch.bfloat16 else "fp32"
     return DTYPES[name]
 
 

@@ -58,7 +58,7 @@ class FsdpEngine(ModuleEngine):
     def __init__(self, config: FsdpConfig, inputs: EngineInputs) -> None:
         ranks, model = inputs.ranks, inputs.model
         mesh = replicated_mesh(ranks, config.replicate)
-        compute = compute_dtype(config.compute_dtype, ranks.device)
+        compute = compute_dtype(config.compute_dtype, ranks.device, model)
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=DTYPES[config.reduce_dtype])
         for block in inputs.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=policy)

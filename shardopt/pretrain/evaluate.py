@@ -92,9 +92,7 @@ class Evaluator:
         loss_in_forward(model, in_train.get("loss_chunks", 1), trained.end_of_text if mask else None)
         trained.load(model, ranks.device, how.raw)
         if how.dtype is None and run:
-            given = in_engine.get("compute_dtype", "auto")
-            narrow = given == "auto" and in_model.get("dtype") == "bf16"  # see `engines.computing`
-            autocast_forward(model, ranks.device, "bf16" if narrow else given)
+            autocast_forward(model, ranks.device, in_engine.get("compute_dtype", "auto"))
         loaded = cls(trained, model, ranks, block_size, mask, how.batch or in_train.get("micro_batch", _BATCH))
         if mask:
             check_documents_apart(loaded, trained.end_of_text, block_size, loaded.batch)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from shardopt import engines
 from shardopt.engines import DdpConfig, DeepspeedConfig, EngineConfig, FsdpConfig, SingleConfig, ZeroConfig
-from shardopt.engines.base import DTYPES, DtypeName
+from shardopt.engines.base import DtypeName, settle_dtype
 from shardopt.engines.deepspeed.config import check_state_dtype
 from shardopt.engines.footprint import Footprint, Parameter, footprint, state_bytes
 from shardopt.engines.zero.flat import needs_masters
@@ -314,7 +314,7 @@ def _takes(spec: OptimizerSpec) -> bool:
 
 def _compute(engine: EngineConfig, device: Device, weights: torch.dtype) -> torch.dtype:
     name: DtypeName = engine.dtype_name() if isinstance(engine, DeepspeedConfig) else engine.compute_dtype
-    return (torch.bfloat16 if device.cuda else weights) if name == "auto" else DTYPES[name]
+    return settle_dtype(name, weights, device.cuda)
 
 
 @dataclass

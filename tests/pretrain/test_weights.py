@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from shardopt import engines
 from shardopt.checkpoint.stored import Stored
 from shardopt.distributed import Ranks
+from shardopt.engines.base import compute_dtype
 from shardopt.engines.state import sum_of_squares
 from shardopt.errors import InputError
 from shardopt.optim import registry
@@ -185,10 +186,20 @@ def test_two_ranks_of_every_engine_train_alike_move_and_hold_what_is_planned(fol
             assert most[kind] == pytest.approx(nbytes, rel=0.05), (name, kind)
 
 
-def test_an_engine_computes_in_the_dtype_of_narrow_weights():
-    config = engines.FsdpConfig()
-    assert engines.computing(config, torch.bfloat16).compute_dtype == "bf16"
-    assert engines.computing(config, torch.float32) is config
+@pytest.mark.parametrize(
+    ("name", "weights", "computes"),
+    [
+        ("auto", torch.bfloat16, torch.bfloat16),
+        ("auto", torch.float32, torch.float32),
+        ("auto", torch.float16, torch.float32),  # without autocast: as the model says
+        ("auto", torch.float64, torch.float32),
+        ("bf16", torch.float32, torch.bfloat16),
+        ("fp32", torch.bfloat16, torch.float32),
+    ],
+)
+def test_an_engine_computes_in_the_dtype_of_narrow_weights(name, weights, computes):
+    model = torch.nn.Linear(2, 2, dtype=weights)
+    assert compute_dtype(name, torch.device("cpu"), model) == computes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -203,4 +214,3 @@ def test_a_norm_of_bf16_gradients_is_not_rounded_to_bf16(dtype):
 def test_a_model_of_other_weights_is_computed_with_as_it_says(dtype):
     plain = engines.SingleConfig(compute_dtype="fp32")
     engines.check(plain, registry.spec("ademamix", lr=1e-3), 1, False, dtype)
-    assert engines.computing(engines.SingleConfig(), dtype) == engines.SingleConfig()

@@ -37,7 +37,7 @@ class DeepspeedEngine(Engine):
             if not param.dim():
                 raise InputError(f"parameter {name} has no dimension, as DeepSpeed needs: give it the shape (1,)")
         deepspeed = _import(ranks.device)
-        dtype = compute_dtype(config.dtype_name(), ranks.device)
+        dtype = compute_dtype(config.dtype_name(), ranks.device, model)
         inputs.initialise(model)
         optimizer = spec.build(model)
         named = named_parameters(model)
