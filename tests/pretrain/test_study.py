@@ -417,6 +417,16 @@ def test_wandbs_agent_starts_the_runs_of_the_study(finished, tmp_path, monkeypat
             )  # fmt: skip
 
 
+def test_variants_that_are_no_grid_have_no_sweep(finished):
+    """W&B would cross their keys, and run points that the study has not."""
+    points = [plan.Variant(f"{i}", {"optimizer.lr": i, "optimizer.alpha": i}) for i in (1.0, 2.0)]
+    study = Study(finished.path, [], points, 1, "points", "sweep", "1.0")
+    study.folder.mkdir()
+    assert wandb_sweep.sweep(study) is None
+    assert wandb_sweep.write(study).startswith("none")
+    assert not list(study.folder.iterdir())
+
+
 # the whole
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from typing import Any
 
@@ -16,8 +17,10 @@ _HEAD = """\
 """
 
 
-def sweep(study: Study) -> dict[str, Any]:
+def sweep(study: Study) -> dict[str, Any] | None:
     """The sweep's configuration: a grid over the settings of the variants and over the seeds.
+
+    None where the variants are some points of a grid alone: W&B would run them all.
 
     The shell puts in the id of the agent's run, which makes its run folder: wandb's own macros are filled in before it
     is known.
@@ -26,6 +29,8 @@ def sweep(study: Study) -> dict[str, Any]:
     keys = list(study.variants[0].settings)
     points = {key: [variant.settings[key] for variant in study.variants] for key in keys}
     parameters = {key: {"values": _distinct(values)} for key, values in points.items()}
+    if math.prod(len(one["values"]) for one in parameters.values()) != len(study.variants):
+        return None
     if len(study.seeds) > 1:
         parameters["run.seed"] = {"values": study.seeds}
     fixed = [study.path, *study.overrides, f"engine={json.dumps(study.engine)}"]
@@ -42,9 +47,11 @@ def sweep(study: Study) -> dict[str, Any]:
 
 
 def write(study: Study) -> str:
-    """Write wandb-sweep.yaml in the study's folder; its path."""
+    """Write wandb-sweep.yaml in the study's folder; its path, or why there is none."""
+    if (made := sweep(study)) is None:
+        return "none, the variants are no grid"
     path = study.folder / "wandb-sweep.yaml"
-    text = yaml.safe_dump(sweep(study), sort_keys=False, allow_unicode=True, width=1000)
+    text = yaml.safe_dump(made, sort_keys=False, allow_unicode=True, width=1000)
     path.write_text(_HEAD.format(path=path) + text, encoding="utf-8")
     return str(path)
 
