@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import count
 from typing import Any, Unpack
 
@@ -21,6 +22,15 @@ from shardopt.slices import Layout, PlacementError, layout_of, local_tensor, loc
 
 _TILE = 1 << 20  # elements that a temporary may have, where a pass outside the kernels needs one
 _unnamed = count()  # a number for each optimizer of this process whose parameters have no names
+
+
+@lru_cache(maxsize=1024)  # asked for each parameter, twice; models have few shapes
+def _of_elements(
+    settings: schema.Deciding, weight: torch.dtype, shape: torch.Size
+) -> tuple[Mapping[str, Stored], list[str]]:
+    """The state tensors of a value per element, in the order in which they are made, and those with scales beside."""
+    dtypes = schema.stored_dtypes(settings, weight)
+    return {k: Stored(dtype, shape) for k, (dtype, _) in dtypes.items()}, [k for k in dtypes if dtypes[k][1]]
 
 
 class AdEMAMix(CheckedOptimizer):
@@ -87,7 +97,7 @@ class AdEMAMix(CheckedOptimizer):
         self._kernel_choice = kernel
         self._plan: Plan | None = None
         self._averaged = False
-        self._decisive: list[Any] = []
+        self._decisive: list[schema.Deciding] = []
         super().__init__(params, *positional, **hyper_parameters)
         states.parameter_names(self)  # refuses two parameters of one name
 
@@ -215,12 +225,12 @@ class AdEMAMix(CheckedOptimizer):
 
     def _layouts(self, group: Mapping[str, Any], param: Tensor, name: str = "a parameter") -> tuple[Layout, ...]:
         """What the local tensor of `param` holds."""
-        weight, found = local_values(param), self.layouts.get(param)
+        weight, found = local_values(param), self.layouts.get(param) if self.layouts else None
         try:
             found = layout_of(param, name) if found is None else found
         except PlacementError as e:
-            formats = schema.formats_of(group["state_dtype"])
-            rounded = any(formats[tensor.key].name != "fp32" for tensor in STATE_TENSORS if tensor.kept(group))
+            formats, settings = schema.formats_of(group["state_dtype"]), schema.Deciding.of(group)
+            rounded = any(formats[tensor.key].name != "fp32" for tensor in STATE_TENSORS if tensor.kept(settings))
             if rounded or (weight.dtype == torch.bfloat16 and group["master_weights"] is None):
                 raise InputError(f"stochastic rounding cannot place {name}: {e}; use state_dtype='fp32'") from e
             # nothing is rounded: where the elements belong does not matter
@@ -231,14 +241,13 @@ class AdEMAMix(CheckedOptimizer):
             raise InputError(f"the layout of {name} ends at element {end}, the local tensor has {weight.numel()}")
         return layouts
 
-    def _stored(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Stored]:
-        local = local_values(param)
-        shape, stored = local.shape, {}
-        for key, (dtype, in_blocks) in schema.stored_dtypes(group, local.dtype).items():
-            stored[key] = Stored(dtype, shape)
-            if in_blocks:
-                stored[f"{key}_scale"] = Stored(torch.float32, self._scale_shape(group, param))
-        return stored
+    def _stored(self, group: Mapping[str, Any], param: Tensor) -> Mapping[str, Stored]:
+        local, settings = local_values(param), schema.Deciding.of(group)
+        stored, in_blocks = _of_elements(settings, local.dtype, local.shape)
+        if not in_blocks:
+            return stored
+        scales = Stored(torch.float32, self._scale_shape(group, param))
+        return dict(stored) | {f"{key}_scale": scales for key in in_blocks}
 
     def _scale_shape(self, group: Mapping[str, Any], param: Tensor) -> torch.Size:
         """(blocks held here); of a DTensor (1, blocks of the largest shard), as every shard is a row of the whole."""
@@ -293,12 +302,9 @@ class AdEMAMix(CheckedOptimizer):
             return False
         return plan.holds(self.state)
 
-    def _decisions(self) -> list[Any]:
+    def _decisions(self) -> list[schema.Deciding]:
         """The settings that decide which state there is."""
-        return [
-            (group["betas"][0] == 0.0, group["weight_ema"] is None, group["master_weights"], group["state_dtype"])
-            for group in self.param_groups
-        ]
+        return [schema.Deciding.of(group) for group in self.param_groups]
 
     def _current_plan(self) -> Plan:
         if not self._is_planned():
@@ -368,12 +374,11 @@ class AdEMAMix(CheckedOptimizer):
     def _update(self) -> None:
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
-        plan = self._current_plan()
-        if missing := [i for i in plan.absent if grads[i] is not None]:
+        absent = self._plan.absent if self._plan is not None and self._is_planned() else range(len(params))
+        if missing := [i for i in absent if grads[i] is not None and not self.state.get(params[i])]:
             groups = [group for group in self.param_groups for _ in group["params"]]
             for i in missing:
                 self._create_state(groups[i], params[i])
-            plan = self._current_plan()
-        if not plan.step(grads):
+        if not self._current_plan().step(grads):
             self._plan = None
             self._current_plan().step(grads)

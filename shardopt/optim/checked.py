@@ -66,7 +66,7 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         """Refuse a parameter of a kind that the optimizer cannot update, with an InputError."""
 
     @abc.abstractmethod
-    def _stored(self, group: Mapping[str, Any], param: Tensor) -> dict[str, Stored]:
+    def _stored(self, group: Mapping[str, Any], param: Tensor) -> Mapping[str, Stored]:
         """The state tensors of `param` beside its counts, in the order in which they are made."""
 
     def _counter(self, step: int, group: Mapping[str, Any], param: Tensor) -> int | Tensor:

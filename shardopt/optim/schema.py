@@ -28,6 +28,21 @@ StateDtype = str | Mapping[str, str]
 # -- state tensors --------------------------------------------------------------------------------------------
 
 
+class Deciding(NamedTuple):
+    """The settings of a group that decide which state its parameters have."""
+
+    beta1: bool  # whether there is one
+    weight_ema: bool  # likewise
+    master_weights: str | None
+    state_dtype: str | tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Deciding:
+        dtype = group["state_dtype"]
+        named = tuple(dtype.items()) if isinstance(dtype, Mapping) else dtype
+        return cls(group["betas"][0] != 0.0, group["weight_ema"] is not None, group["master_weights"], named)
+
+
 @dataclass(frozen=True)
 class StateTensor:
     """A state tensor of one value per element, stored in a format of the user's choice.
@@ -36,20 +51,20 @@ class StateTensor:
         key: its key in the optimizer's state. A block format's scales are at `key` + "_scale".
         word: the last round of the random bits that round it.
         signed: whether it may be negative.
-        kept: whether a parameter of this group has one.
+        kept: whether a parameter of a group with these settings has one.
     """
 
     key: str
     word: Word
     signed: bool = True
-    kept: Callable[[Mapping[str, Any]], bool] = lambda group: True
+    kept: Callable[[Deciding], bool] = lambda settings: True
 
 
 STATE_TENSORS = (
-    StateTensor("m1", Word(15, 0x31848BAB, 14), kept=lambda group: group["betas"][0] != 0.0),
+    StateTensor("m1", Word(15, 0x31848BAB, 14), kept=lambda settings: settings.beta1),
     StateTensor("m2", Word(14, 0x846CA68B, 15)),
     StateTensor("nu", Word(16, 0x7FEB352D, 15), signed=False),
-    StateTensor("weight_ema", Word(17, 0x2C1B3C6D, 14), kept=lambda group: group["weight_ema"] is not None),
+    StateTensor("weight_ema", Word(17, 0x2C1B3C6D, 14), kept=lambda settings: settings.weight_ema),
 )
 WORDS = {tensor.key: tensor.word for tensor in STATE_TENSORS} | {"weight": Word(13, 0xD168AAAD, 14)}
 ROUNDED = tuple(tensor.key for tensor in STATE_TENSORS)
@@ -92,7 +107,7 @@ def format_of(key: str, name: str) -> Format:
     return replace(FORMATS[name], signed=key not in UNSIGNED)
 
 
-def master_of(group: Mapping[str, Any], weight: torch.dtype) -> tuple[str, torch.dtype] | None:
+def master_of(settings: Deciding, weight: torch.dtype) -> tuple[str, torch.dtype] | None:
     """State key and dtype of the master of weights of dtype `weight`, or None where they have none.
 
     Raises:
@@ -100,7 +115,7 @@ def master_of(group: Mapping[str, Any], weight: torch.dtype) -> tuple[str, torch
     """
     if weight not in TYPES:
         raise InputError(f"AdEMAMix takes float64, float32, bfloat16 and float16 weights, not {weight}")
-    chosen = group["master_weights"] if weight.itemsize == 2 else None
+    chosen = settings.master_weights if weight.itemsize == 2 else None
     if weight == torch.float16 and chosen != "fp32":
         raise InputError(
             "float16 weights are too coarse near zero to be updated in place: give master_weights='fp32' (split "
@@ -109,27 +124,17 @@ def master_of(group: Mapping[str, Any], weight: torch.dtype) -> tuple[str, torch
     return None if chosen is None else MASTERS[chosen]
 
 
-def stored_dtypes(group: Mapping[str, Any], weight: torch.dtype) -> Mapping[str, tuple[torch.dtype, bool]]:
-    """Of each state tensor of a group's weights of this dtype, in the order in which they are made, its dtype and
-    whether it has scales beside it.
+@cache  # asked for each parameter
+def stored_dtypes(settings: Deciding, weight: torch.dtype) -> Mapping[str, tuple[torch.dtype, bool]]:
+    """Of each state tensor of weights of this dtype, in the order in which they are made, its dtype and whether it has
+    scales beside it.
 
     Raises:
         InputError: a dtype that AdEMAMix does not update.
     """
-    kept = tuple([tensor.key for tensor in STATE_TENSORS if tensor.kept(group)])
-    state_dtype = group["state_dtype"]
-    named = tuple(state_dtype.items()) if isinstance(state_dtype, Mapping) else state_dtype
-    return _stored_dtypes(kept, named, master_of(group, weight), weight)
-
-
-@cache  # asked for each parameter
-def _stored_dtypes(
-    kept: tuple[str, ...],
-    state_dtype: str | tuple[tuple[str, str], ...],
-    master: tuple[str, torch.dtype] | None,
-    weight: torch.dtype,
-) -> Mapping[str, tuple[torch.dtype, bool]]:
-    formats = _formats_named(state_dtype) if isinstance(state_dtype, str) else _formats(state_dtype)
+    given, master = settings.state_dtype, master_of(settings, weight)
+    formats = _formats_named(given) if isinstance(given, str) else _formats(given)
+    kept = [tensor.key for tensor in STATE_TENSORS if tensor.kept(settings)]
     found = {key: (formats[key].dtype(weight), formats[key].in_blocks) for key in kept}
     return found if master is None else found | {master[0]: (master[1], False)}
 

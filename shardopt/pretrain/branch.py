@@ -28,7 +28,7 @@ from shardopt.errors import InputError
 from shardopt.optim.ademamix import AdEMAMix
 from shardopt.optim.from_adamw import STATE_FROM_ADAMW
 from shardopt.optim.registry import OptimizerSpec
-from shardopt.optim.schema import MASTERS, STATE_TENSORS
+from shardopt.optim.schema import MASTERS, STATE_TENSORS, Deciding
 from shardopt.pretrain import rng
 from shardopt.pretrain.config import Config, OptimizerConfig, changes
 from shardopt.pretrain.data import Batches
@@ -295,7 +295,10 @@ def _take_masters(taken: _Taken, was: str | None, now: str | None, exact: bool) 
 
 def _kept(spec: OptimizerSpec) -> set[str]:
     """The state tensors that an AdEMAMix of these settings has; empty for others."""
-    return {t.key for t in STATE_TENSORS if t.kept(spec.arguments)} if spec.cls is AdEMAMix else set()
+    if spec.cls is not AdEMAMix:
+        return set()
+    settings = Deciding.of(spec.arguments)
+    return {t.key for t in STATE_TENSORS if t.kept(settings)}
 
 
 def _settings(tree: dict[str, Any], spec: OptimizerSpec, both: list[OptimizerSpec]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from shardopt.optim.schema import FLAG_BITS, SKIP, WORDS, Scalars
 
 # Temporaries are tiles, never as large as a large parameter. Multiples of precision.BLOCK.
 _TILE = 1 << 22
-_TILE_OF_A_THREAD = 1 << 17  # on a CPU: fits a share of the last cache, and hides what a call of torch costs
+_TILE_OF_A_THREAD = 3 << 16  # on a CPU: large enough to hide what a call of torch costs, and no larger
 _NUMPY_LENGTH = 1 << 15  # torch gives no thread less; what one thread takes costs numpy half
 _EXACT = ({torch.float32}, {torch.float64})  # where all is of one of these, nothing is converted
 

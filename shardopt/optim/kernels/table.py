@@ -166,8 +166,9 @@ class Table:
         self.device = entries[0].param.device
         self.indices, self.entries, self.capturable, self.strided = indices, entries, capturable, strided
         self.kernel = entries[0].kernel
-        self._shaped: dict[int, Any] = dict.fromkeys(shaped)  # entries, and what their shapes were written for
+        self._shaped = list(shaped)
         self._shapes: dict[tuple[int, str], np.ndarray] = {}  # what the rows point to
+        self._shapes_of: list[tuple[Any, ...] | None] = []  # what these were written for
         self.columns = np.arange(0)  # of the plan's facts that are about these entries
         self.learning_rates: list[float | Tensor] = []  # of a capturable table's entries
         self.captured = False  # whether a CUDA graph holds a step of this table
@@ -246,28 +247,32 @@ class Table:
             sizes = np.array([0 if t is None else t.itemsize for t in types], dtype=np.int64)
             self._offsets[len(self._offsets) - len(owner) :] = sizes[owner] * self._from_start
         self._words[self._places] = addresses[self._owner] + self._offsets
-        for i in self._shaped:
-            self._place_shapes(i)
+        now = [
+            None if t is None else (t.shape, t.stride(), t.storage_offset(), t.untyped_storage().nbytes())
+            for i in self._shaped
+            for t in (weights[i], grads[i])
+        ]
+        if now != self._shapes_of:
+            for i in self._shaped:
+                self._place_shapes(i)
+            self._shapes_of = now
 
     def _place_shapes(self, index: int) -> None:
-        """Let an entry's rows point to the shapes of its weight and gradient, where these are not those of last time.
+        """Let an entry's rows point to the shapes of its weight and gradient.
 
         Raises:
             InputError: a tensor that reaches beyond its storage.
         """
         pair = {"weight_shape": self.weights[index], "grad_shape": self.grads[index]}
-        tensors = {key: tensor for key, tensor in pair.items() if tensor is not None}
-        now = [(t.shape, t.stride(), t.storage_offset(), t.untyped_storage().nbytes()) for t in tensors.values()]
-        if now == self._shaped[index]:
-            return
-        for key, tensor in tensors.items():
+        for key, tensor in pair.items():
+            if tensor is None:
+                continue
             check_reach(
                 tensor, f"the {'weight' if key == 'weight_shape' else 'gradient of'} {self.entries[index].name}"
             )
             dims = collapsed(tensor)
             numbers = self._shapes[index, key] = np.array([len(dims), *chain.from_iterable(dims)], dtype=np.int64)
             self.rows[key][self.row_entry == index] = numbers.ctypes.data
-        self._shaped[index] = now
 
     def set_scalars(self, places: np.ndarray, scalars: Sequence[Scalars], steps: np.ndarray) -> None:
         """Give each row its scalars and step.
