@@ -373,6 +373,20 @@ def test_the_table_fits_80_columns_and_shows_runs_that_are_missing(finished):
     assert any(f"{mix.loss:.3f} ± {mix.spread:.3f}" in line for line in lines)
 
 
+def test_a_sweep_of_one_key_names_it_once_in_the_table(finished):
+    def head_of(*axes):
+        variants = plan.grid(axes)
+        study = Study(finished.path, [], variants, 1, "one", "sweep", variants[0].name)
+        study.trials.clear()  # no figures are needed
+        table = Results(study).table()
+        names, below = table.columns[0], table.columns[2].header
+        return [*map(str, [names.header, *names.cells])], str(below)
+
+    assert head_of("optimizer.state_dtype=fp32,bf16") == (["state_dtype", "fp32", "bf16"], "below fp32")
+    both = head_of("optimizer.state_dtype=fp32", "optimizer.alpha=5.0,8.0")
+    assert both == (["variant", "state_dtype-fp32_alpha-5.0", "state_dtype-fp32_alpha-8.0"], f"below {both[0][1]}")
+
+
 def test_a_loss_that_is_not_finite_is_never_the_best(finished):
     results = Results(finished)
     broken = results.rows[0].runs[0]

@@ -212,15 +212,24 @@ class Results:
 
     def table(self) -> Table:
         """For a terminal of 80 columns; the best variant's loss is bold."""
-        best = self.best
+        best, key = self.best, self._only_key()
+        before = "" if key is None else f"{key}-"  # what the names of all variants begin with
         table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
-        table.add_column("variant", overflow="fold")
-        columns = ("held-out loss", f"below {self.study.baseline}", "tokens to it", "ms/step", "state")
+        table.add_column(one_line(key or "variant"), overflow="fold")
+        baseline = self.study.baseline.removeprefix(before)
+        columns = ("held-out loss", f"below {baseline}", "tokens to it", "ms/step", "state")
         for header in columns:
             table.add_column(one_line(header), justify="right", overflow="fold")
         for row in self.rows:
-            table.add_row(one_line(row.variant.name), *self._cells(row), style="bold" if row is best else None)
+            name = one_line(row.variant.name.removeprefix(before))
+            table.add_row(name, *self._cells(row), style="bold" if row is best else None)
         return table
+
+    def _only_key(self) -> str | None:
+        """The last word of the one key in which all variants differ, where they are named after it."""
+        keys = {key.rpartition(".")[2] for row in self.rows for key in row.variant.settings}
+        key = keys.pop() if len(keys) == 1 else None
+        return key if all(row.variant.name.startswith(f"{key}-") for row in self.rows) else None
 
     def _cells(self, row: Row) -> list[str]:
         runs, seeds = row.runs, len(self.study.seeds)
