@@ -147,7 +147,8 @@ def study_table(results: Mapping[str, Any]) -> str:
     """The table of a study's results.json, with paired tests against its baseline."""
     baseline = next(v for v in results["variants"] if v["name"] == results["baseline"])
     header = ["variant", "training loss", "held-out loss", "bits a byte"]
-    header += [f"training − {baseline['name']}", "p", f"held-out − {baseline['name']}", "p", "tokens to it"]
+    tested = ["p"] if len(results["seeds"]) > 1 else []
+    header += [f"training − {baseline['name']}", *tested, f"held-out − {baseline['name']}", *tested, "tokens to it"]
     rows = []
     for variant in results["variants"]:
         runs, own = variant["runs"], variant is baseline
@@ -155,7 +156,7 @@ def study_table(results: Mapping[str, Any]) -> str:
         row += [with_spread(_figures(variant, key).values()) for key in FIGURES]
         for key in FIGURES[:2]:
             test = Paired.of(_figures(baseline, key), _figures(variant, key))
-            row += ["", ""] if own else test.words()
+            row += ["", ""][: 1 + len(tested)] if own else test.words()[: 1 + len(tested)]
         whole = runs[0]["tokens"] if runs else 0
         reached = variant["tokens_to_baseline"]
         row.append("" if own else f"{100 * reached / whole:.0f} %" if reached is not None and whole else "not reached")
@@ -163,8 +164,11 @@ def study_table(results: Mapping[str, Any]) -> str:
     seeds = results["seeds"]
     note = f"Seeds {seeds[0]} to {seeds[-1]}; " if len(seeds) > 1 else f"Seed {seeds[0]}; "
     tokens = max((run["tokens"] for variant in results["variants"] for run in variant["runs"]), default=0)
-    note += f"{tokens / 1e6:.1f}M tokens. Losses in nats a token; p of a paired t-test over seeds, not corrected for "
-    return table(header, rows) + f"\n\n{note}the number of rows."
+    note += f"{tokens / 1e6:.1f}M tokens. Losses in nats a token; below zero a row is better than {baseline['name']}. "
+    note += "Tokens to it: the share of its tokens after which a row's held-out loss is first at that one's last."
+    if tested:
+        note += " p of a paired t-test over seeds, not corrected for the number of rows."
+    return table(header, rows) + f"\n\n{note}"
 
 
 FIGURES = ("train_loss", "eval_loss", "eval_bits_per_byte")

@@ -21,7 +21,7 @@ from shardopt.checkpoint.store import as_folder, check_shared
 from shardopt.engines.state import ShardedState, require_state
 from shardopt.errors import InputError, few
 from shardopt.optim import states
-from shardopt.optim.precision import BLOCK, blocks
+from shardopt.optim.precision import BLOCK, blocks, join_fp32
 from shardopt.optim.schema import LOW_HALF, MASTERS
 from shardopt.slices import Layout, Range, Slice, local_tensor
 
@@ -62,7 +62,8 @@ def load(
             format and changes its layout goes through fp32, and a buffer takes the dtype here, without being asked.)
         kinds: for a kind here ("m1") the kind there that it is read from ("exp_avg"), where the names differ; None for
             a kind that is left alone, here and there. Masters are made of fp32 weights by {"master": "weight"}, split
-            ones by {"master_low": "weight"} ("master" of a checkpoint that has such), with `convert`: exactly.
+            ones by {"master_low": "weight"} ("master" of a checkpoint that has such), and of split ones fp32 weights by
+            {"weight": "master_low"}, fp32 masters by {"master": "master_low"}; with `convert`, exactly.
 
     Returns:
         The checkpoint's document: what `save` was given, and "checkpoint" (see `read_document`).
@@ -147,6 +148,8 @@ def _renamed(stored: Tensors, kinds: Mapping[str, str | None]) -> Tensors:
         if kind != EXTRA and kind not in kinds and (kind == "weight" or kind not in sources):
             renamed[name, kind] = there
         renamed |= {(name, here): there for here, source in kinds.items() if source == kind}
+    if kinds.get("weight") is not None:  # those that have no masters, being frozen or wider
+        renamed = {key: there for key, there in stored.items() if key[1] == "weight"} | renamed
     if kinds.get(LOW_HALF) is not None:  # the bf16 weight is the other half of the same values
         renamed |= {(name, "weight"): there for (name, kind), there in renamed.items() if kind == LOW_HALF}
     return renamed
@@ -178,7 +181,7 @@ def _check_match(folder: Path, stored: Entries, live: Entries, *, strict: bool, 
     wanted, there = ({key for key in of if key[0] in shared} for of in (live, stored))
     # Not strict either: weights without their masters, or averages without their counts, would go on wrong.
     if missing_kinds := {vector_key(*k) for k in wanted - there}:
-        hint = _hint_of_masters({kind for _, kind in wanted - there}, {kind for _, kind in stored})
+        hint = _hint_of_masters({kind for _, kind in wanted - there}, {kind for _, kind in there})
         problems.append(f"the checkpoint has no {few(missing_kinds)}; set optimizer as it was{hint}")
     if strict and (extra_kinds := {vector_key(*k) for k in there - wanted}):
         taken = f"nothing here takes its {few(extra_kinds)}"
@@ -203,10 +206,11 @@ def _check_match(folder: Path, stored: Entries, live: Entries, *, strict: bool, 
 
 def _hint_of_masters(missing: set[str], there: set[str]) -> str:
     """How to load masters of 16-bit weights from what a checkpoint has in their place; empty where it cannot be."""
-    if not missing <= {key for key, _ in MASTERS.values()} or LOW_HALF in there:
+    masters = [key for key, _ in MASTERS.values()]
+    if not missing <= {*masters}:
         return ""
-    kinds = dict.fromkeys(sorted(missing), "master" if "master" in there else "weight")
-    return f", or load with kinds={kinds}, convert=True"
+    source = next((key for key in masters if key in there), "weight")
+    return f", or load with kinds={dict.fromkeys(sorted(missing), source)}, convert=True"
 
 
 def _check_slice(folder: Path, s: Slice, stored: Tensors) -> None:
@@ -216,6 +220,7 @@ def _check_slice(folder: Path, s: Slice, stored: Tensors) -> None:
     here = [manifest.dtype_name(t.dtype) for t in s.tensors]
     names = (*here, *there.entry.dtypes)
     floating = all(DTYPES[n].is_floating_point for n in (names[len(here) :] if s.kind == LOW_HALF else names))
+    floating |= _is_joined(s, there)
     if tuple(here) != there.entry.dtypes and s.format is None and there.entry.format is None and not floating:
         raise InputError(f"checkpoint {folder}: {s.name}/{s.kind} cannot become {here[0]} from {names[-1]}")
 
@@ -235,7 +240,9 @@ def read_slices(folder: Path, index: Index, stored: Tensors, slices: Iterable[Sl
     direct = [(s, there) for s, there in read if _is_direct(s, there)]
     index.read(folder, (one for s, there in direct for one in wanted(s, there)))
     for s, there in read:
-        if not _is_direct(s, there):
+        if _is_joined(s, there):
+            join(folder, index, there, s)
+        elif not _is_direct(s, there):
             recode(folder, index, there, s)
     for (s, _), (copy, _) in zip(held, read, strict=True):
         for tensor, values in zip(map(local_tensor, s.tensors), copy.tensors, strict=True):
@@ -245,7 +252,7 @@ def read_slices(folder: Path, index: Index, stored: Tensors, slices: Iterable[Sl
 
 def _is_direct(s: Slice, there: StoredTensor) -> bool:
     """True where the stored elements can be read straight into the live tensors."""
-    if there.entry.format != s.format or _is_rounded(s, there):
+    if there.entry.format != s.format or _is_rounded(s, there) or _is_joined(s, there):
         return False
     cuts = ((r, there.overlapping(r)) for r in s.layout.ranges) if s.format is not None else ()
     return all(same_blocks(r, *chunks[:, [0, 1, 4, 5]].T) for r, chunks in cuts)
@@ -257,6 +264,12 @@ def _is_rounded(s: Slice, there: StoredTensor) -> bool:
     return dtype != DTYPES[there.entry.dtypes[0]] and (
         s.kind == LOW_HALF or (s.kind, dtype) == ("weight", torch.bfloat16)
     )
+
+
+def _is_joined(s: Slice, there: StoredTensor) -> bool:
+    """True for fp32 values that are made of low halves and the bf16 weights beside them."""
+    low, dtype = DTYPES[there.entry.dtypes[0]] == torch.int16, s.tensors[0].dtype
+    return low and there.entry.format is None and s.format is None and dtype == torch.float32
 
 
 def wanted(s: Slice, there: StoredTensor) -> Iterator[tuple[int, Wanted]]:
@@ -273,6 +286,18 @@ def wanted(s: Slice, there: StoredTensor) -> Iterator[tuple[int, Wanted]]:
                     scales = s.tensors[1].narrow(0, scale + here // BLOCK, blocks(count))
                     yield file, Wanted(scales_at(byte, length, dtype), SCALE, scales)
         scale += blocks(r.length)
+
+
+def join(folder: Path, index: Index, there: StoredTensor, s: Slice) -> None:
+    """Fill `s` with the fp32 values whose low halves are `there`."""
+    mine = packed(s.layout)
+    halves = {"weight": torch.zeros(mine.local_numel, dtype=torch.bfloat16)}
+    halves[LOW_HALF] = torch.zeros(mine.local_numel, dtype=torch.int16)
+    stored = {"weight": index.tensors[s.name, "weight"], LOW_HALF: there}
+    index.read(folder, (
+        one for kind, half in halves.items() for one in wanted(Slice(s.name, kind, mine, (half,)), stored[kind])
+    ))  # fmt: skip
+    states.write_slice(s, join_fp32(*halves.values()))
 
 
 def recode(folder: Path, index: Index, there: StoredTensor, s: Slice) -> None:

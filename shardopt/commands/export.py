@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments, and the function that runs the command."""
     parser.add_argument("source", help="a run's folder, or a checkpoint")
     parser.add_argument(
-        "out", nargs="?", help="a new folder; by default export-STEP in the run's folder, which a program has not"
+        "out", nargs="?", help="a new folder; by default export-STEP in the folder of the launcher's run"
     )
     parser.add_argument("--to", choices=["safetensors"], default="safetensors", help="the format")
     models.add_dtype(parser, "of the weights; by default as in the checkpoint")

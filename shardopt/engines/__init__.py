@@ -67,9 +67,10 @@ def _check_narrow(config: EngineConfig, optimizer: OptimizerSpec) -> None:
     if config.compute_dtype == "fp32":
         raise InputError("engine.compute_dtype: bf16 weights (model.dtype) are computed with in bf16, not in fp32")
     if optimizer.cls is not AdEMAMix and not isinstance(config, ZeroConfig):
+        masters = "engine.name=zero (which keeps fp32 masters), " if optimizer.elementwise else ""
         raise InputError(
             f"model.dtype: {cls} on {config.name} would round bf16 weights to nearest, which loses small updates: "
-            f"choose optimizer.name=ademamix, engine.name=zero (which keeps fp32 masters), or model.dtype=fp32"
+            f"choose optimizer.name=ademamix, {masters}or model.dtype=fp32"
         )
 
 

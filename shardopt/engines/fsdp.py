@@ -25,7 +25,7 @@ class FsdpConfig(Config):
     reshard_after_forward: bool = True
     """Free the gathered weights of a block after its forward and gather them again in backward: less memory."""
     compute_dtype: DtypeName = "auto"
-    """Forward and backward; "auto" is bf16 on a GPU, fp32 on the CPU. The sharded weights stay fp32."""
+    """Forward and backward; "auto" is bf16 on a GPU, fp32 on the CPU. The sharded weights keep their own."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Gradients on the wire."""
     reduce_every: Literal["micro_batch", "step"] = "micro_batch"

@@ -145,6 +145,8 @@ def spec(name: str, **kwargs: Any) -> OptimizerSpec:
         known = f"it has: {', '.join(allowed)}{did_you_mean(unknown[0], allowed)}"
         raise UnknownKeyError(f"optimizer {name} has no {', '.join(map(repr, unknown))}; {known}")
     for key, value in kwargs.items():
+        if isinstance(value, str) and value.lower() == "none" and allowed[key] is None:
+            raise InputError(f"optimizer {name}: {key} is the text {value!r}: for none at all, write null")
         if isinstance(value, str) and isinstance(allowed[key], int | float):
             if value.lower().lstrip("+-") in ("nan", "inf"):
                 raise InputError(f"optimizer {name}: {key} must be a finite number, got {value}")

@@ -278,17 +278,15 @@ def _master(tree: dict[str, Any], spec: OptimizerSpec) -> str | None:
 
 
 def _take_masters(taken: _Taken, was: str | None, now: str | None, exact: bool) -> None:
-    """Take masters from weights, and weights that are `exact` here from fp32 masters."""
+    """Take masters from weights or from masters of the other kind, and weights that are `exact` here from masters."""
     if was == now:
         return
-    if was == "master" and exact:
-        taken.kinds["weight"] = "master"
-        return
-    if now is not None:  # an fp32 weight or master gives either exactly
-        source = "master" if was == "master" else "weight"
-        taken.kinds[now] = source
-        taken.anew += [] if source == "master" else [f"{now}, from the weights"]
-    if was is not None and taken.kinds.get(now or "") != was:
+    if was is not None and exact:
+        taken.kinds["weight"] = was
+    elif now is not None:  # fp32 weights and masters of either kind give it exactly
+        taken.kinds[now] = was or "weight"
+        taken.anew += [] if was else [f"{now}, from the weights"]
+    elif was is not None:
         taken.kinds[was] = None
         taken.left.append(was)
 

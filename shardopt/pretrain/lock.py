@@ -33,14 +33,15 @@ class RunLock:
 
     Args:
         path: runs/NAME/.lock; its folder is there.
+        key: the setting that chose the folder, for messages.
 
     Raises:
         InputError: a process that is alive holds it.
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, key: str = "run.name") -> None:
+        self.path, self._key = path, key
         self._mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
         self._closed = threading.Event()
         self._take()
@@ -72,7 +73,7 @@ class RunLock:
             holder = self._read()
             self._file.close()
             raise InputError(
-                f"run.name: another process is running {self.path.parent} right now{_named(holder)}"
+                f"{self._key}: another process is running {self.path.parent} right now{_named(holder)}"
             ) from None
         except BaseException:
             self._file.close()
@@ -86,7 +87,7 @@ class RunLock:
         return bool(holder) or self.path.stat().st_size > 0
 
     def _is_renewed(self, holder: dict[str, Any]) -> bool:
-        logger.warning("run.name: %s was in use%s: looking whether it still is", self.path.parent, _named(holder))
+        logger.warning("%s: %s was in use%s: looking whether it still is", self._key, self.path.parent, _named(holder))
         before, deadline = self._stamp(), time.monotonic() + _STALE
         while time.monotonic() < deadline:
             time.sleep(min(0.5, _STALE / 10))

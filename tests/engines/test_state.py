@@ -187,6 +187,51 @@ def test_split_masters_under_zero_are_the_halves_of_the_weights_that_are_loaded(
         assert torch.equal(join_fp32(first[name, "weight"].view(torch.bfloat16), low), param)
 
 
+def _joined_masters(rank, world_size, folder):
+    """The fp32 masters that ZeRO's ranks together make of a checkpoint's split ones."""
+    optimizer = ZeroOptimizer(net(torch.bfloat16), AdEMAMix, lr=1e-2, master_weights="fp32")
+    state = ZeroState(optimizer)
+    with pytest.raises(InputError, match=r"or load with kinds=\{'master': 'master_low'\}, convert=True"):
+        checkpoint.load(folder, state)
+    checkpoint.load(folder, state, kinds={"master": "master_low"}, convert=True)
+    held = {}
+    for s in state.slices():
+        if s.kind == "master":
+            held[s.name] = torch.zeros(s.layout.shape)
+            s.layout.copy_to_whole(s.tensors[0], held[s.name])
+    return held
+
+
+def test_fp32_weights_and_masters_are_made_of_split_ones_bit_for_bit(tmp_path):
+    _, state = trained(3, master_weights="split", dtype=torch.bfloat16)
+    checkpoint.save(tmp_path / "split", state)
+    exact = in_fp32(state)
+    first, second = on_ranks(2, _joined_masters, tmp_path / "split")
+    assert all(torch.equal(first[name] + second[name], values) for name, values in exact.items())
+
+    model, loaded = trained(1)
+    checkpoint.load(tmp_path / "split", loaded, kinds={"weight": "master_low"}, convert=True)
+    assert all(torch.equal(param, exact[name]) for name, param in model.named_parameters())
+
+
+def test_weights_without_masters_are_read_as_they_are_beside_those_made_of_masters(tmp_path):
+    def frozen(dtype, **kwargs):
+        model = net(dtype)
+        model[0].weight.requires_grad_(False)
+        state = ModuleState(AdEMAMix((p for p in model.named_parameters() if p[1].requires_grad), **kwargs), model)
+        step(model, state.optimizer, 1)
+        return model, state
+
+    before, state = frozen(torch.bfloat16, master_weights="split")
+    checkpoint.save(tmp_path / "split", state)
+    model, loaded = frozen(torch.float32)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    checkpoint.load(tmp_path / "split", loaded, kinds={"weight": "master_low"}, convert=True)
+    assert torch.equal(model[0].weight, before[0].weight.float())
+    assert torch.equal(model[2].weight, in_fp32(state)["2.weight"])
+
+
 def test_parameter_that_is_not_in_the_checkpoint_keeps_its_count(tmp_path):
     checkpoint.save(tmp_path / "a", trained(3)[1])
     model = net()

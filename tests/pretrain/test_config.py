@@ -120,6 +120,10 @@ def test_overrides_are_yaml_and_1e_3_is_a_number():
         ("train.loss_spike=1.0", r"train\.loss_spike: is a section, .* such as train\.loss_spike\.above=1\.0$"),
         ("run.from=", r"^override 'run\.from=': there is no value; for none write run\.from=null$"),
         ("checkpoint.dir=", r"^override 'checkpoint\.dir=': there is no value; for none write checkpoint\.dir=null$"),
+        (
+            "optimizer.weight_ema=None",
+            r"optimizer ademamix: weight_ema is the text 'None': for none at all, write null$",
+        ),
         ("optimizer.lr=fast", r"optimizer ademamix: lr must be a number, got the text 'fast'$"),
         ("train.steps=010", r"train\.steps: .*integer, got '010'"),
         ("schedule.cooldown=10", r"schedule\.cooldown: belongs to schedule\.name=wsd"),

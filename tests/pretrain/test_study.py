@@ -147,14 +147,16 @@ def test_a_study_under_torchrun_is_refused(finished, monkeypatch):
 
 
 def test_trials_are_runs_of_one_process_in_the_studys_folders(tmp_path):
-    path = written(tmp_path, run__seed=5, engine="{name: zero, compute_dtype: bf16}", checkpoint__dir="memory://bucket")
+    path = written(
+        tmp_path, run__seed=5, engine="{name: zero, compute_dtype: bf16}", checkpoint__dir=f"file://{tmp_path}/bucket"
+    )
     trials = compare(path).trials
     assert [(t.name, t.config.run.seed) for t in trials] == [
         ("ademamix-seed5", 5), ("ademamix-seed6", 6), ("adamw-seed5", 5), ("adamw-seed6", 6),
     ]  # fmt: skip
     one = trials[0].config
     assert one.folder == tmp_path / "runs/tiny-compare/ademamix-seed5"
-    assert str(one.store) == "memory://bucket/tiny-compare/ademamix-seed5"
+    assert str(one.store).endswith("/bucket/tiny-compare/ademamix-seed5")
     assert (one.engine.name, one.engine.compute_dtype) == ("single", "bf16")
     assert one.tracking.wandb.group == "tiny-compare"
 
@@ -170,7 +172,9 @@ def test_runs_of_one_seed_begin_alike_whatever_their_optimizer(finished):
 
 def test_a_study_whose_config_has_changed_is_refused_by_name_and_more_seeds_are_not(finished):
     compare(finished.path, seeds=3).settle()
-    compare(finished.path, names=("adamw", "sgd"), overrides=["eval.sample_tokens=3", "data.prefetch=1"]).settle()
+    compare(
+        finished.path, names=("adamw", "sgd", "ademamix"), overrides=["eval.sample_tokens=3", "data.prefetch=1"]
+    ).settle()
     for override, said in (
         ("optimizer.lr=1e-3", r"adamw-seed1: optimizer.lr: 0.003 → 0.001"),
         ("eval.batches=1", r"ademamix-seed0: eval.batches: 2 → 1"),
@@ -210,12 +214,26 @@ def test_a_study_that_branched_goes_on_from_the_checkpoint_that_it_found(finishe
     assert [trial.finished for trial in again.trials] == [True, False]
 
 
+def test_results_of_more_runs_are_not_replaced_by_those_of_fewer(finished):
+    for names, seeds, left in ((["adamw"], 2, "ademamix-seed0, ademamix-seed1"), (["adamw", "ademamix"], 1, "seed1")):
+        fewer = compare(finished.path, names, seeds)
+        with pytest.raises(InputError, match=rf"--name: .*also holds .*{left}.*or choose another --name"):
+            run(fewer, 1, True, report())
+
+
+def test_what_one_process_cannot_run_is_refused_before_any_run(tmp_path):
+    with pytest.raises(
+        InputError, match=r"adamw, as each run of a study is one process: model\.dtype: AdamW on single"
+    ):
+        compare(written(tmp_path), overrides=["model.dtype=bf16"])
+
+
 def test_a_second_call_starts_nothing_and_shows_the_results(finished, monkeypatch):
     monkeypatch.setattr(jobs, "command", lambda config: pytest.fail("nothing is missing"))
     shown = report()
     assert run(finished, 2, False, shown) == 0
     text = shown.console.export_text()
-    assert "4, 2 seeds of each; 4 are finished" in text
+    assert "4, 2 seeds of each; 4 finished" in text
     assert str(finished.folder / "best.yaml") in text
     assert "held-out loss" in text
 

@@ -66,6 +66,10 @@ def joined(weight, low):
         ({"engine": "{name: deepspeed}"}, r"model\.dtype: deepspeed makes bf16 weights .* engine\.compute_dtype=bf16"),
         ({"engine": "{name: fsdp, compute_dtype: fp32}"}, r"engine\.compute_dtype: bf16 weights"),
         ({"optimizer": ADAMW}, r"model\.dtype: AdamW on fsdp would round .*engine\.name=zero"),
+        (
+            {"optimizer": "{name: muon, lr: 1e-2}", "engine": "{name: ddp}"},
+            r"choose optimizer\.name=ademamix, or model",
+        ),
         ({"model__dtype": "fp16"}, r"model\.dtype: "),
         ({"model__dtype": "fp32", "optimizer__master_weights": "split"}, r"optimizer\.master_weights: split is for"),
     ],
@@ -133,10 +137,17 @@ def test_a_branch_takes_masters_from_weights_and_weights_from_masters(folder):
         assert torch.equal(joined(to_split[name, "weight"], to_split[name, "master_low"]), exact), name
         assert torch.equal(to_whole[name, "master"], exact), name
         assert torch.equal(to_whole[name, "weight"], to_split[name, "weight"]), name
-    back, whole = begun("back", "fp32"), stored(folder, "fp32", 3)
-    assert {kind for _, kind in back} == {"weight", "m1", "m2", "nu"}
-    assert all(torch.equal(back[name, "weight"], whole[name, "master"]) for name in weights)
-    left, split = begun("left", "split", **bf16("none")), stored(folder, "split", 3)
+    whole, split = stored(folder, "fp32", 3), stored(folder, "split", 3)
+    for source in ("fp32", "split"):
+        back = begun(f"back-{source}", source)
+        assert {kind for _, kind in back} == {"weight", "m1", "m2", "nu"}
+        assert all(torch.equal(back[name, "weight"], whole[name, "master"]) for name in weights)
+    into_whole, into_split = begun("into-whole", "split", **bf16("fp32")), begun("into-split", "fp32", **bf16("split"))
+    for name in weights:
+        assert torch.equal(into_whole[name, "weight"], whole[name, "weight"]), name
+        assert torch.equal(into_whole[name, "master"], whole[name, "master"]), name
+        assert torch.equal(into_split[name, "master_low"], split[name, "master_low"]), name
+    left = begun("left", "split", **bf16("none"))
     assert all(torch.equal(left[name, "weight"], split[name, "weight"]) for name in weights)
 
 

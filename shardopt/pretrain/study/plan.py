@@ -20,7 +20,7 @@ import yaml
 from shardopt import checkpoint
 from shardopt.checkpoint.stored import step_of
 from shardopt.engines import SingleConfig
-from shardopt.errors import InputError, did_you_mean
+from shardopt.errors import InputError, did_you_mean, few
 from shardopt.optim import registry
 from shardopt.pretrain import branch, hub, strict_yaml
 from shardopt.pretrain.config import Config, changes, load, parse
@@ -122,7 +122,12 @@ class Study:
         if tree["checkpoint"]["dir"] is not None:
             tree["checkpoint"]["dir"] = f"{tree['checkpoint']['dir'].rstrip('/')}/{self.name}"
         tree["tracking"]["wandb"]["group"] = tree["tracking"]["wandb"]["group"] or self.name
-        return Trial(variant, parse(tree))
+        trial = Trial(variant, parse(tree))
+        try:
+            trial.config.check_ranks(1, distributed=False)
+        except InputError as error:
+            raise InputError(f"{variant.name}, as each run of a study is one process: {error}") from error
+        return trial
 
     @cached_property
     def engine(self) -> dict[str, Any]:
@@ -135,8 +140,15 @@ class Study:
         Those of now, where none has begun.
 
         Raises:
-            InputError: a run has begun with another config, naming the runs and the keys; or see `branch.resolve`.
+            InputError: a run has begun with another config, naming the runs and the keys; the folder has runs that
+                are not of this study, whose results these would replace; or see `branch.resolve`.
         """
+        own = {trial.name for trial in self.trials}
+        if others := {path.parent.name for path in self.folder.glob("*/metrics.jsonl")} - own:
+            raise InputError(
+                f"--name: {self.folder} also holds {few(others)}, which are not of this study and would be left out of "
+                f"its results: give their variants and seeds too, or choose another --name"
+            )
         recorded = {trial.name: old for trial in self.trials if (old := _recorded(trial)) is not None}
         if (origin := next(iter(recorded.values()), None)) is None:
             base = hub.pin(self.base)

@@ -41,7 +41,7 @@ def run(study: Study, jobs: int | None, dry_run: bool, report: Report | None = N
     report = report or Report(True)
     with writing(f"the study's folder {study.folder}"):
         study.folder.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(study.folder / ".lock")
+    lock = RunLock(study.folder / ".lock", "--name")
     try:
         study.settle()
         with writing(study.folder):
@@ -83,7 +83,7 @@ def _introduce(study: Study, places: list[dict[str, str]] | None, sweep: str, re
     runs, seeds, done = len(study.trials), len(study.seeds), sum(trial.finished for trial in study.trials)
     facts: dict[str, object] = {
         "variants": [line for variant in study.variants for line in textwrap.wrap(_words(variant), COLUMNS)],
-        "runs": f"{runs}, {seeds} seed{'s' * (seeds > 1)} of each" + (f"; {done} are finished" if done else ""),
+        "runs": f"{runs}, {seeds} seed{'s' * (seeds > 1)} of each" + (f"; {done} finished" if done else ""),
         "study folder": study.folder,
         "W&B sweep": sweep,
     }
