@@ -128,10 +128,17 @@ def test_shipped_library_is_of_this_source_and_processor(libraries, monkeypatch)
 
 
 @pytest.mark.usefixtures("shipped")
-def test_compiler_that_is_named_goes_before_what_was_shipped(monkeypatch):
-    monkeypatch.setenv("CC", "false")
-    with pytest.raises(InputError, match="the C compiler 'false' does not run"):
+def test_compiler_that_is_named_goes_before_what_was_shipped_where_it_runs(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ]\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(InputError, match="cannot build the kernel"):
         cpu._load()
+    monkeypatch.setenv("CC", "false")
+    with pytest.warns(UserWarning, match="the C compiler 'false' does not run.*came with the package is taken"):
+        assert cpu._load().shardopt_step
 
 
 @pytest.mark.usefixtures("shipped")

@@ -110,16 +110,16 @@ def cache_folder() -> Path:
 
 
 def _load() -> ctypes.CDLL:
-    """The library: the package's own if it has one and CC names no compiler; else from the cache folder or, with a
-    warning, from one that is built for this process alone.
+    """The library: the package's own if it has one and CC names no compiler that runs; else from the cache folder or,
+    with a warning, from one that is built for this process alone.
 
     Raises:
         InputError: no C compiler, or it failed.
     """
-    unusable = ""
-    if not os.environ.get("CC") and (library := shipped()) is not None:
+    unusable, own = "", shipped()
+    if own is not None and not _is_named():
         try:
-            return ctypes.CDLL(str(library))
+            return ctypes.CDLL(str(own))
         except OSError as e:  # such as another C library than that of the wheel
             unusable = f"; nor can the package's own library be loaded: {e}"
     try:
@@ -139,6 +139,15 @@ def _load() -> ctypes.CDLL:
             raise InputError(f"{reason}; nor can the library be loaded from {folder}: {e}") from e
     warnings.warn(f"shardopt's C kernel is built anew for every process: {reason}", stacklevel=2)
     return loaded
+
+
+def _is_named() -> bool:
+    """Whether CC names a compiler, with a warning where that one does not run."""
+    try:
+        return bool(os.environ.get("CC")) and bool(Compiler())
+    except InputError as e:
+        warnings.warn(f"CC: {e}; the kernel that came with the package is taken", stacklevel=3)
+        return False
 
 
 class Compiler:
