@@ -47,9 +47,11 @@ class AdEMAMix(CheckedOptimizer):
         lr: learning rate, a number or a 0-d tensor. With 0 the averages move and no weight does.
         betas: decays of the fast average m1, the second moment nu and the slow average m2. beta1 = 0 keeps no m1.
         alpha: weight of the slow average in the update.
-        eps, eps_root: added to the denominator outside the square root, and inside it.
+        eps: added to the denominator, outside the square root.
+        eps_root: added inside the square root.
         weight_decay: decoupled weight decay, times lr.
-        alpha_warmup, beta3_warmup: steps over which alpha rises from 0 and beta3 from beta1; None for no warm-up.
+        alpha_warmup: steps over which alpha rises from 0; None for no warm-up.
+        beta3_warmup: steps over which beta3 rises from beta1; None for no warm-up.
         second_moment: "adam", or "yogi" (nu <- nu - (1 - beta2) sign(nu - g^2) g^2).
         maximize: ascend instead of descending.
         state_dtype: "fp32", "bf16", "block16" or "block8", or a mapping from m1, m2, nu and weight_ema to one of them
