@@ -20,5 +20,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _sweep(arguments: argparse.Namespace) -> int:
     from shardopt.pretrain.study.plan import grid
 
-    variants = grid(arguments.grid)
+    variants = grid(arguments.grid, arguments.overrides)
     return studies.run(arguments, variants, "sweep", baseline=variants[0].name)

@@ -100,6 +100,7 @@ def test_a_grid_has_every_combination_and_a_list_is_one_value():
         (["sweep", "--grid", "optimizer.name=adam,adamw"], "--grid optimizer.name: optimizers have keys of their own"),
         (["sweep", "--grid", "engine.name=ddp"], "--grid engine.name: engine is not for a grid"),
         (["sweep", "--grid", "optimizer.lr=1", "--grid", "optimizer.lr=2"], "--grid optimizer.lr: stands twice"),
+        (["sweep", "optimizer.lr=1", "--grid", "optimizer.lr=2"], "optimizer.lr: is a value for all runs, and --grid"),
         (["sweep", "--grid", "optimizer.lr=1e-3,-1"], "lr--1: optimizer ademamix: lr"),
         (["sweep", "--grid", "optimizer.lr=1", "--baseline", "lr-2"], "--baseline lr-2: is none of lr-1"),
         (["sweep", "--grid", "optimizer.lr=1", "--name", "a/b"], "--name a/b: is a folder inside run.dir"),

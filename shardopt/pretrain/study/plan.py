@@ -219,16 +219,18 @@ def _taken_over(given: Mapping[str, Any], name: str) -> dict[str, Any]:
     return kept
 
 
-def grid(axes: Sequence[str]) -> list[Variant]:
+def grid(axes: Sequence[str], overrides: Sequence[str] = ()) -> list[Variant]:
     """A variant for each point of a grid.
 
     Args:
         axes: "KEY=VALUE,VALUE,…", values as YAML; "[…]" is one value.
+        overrides: "KEY=VALUE" for all runs.
 
     Raises:
         InputError: no values, or a key that stands twice or is the study's own.
     """
     values: dict[str, list[Any]] = {}
+    fixed = {override.partition("=")[0] for override in overrides}
     for text in axes:
         key, equals, listed = text.partition("=")
         points = _value(f"--grid {text}", f"[{listed}]")
@@ -241,6 +243,8 @@ def grid(axes: Sequence[str]) -> list[Variant]:
             raise InputError("--grid optimizer.name: optimizers have keys of their own; use shardopt compare")
         if key in values:
             raise InputError(f"--grid {key}: stands twice; write all its values in one")
+        if key in fixed:
+            raise InputError(f"{key}: is a value for all runs, and --grid {key} has its values: leave one out")
         values[key] = points
     leaves = [key.rpartition(".")[2] for key in values]
     shown = [leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(values, leaves, strict=True)]
