@@ -6,9 +6,10 @@
 For each state format one run on each engine (`shardopt pretrain --nproc-per-node RANKS`), and one that is killed
 (SIGKILL, all its processes) --moves times and goes on from its newest checkpoint on the next engine of the list.
 Compared with the first engine are the training losses of every step: the largest difference, and that of the last step.
-Engines add up gradients in other orders, so they differ in last bits. In fp32 such a difference stays in the state and
-may grow with every step; where the state is stored in fewer bits, both runs mostly round to the same value, which ends
-the difference: the bits that round are the same on every engine, since they depend on seed, step and element alone.
+An engine that does not take a state format (DeepSpeed in blocks) is left out there. Engines add up gradients in other
+orders, so they differ in last bits. In fp32 such a difference stays in the state and may grow with every step; where
+the state is stored in fewer bits, both runs mostly round to the same value, which ends the difference: the bits that
+round are the same on every engine, since they depend on seed, step and element alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import yaml
 from scripts.bench_page import Line, Panel, draw, keep, table
 from shardopt.checkpoint import latest
 from shardopt.checkpoint.stored import step_of
+from shardopt.errors import InputError
 from shardopt.pretrain.config import load
 from shardopt.pretrain.record import read_metrics
 
@@ -47,9 +49,25 @@ class Runs:
         self.config, self.overrides, self.ranks, self.folder = config, overrides, ranks, folder
         self.steps = load(config, overrides).train.steps
 
-    def start(self, name: str, engine: str, state: str, every: int) -> subprocess.Popen[bytes]:
+    def settings(self, engine: str, state: str) -> list[str]:
         section = engine if engine.startswith("{") else f"{{name: {engine}}}"
-        settings = [f"run.name={name}", f"run.dir={self.folder}", f"engine={section}", f"optimizer.state_dtype={state}"]
+        return [f"engine={section}", f"optimizer.state_dtype={state}"]
+
+    def taking(self, engines: list[str], state: str) -> list[str]:
+        """Those of the engines that take the state format."""
+
+        def takes(engine: str) -> bool:
+            try:
+                load(self.config, [*self.overrides, *self.settings(engine, state)]).check_ranks(self.ranks)
+            except InputError as error:
+                print(f"{short(engine)}, {state}: {error}", file=sys.stderr)
+                return False
+            return True
+
+        return list(filter(takes, engines))
+
+    def start(self, name: str, engine: str, state: str, every: int) -> subprocess.Popen[bytes]:
+        settings = [f"run.name={name}", f"run.dir={self.folder}", *self.settings(engine, state)]
         settings += ["tracking.log_every=1", f"checkpoint.every={every}", "checkpoint.async=false"]
         command = [sys.executable, "-m", "shardopt", "pretrain", "--nproc-per-node", str(self.ranks), self.config]
         return subprocess.Popen([*command, *self.overrides, *settings], stdout=sys.stderr)
@@ -122,12 +140,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="study-engines-") as folder:
         runs = Runs(arguments.config, arguments.overrides, arguments.ranks, Path(folder))
         for state in arguments.formats:
-            losses[state] = {short(engine): runs.whole(engine, state) for engine in engines}
-            losses[state][MOVED], went[state] = runs.moved(engines, state, arguments.moves)
+            taking = runs.taking(engines, state)
+            losses[state] = {short(engine): runs.whole(engine, state) for engine in taking}
+            losses[state][MOVED], went[state] = runs.moved(taking, state, arguments.moves)
     first, *others = losses[arguments.formats[0]]
-    gaps = {s: {name: apart(of[name], of[first]) for name in others} for s, of in losses.items()}
+    gaps = {s: {name: apart(of[name], of[first]) for name in others if name in of} for s, of in losses.items()}
     rows = [
-        [name, *(f"{max(gaps[state][name]):.1e}, {gaps[state][name][-1]:.1e}" for state in losses)] for name in others
+        [name, *(f"{max(of[name]):.1e}, {of[name][-1]:.1e}" if name in of else "not taken" for of in gaps.values())]
+        for name in others
     ]
     text = table([f"against {first}", *losses], rows)
     text += (

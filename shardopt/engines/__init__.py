@@ -8,7 +8,7 @@ import torch
 
 from shardopt.engines.base import Engine, EngineInputs, weights_dtype
 from shardopt.engines.ddp import DdpConfig, DdpEngine
-from shardopt.engines.deepspeed.config import DeepspeedConfig
+from shardopt.engines.deepspeed.config import DeepspeedConfig, check_state_dtype
 from shardopt.engines.deepspeed.engine import DeepspeedEngine
 from shardopt.engines.fsdp import FsdpConfig, FsdpEngine
 from shardopt.engines.single import SingleConfig, SingleEngine
@@ -52,6 +52,8 @@ def check(
     if isinstance(config, ZeroConfig | FsdpConfig | DeepspeedConfig) and not optimizer.elementwise:
         refused = f"{name} cannot shard {optimizer.cls.__name__}: {optimizer.reason}"
         raise InputError(f"engine.name: {refused}; choose ddp or another optimizer")
+    if isinstance(config, DeepspeedConfig):
+        check_state_dtype("optimizer.state_dtype", optimizer.kwargs.get("state_dtype", "fp32"))
     if weights == torch.bfloat16:
         _check_narrow(config, optimizer)
 

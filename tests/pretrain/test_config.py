@@ -236,6 +236,12 @@ def test_ranks_that_cannot_share_the_batch_are_told_what_would_do(tmp_path):
         config.check_ranks(3)
 
 
+def test_state_in_blocks_is_refused_under_deepspeed_before_any_rank_starts(tmp_path):
+    config = tiny.config(tmp_path, engine="{name: deepspeed}", optimizer__state_dtype="{m2: block8}")
+    with pytest.raises(InputError, match=r"optimizer\.state_dtype: block8 has scales .* another engine than DeepSpeed"):
+        config.check_ranks(2)
+
+
 def test_a_resumed_run_may_change_how_it_runs_but_not_what_it_computes(tmp_path):
     old = tiny.config(tmp_path).as_dict()
     free = tiny.config(tmp_path, engine="{name: ddp}", train__micro_batch=4, tracking__log_every=7, eval__every=3)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from shardopt.engines.base import Engine, EngineInputs, compute_dtype
 from shardopt.engines.compile import compile_forward
-from shardopt.engines.deepspeed.config import DeepspeedConfig, check_state_dtype
+from shardopt.engines.deepspeed.config import DeepspeedConfig
 from shardopt.engines.deepspeed.layouts import Flat
 from shardopt.engines.deepspeed.state import COUNTS, DeepspeedState
 from shardopt.errors import InputError, MissingExtraError
@@ -32,7 +32,6 @@ class DeepspeedEngine(Engine):
 
     def __init__(self, config: DeepspeedConfig, inputs: EngineInputs) -> None:
         ranks, spec, model = inputs.ranks, inputs.optimizer, inputs.model
-        check_state_dtype("optimizer.state_dtype", spec.kwargs.get("state_dtype", "fp32"))
         for name, param in named_parameters(model):
             if not param.dim():
                 raise InputError(f"parameter {name} has no dimension, as DeepSpeed needs: give it the shape (1,)")
