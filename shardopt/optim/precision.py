@@ -244,20 +244,21 @@ class _Block8(_InBlocks):
         return (values if self.signed else values * values) * _per_element(scale, codes)
 
     def _encode(self, values: Tensor, bits: Tensor, largest: Tensor, scale: Tensor) -> Tensor:
-        steps = 127.0 if self.signed else 255.0 * 255.0
-        scale.copy_(largest * (1.0 / steps))
-        inverse = torch.where(scale >= torch.finfo(torch.float32).tiny, 1.0 / scale, 0.0)
-        x = values * _per_element(inverse, values)
+        if not self.signed:
+            values, largest = square_root(values), square_root(largest)
+        # by a hair longer than it need be: no element may come to lie above the largest code
+        step = largest * ((1.0 + 2.0**-20) / (127.0 if self.signed else 255.0))
+        scale.copy_(step if self.signed else step * step)
+        inverse = torch.where(step >= (2.0**-110 if self.signed else 2.0**-63), 65536.0 / step, 0.0)
+        fixed = torch.round(values * _per_element(inverse, values)).int()  # in 2^-16 of a step
         if self.signed:
-            # between 256 and 512 an ulp is 2^-15: less the bits of 384, the sum's are a number of steps of that size
-            steps_of_2_15 = (x + 384.0).view(torch.int32) - 0x43C00000
-            return ((2 * steps_of_2_15 + bits) >> 16).clamp(-127, 127)
-        uniform = bits.float() * 2.0**-16
-        below = torch.floor(square_root(x))
-        # between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself
-        above = (x - below * below) > uniform * (2.0 * below + 1.0)
-        code = (below + above.float()).clamp(0.0, 255.0)
-        return torch.where((code == 0) & (values > 0), 1.0, code)
+            return (fixed + bits) >> 16
+        below, rest = fixed >> 16, fixed & 0xFFFF
+        # between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself:
+        # rest - rest (1 - rest) / (2 k + 1)
+        above = (rest - bits).clamp(min=0) * (2 * below + 1) > (rest * (0x10000 - rest)) >> 16
+        code = below + above
+        return torch.where(code > 0, code, (values > 0).int())
 
 
 def _per_element(of_block: Tensor | None, like: Tensor) -> Tensor:

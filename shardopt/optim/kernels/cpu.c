@@ -39,10 +39,11 @@ INLINE void store(void *p, U x) { memcpy(p, &x, sizeof x); }
 
 /* least and most are the second argument where one of the two is a NaN.
  * upper: the LANES 16-bit numbers from `first` (0 or LANES) on, of TURN that lie at p, each times 2^16.
- * highs, lows: the upper, lower halves of two vectors' numbers. bytes: stores the lower bytes; bytes_below: 255 for more.
+ * highs, lows: the upper, lower halves of two vectors' numbers. bytes: stores the lower bytes. difference: of what is less, 0.
+ * to_nearest: whole numbers, halves to even ones. above: one more where xy, of 32 bits, is above the bound.
  * carried: high, and one more where low + bits is 2^16 or more; to_bf16 only below the largest bf16: what is finite stays so,
  * and so does a NaN, which arithmetic leaves quiet, with the topmost of its mantissa's bits set; below: block16's largest code.
- * above_zero: codes, at least 1 where the value is above 0. plus_, less_product: x + ab, x - ab of exact products ab. */
+ * above_zero: codes, at least 1 where the value is above 0. */
 #if LANES == 16
 typedef __mmask16 M;
 INLINE U pick(M m, U a, U b) { return (U)_mm512_mask_blend_epi32(m, (__m512i)b, (__m512i)a); }
@@ -54,7 +55,6 @@ INLINE U larger(U a, U b) { return (U)_mm512_max_epu32((__m512i)a, (__m512i)b); 
 INLINE U smaller(U a, U b) { return (U)_mm512_min_epu32((__m512i)a, (__m512i)b); }
 INLINE uint32_t largest_of(U x) { return _mm512_reduce_max_epu32((__m512i)x); }
 INLINE F root(F x) { return _mm512_sqrt_ps(x); }
-INLINE F floor_of(F x) { return _mm512_floor_ps(x); }
 INLINE U upper(const uint16_t *p, int first) {
     static const uint16_t order[2][32] = {
         {0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15},
@@ -90,12 +90,15 @@ INLINE W above_zero(W codes, F x, F y) {
     const __mmask32 above = _mm512_kunpackw(less(zero, y), less(zero, x));
     return (W)_mm512_mask_max_epu16((__m512i)codes, above, (__m512i)codes, _mm512_set1_epi16(1));
 }
-INLINE F pick_one(M m, F x) { return _mm512_mask_add_ps(x, m, x, _mm512_set1_ps(1.0f)); }
-INLINE F plus_product(F x, F a, F b) { return _mm512_fmadd_ps(a, b, x); }
-INLINE F less_product(F x, F a, F b) { return _mm512_fnmadd_ps(a, b, x); }
-INLINE F whole_numbers(const uint16_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p))); }
 INLINE void bytes(void *p, W x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi16_epi8((__m512i)x)); }
-INLINE void bytes_below(void *p, W x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtusepi16_epi8((__m512i)x)); }
+INLINE U to_nearest(F x) { return (U)_mm512_cvtps_epi32(x); }
+INLINE W difference(W x, W y) { return (W)_mm512_subs_epu16((__m512i)x, (__m512i)y); }
+INLINE W upper_product(W x, W y) { return (W)_mm512_mulhi_epu16((__m512i)x, (__m512i)y); }
+INLINE W above(W whole, W x, W y, W bound) {
+    const __m512i high = (__m512i)upper_product(x, y);
+    const __mmask32 stays = _mm512_mask_cmple_epu16_mask(_mm512_testn_epi16_mask(high, high), (__m512i)(W)(x * y), (__m512i)bound);
+    return (W)_mm512_mask_blend_epi16(stays, (__m512i)(W)(whole + (uint16_t)1), (__m512i)whole);
+}
 #else
 typedef I M;
 INLINE U pick(M m, U a, U b) { return ((U)m & a) | (~(U)m & b); }
@@ -110,7 +113,6 @@ INLINE uint32_t largest_of(U x) {
     for (int l = 0; l < LANES; l++) found = x[l] > found ? x[l] : found;
     return found;
 }
-INLINE F pick_one(M m, F x) { return x + (F)((U)m & 0x3F800000u); }
 INLINE W carried_below(W high, W low, W bits, int is_nu) {
     return high - ((W)((W)(low + bits) < bits) & (W)(high < (uint16_t)(is_nu ? 0xFFFF : 0x7FFF)));
 }
@@ -118,11 +120,8 @@ INLINE W carried(W high, W low, W bits) { return high - (W)((W)(low + bits) < bi
 INLINE W carried_to_bf16(W high, W low, W bits) {
     return high - ((W)((W)(low + bits) < bits) & (W)((W)(high + high) < (uint16_t)0xFEFE));
 }
-INLINE F plus_product(F x, F a, F b) { return x + a * b; }
-INLINE F less_product(F x, F a, F b) { return x - a * b; }
 #if LANES == 8
 INLINE F root(F x) { return _mm256_sqrt_ps(x); }
-INLINE F floor_of(F x) { return _mm256_floor_ps(x); }
 INLINE U upper(const uint16_t *p, int first) {
     return (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + first))) << 16;
 }
@@ -134,15 +133,14 @@ INLINE W halves(U a, U b, int high) {
     const __m256i x = (__m256i)(high ? a >> 16 : a & 0xFFFFu), y = (__m256i)(high ? b >> 16 : b & 0xFFFFu);
     return (W)_mm256_permute4x64_epi64(_mm256_packus_epi32(x, y), 0xD8);
 }
-INLINE F whole_numbers(const uint16_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p))); }
-INLINE void bytes_below(void *p, W x) {
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16((__m256i)x, (__m256i)x), 0x08);
+INLINE void bytes(void *p, W x) {
+    const __m256i low = (__m256i)(x & (uint16_t)0xFF), packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, low), 0x08);
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
 }
-INLINE void bytes(void *p, W x) { bytes_below(p, x & (uint16_t)0xFF); }
+INLINE U to_nearest(F x) { return (U)_mm256_cvtps_epi32(x); }
+INLINE W upper_product(W x, W y) { return (W)_mm256_mulhi_epu16((__m256i)x, (__m256i)y); }
 #else
 INLINE F root(F x) { F y; for (int l = 0; l < LANES; l++) y[l] = sqrtf(x[l]); return y; }
-INLINE F floor_of(F x) { F y; for (int l = 0; l < LANES; l++) y[l] = floorf(x[l]); return y; }
 INLINE U upper(const uint16_t *p, int first) { U y; for (int l = 0; l < LANES; l++) y[l] = (uint32_t)p[first + l] << 16; return y; }
 INLINE F from_bytes(const void *p, int is_signed) {
     F y;
@@ -154,10 +152,12 @@ INLINE W halves(U a, U b, int high) {
     for (int l = 0; l < LANES; l++) y[l] = (uint16_t)(a[l] >> 16 * high), y[LANES + l] = (uint16_t)(b[l] >> 16 * high);
     return y;
 }
-INLINE F whole_numbers(const uint16_t *p) { F y; for (int l = 0; l < LANES; l++) y[l] = (float)p[l]; return y; }
 INLINE void bytes(void *p, W x) { for (int l = 0; l < TURN; l++) ((uint8_t *)p)[l] = (uint8_t)x[l]; }
-INLINE void bytes_below(void *p, W x) { for (int l = 0; l < TURN; l++) ((uint8_t *)p)[l] = x[l] > 255 ? 255 : (uint8_t)x[l]; }
+INLINE U to_nearest(F x) { I y; for (int l = 0; l < LANES; l++) y[l] = (int32_t)lrintf(x[l]); return (U)y; }
+INLINE W upper_product(W x, W y) { W z; for (int l = 0; l < TURN; l++) z[l] = (uint16_t)((uint32_t)x[l] * y[l] >> 16); return z; }
 #endif
+INLINE W difference(W x, W y) { return (x - y) & (W)(x > y); }
+INLINE W above(W whole, W x, W y, W bound) { return whole - ((W)(upper_product(x, y) != 0) | (W)(x * y > bound)); }
 INLINE W above_zero(W codes, F x, F y) { return codes - ((W)(codes == 0) & halves((U)(x > 0.0f), (U)(y > 0.0f), 0)); }
 #endif
 INLINE W highs(U a, U b) { return halves(a, b, 1); }
@@ -166,7 +166,6 @@ INLINE uint32_t to_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 INLINE U all(uint32_t x) { return (U){0} + x; }
 INLINE F every(float x) { return (F)all(to_bits(x)); }
 INLINE F choose(M m, F a, F b) { return (F)pick(m, (U)a, (U)b); }
-INLINE U to_integers(F x) { return (U)__builtin_convertvector(x, I); } /* towards zero */
 INLINE float from_bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 
 /* -- random bits ---------------------------------------------------------------------------------------- */
@@ -274,7 +273,7 @@ INLINE F joined(U high, U low) { /* both above lower halves */
 
 /* -- state tensors ---------------------------------------------------------------------------------------- */
 
-/* New values of a tile in a block format until its scales are known, and of each block the largest magnitudes. */
+/* New values of a tile in a block format (block8: roots of nu) until its scales are known, and of each block the largest magnitudes. */
 typedef struct {
     float values[TILE] __attribute__((aligned(64)));
     U largest[TILE / BLOCK];
@@ -352,30 +351,28 @@ INLINE void block16(const float *values, uint16_t *codes, const uint16_t *bits, 
     else codes16(values, codes, bits, every(inverse * 0x1p-112f), n, 0, is_nu);
 }
 
-/* block8's code of nu, a square root. Between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself. */
-INLINE U rooted8(F x, F inverse, const uint16_t *bits) {
-    const F v = x * inverse, under = floor_of(root(v));
-    const F share = whole_numbers(bits) * plus_product(every(0x1p-16f), under, every(0x1p-15f));
-    return to_integers(pick_one(less(share, less_product(v, under, under)), under));
+/* block8: even steps, of nu's root as of the others. In 2^-16 of a step, whose lower half is then rounded by the bits. */
+INLINE W code8(F x, F y, F inverse, W bits, int is_nu) {
+    const U a = to_nearest(x * inverse), b = to_nearest(y * inverse);
+    const W whole = highs(a, b), rest = lows(a, b);
+    if (!is_nu) return carried(whole, rest, bits);
+    /* between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself: rest - rest (1 - rest) / (2 k + 1) */
+    const W odd = whole + whole + (uint16_t)1;
+    return above_zero(above(whole, difference(rest, bits), odd, upper_product(rest, (W){0} - rest)), x, y);
 }
 
 INLINE float factor8(uint32_t largest, int is_nu, float *scale) {
-    *scale = from_bits(largest) * (is_nu ? (float)(1.0 / (255.0 * 255.0)) : (float)(1.0 / 127.0));
-    return *scale >= 0x1p-126f ? 1.0f / *scale : 0.0f;
+    /* by a hair longer than it need be: no element may come to lie above the largest code */
+    const float step = from_bits(largest) * (float)((1.0 + 0x1p-20) / (is_nu ? 255.0 : 127.0));
+    *scale = is_nu ? step * step : step;
+    return step >= (is_nu ? 0x1p-63f : 0x1p-110f) ? 0x1p16f / step : 0.0f;
 }
 
 INLINE void block8(const float *values, uint8_t *codes, const uint16_t *bits, float factor, int n, int is_nu) {
     const F inverse = every(factor);
     for (int at = 0; at < n; at += TURN) {
         const F x = (F)load(values + at), y = (F)load(values + at + LANES);
-        if (is_nu) {
-            const U a = rooted8(x, inverse, bits + at), b = rooted8(y, inverse, bits + at + LANES);
-            bytes_below(codes + at, above_zero(lows(a, b), x, y));
-            continue;
-        }
-        /* between 256 and 512 an ulp is 2^-15: twice the bits less those of 384 are multiples of 2^-16, of at most 127 */
-        const U a = (U)(x * inverse + 384.0f), b = (U)(y * inverse + 384.0f);
-        bytes(codes + at, carried(highs(a + a, b + b), lows(a + a, b + b), load16(bits + at)) - (uint16_t)0x8780);
+        bytes(codes + at, code8(x, y, inverse, load16(bits + at), is_nu));
     }
 }
 
@@ -525,6 +522,8 @@ INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
             if (c.eps_root != 0.0f) /* seldom: else an addition less */
                 for (int v = 0; v < 2; v++) root_of_nu[v] = nu[v] + c.eps_root;
             for (int v = 0; v < 2; v++) root_of_nu[v] = root(root_of_nu[v]);
+            if (k.nu == BLOCK8) /* which stores the root */
+                for (int v = 0; v < 2; v++) nu[v] = c.eps_root != 0.0f ? root(nu[v]) : root_of_nu[v];
             for (int v = 0; v < 2; v++) {
                 m1[v] = g[v];
                 if (k.m1 != NONE) m1[v] = average(decode(&m1s, at, v * LANES, k.m1, 0, k.twice), g[v], c.beta1, c.rate1, k.any_beta);

@@ -254,6 +254,14 @@ def _read_state(
 
 
 @triton.jit
+def _to_nearest(x):
+    """Whole numbers (int32), halves to even ones. From 2^23 on there are no others."""
+    size = tl.abs(x)
+    size = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size).to(tl.int32)
+    return tl.where(x < 0.0, -size, size)
+
+
+@triton.jit
 def _write_state(
     row,
     NAME: tl.constexpr,
@@ -293,27 +301,24 @@ def _write_state(
             code = tl.where(wrong[:, None], 0, code)
             _write(at, tl.uint16, code.to(tl.uint16), block, left, offsets, ALIGNED, FULL)
         else:
-            PER_STEP: tl.constexpr = 1.0 / (255.0 * 255.0) if IS_NU else 1.0 / 127.0
-            scale = largest.to(tl.float32, bitcast=True) * PER_STEP
-            inverse = tl.where(scale >= 2.0**-126, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 0.0)
-            y = x * inverse[:, None]
+            LONGEST: tl.constexpr = 255.0 if IS_NU else 127.0
+            LEAST: tl.constexpr = 2.0**-63 if IS_NU else 2.0**-110
+            y = tl.sqrt_rn(x) if IS_NU else x
+            of_largest = largest.to(tl.float32, bitcast=True)
+            of_largest = tl.sqrt_rn(of_largest) if IS_NU else of_largest
+            step = of_largest * ((1.0 + 2.0**-20) / LONGEST)
+            scale = step * step if IS_NU else step
+            inverse = tl.where(step >= LEAST, tl.div_rn(tl.full(step.shape, 65536.0, tl.float32), step), 0.0)
+            fixed = _to_nearest(y * inverse[:, None])  # in 2^-16 of a step: precision._Block8
             if IS_NU:
-                uniform = bits.to(tl.int32).to(tl.float32) * (2.0**-16)
-                # tl.floor takes subnormals for zeros on a GPU: integers cut instead, held in their range before
-                root = tl.sqrt_rn(y)
-                below = tl.where(root < 256.0, root, 256.0).to(tl.int32).to(tl.float32)
-                # between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself
-                code = below + tl.where(y - below * below > uniform * (below * 2.0 + 1.0), 1.0, 0.0)
-                code = tl.where(code < 255.0, code, 255.0)
-                code = tl.where((code == 0.0) & (x > 0.0), 1.0, code)
-                code = tl.where(wrong[:, None], 0.0, code)
-                _write(at, tl.uint8, code.to(tl.int32).to(tl.uint8), block, left, offsets, ALIGNED, FULL)
-            else:
-                code = ((y + 384.0).to(tl.int32, bitcast=True) - 0x43C00000) * 2 + bits.to(
-                    tl.int32
-                )  # precision._Block8
-                code = tl.minimum(tl.maximum(code >> 16, -127), 127)
+                below, rest = fixed >> 16, fixed & 0xFFFF
+                above = tl.maximum(rest - bits.to(tl.int32), 0) * (2 * below + 1) > (rest * (0x10000 - rest)) >> 16
+                code = below + above.to(tl.int32)
+                code = tl.where((code == 0) & (x > 0.0), 1, code)
                 code = tl.where(wrong[:, None], 0, code)
+                _write(at, tl.uint8, code.to(tl.uint8), block, left, offsets, ALIGNED, FULL)
+            else:
+                code = tl.where(wrong[:, None], 0, (fixed + bits.to(tl.int32)) >> 16)
                 _write(at, tl.int8, code.to(tl.int8), block, left, offsets, ALIGNED, FULL)
         scale = tl.where(wrong, float("nan"), scale)
         scales = tl.load(row + _word(NAME + "_scale"))
