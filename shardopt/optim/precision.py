@@ -244,20 +244,19 @@ class _Block8(_InBlocks):
         return (values if self.signed else values * values) * _per_element(scale, codes)
 
     def _encode(self, values: Tensor, bits: Tensor, largest: Tensor, scale: Tensor) -> Tensor:
+        scale.copy_(largest * (1.0 / (127.0 if self.signed else 255.0 * 255.0)))
+        step = scale
         if not self.signed:
-            values, largest = square_root(values), square_root(largest)
-        # by a hair longer than it need be: no element may come to lie above the largest code
-        step = largest * ((1.0 + 2.0**-20) / (127.0 if self.signed else 255.0))
-        scale.copy_(step if self.signed else step * step)
+            values, step = square_root(values), square_root(scale)
         inverse = torch.where(step >= (2.0**-110 if self.signed else 2.0**-63), 65536.0 / step, 0.0)
         fixed = torch.round(values * _per_element(inverse, values)).int()  # in 2^-16 of a step
         if self.signed:
-            return (fixed + bits) >> 16
+            return ((fixed + bits) >> 16).clamp(max=127)
         below, rest = fixed >> 16, fixed & 0xFFFF
         # between k^2 and (k + 1)^2, up with the probability that keeps the mean of nu itself:
         # rest - rest (1 - rest) / (2 k + 1)
         above = (rest - bits).clamp(min=0) * (2 * below + 1) > (rest * (0x10000 - rest)) >> 16
-        code = below + above
+        code = (below + above).clamp(max=255)
         return torch.where(code > 0, code, (values > 0).int())
 
 

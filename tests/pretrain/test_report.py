@@ -291,7 +291,7 @@ def test_names_in_tables_are_no_markup():
     text, _ = data_report.render({"sources": [source | {"label": name} for name in names]}, [])
     study = SimpleNamespace(baseline="[/b]")
     rows = [SimpleNamespace(variant=SimpleNamespace(name=name)) for name in names]
-    results = SimpleNamespace(study=study, rows=rows, best=None, _cells=lambda _: [""] * 5)
+    results = SimpleNamespace(study=study, rows=rows, best=None, _cells=lambda _: [""] * 5, _only_key=lambda: "[/k]")
     for table in (render(holdings), text, Results.table(results)):
         said = [line.strip() for line in text_of(table)]
         assert all(any(line.startswith(name.replace("\n", "\\n")) for line in said) for name in names), said

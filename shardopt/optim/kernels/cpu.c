@@ -39,7 +39,7 @@ INLINE void store(void *p, U x) { memcpy(p, &x, sizeof x); }
 
 /* least and most are the second argument where one of the two is a NaN.
  * upper: the LANES 16-bit numbers from `first` (0 or LANES) on, of TURN that lie at p, each times 2^16.
- * highs, lows: the upper, lower halves of two vectors' numbers. bytes: stores the lower bytes. difference: of what is less, 0.
+ * highs, lows: the upper, lower halves of two vectors' numbers. bytes: stores codes of block8, the largest for more. difference: of what is less, 0.
  * to_nearest: whole numbers, halves to even ones. above: one more where xy, of 32 bits, is above the bound.
  * carried: high, and one more where low + bits is 2^16 or more; to_bf16 only below the largest bf16: what is finite stays so,
  * and so does a NaN, which arithmetic leaves quiet, with the topmost of its mantissa's bits set; below: block16's largest code.
@@ -90,7 +90,9 @@ INLINE W above_zero(W codes, F x, F y) {
     const __mmask32 above = _mm512_kunpackw(less(zero, y), less(zero, x));
     return (W)_mm512_mask_max_epu16((__m512i)codes, above, (__m512i)codes, _mm512_set1_epi16(1));
 }
-INLINE void bytes(void *p, W x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi16_epi8((__m512i)x)); }
+INLINE void bytes(void *p, W x, int is_nu) {
+    _mm256_storeu_si256((__m256i *)p, is_nu ? _mm512_cvtusepi16_epi8((__m512i)x) : _mm512_cvtsepi16_epi8((__m512i)x));
+}
 INLINE U to_nearest(F x) { return (U)_mm512_cvtps_epi32(x); }
 INLINE W difference(W x, W y) { return (W)_mm512_subs_epu16((__m512i)x, (__m512i)y); }
 INLINE W upper_product(W x, W y) { return (W)_mm512_mulhi_epu16((__m512i)x, (__m512i)y); }
@@ -133,9 +135,9 @@ INLINE W halves(U a, U b, int high) {
     const __m256i x = (__m256i)(high ? a >> 16 : a & 0xFFFFu), y = (__m256i)(high ? b >> 16 : b & 0xFFFFu);
     return (W)_mm256_permute4x64_epi64(_mm256_packus_epi32(x, y), 0xD8);
 }
-INLINE void bytes(void *p, W x) {
-    const __m256i low = (__m256i)(x & (uint16_t)0xFF), packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, low), 0x08);
-    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
+INLINE void bytes(void *p, W x, int is_nu) {
+    const __m256i v = (__m256i)x, packed = is_nu ? _mm256_packus_epi16(v, v) : _mm256_packs_epi16(v, v);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
 INLINE U to_nearest(F x) { return (U)_mm256_cvtps_epi32(x); }
 INLINE W upper_product(W x, W y) { return (W)_mm256_mulhi_epu16((__m256i)x, (__m256i)y); }
@@ -152,7 +154,12 @@ INLINE W halves(U a, U b, int high) {
     for (int l = 0; l < LANES; l++) y[l] = (uint16_t)(a[l] >> 16 * high), y[LANES + l] = (uint16_t)(b[l] >> 16 * high);
     return y;
 }
-INLINE void bytes(void *p, W x) { for (int l = 0; l < TURN; l++) ((uint8_t *)p)[l] = (uint8_t)x[l]; }
+INLINE void bytes(void *p, W x, int is_nu) {
+    for (int l = 0; l < TURN; l++) {
+        const int code = is_nu ? x[l] : (int16_t)x[l], most = is_nu ? 255 : 127;
+        ((uint8_t *)p)[l] = (uint8_t)(code > most ? most : code);
+    }
+}
 INLINE U to_nearest(F x) { I y; for (int l = 0; l < LANES; l++) y[l] = (int32_t)lrintf(x[l]); return (U)y; }
 INLINE W upper_product(W x, W y) { W z; for (int l = 0; l < TURN; l++) z[l] = (uint16_t)((uint32_t)x[l] * y[l] >> 16); return z; }
 #endif
@@ -320,7 +327,8 @@ INLINE void encode(State *s, int at, F x, F y, W bits, int format, int is_nu, in
     store(to + at, (U)x);
     store(to + at + LANES, (U)y);
     /* magnitudes order like their bits; a negative nu cannot be */
-    if (format != FP32) s->largest = larger(s->largest, is_nu ? larger((U)x, (U)y) : larger(magnitude(x), magnitude(y)));
+    if (format == FP32 || (format == BLOCK8 && is_nu)) return;
+    s->largest = larger(s->largest, is_nu ? larger((U)x, (U)y) : larger(magnitude(x), magnitude(y)));
 }
 
 /* fp32 whose upper halves are block16's code without its sign. */
@@ -362,9 +370,8 @@ INLINE W code8(F x, F y, F inverse, W bits, int is_nu) {
 }
 
 INLINE float factor8(uint32_t largest, int is_nu, float *scale) {
-    /* by a hair longer than it need be: no element may come to lie above the largest code */
-    const float step = from_bits(largest) * (float)((1.0 + 0x1p-20) / (is_nu ? 255.0 : 127.0));
-    *scale = is_nu ? step * step : step;
+    *scale = from_bits(largest) * (is_nu ? (float)(1.0 / (255.0 * 255.0)) : (float)(1.0 / 127.0));
+    const float step = is_nu ? sqrtf(*scale) : *scale;
     return step >= (is_nu ? 0x1p-63f : 0x1p-110f) ? 0x1p16f / step : 0.0f;
 }
 
@@ -372,7 +379,7 @@ INLINE void block8(const float *values, uint8_t *codes, const uint16_t *bits, fl
     const F inverse = every(factor);
     for (int at = 0; at < n; at += TURN) {
         const F x = (F)load(values + at), y = (F)load(values + at + LANES);
-        bytes(codes + at, code8(x, y, inverse, load16(bits + at), is_nu));
+        bytes(codes + at, code8(x, y, inverse, load16(bits + at), is_nu), is_nu);
     }
 }
 
@@ -522,8 +529,10 @@ INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
             if (c.eps_root != 0.0f) /* seldom: else an addition less */
                 for (int v = 0; v < 2; v++) root_of_nu[v] = nu[v] + c.eps_root;
             for (int v = 0; v < 2; v++) root_of_nu[v] = root(root_of_nu[v]);
-            if (k.nu == BLOCK8) /* which stores the root */
+            if (k.nu == BLOCK8) { /* which stores the root */
+                nus.largest = larger(nus.largest, larger((U)nu[0], (U)nu[1]));
                 for (int v = 0; v < 2; v++) nu[v] = c.eps_root != 0.0f ? root(nu[v]) : root_of_nu[v];
+            }
             for (int v = 0; v < 2; v++) {
                 m1[v] = g[v];
                 if (k.m1 != NONE) m1[v] = average(decode(&m1s, at, v * LANES, k.m1, 0, k.twice), g[v], c.beta1, c.rate1, k.any_beta);

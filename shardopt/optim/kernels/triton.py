@@ -301,24 +301,23 @@ def _write_state(
             code = tl.where(wrong[:, None], 0, code)
             _write(at, tl.uint16, code.to(tl.uint16), block, left, offsets, ALIGNED, FULL)
         else:
-            LONGEST: tl.constexpr = 255.0 if IS_NU else 127.0
+            PER_STEP: tl.constexpr = 1.0 / (255.0 * 255.0) if IS_NU else 1.0 / 127.0
             LEAST: tl.constexpr = 2.0**-63 if IS_NU else 2.0**-110
             y = tl.sqrt_rn(x) if IS_NU else x
-            of_largest = largest.to(tl.float32, bitcast=True)
-            of_largest = tl.sqrt_rn(of_largest) if IS_NU else of_largest
-            step = of_largest * ((1.0 + 2.0**-20) / LONGEST)
-            scale = step * step if IS_NU else step
+            scale = largest.to(tl.float32, bitcast=True) * PER_STEP
+            step = tl.sqrt_rn(scale) if IS_NU else scale
             inverse = tl.where(step >= LEAST, tl.div_rn(tl.full(step.shape, 65536.0, tl.float32), step), 0.0)
             fixed = _to_nearest(y * inverse[:, None])  # in 2^-16 of a step: precision._Block8
             if IS_NU:
                 below, rest = fixed >> 16, fixed & 0xFFFF
                 above = tl.maximum(rest - bits.to(tl.int32), 0) * (2 * below + 1) > (rest * (0x10000 - rest)) >> 16
-                code = below + above.to(tl.int32)
+                code = tl.minimum(below + above.to(tl.int32), 255)
                 code = tl.where((code == 0) & (x > 0.0), 1, code)
                 code = tl.where(wrong[:, None], 0, code)
                 _write(at, tl.uint8, code.to(tl.uint8), block, left, offsets, ALIGNED, FULL)
             else:
-                code = tl.where(wrong[:, None], 0, (fixed + bits.to(tl.int32)) >> 16)
+                code = tl.minimum((fixed + bits.to(tl.int32)) >> 16, 127)
+                code = tl.where(wrong[:, None], 0, code)
                 _write(at, tl.int8, code.to(tl.int8), block, left, offsets, ALIGNED, FULL)
         scale = tl.where(wrong, float("nan"), scale)
         scales = tl.load(row + _word(NAME + "_scale"))
