@@ -190,7 +190,7 @@ def test_words_and_dates_are_text_and_total_stands_for_the_steps_of_a_warmup():
     config = load("configs/quickstart.yaml", ["run.name=2024-01-31", "tracking.wandb.group=off", "run.resume=never"])
     assert (config.run.name, config.tracking.wandb.group) == ("2024-01-31", "off")
     given = config.optimizer.spec(300, 0).kwargs
-    assert (given["alpha_warmup"], given["beta3_warmup"], given["lr"]) == (300, 300, 6e-3)
+    assert (given["alpha_warmup"], given["beta3_warmup"], given["lr"]) == (300, 300, 1.5e-3)
     assert given["betas"] == (0.9, 0.99, 0.999)
 
 
