@@ -63,6 +63,7 @@ def test_the_image_without_cuda_trains(tmp_path: Path) -> None:
     command = [sys.executable, run_dockerfile.__file__, "--build-arg", "DEVICE=cpu", str(tmp_path / "image"), "--"]
     run = [
         "pretrain",
+        "--nproc-per-node=2",
         "configs/quickstart.yaml",
         "train.steps=2",
         "schedule.warmup=0",
