@@ -376,11 +376,13 @@ class AdEMAMix(CheckedOptimizer):
     def _update(self) -> None:
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
-        absent = self._plan.absent if self._plan is not None and self._is_planned() else range(len(params))
+        plan = self._plan if self._is_planned() else None
+        absent = range(len(params)) if plan is None else plan.absent
         if missing := [i for i in absent if grads[i] is not None and not self.state.get(params[i])]:
             groups = [group for group in self.param_groups for _ in group["params"]]
             for i in missing:
                 self._create_state(groups[i], params[i])
-        if not self._current_plan().step(grads):
+            plan = None
+        if not (plan or self._current_plan()).step(grads):
             self._plan = None
             self._current_plan().step(grads)
