@@ -61,6 +61,7 @@ CASES = [
         "speed", 90, "gpu_kernels:speed", "a step beside torch's AdamW and bitsandbytes' AdEMAMix; GB/s against a copy"
     ),
     Case("tune", 40, "gpu_kernels:tune", "the kernel with other block sizes and numbers of warps, in ms"),
+    Case("train", 240, "gpu_train:train", "a Llama of 98M parameters trained with AdamW and AdEMAMix: what a step costs"),
 ]
 
 

@@ -154,8 +154,9 @@ def replays(**options: Any) -> str:
     for p in [*params, *twins]:
         p.grad = torch.zeros_like(p)
     lr = torch.tensor(1e-2, device=DEVICE)
-    captured = shardopt.AdEMAMix(params, lr=lr, kernel="triton", capturable=True, **options)
-    eager = shardopt.AdEMAMix(twins, kernel="triton", **options)
+    named, twins_named = ([(f"p{i}", p) for i, p in enumerate(tensors)] for tensors in (params, twins))
+    captured = shardopt.AdEMAMix(named, lr=lr, kernel="triton", capturable=True, **options)
+    eager = shardopt.AdEMAMix(twins_named, kernel="triton", **options)  # of the same names: the same random bits
 
     def step(number: int, go: Callable[[], Any]) -> None:
         lr.fill_(1e-2 / number)
