@@ -132,7 +132,7 @@ def trained(engine: str, folder: Path) -> Row:
         settings = [f"run.dir={folder}", f"engine={{name: {engine}}}", "schedule.warmup=1"]
         settings += [f"data.sources=[{{source: text, paths: [{folder}/text]}}]", "train.global_batch=32"]
         settings += ["train.micro_batch=1", "eval.batches=1", "checkpoint.every=3", "profile.steps=2"]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "WANDB_MODE": "offline"}
         return subprocess.run(
             [*command, *settings, *changes], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
         )

@@ -81,7 +81,7 @@ def figures(rows: list[dict[str, Any]]) -> tuple[str, bool]:
 
 
 def _shardopt(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "WANDB_MODE": "offline"}
     command = [sys.executable, "-m", "shardopt", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS)
 
