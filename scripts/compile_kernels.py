@@ -5,7 +5,8 @@
 
 A kind is what a launch is compiled for: the formats of its tensors, and how its rows lie. A line of the Markdown table
 has registers of a thread and shared bytes of a program, bytes that are spilled, and of the memory that is moved the
-bytes per element that the formats call for beside those of wide loads and stores. `faults` says what is wrong with the
+bytes per element that the formats call for beside those of vector loads and stores (a thread's four codes of one byte
+are a word). `faults` says what is wrong with the
 code; the exit status is 1 where there is something. tests/optim/test_triton.py calls it. Nothing runs: no speeds here.
 """
 
@@ -36,6 +37,7 @@ _CODE |= {"fp32": 1, "bf16": 2, "fp16": 5} | {name: fmt.code for name, fmt in FO
 _SPILL = 16  # bytes a thread that may go through the cache: a quarter of what it reads at the least
 _SIZE = {"none": 0, "fp32": 4, "bf16": 2, "fp16": 2, "block16": 2, "block8": 1}
 _MEMORY = re.compile(r"^\s*(@\S+\s+)?(?:ld|st)\.global(?:\.\w+)*?\.v(\d)\.b(\d+)", re.MULTILINE)
+_NARROW = re.compile(r"^\s*(?:ld|st)\.global(?:\.\w+)*?\.b(?:8|16)\b", re.MULTILINE)  # that no mask guards
 _INSTRUCTION = re.compile(r"^\s*(?:@\S+\s+)?([a-z][\w.:]*)\s", re.MULTILINE)
 
 
@@ -53,6 +55,8 @@ class Kind:
     yogi: bool = False
     aligned: bool = True  # rows begin on 16 bytes
     rows: bool = False  # elements lie in rows of the whole parameter: a part of its columns
+    odd: bool = False  # rows begin at an odd index
+    low: bool = False  # a beta is under a half
 
     def __str__(self) -> str:
         states = [self.m1, self.m2, self.nu]
@@ -61,11 +65,13 @@ class Kind:
         text += f", grad {self.grad}" if self.grad != self.weight else ""
         text += f", average {self.weight_ema}" if self.weight_ema != "none" else ""
         flags = {"yogi": self.yogi, "columns": self.rows, "not on 16 bytes": not self.aligned}
+        flags |= {"from an odd index": self.odd, "a beta under 0.5": self.low}
         return ", ".join([text, *(name for name, on in flags.items() if on)])
 
     def number(self) -> int:
         """The constant KIND."""
         flags = self.yogi * FLAG_BITS["yogi"] | self.aligned * kernel._ALIGNED.value | self.rows * kernel._ROWS.value
+        flags |= (not self.rows and not self.odd) * kernel._EVEN.value | self.low * kernel._LOW.value
         return kernel.kind_of(
             weight_type=_CODE[self.weight],
             grad_type=_CODE[self.grad],
@@ -74,9 +80,14 @@ class Kind:
             flags=flags,
         )
 
-    def bytes_moved(self) -> int:
-        """Bytes per element that a step reads and writes, without the scales of block formats."""
-        moved = _SIZE[self.grad] + 2 * sum(_SIZE[getattr(self, key)] for key in ROUNDED)
+    def bytes_moved(self, least: int = 1) -> int:
+        """Bytes per element that a step reads and writes, without the scales of block formats.
+
+        Args:
+            least: leave out elements of fewer bytes: a thread's four codes of one byte are a word, not a vector.
+        """
+        sizes = [_SIZE[getattr(self, key)] for key in ROUNDED]
+        moved = _SIZE[self.grad] + 2 * sum(size for size in sizes if size >= least)
         weight = _SIZE[self.weight]
         return moved + {None: 2 * weight, "fp32": weight + 8, "split": 2 * weight + 4}[self.master]
 
@@ -92,6 +103,7 @@ def kinds() -> list[Kind]:
     ]
     found = [_alike(s, weight=w, grad=w, master=m) for s in FORMATS for w, m in weights]
     found += [_alike(s, aligned=False) for s in FORMATS]
+    found += [_alike(s, odd=True, low=True) for s in FORMATS]
     found += [_alike(s, weight="bf16", grad="bf16", rows=True) for s in FORMATS]
     found += [_alike(s, m1="none") for s in FORMATS]
     found += [_alike(s, yogi=True, weight_ema=s) for s in FORMATS]
@@ -195,7 +207,10 @@ def faults(found: Compiled, kind: Kind | None) -> Iterator[str]:
     for operation in ("div.rn.f32", "sqrt.rn.f32"):
         if names.count(operation) < 2 * PER_THREAD:  # in whole programs and in the last one of a row
             yield f"fewer {operation} than elements"
-    expected = kind.bytes_moved() if kind.aligned else 0
+    narrow = _NARROW.findall(found.ptx)
+    if kind.aligned and narrow:
+        yield f"{len(narrow)} loads and stores of less than 4 bytes"
+    expected = kind.bytes_moved(least=2) if kind.aligned else 0
     if found.wide_bytes() != expected:
         yield f"wide loads and stores move {found.wide_bytes():g} bytes per element, the formats {expected}"
 

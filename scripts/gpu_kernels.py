@@ -33,9 +33,11 @@ OPTIONS: list[dict[str, Any]] = [
     {"weight_ema": 0.9, "state_dtype": {"m2": "bf16", "weight_ema": "bf16"}},
     {"weight_ema": 0.9, "state_dtype": "block8", "weight": torch.bfloat16},
     {"lr": 0.0, "state_dtype": "bf16", "weight_ema": 0.9},
+    {"betas": (0.4, 0.3, 0.9999), "state_dtype": "block8"},
     {"grad": torch.bfloat16},
     {"grad": torch.float16, "state_dtype": "block16"},
     {"layout": Layout.contiguous("p", (3 << 32,), (1 << 33) - 2500, 5000), "sizes": (5000,), "state_dtype": "bf16"},
+    {"layout": Layout.contiguous("p", (3 << 32,), (1 << 33) - 2499, 5000), "sizes": (5000,), "state_dtype": "bf16"},
     {"layout": Layout("p", (70, 201), (Range(77, 0, 4900, 70, 201),)), "sizes": (4900,), "state_dtype": "bf16"},
     {
         "layout": Layout("p", (9, 3 << 30), (Range(640, 0, 4608, 512, 3 << 30),)),
@@ -316,7 +318,7 @@ def tune() -> Iterator[Row]:
 
     chosen = module._BLOCK, dict(module._OPTIONS)
     try:
-        for block, warps in ((512, 4), (1024, 2), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8)):
+        for block, warps in ((256, 1), (256, 2), (512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8)):
             module._BLOCK = block
             module._OPTIONS["num_warps"] = warps
             text = ""

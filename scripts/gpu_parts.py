@@ -8,6 +8,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,15 +32,15 @@ ENGINES = ("single", "ddp", "fsdp", "zero", "deepspeed")
 def parts() -> Iterator[Row]:
     checks = (staged, read_ahead, timed, random_numbers, peak, names)
     for check in checks:
-        yield attempt(check)
+        yield attempt(check.__name__, check)
 
 
-def attempt(check: Callable[[], Row]) -> Row:
+def attempt(name: str, check: Callable[[], Row]) -> Row:
     """The row of a check; one that raises does not keep the others from running."""
     try:
         return check()
     except Exception as error:
-        return check.__name__, False, f"{type(error).__name__}: {error}"[:200]
+        return name, False, f"{type(error).__name__}: {error}"[:200]
 
 
 def staged() -> Row:
@@ -120,8 +122,9 @@ def engines() -> Iterator[Row]:
         text.mkdir()
         for number in range(40):
             text.joinpath(f"{number}.txt").write_text(f"document {number} of words that come again. " * 40)
-        for engine in ENGINES:
-            yield attempt(lambda engine=engine: trained(engine, Path(folder)))  # type: ignore[misc]
+        checks = [partial(trained, engine, Path(folder)) for engine in ENGINES]
+        with ThreadPoolExecutor(len(checks)) as pool:  # most of a run this small is imports
+            yield from pool.map(attempt, ENGINES, checks)
 
 
 def trained(engine: str, folder: Path) -> Row:
@@ -131,10 +134,16 @@ def trained(engine: str, folder: Path) -> Row:
             command += ["--nproc-per-node", "gpu"]
         settings = [f"run.dir={folder}", f"engine={{name: {engine}}}", "schedule.warmup=1"]
         settings += [f"data.sources=[{{source: text, paths: [{folder}/text]}}]", "train.global_batch=32"]
-        settings += ["train.micro_batch=1", "eval.batches=1", "checkpoint.every=3", "profile.steps=2"]
+        settings += [
+            "train.micro_batch=1",
+            "eval.batches=1",
+            "data.tokenizer=byte",
+            "checkpoint.every=3",
+            "profile.steps=2",
+        ]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "WANDB_MODE": "offline"}
         return subprocess.run(
-            [*command, *settings, *changes], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+            [*command, *settings, *changes], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100
         )
 
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A Llama of 98M parameters trained on all GPUs under FSDP2, with AdamW and with AdEMAMix: a case of scripts/gpu_check.py.
+"""A Llama of 98M parameters trained on all GPUs under FSDP2, by AdamW and by AdEMAMix: a case of gpu_check.py.
 
 The model is that of configs/llama-124m.yaml with a tokenizer of 16,384 pieces; the text is the Python sources of the
 standard library and of torch, which are wherever this runs. What it shows is that training works there as a
@@ -22,7 +22,7 @@ import torch
 
 Row = tuple[str, bool | None, str]  # what, whether it holds (None: it was not run), in what figures
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, SECONDS = 300, 100  # of a run
+STEPS, SECONDS = 100, 100  # of a run
 TORCH = Path(torch.__file__).parent
 SETTINGS = [
     "configs/llama-124m.yaml",
@@ -31,32 +31,30 @@ SETTINGS = [
     "data.tokenizer={bpe: 16384}",
     f"train.steps={STEPS}",
     "train.micro_batch=16",
-    "train.compile=blocks",
     "train.grad_clip=1.0",
-    "schedule.warmup=30",
+    "schedule.warmup=10",
     "schedule.min_lr_ratio=0.05",
-    "eval.every=100",
+    f"eval.every={STEPS}",
     "eval.batches=4",
     f"checkpoint.every={STEPS}",
 ]
 SHORT = "lr: 1.5e-3, betas: [0.9, 0.99, 0.999], alpha: 2.0, alpha_warmup: total, beta3_warmup: total"
 OPTIMIZERS = {
     "AdamW": "{name: adamw, lr: 1.5e-3, betas: [0.9, 0.95], weight_decay: 0.1}",
-    "AdEMAMix, fp32 state": f"{{name: ademamix, {SHORT}, weight_decay: 0.1}}",
     "AdEMAMix, bf16 state": f"{{name: ademamix, {SHORT}, weight_decay: 0.1, state_dtype: bf16}}",
 }
 
 
 def train() -> Iterator[Row]:
-    """A row of each optimizer: held-out loss against the first one, tokens a second, MFU, time of the update, memory."""
+    """A row of each optimizer: held-out loss, tokens a second, MFU, time of the update, memory."""
     with tempfile.TemporaryDirectory() as folder:
-        prepared = _shardopt("data", "prepare", *SETTINGS)
+        prepared = shardopt("data", "prepare", *SETTINGS)
         yield "the text", prepared.returncode == 0, _last(prepared)
         for name, optimizer in OPTIMIZERS.items():
             run = Path(folder, name.replace(", ", "-").replace(" ", "-"))
             began = time.perf_counter()
             changes = [f"run.dir={folder}", f"run.name={run.name}", f"optimizer={optimizer}"]
-            done = _shardopt("pretrain", "--nproc-per-node", "gpu", *SETTINGS, *changes)
+            done = shardopt("pretrain", "--nproc-per-node", "gpu", *SETTINGS, *changes)
             if done.returncode:
                 yield name, False, _last(done)
                 continue
@@ -65,7 +63,7 @@ def train() -> Iterator[Row]:
 
 
 def figures(rows: list[dict[str, Any]]) -> tuple[str, bool]:
-    """Of the rows of metrics.jsonl: the figures in words, and whether the held-out loss fell below 60 % of the first."""
+    """Of the rows of metrics.jsonl: the figures in words, and whether held-out loss is under 80 % of the first loss."""
     scores = [row["eval_loss"] for row in rows if "eval_loss" in row]
     steady = [row for row in rows if "step_time" in row][len(rows) // 3 :]
 
@@ -77,13 +75,17 @@ def figures(rows: list[dict[str, Any]]) -> tuple[str, bool]:
     text += f"{median('tokens_per_second') / 1e3:.0f}k tokens/s, MFU {median('mfu'):.0%}, "
     text += f"{1e3 * median('step_time'):.0f} ms a step, of that the update {1e3 * median('update'):.1f}, "
     text += f"peak {max(row['memory_bytes'] for row in steady) / 2**30:.1f} GiB"
-    return text, scores[-1] < 0.6 * first
+    return text, scores[-1] < 0.8 * first
 
 
-def _shardopt(*arguments: str) -> subprocess.CompletedProcess[str]:
+def shardopt(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command, with its output; status 124 where it took too long."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "WANDB_MODE": "offline"}
     command = [sys.executable, "-m", "shardopt", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS)
+    try:
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"ended after {SECONDS} s")
 
 
 def _last(done: subprocess.CompletedProcess[str]) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ def gpu_check(monkeypatch):
 
 
 def test_cases_fit_ten_minutes_and_their_functions_exist(gpu_check):
-    assert sum(case.limit for case in gpu_check.CASES) <= 600
+    at_once = max(case.limit for case in gpu_check.CASES if not case.measures)
+    assert at_once + sum(case.limit for case in gpu_check.CASES if case.measures) <= 600
     for case in gpu_check.CASES:
         module, function = case.where.split(":")
         assert f"def {function}(" in (ROOT / "scripts" / f"{module}.py").read_text()
@@ -45,11 +47,26 @@ def test_what_there_is_no_time_for_is_said(gpu_check):
         now[0] += min(45, seconds)
         yield case.name, True, "fine"
 
-    cases = [gpu_check.Case(name, 50, "", "") for name in "abcd"]
+    cases = [gpu_check.Case(name, 50, "", "", measures=True) for name in "abcd"]
     results = list(gpu_check.check(cases, 2, run, lambda: now[0]))
     assert given == [50, 50, 30]
     assert [result.rows[0][1:] for result in results] == [(True, "fine")] * 3 + [(None, "no time was left")]
     assert [result.seconds for result in results] == [45, 45, 30, None]
+
+
+def test_cases_that_measure_have_the_gpu_to_themselves_and_the_others_run_at_once(gpu_check):
+    running, together = set(), threading.Barrier(3)
+
+    def run(case, seconds):
+        running.add(case.name)
+        if not case.measures:
+            together.wait(timeout=30)
+        yield case.name, True, " ".join(sorted(running)) if case.measures else ""
+        running.remove(case.name)
+
+    cases = [gpu_check.Case(name, 50, "", "", measures=name in "bd") for name in "abcde"]
+    rows = [row for result in gpu_check.check(cases, 2, run) for row in result.rows]
+    assert rows == [("a", True, ""), ("c", True, ""), ("e", True, ""), ("b", True, "b"), ("d", True, "d")]
 
 
 FIRST = ("first", True, "of two")
@@ -105,6 +122,7 @@ def test_the_page_names_the_machine_what_failed_and_what_was_not_run(gpu_check):
     assert "| 2 combinations of formats and options | ok | the same bits |" in text
     assert "| a\\|b | **FAIL** | 3 of 4 |" in text
     assert "| 2^31 | not run | needs 30 GB |" in text
+    assert re.search(r"\| speed \| .* \| not run \|  \|", text)  # it was not asked for
 
 
 def test_docs_gpu_md_is_a_page_of_this_script(gpu_check):
@@ -122,11 +140,12 @@ def test_parts_that_a_cpu_has_too_are_right_there(gpu_check, monkeypatch):
     monkeypatch.setattr(parts, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    rows = {what: (ok, figures) for what, ok, figures in map(parts.attempt, (parts.read_ahead, parts.random_numbers))}
+    checks = (parts.read_ahead, parts.random_numbers)
+    rows = {what: (ok, figures) for what, ok, figures in map(parts.attempt, "ab", checks)}
     assert all(ok for ok, _ in rows.values()), rows
     assert parts.staged() == ("a save's copy to the host", False, "pinned: False")
     assert parts.names()[1]
-    assert parts.attempt(lambda: 1 / 0)[1:] == (False, "ZeroDivisionError: division by zero")
+    assert parts.attempt("halves", lambda: 1 / 0) == ("halves", False, "ZeroDivisionError: division by zero")
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +153,19 @@ def _forget_scripts():
     yield
     for name in ("gpu_check", "gpu_parts"):
         sys.modules.pop(name, None)
+
+
+def test_the_figures_of_a_training_are_those_of_its_later_rows(gpu_check):
+    figures = importlib.import_module("gpu_train").figures
+    same = {"mfu": 0.1, "step_time": 0.5, "update": 0.01}
+    rows = [
+        {"step": 10 * i, "loss": 10 / i, "tokens_per_second": 1e5 * i, "memory_bytes": i << 30, **same}
+        for i in range(1, 7)
+    ]
+    rows.append({"step": 60, "eval_loss": 7.5})
+    assert figures(rows) == (
+        "held-out loss 7.500 after 60 steps (training: 10.00 at first), 450k tokens/s, MFU 10%, "
+        "500 ms a step, of that the update 10.0, peak 6.0 GiB",
+        True,
+    )
+    assert not figures([*rows, {"step": 60, "eval_loss": 8.5}])[1]

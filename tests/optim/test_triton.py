@@ -85,10 +85,11 @@ def test_every_option_has_the_bits_of_torch(interpreted, options):
     interpreted(same_as_torch, **options)
 
 
+@pytest.mark.parametrize("before", [601, 600])
 @pytest.mark.parametrize("state", ["bf16", "block8"])
-def test_indices_beyond_32_bits(interpreted, state):
-    # The keys change in the middle of a program; and a row that does not begin on 16 bytes.
-    layout = Layout("p0", (3 << 32,), (Range((1 << 33) - 601, 1, 1300),))
+def test_indices_beyond_32_bits(interpreted, state, before):
+    # The keys change in the middle of a program, from odd and even indices; and a row does not begin on 16 bytes.
+    layout = Layout("p0", (3 << 32,), (Range((1 << 33) - before, 1, 1300),))
     interpreted(same_as_torch, sizes=(1301,), layouts=[layout], state_dtype=state, weight=torch.bfloat16)
 
 
@@ -171,7 +172,7 @@ def many_tensors():
     finally:
         kernel._step_kernel, kernel._fill = step_kernel, fill
     assert_same(*outcomes)
-    assert launches == [sum(-(-(1 + 120 * i) // 1024) for i in range(14)), 1] * 3
+    assert launches == [sum(-(-(1 + 120 * i) // kernel._BLOCK) for i in range(14)), 1] * 3
     assert all(table is tables[0][0] and made is tables[0][1] for table, made in tables), "the map was built again"
 
 
@@ -196,7 +197,7 @@ def far(state):
                 rows[field] -= np.uint64(offset // 128 * 4)
         rows["length"] += offset
         rows["start"] -= offset
-        table.cache["triton_first"] = np.full(len(rows), -offset // 1024)
+        table.cache["triton_first"] = np.full(len(rows), -offset // kernel._BLOCK)
         return launches
 
     layout = Layout.contiguous("p0", (1 << 34,), (1 << 33) + 1, 1300)
@@ -320,6 +321,7 @@ def test_every_kind_compiles_to_wide_loads_and_exact_arithmetic(compiler, sm):
 def test_what_the_compiler_may_not_do_is_found(compiler):
     """A narrow load, a contracted multiply-add, subnormals as zeros, and registers in memory."""
     lines = ["ld.global.v4.b32 { %r1 }, [ %rd1 ];"] * 2 + ["@%p1 ld.global.v4.b32 { %r1 }, [ %rd1 ];"]
+    lines += ["st.global.b8 [ %rd1 ], { %rs1 };", "@%p1 st.global.b8 [ %rd1 ], { %rs1 };"]
     lines += ["div.rn.f32 %f1, %f2, %f3;", "sqrt.rn.f32 %f1, %f2;"] * 16
     lines += ["fma.rn.f32 %f1, %f2, %f3, %f4;", "mul.ftz.f32 %f1, %f2, %f3;"]
     built = compiler.Compiled("made up", 90, "\n".join(lines), 1, registers=255, spilled=64, shared=0)
@@ -327,7 +329,8 @@ def test_what_the_compiler_may_not_do_is_found(compiler):
         "64 bytes of registers are spilled",
         "inexact arithmetic: mul.ftz.f32",
         "a contracted multiply-add",
-        "wide loads and stores move 4 bytes per element, the formats 36",
+        "1 loads and stores of less than 4 bytes",
+        "wide loads and stores move 8 bytes per element, the formats 36",
     ]
 
 

@@ -1,15 +1,17 @@
 # mypy: allow-untyped-defs
 """The CUDA kernel, in Triton: one launch for a whole table, however many tensors it has.
 
-A program takes 1024 elements of one row. Which row, it reads from a map that is built once for a layout of rows
+A program takes 256 elements of one row. Which row, it reads from a map that is built once for a layout of rows
 (`table.cache`); everything that changes from step to step, pointers included, goes to the device in one asynchronous
-copy from pinned memory. Rows that differ in formats get a launch for each kind, since formats are known at compile
-time, and so do rows that do not begin on 16 bytes: theirs are narrow loads. A row's last, partial piece also loads
-narrowly, through a mask; all others are loaded and stored 16 bytes at a time.
+copy from pinned memory. Rows that differ in what is known at compile time get a launch for each kind: formats, betas
+under a half, how the row begins. A row that does not begin on 16 bytes has narrow loads. So has a row's last, partial
+piece, through a mask; all others are loaded and stored four elements at a time.
 
-The step is bound by memory (fp32 moves 36 bytes per element, bf16 state and fp32 weights 24), so 8 elements a thread
-are enough to keep more loads in flight than the memory's latency asks for, and the arithmetic (about 60 instructions,
-twice that with random bits) hides behind them. Nothing is used twice, so there is nothing to tile.
+The step is bound by memory (fp32 moves 36 bytes per element, bf16 state and fp32 weights 24), with block8 also by
+instructions. A thread has four elements, so that the registers let many programs run at once: they hide the latency
+of the chain from the map to the row to the tensors, and the arithmetic (about 60 instructions, twice that with random
+bits). Two neighbours share a random word, which is computed once where the row begins at an even index. Nothing is
+used twice, so there is nothing to tile. On an H100: docs/gpu.md.
 
 The arithmetic is that of optim/reference.py, operation for operation: `enable_fp_fusion=False` keeps the compiler
 from contracting multiply-adds, division and square root are the correctly rounded ones, subnormals are kept.
@@ -40,8 +42,8 @@ from shardopt.optim import schema
 from shardopt.optim.kernels.table import Table
 from shardopt.optim.precision import BLOCK, FORMATS, mix64
 
-_BLOCK = 1024  # elements of a program; a multiple of precision.BLOCK
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_BLOCK = 256  # elements of a program; a multiple of precision.BLOCK
+_OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 
 # Triton reads only constants that are marked as such.
 _FP32, _BF16, _BLOCK16, _BLOCK8 = (tl.constexpr(FORMATS[name].code) for name in ("fp32", "bf16", "block16", "block8"))
@@ -100,8 +102,9 @@ def _unsigned(name):
 
 # What a kernel is compiled for: the bytes schema.KINDS of a row in one number, with the bits to shift each down by.
 _KIND_BITS = {name: 8 * i for i, name in enumerate(schema.KINDS)}
-# In the place of flags: the row begins on 16 bytes everywhere; its elements lie in rows of the whole parameter.
-_ALIGNED, _ROWS = tl.constexpr(1 << 6), tl.constexpr(1 << 5)
+# In the place of flags: the row begins on 16 bytes everywhere; its elements lie in rows of the whole parameter; its
+# first element has an even index, so that two neighbours share a random word; one of its betas is under a half.
+_ALIGNED, _ROWS, _EVEN, _LOW = (tl.constexpr(1 << i) for i in (6, 5, 4, 7))
 
 
 def kind_of(**codes: int) -> int:
@@ -131,16 +134,15 @@ def _mix64(z):
 
 
 @triton.jit
-def _hash(stream, first, offsets):
-    """What the random words of an element share, for a program's elements, from its first one's index (uint64).
+def _hash(stream, number, ahead):
+    """What the random words of an element share: of the words `ahead` (uint32) of a number (uint64).
 
     The keys change where the number of a word, of which two elements have one, passes a multiple of 2^20.
     """
-    number = first >> 1
     here = _mix64(stream + (number >> 20) * 0xD1B54A32D192ED03)
     after = _mix64(stream + ((number >> 20) + 1) * 0xD1B54A32D192ED03)
     low = number.to(tl.uint32)
-    x = low + (((first & 1).to(tl.uint32) + offsets.to(tl.uint32)) >> 1)
+    x = low + ahead
     passed = (x >> 20) != (low >> 20)
     x = x * 0xED5AD4BB + tl.where(passed, after.to(tl.uint32), here.to(tl.uint32))
     x ^= x >> 16
@@ -160,12 +162,16 @@ def _hash_at(stream, index):
 
 
 @triton.jit
-def _bits(x, odd, NAME: tl.constexpr):
-    """The 16 random bits of a tensor: half a word, the upper one where the element's index is odd."""
+def _bits(x, odd, NAME: tl.constexpr, PAIRS: tl.constexpr):
+    """The 16 random bits of a tensor: half a word, the upper one where the element's index is odd.
+
+    Args:
+        x: of each element; with PAIRS of each two, and `odd` is not read.
+    """
     x ^= x >> _last_round(NAME, "before")
     x *= _last_round(NAME, "multiplier")
     x ^= x >> _last_round(NAME, "after")
-    return (x >> (odd * 16)) & 0xFFFF
+    return tl.interleave(x & 0xFFFF, x >> 16) if PAIRS else (x >> (odd * 16)) & 0xFFFF
 
 
 # -- memory: `at` is the address of a row's first element ------------------------------------------------------------
@@ -276,7 +282,7 @@ def _write_state(
     FULL: tl.constexpr,
 ):
     FORMAT: tl.constexpr = _code(KIND, NAME + "_format")
-    bits = _bits(hashed, odd, NAME) if FORMAT > _FP32 else hashed
+    bits = _bits(hashed, odd, NAME, _flag(KIND, _EVEN)) if FORMAT > _FP32 else hashed
     IS_NU: tl.constexpr = _unsigned(NAME)
     at = tl.load(row + _word(NAME))
     if FORMAT == _FP32:
@@ -334,9 +340,13 @@ def _scalar(row, NAME: tl.constexpr):
 
 
 @triton.jit
-def _average(x, new, beta, rate):
+def _average(x, new, beta, rate, KIND: tl.constexpr):
     """reference.average: from the side of the larger share."""
-    return tl.where(beta < 0.5, new + (x - new) * beta, x + (new - x) * rate)
+    if _flag(KIND, _LOW):
+        x = tl.where(beta < 0.5, new + (x - new) * beta, x + (new - x) * rate)
+    else:
+        x = x + (new - x) * rate
+    return x
 
 
 @triton.jit
@@ -377,8 +387,8 @@ def _update(row, block, left, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
     g = g * _scalar(row, "sign")
     fast = g
     if M1 != 0:
-        fast = _average(m1, g, _scalar(row, "beta1"), _scalar(row, "rate1"))
-    m2 = _average(m2, g, _scalar(row, "beta3"), _scalar(row, "rate3"))
+        fast = _average(m1, g, _scalar(row, "beta1"), _scalar(row, "rate1"), KIND)
+    m2 = _average(m2, g, _scalar(row, "beta3"), _scalar(row, "rate3"), KIND)
     squared = g * g
     squared = tl.where(squared > 2.0**127, 2.0**127, squared)  # reference.LARGEST_SQUARE
     if IS_YOGI:
@@ -386,7 +396,7 @@ def _update(row, block, left, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
         by = squared * _scalar(row, "rate2")
         nu = nu - tl.where(away > 0.0, by, tl.where(away < 0.0, -by, 0.0))
     else:
-        nu = _average(nu, squared, _scalar(row, "beta2"), _scalar(row, "rate2"))
+        nu = _average(nu, squared, _scalar(row, "beta2"), _scalar(row, "rate2"), KIND)
     moves = lr != 0.0
     denominator = tl.sqrt_rn(nu + _scalar(row, "eps_root")) + _scalar(row, "eps")
     u = tl.div_rn(fast * _scalar(row, "m1_factor") + m2 * _scalar(row, "m2_factor"), denominator)
@@ -404,10 +414,14 @@ def _update(row, block, left, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
             index = start + number // length * tl.load(row + _word("stride")) + number % length
             hashed = _hash_at(stream, index.to(tl.uint64))
             odd = (index & 1).to(tl.uint32)
+        elif _flag(KIND, _EVEN):
+            words = groups[:, None] * (_SCALE_BLOCK // 2) + tl.arange(0, _SCALE_BLOCK // 2)[None, :]
+            hashed = _hash(stream, (start + block).to(tl.uint64) >> 1, words.to(tl.uint32))
         else:
             first = (start + block).to(tl.uint64)
-            hashed = _hash(stream, first, offsets)
-            odd = ((first & 1).to(tl.uint32) + offsets.to(tl.uint32)) & 1
+            places = (first & 1).to(tl.uint32) + offsets.to(tl.uint32)
+            hashed = _hash(stream, first >> 1, places >> 1)
+            odd = places & 1
     if M1 != 0:
         _write_state(row, "m1", KIND, fast, hashed, odd, block, left, offsets, ALIGNED, FULL)
     _write_state(row, "m2", KIND, m2, hashed, odd, block, left, offsets, ALIGNED, FULL)
@@ -418,7 +432,7 @@ def _update(row, block, left, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
         elif WEIGHT == _FP16:
             _write(weight_at, tl.float16, w.to(tl.float16), block, left, offsets, ALIGNED, FULL)
         else:
-            code = _to_bf16(w, _bits(hashed, odd, "weight")) if ROUNDS_WEIGHT else _nearest_bf16(w)
+            code = _to_bf16(w, _bits(hashed, odd, "weight", _flag(KIND, _EVEN))) if ROUNDS_WEIGHT else _nearest_bf16(w)
             _write(weight_at, tl.uint16, code, block, left, offsets, ALIGNED, FULL)
             if MASTER == _SPLIT_MASTER:
                 rest = w.to(tl.uint32, bitcast=True) - (code.to(tl.uint32) << 16)
@@ -612,6 +626,15 @@ def _fill(out: np.ndarray, raw: np.ndarray, table: Table) -> None:
         out[count * _COLUMNS.value :] = raw.ravel()
 
 
+def _low(table: Table) -> np.ndarray:
+    """Whether a beta of each row is under a half, or may be at a captured step."""
+    rows = table.rows
+    betas = [rows["beta2"], rows["beta3"], np.where(rows["m1_format"], rows["beta1"], 1.0)]
+    if table.capturable:
+        betas[1] = np.minimum(rows["beta3_final"], np.where(rows["beta3_warmup"] > 0, rows["beta1"], 1.0))
+    return np.minimum.reduce(betas) < 0.5
+
+
 def _launches(table: Table, raw: np.ndarray, capturing: bool) -> list[_Launch]:
     """A launch for each kind of row, kept from step to step while the kinds are the same."""
     bytes_of_rows = table.rows.view(np.uint8).reshape(len(raw), -1)
@@ -619,6 +642,8 @@ def _launches(table: Table, raw: np.ndarray, capturing: bool) -> list[_Launch]:
     addresses = np.bitwise_or.reduce(raw[:, : len(schema.POINTERS)], axis=1)
     kinds[:, -1] = kinds[:, -1] & _YOGI.value | np.where(addresses & 15, 0, _ALIGNED.value)
     kinds[:, -1] |= np.where(table.rows["row"], _ROWS.value, 0).astype(np.uint8)
+    kinds[:, -1] |= np.where((table.rows["row"] == 0) & (table.rows["start"] & 1 == 0), _EVEN.value, 0).astype(np.uint8)
+    kinds[:, -1] |= np.where(_low(table), _LOW.value, 0).astype(np.uint8)
     cache = table.cache
     known = cache.get("triton_kinds")
     if known is not None:  # a row that is skipped this time keeps its kind, so that nothing is built anew
