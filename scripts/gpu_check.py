@@ -55,7 +55,7 @@ class Case:
 
 
 CASES = [
-    Case("bits", 150, "gpu_kernels:bits", "kernel and torch path have the bits of the CPU, in every format and option"),
+    Case("bits", 180, "gpu_kernels:bits", "kernel and torch path have the bits of the CPU, in every format and option"),
     Case("graphs", 60, "gpu_kernels:graphs", "replay N of a captured step is eager step N"),
     Case("large", 60, "gpu_kernels:large", "a tensor of over 2^31 elements ends as that end alone does (30 GB free)"),
     Case("zero", 80, "gpu_zero:zero", "our ZeRO over NCCL on all GPUs: numbers, waits, peak memory, gradient hooks"),

@@ -158,4 +158,4 @@ def trained(engine: str, folder: Path) -> Row:
             print("\n".join(lines[-40:]), file=sys.stderr)
             return engine, False, (lines[-1] if lines else "no output")[:200]
     rows = (folder / again / "metrics.jsonl").read_text().splitlines()
-    return engine, True, f"{len(rows)} rows of metrics, {time.perf_counter() - began:.0f} s"
+    return engine, True, f"rows of metrics: {len(rows)}, {time.perf_counter() - began:.0f} s"
