@@ -239,7 +239,7 @@ def tensors(shape: tuple[int, ...], count: int, dtype: torch.dtype) -> list[Tens
     return found
 
 
-def milliseconds(go: Callable[[], Any], calls: int = 10, rounds: int = 7) -> float:
+def milliseconds(go: Callable[[], Any], calls: int = 40, rounds: int = 7) -> float:
     """Median over rounds of the time of one of `calls` calls that are issued back to back."""
     for _ in range(3):
         go()

@@ -31,7 +31,7 @@ from tests.optim.test_kernels import (
 )
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: scripts/gpu_check.py runs these")
-SIZES = (1, 130, 1300)  # one element, a partial block of a scale, a whole program and a part
+SIZES = (1, 130, 400)  # one element, a partial block of a scale, a whole program and a part
 
 
 def start_worker() -> None:
