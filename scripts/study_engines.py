@@ -1,7 +1,7 @@
 """The same run on every engine, killed and moved between them: how far apart the losses are. Writes a table and a plot.
 
-    python scripts/study_engines.py scripts/bench.yaml --out bench/engines [--engines ddp "{name: zero, stage: 2}" ...]
-        [--formats fp32 bf16] [--ranks 2] [--moves 3] [key.sub=value ...]
+    python scripts/study_engines.py scripts/bench.yaml [key.sub=value ...] --out bench/engines
+        [--engines ddp "{name: zero, stage: 2}" ...] [--formats fp32 bf16] [--ranks 2] [--moves 3]
 
 For each state format one run on each engine (`shardopt pretrain --nproc-per-node RANKS`), and one that is killed
 (SIGKILL, all its processes) --moves times and goes on from its newest checkpoint on the next engine of the list.
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument(
         "--engines", nargs="+", default=ENGINES, help="names, or sections as YAML; the first is compared with"
     )
-    parser.add_argument("--formats", nargs="+", default=FORMATS, help="of the optimizer's state")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="of the optimizer's state")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--moves", type=int, default=3, help="kills of the run that is moved")
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json, table.txt and engines.png")
@@ -141,6 +141,8 @@ def main() -> None:
         runs = Runs(arguments.config, arguments.overrides, arguments.ranks, Path(folder))
         for state in arguments.formats:
             taking = runs.taking(engines, state)
+            if not taking:
+                parser.error(f"no engine takes {state} state: change the config, --ranks or --engines")
             losses[state] = {short(engine): runs.whole(engine, state) for engine in taking}
             losses[state][MOVED], went[state] = runs.moved(taking, state, arguments.moves)
     first, *others = losses[arguments.formats[0]]
