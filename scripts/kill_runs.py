@@ -325,7 +325,7 @@ def kill_at_random(run: Run, attempt: int, draw: random.Random, by_hand: bool) -
 def at_random(lab: Lab, engine: str, draw: random.Random) -> Run:
     kills, by_hand = lab.arguments.kills, lab.arguments.by_hand
     # Some more than kills, so that one that fails by itself is counted and does not end it.
-    whole, run = lab.runs(engine, 14 * kills + 20, 0 if by_hand else kills + 5)
+    whole, run = lab.runs(engine, 30 * kills + 20, 0 if by_hand else kills + 5)
     run.start()
     for count in range(kills):
         if not kill_at_random(run, 0 if by_hand else count, draw, by_hand):
