@@ -195,6 +195,7 @@ def serve(name: str, rank: int, world_size: int, folder: str, pipe: Any) -> None
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    os.dup2(2, 1)  # what DeepSpeed says of itself is no part of the table
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     host, settings, optimizer, kwargs = CONTENDERS[name]
     if host == "deepspeed":
@@ -294,7 +295,8 @@ def main() -> None:
                 "parameters": contender.parameters,
             }
             row = rows[contender.name]
-            print(f"{contender.name:40} {row['ms']:8.0f} ms {row['ratio']:6.2f} {row['min_ratio']:6.2f}", flush=True)
+            line = f"{contender.name:40} {row['ms']:8.0f} ms {row['ratio']:6.2f} {row['min_ratio']:6.2f}"
+            print(line, file=sys.stderr, flush=True)
         for contender in batch:
             contender.end()
     report(rows, arguments)
@@ -362,7 +364,7 @@ def report(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> No
                 least = f", by minima {rows[name]['min_ratio'] / rows[other]['min_ratio']:.2f}" if key == "ms" else ""
                 lines.append(f"- {name}: {ratio:.2f} × {what} of {other}{least} (at most {limit:.2f}: {verdict})")
     text = "\n".join(lines)
-    print("\n" + text)
+    print(text)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "engines.json").write_text(json.dumps({"about": header, "rows": rows}, indent=1) + "\n")
