@@ -7,9 +7,10 @@ For each state format one run on each engine (`shardopt pretrain --nproc-per-nod
 (SIGKILL, all its processes) --moves times and goes on from its newest checkpoint on the next engine of the list.
 Compared with the first engine are the training losses of every step: the largest difference, and that of the last step.
 An engine that does not take a state format (DeepSpeed in blocks) is left out there. Engines add up gradients in other
-orders, so they differ in last bits. In fp32 such a difference stays in the state and may grow with every step; where
-the state is stored in fewer bits, both runs mostly round to the same value, which ends the difference: the bits that
-round are the same on every engine, since they depend on seed, step and element alone.
+orders, so from three ranks on they differ in last bits (a sum of two has one order). In fp32 such a difference stays as
+small as it is until the training itself makes it grow. Where the state is stored in fewer bits it mostly disappears,
+since the bits that round are the same on every engine; but now and then it decides which way a value is rounded, and is
+then a step of that format.
 """
 
 from __future__ import annotations
