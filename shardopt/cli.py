@@ -193,7 +193,7 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
     from shardopt.checkpoint import latest
     from shardopt.pretrain.cores import usable_cores
     from shardopt.pretrain.events import read_events
-    from shardopt.pretrain.signals import SHUTDOWN_TIMEOUT
+    from shardopt.pretrain.signals import SHUTDOWN_TIMEOUT, seconds_to_kill
 
     wanted = arguments.nproc_per_node
     count = torch.cuda.device_count() if wanted == "gpu" else int(wanted) if wanted.isdecimal() else 0
@@ -224,7 +224,7 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
             if any(one["event"] == "start" and one["time"] >= started for one in events):
                 _say(
                     f"{e.sigval.name} ended the run before its checkpoint was complete (torchrun kills the ranks after "
-                    f"{os.environ[SHUTDOWN_TIMEOUT]} s: {SHUTDOWN_TIMEOUT}, or run.timeout_minutes); "
+                    f"{seconds_to_kill()}); "
                     f"{f'the newest is {saved}' if saved else 'there is none'}"
                 )
             else:

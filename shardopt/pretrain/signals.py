@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-# The environment variable by which torchrun's agent is told how many seconds after a signal it kills the ranks.
+# The environment variable by which torchrun's agent is told how many seconds after a signal it kills the ranks; torch 2.11
+# does not read it, and kills them after 30.
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
@@ -43,8 +44,15 @@ def stop_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
+def seconds_to_kill() -> str:
+    """How long torchrun waits after a signal before it kills the ranks, and what sets that; for a message."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if "shutdown_timeout" not in LaunchConfig.__dataclass_fields__:
+        return "30 s (always, in this torch)"
+    return f"{os.environ.get(SHUTDOWN_TIMEOUT, '30')} s ({SHUTDOWN_TIMEOUT})"
+
+
 def patience_of_torchrun() -> str:
-    """How long torchrun, if it has started this process, waits after a signal before it kills; for a message."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return ""
-    return f"; torchrun waits {os.environ.get(SHUTDOWN_TIMEOUT, '30')} s for it ({SHUTDOWN_TIMEOUT})"
+    """How long torchrun, if it has started this process, waits for a checkpoint; for a message."""
+    return f"; torchrun waits {seconds_to_kill()} for it" if "TORCHELASTIC_RUN_ID" in os.environ else ""

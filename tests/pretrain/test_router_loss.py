@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from shardopt.pretrain import data, model
@@ -34,6 +36,8 @@ def their_loss(net: Any, rows: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_transformers_whole_and_in_chunks(family: str) -> None:
+    if family == "granitemoe" and Version(transformers.__version__) < Version("5.17"):
+        pytest.skip("GraniteMoE's own loss fails in transformers before 5.17")
     shape = FAMILIES[family] | {"output_router_logits": True}
     plain = made(family, None, **shape)
     expected = their_loss(plain, tokens())
