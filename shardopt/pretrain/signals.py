@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-# The environment variable by which torchrun's agent is told how many seconds after a signal it kills the ranks; torch 2.11
-# does not read it, and kills them after 30.
+# The environment variable by which torchrun's agent is told how many seconds after a signal it kills the ranks; that of
+# torch 2.11 does not read it, and kills them after 30.
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
