@@ -6,8 +6,8 @@
 A kind is what a launch is compiled for: the formats of its tensors, and how its rows lie. A line of the Markdown table
 has registers of a thread and shared bytes of a program, bytes that are spilled, and of the memory that is moved the
 bytes per element that the formats call for beside those of vector loads and stores (a thread's four codes of one byte
-are a word). `faults` says what is wrong with the
-code; the exit status is 1 where there is something. tests/optim/test_triton.py calls it. Nothing runs: no speeds here.
+are a word). `faults` says what is wrong with the code; the exit status is 1 where there is something.
+tests/optim/test_triton.py calls it. Nothing runs: no speeds here.
 """
 
 from __future__ import annotations

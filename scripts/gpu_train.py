@@ -72,7 +72,9 @@ def figures(rows: list[dict[str, Any]]) -> tuple[str, bool]:
 
     first = next(row["loss"] for row in rows if "loss" in row)
     text = f"held-out loss {scores[-1]:.3f} after {rows[-1]['step']} steps (training: {first:.2f} at first), "
-    text += f"{median('tokens_per_second') / 1e3:.0f}k tokens/s, MFU {median('mfu'):.0%}, "
+    text += f"{median('tokens_per_second') / 1e3:.0f}k tokens/s, "
+    if all("mfu" in row for row in steady):  # the device's peak is known
+        text += f"MFU {median('mfu'):.0%}, "
     text += f"{1e3 * median('step_time'):.0f} ms a step, of that the update {1e3 * median('update'):.1f}, "
     text += f"peak {max(row['memory_bytes'] for row in steady) / 2**30:.1f} GiB"
     return text, scores[-1] < 0.8 * first

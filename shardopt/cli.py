@@ -224,7 +224,7 @@ def _start_ranks(arguments: argparse.Namespace, config: Config) -> int:
             if any(one["event"] == "start" and one["time"] >= started for one in events):
                 _say(
                     f"{e.sigval.name} ended the run before its checkpoint was complete (torchrun kills the ranks after "
-                    f"{seconds_to_kill()}); "
+                    f"{seconds_to_kill(f'{SHUTDOWN_TIMEOUT}, or run.timeout_minutes')}); "
                     f"{f'the newest is {saved}' if saved else 'there is none'}"
                 )
             else:

@@ -44,13 +44,13 @@ def stop_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def seconds_to_kill() -> str:
-    """How long torchrun waits after a signal before it kills the ranks, and what sets that; for a message."""
+def seconds_to_kill(means: str = SHUTDOWN_TIMEOUT) -> str:
+    """How long torchrun waits after a signal before it kills ranks, and by what `means` that is set, for a message."""
     from torch.distributed.launcher.api import LaunchConfig
 
     if "shutdown_timeout" not in LaunchConfig.__dataclass_fields__:
         return "30 s (always, in this torch)"
-    return f"{os.environ.get(SHUTDOWN_TIMEOUT, '30')} s ({SHUTDOWN_TIMEOUT})"
+    return f"{os.environ.get(SHUTDOWN_TIMEOUT, '30')} s ({means})"
 
 
 def patience_of_torchrun() -> str:

@@ -73,10 +73,8 @@ def test_a_captured_step_waits_for_nothing_and_keeps_what_it_reads(gpu: Any, opt
     gpu.made.clear()
     step_captured(gpu, optimizer)
     programs = -(-1500 // kernel._BLOCK) + 1
-    assert gpu.made == [
-        ("_scalars_kernel", 1),
-        ("_step_kernel", programs),
-    ]  # as replays have it: nothing else is launched
+    # as replays have it: nothing else is launched
+    assert gpu.made == [("_scalars_kernel", 1), ("_step_kernel", programs)]
     optimizer.step()  # what the graph reads is left alone
     assert [int(state["step"]) for state in optimizer.state.values()] == [5, 5]
     params = optimizer.param_groups[0]["params"], optimizer.param_groups[0]["lr"], dict(optimizer.state)

@@ -269,6 +269,8 @@ def captured(start, options):
         {"alpha_warmup": 4, "beta3_warmup": 5, "state_dtype": "bf16", "weight_ema": 0.9},
         {"betas": (0.0, 0.9999, 0.99999), "beta3_warmup": 1005, "alpha_warmup": 1003},
         {"betas": (0.9, 0.0, 0.0), "state_dtype": {"m2": "bf16"}},
+        {"betas": (0.9, 0.99, 0.3)},  # only beta3 is small, for good or at first
+        {"betas": (0.0, 0.99, 0.9), "beta3_warmup": 20},
     ],
     ids=str,
 )
