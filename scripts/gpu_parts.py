@@ -26,6 +26,7 @@ Row = tuple[str, bool | None, str]  # what, whether it holds (None: it was not r
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda", 0)
 BUSY = int(0.05 * 1.5e9)  # cycles: some 50 ms
+SECONDS = 100  # of a command
 ENGINES = ("single", "ddp", "fsdp", "zero", "deepspeed")
 
 
@@ -128,34 +129,37 @@ def engines() -> Iterator[Row]:
 
 
 def trained(engine: str, folder: Path) -> Row:
-    def start(*changes: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "shardopt", "pretrain", "configs/quickstart.yaml"]
-        if engine != "single":
-            command += ["--nproc-per-node", "gpu"]
-        settings = [f"run.dir={folder}", f"engine={{name: {engine}}}", "schedule.warmup=1"]
-        settings += [f"data.sources=[{{source: text, paths: [{folder}/text]}}]", "train.global_batch=32"]
-        settings += [
-            "train.micro_batch=1",
-            "eval.batches=1",
-            "data.tokenizer=byte",
-            "checkpoint.every=3",
-            "profile.steps=2",
-        ]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "WANDB_MODE": "offline"}
-        return subprocess.run(
-            [*command, *settings, *changes], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100
-        )
-
+    ranks = [] if engine == "single" else ["--nproc-per-node", "gpu"]
+    settings = [f"run.dir={folder}", f"engine={{name: {engine}}}", "schedule.warmup=1"]
+    settings += [f"data.sources=[{{source: text, paths: [{folder}/text]}}]", "train.global_batch=32"]
+    settings += ["train.micro_batch=1", "eval.batches=1", "eval.every=3", "data.tokenizer=byte"]
+    settings += ["checkpoint.every=3", "profile.steps=2"]
     began = time.perf_counter()
     again = f"{engine}-again"
     for changes in (
         [f"run.name={engine}", "train.steps=3"],
         [f"run.name={again}", "train.steps=6", f"run.from={folder / engine}"],
     ):
-        done = start("eval.every=3", *changes)
+        done = shardopt("pretrain", *ranks, "configs/quickstart.yaml", *settings, *changes)
         if done.returncode:
-            lines = (done.stdout + done.stderr).strip().splitlines()
-            print("\n".join(lines[-40:]), file=sys.stderr)
-            return engine, False, (lines[-1] if lines else "no output")[:200]
+            return engine, False, last_line(done)
     rows = (folder / again / "metrics.jsonl").read_text().splitlines()
     return engine, True, f"rows of metrics: {len(rows)}, {time.perf_counter() - began:.0f} s"
+
+
+def shardopt(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command, with its output; status 124 where it took too long."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "WANDB_MODE": "offline"}
+    command = [sys.executable, "-m", "shardopt", *arguments]
+    try:
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"ended after {SECONDS} s")
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Of its output, for a row; of a command that failed, more goes to this process's errors."""
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    if done.returncode:
+        print("\n".join(lines[-40:]), file=sys.stderr)
+    return (lines[-1] if lines else "no output")[:200]

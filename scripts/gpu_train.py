@@ -8,10 +8,7 @@ whole, and what a step costs: so few steps do not say which optimizer is better 
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,9 +17,9 @@ from typing import Any
 
 import torch
 
-Row = tuple[str, bool | None, str]  # what, whether it holds (None: it was not run), in what figures
-ROOT = Path(__file__).resolve().parents[1]
-STEPS, SECONDS = 100, 100  # of a run
+from scripts.gpu_parts import Row, last_line, shardopt
+
+STEPS = 100
 TORCH = Path(torch.__file__).parent
 SETTINGS = [
     "configs/llama-124m.yaml",
@@ -49,14 +46,14 @@ def train() -> Iterator[Row]:
     """A row of each optimizer: held-out loss, tokens a second, MFU, time of the update, memory."""
     with tempfile.TemporaryDirectory() as folder:
         prepared = shardopt("data", "prepare", *SETTINGS)
-        yield "the text", prepared.returncode == 0, _last(prepared)
+        yield "the text", prepared.returncode == 0, last_line(prepared)
         for name, optimizer in OPTIMIZERS.items():
             run = Path(folder, name.replace(", ", "-").replace(" ", "-"))
             began = time.perf_counter()
             changes = [f"run.dir={folder}", f"run.name={run.name}", f"optimizer={optimizer}"]
             done = shardopt("pretrain", "--nproc-per-node", "gpu", *SETTINGS, *changes)
             if done.returncode:
-                yield name, False, _last(done)
+                yield name, False, last_line(done)
                 continue
             text, learned = figures([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
             yield name, learned, f"{text}, {time.perf_counter() - began:.0f} s in all"
@@ -78,20 +75,3 @@ def figures(rows: list[dict[str, Any]]) -> tuple[str, bool]:
     text += f"{1e3 * median('step_time'):.0f} ms a step, of that the update {1e3 * median('update'):.1f}, "
     text += f"peak {max(row['memory_bytes'] for row in steady) / 2**30:.1f} GiB"
     return text, scores[-1] < 0.8 * first
-
-
-def shardopt(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command, with its output; status 124 where it took too long."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "WANDB_MODE": "offline"}
-    command = [sys.executable, "-m", "shardopt", *arguments]
-    try:
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 124, "", f"ended after {SECONDS} s")
-
-
-def _last(done: subprocess.CompletedProcess[str]) -> str:
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    if done.returncode:
-        print("\n".join(lines[-40:]), file=sys.stderr)
-    return (lines[-1] if lines else "no output")[:200]
