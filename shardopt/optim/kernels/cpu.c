@@ -780,18 +780,35 @@ INLINE int tell(const Shim *ask, void *tensor, Told *t) {
 
 enum { MOVED = 1, CHANGED = 2, UNTOLD = 4 };
 
+/* After a backward all that a tensor consists of is out of the caches: Python's object, torch's behind it, and behind that one
+ * its storage and its gradient. Fetches these of tensors further on, each when the one before has come. Where torch's object points to
+ * them is a guess: a wrong one fetches in vain, and no more. */
+INLINE void fetch_tensors(void *const *tensors, int64_t i, int64_t count) {
+    if (i + 24 < count) __builtin_prefetch(tensors[i + 24]);
+    if (i + 16 < count) {
+        const char *own = *(const char *const *)tensors[i + 16];
+        for (int line = 0; own != NULL && line < 4; line++) __builtin_prefetch(own + 64 * line);
+    }
+    if (i + 8 < count) {
+        void *const *own = *(void *const *const *)tensors[i + 8];
+        if (own != NULL) __builtin_prefetch(own[2]), __builtin_prefetch(own[3]);
+    }
+}
+
 /* Rows of `facts`: each tensor's address, number of elements and kind (facts.py). Tells whether any addresses, any numbers or
  * kinds are not those of `known`, and whether there are tensors about which the shim says nothing, whose kind is then -1. The last `gradients` tensors are looked up first: those of the tensors as many places before them. */
 int64_t shardopt_describe(const Shim *ask, void **tensors, int64_t count, int64_t gradients, int64_t *facts, const int64_t *known) {
     static void *nothing = NULL;
     int64_t found = 0;
     for (int64_t i = count - gradients; i < count; i++) {
+        fetch_tensors(tensors, i - gradients, count - gradients);
         uint8_t defined = 0;
         void *grad = ask->grad(*(void **)tensors[i - gradients]);
         tensors[i] = !ask->is_defined(grad, &defined) && defined ? grad : &nothing;
     }
     int64_t *addresses = facts, *numels = facts + count, *kinds = facts + 2 * count;
     for (int64_t i = 0; i < count; i++) {
+        fetch_tensors(tensors, i, count);
         void *tensor = tensors[i];
         Told t = {0};
         int64_t kind = 0;
