@@ -27,7 +27,7 @@
 #define LANES 4
 #endif
 #define TURN (2 * LANES)
-#define TILE (4 * BLOCK) /* elements that are stepped before block formats round them: the largest of blocks are found side by side */
+#define TILE (4 * BLOCK) /* elements for which a place is worked out */
 typedef float F __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
@@ -280,19 +280,13 @@ INLINE F joined(U high, U low) { /* both above lower halves */
 
 /* -- state tensors ---------------------------------------------------------------------------------------- */
 
-/* New values of a tile in a block format (block8: roots of nu) until its scales are known, and of each block the largest magnitudes. */
-typedef struct {
-    float values[TILE] __attribute__((aligned(64)));
-    U largest[TILE / BLOCK];
-} Fresh;
-
 /* A tile of a state tensor. Only functions that are inlined get the address of one, so that it can lie in registers. */
 typedef struct {
     void *codes;
     float *scale;
     const uint16_t *bits;
-    Fresh *fresh;
-    U largest; /* of the block */
+    float *values; /* new ones of a block in a block format (block8: roots of nu), until its scale is known */
+    U largest; /* of them */
     F by, further; /* what decodes it: block16 by both factors where their product is not a number (`twice`) */
 } State;
 
@@ -323,9 +317,9 @@ INLINE void encode(State *s, int at, F x, F y, W bits, int format, int is_nu, in
         store((uint16_t *)s->codes + at, (U)(bounded ? carried(high, low, bits) : carried_to_bf16(high, low, bits)));
         return;
     }
-    float *to = format == FP32 ? (float *)s->codes : s->fresh->values;
-    store(to + at, (U)x);
-    store(to + at + LANES, (U)y);
+    float *to = format == FP32 ? (float *)s->codes + at : s->values + at % BLOCK;
+    store(to, (U)x);
+    store(to + LANES, (U)y);
     /* magnitudes order like their bits; a negative nu cannot be */
     if (format == FP32 || (format == BLOCK8 && is_nu)) return;
     s->largest = larger(s->largest, is_nu ? larger((U)x, (U)y) : larger(magnitude(x), magnitude(y)));
@@ -383,31 +377,32 @@ INLINE void block8(const float *values, uint8_t *codes, const uint16_t *bits, fl
     }
 }
 
-/* The scales and codes of a tile in a block format, once the largest values are known. */
-#define FINISH(name, factor_of, codes_of, Code, is_nu)                                                               \
-    static __attribute__((noinline)) void name(const Fresh *fresh, void *all_codes, float *scale, const uint16_t *bits, int n) { \
-        Code *codes = (Code *)all_codes;                                                                             \
-        float factors[TILE / BLOCK];                                                                                 \
-        for (int b = 0; b * BLOCK < n; b++) {                                                                        \
-            const uint32_t largest = largest_of(fresh->largest[b]);                                                  \
-            factors[b] = largest < 0x7F800000u ? factor_of(largest, is_nu, scale + b) : (scale[b] = from_bits(0x7FC00000u)); \
-        }                                                                                                            \
-        for (int at = 0, some; at < n; at += some) {                                                                 \
-            const float factor = factors[at / BLOCK];                                                                \
-            some = n - at < BLOCK ? n - at : BLOCK;                                                                  \
-            if (factor == factor) codes_of(fresh->values + at, codes + at, bits + at, factor, some, is_nu);          \
-            else memset(codes + at, 0, (size_t)some * sizeof(Code)); /* a value that is not finite: all reads as NaN */ \
-        }                                                                                                            \
+/* Writes the scale of a block, once the largest value is known; what its values are to be multiplied with, NaN where one is not
+ * finite. */
+INLINE float factor_of(const State *s, int block, int format, int is_nu) {
+    if (format <= BF16) return 0.0f;
+    const uint32_t largest = largest_of(s->largest);
+    float *scale = s->scale + block;
+    if (largest >= 0x7F800000u) return *scale = from_bits(0x7FC00000u);
+    return format == BLOCK16 ? factor16(largest, is_nu, scale) : factor8(largest, is_nu, scale);
+}
+
+#define FINISH(name, codes_of, Code, is_nu)                                                                          \
+    static __attribute__((noinline)) void name(const float *values, void *codes, const uint16_t *bits, float factor, int n) { \
+        if (factor == factor) codes_of(values, (Code *)codes, bits, factor, n, is_nu);                               \
+        else memset(codes, 0, (size_t)n * sizeof(Code)); /* a value that is not finite: all reads as NaN */           \
     }
-FINISH(finish_signed16, factor16, block16, uint16_t, 0)
-FINISH(finish_nu16, factor16, block16, uint16_t, 1)
-FINISH(finish_signed8, factor8, block8, uint8_t, 0)
-FINISH(finish_nu8, factor8, block8, uint8_t, 1)
+FINISH(finish_signed16, block16, uint16_t, 0)
+FINISH(finish_nu16, block16, uint16_t, 1)
+FINISH(finish_signed8, block8, uint8_t, 0)
+FINISH(finish_nu8, block8, uint8_t, 1)
 #undef FINISH
 
-INLINE void finish(const State *s, int n, int format, int is_nu) {
-    if (format == BLOCK16) (is_nu ? finish_nu16 : finish_signed16)(s->fresh, s->codes, s->scale, s->bits, n);
-    if (format == BLOCK8) (is_nu ? finish_nu8 : finish_signed8)(s->fresh, s->codes, s->scale, s->bits, n);
+/* n elements from `at`, the start of a block, on. */
+INLINE void finish(const State *s, int at, float factor, int n, int format, int is_nu) {
+    const uint16_t *bits = s->bits + at;
+    if (format == BLOCK16) (is_nu ? finish_nu16 : finish_signed16)(s->values, (uint16_t *)s->codes + at, bits, factor, n);
+    if (format == BLOCK8) (is_nu ? finish_nu8 : finish_signed8)(s->values, (uint8_t *)s->codes + at, bits, factor, n);
 }
 
 /* -- the update ----------------------------------------------------------------------------------------- */
@@ -504,8 +499,8 @@ INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
     U words = lanes_from(p.index >> 1) * FIRST + (uint32_t)keys;
     if (k.aside && cut) fill_rows(&r, c.stream, p.index, p.column, p.row, p.stride, n, which);
     else if (k.aside) fill(&r, c.stream, p.index, n, which);
-    Fresh fresh[4];
-#define STATE(number, key) {p.codes[number], p.scale[number], r.key.bits + odd, fresh + number, {0}, {0}, {0}}
+    float values[4][BLOCK] __attribute__((aligned(64)));
+#define STATE(number, key) {p.codes[number], p.scale[number], r.key.bits + odd, values[number], {0}, {0}, {0}}
     State m1s = STATE(0, m1), m2s = STATE(1, m2), nus = STATE(2, nu), emas = STATE(3, weight_ema);
 #undef STATE
     for (int from = 0, end; from < n; from = end) {
@@ -583,15 +578,13 @@ INLINE void tile(const Place p, const Scalars c, int n, const Kind k) {
             }
             store((uint16_t *)p.weight + at, (U)codes);
         }
-        if (k.m1 > BF16) fresh[0].largest[here] = m1s.largest;
-        if (k.m2 > BF16) fresh[1].largest[here] = m2s.largest;
-        if (k.nu > BF16) fresh[2].largest[here] = nus.largest;
-        if (k.weight_ema > BF16) fresh[3].largest[here] = emas.largest;
+        /* all scales first: one waits for a division or two, and they do not wait for one another */
+        const int count = end - from;
+        const float m1_by = factor_of(&m1s, here, k.m1, 0), m2_by = factor_of(&m2s, here, k.m2, 0);
+        const float nu_by = factor_of(&nus, here, k.nu, 1), ema_by = factor_of(&emas, here, k.weight_ema, 0);
+        finish(&m1s, from, m1_by, count, k.m1, 0), finish(&m2s, from, m2_by, count, k.m2, 0);
+        finish(&nus, from, nu_by, count, k.nu, 1), finish(&emas, from, ema_by, count, k.weight_ema, 0);
     }
-    if (k.m1 != NONE) finish(&m1s, n, k.m1, 0);
-    finish(&m2s, n, k.m2, 0);
-    finish(&nus, n, k.nu, 1);
-    if (k.weight_ema != NONE) finish(&emas, n, k.weight_ema, 0);
 }
 
 /* Whether a block16 scale of a tile is NaN or so large that its product with 2^112 is not a number. */
