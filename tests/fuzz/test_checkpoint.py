@@ -365,6 +365,15 @@ def test_the_sound_one_is_read():
     assert FileRecord.of((sound() / "index.bin").read_bytes()).blocks == 1
 
 
+def test_what_else_is_said_of_a_file_is_passed_over():
+    with tempfile.TemporaryDirectory() as root:
+        folder = copied(root)
+        document = checkpoint.read_document(folder)
+        document["checkpoint"]["files"]["index.bin"]["mtime"] = 3568
+        write_document(folder, document)
+        assert examine(folder) == "right"
+
+
 def test_what_another_program_keeps_in_the_document_is_passed_over():
     with tempfile.TemporaryDirectory() as root:
         folder = copied(root)
