@@ -85,6 +85,8 @@ def main() -> int:
                 found, output = run(test, asked.factor, seed, watched)
                 counts += found
                 seed += 1
+                if not found:  # a test without examples
+                    break
             total += counts["passing"]
             named = test.removeprefix(f"{FOLDER}/")
             print(

@@ -163,7 +163,7 @@ CUDA graph may not hold. `tests/gpu_cover.yaml` names, for each place in the cod
 case below that covers it; a place that is not in it fails the tests.
 
 The rest is `PYTHONPATH=. python scripts/gpu_check.py --out docs/gpu.md`, which takes at most ten minutes and writes
-this page.
+this page. Cases that do not measure run at once, so that seconds add up to more than it took.
 """
 
 

@@ -113,7 +113,7 @@ def names() -> Row:
     """What `shardopt doctor` says, and whether the device's peak is known: a report, not a check."""
     found = [f"{finding.name} {finding.verdict}: {finding.text}" for finding in machine._gpus()]
     known = flops.peak_flops(DEVICE)
-    return "the device", True, "; ".join([*found, f"peak: {known or 'not known'}"])
+    return "the device", True, "; ".join([*found, "peak: " + (f"{known / 1e12:.1f} TFLOP/s" if known else "not known")])
 
 
 def engines() -> Iterator[Row]:

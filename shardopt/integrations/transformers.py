@@ -80,7 +80,7 @@ def shardopt_optimizer(
     """
     if not isinstance(args, TrainingArguments):
         raise InputError(f"shardopt_optimizer(args, ...): args is the Trainer's TrainingArguments, got {args!r}")
-    if str(getattr(args.optim, "value", args.optim)) not in ("adamw_torch", "adamw_torch_fused"):
+    if args.optim != TrainingArguments.__dataclass_fields__["optim"].default:
         raise InputError(
             f"optim={getattr(args.optim, 'value', args.optim)!r} would be ignored beside shardopt's AdEMAMix: "
             f"leave `optim` out of TrainingArguments"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -211,13 +212,15 @@ class AdEMAMix(CheckedOptimizer):
 
         Args:
             adamw: the optimizer to go on from, with or without state.
-            options: AdEMAMix's other arguments. `betas` may be given for its beta3, which else is 0.9999.
+            options: AdEMAMix's other arguments. `betas` may be given for its beta3, which else is 0.9999; the other
+                two must be `adamw`'s.
 
         Returns:
             A new optimizer over the same parameters and groups.
 
         Raises:
-            InputError: an amsgrad optimizer (its maximum has no counterpart), or another kind of optimizer.
+            InputError: an amsgrad optimizer (its maximum has no counterpart), another kind of optimizer, or an option
+                that comes from `adamw`.
         """
         from shardopt.optim.from_adamw import take_over
 
@@ -383,6 +386,13 @@ class AdEMAMix(CheckedOptimizer):
             for i in missing:
                 self._create_state(groups[i], params[i])
             plan = None
+        if not self.state and all(grad is None for grad in grads):
+            warnings.warn(
+                "no parameter of the optimizer has a gradient, so this step does nothing: make the optimizer after "
+                "fully_shard, to(device) and the like, which may give the model other parameters, and step after "
+                "backward",
+                stacklevel=7,  # past torch's wrappers
+            )
         if not (plan or self._current_plan()).step(grads):
             self._plan = None
             self._current_plan().step(grads)

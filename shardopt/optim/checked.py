@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardopt.errors import InputError, did_you_mean
 from shardopt.optim import states
-from shardopt.optim.schema import COUNTS, PAPER_NAMES, STATE_KEYS, HyperParameter, signature
+from shardopt.optim.schema import ALIASES, COUNTS, STATE_KEYS, HyperParameter, signature
 from shardopt.slices import canonical_name, is_packed, is_shard, layout_of, local_tensor, local_values, shards_of
 
 
@@ -38,6 +38,7 @@ class CheckedOptimizer(Optimizer, abc.ABC):
     given_names: WeakTensorKeyDictionary  # what each parameter was called when it was added
     _settings: ClassVar[itemgetter[Any]]  # of a group, all but lr
     _checked: Sequence[Any] = ()  # each group's settings as they were when last checked
+    _sizes: Sequence[int] = ()  # and how many keys it had
 
     def __init_subclass__(cls) -> None:
         if "hyper_parameters" in vars(cls):
@@ -49,13 +50,19 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         try:
             bound = signature(CheckedOptimizer.__init__, known).bind(self, params, *positional, **given)
         except TypeError as error:
-            strange = [PAPER_NAMES.get(key, key) for key in given if key not in known]
-            hint = did_you_mean(strange[0], known) if strange else ""
+            strange = [ALIASES.get(key, key) for key in given if key not in known]
+            hint = did_you_mean(strange[0], known, cutoff=0.7) if strange else ""
             raise TypeError(f"{type(self).__name__}: {error}{hint}") from None
         bound.apply_defaults()
         defaults = {name: bound.arguments[name] for name in known}
         self._check_settings(defaults)
         super().__init__(params, defaults)
+
+    def _check_keys(self, group: Mapping[str, Any]) -> None:
+        """Refuse a key that is nearly a setting's, with an InputError; schedulers and hosts have keys of their own."""
+        for key in sorted(group.keys() - self.defaults.keys(), key=str):
+            if hint := did_you_mean(ALIASES.get(key, str(key).lower()), self.defaults, cutoff=0.85):
+                raise InputError(f"a parameter group has no setting {key!r}{hint}")
 
     def _check_settings(self, group: dict[str, Any]) -> None:
         """Refuse hyper-parameters out of range, with an InputError; bring them into the form that the group keeps."""
@@ -136,9 +143,7 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         self.__dict__.setdefault("given_names", WeakTensorKeyDictionary())
         self.given_names.update(zip(added["params"], added.get("param_names", ()), strict=False))
         try:
-            for key in sorted(added.keys() - self.defaults.keys()):  # schedulers and hosts have keys of their own
-                if hint := did_you_mean(key.lower(), self.defaults, cutoff=0.85):
-                    raise InputError(f"a parameter group has no setting {key!r}{hint}")
+            self._check_keys(added)
             self._check_settings(added)
             for i, param in enumerate(added["params"]):
                 name = added.get("param_names", {i: f"number {i} of its group"})[i]
@@ -151,9 +156,15 @@ class CheckedOptimizer(Optimizer, abc.ABC):
         except Exception:
             self.param_groups.pop()
             raise
+        self._sizes = [*map(len, self.param_groups)]
 
     def _check_changes(self) -> None:
         """Check the groups' settings where they are not those that were checked last; cheap where they are."""
+        sizes = [*map(len, self.param_groups)]
+        if sizes != self._sizes:
+            for group in self.param_groups:
+                self._check_keys(group)
+            self._sizes = sizes
         now = [*map(self._settings, self.param_groups)]
         if now == self._checked and all(_is_usual(group["lr"]) for group in self.param_groups):
             return
@@ -303,12 +314,16 @@ def _prepare(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
 def _misfit(found: Iterable[str], wanted: Iterable[str], known: Iterable[str]) -> str:
     """What is lacking among the names `found`, and which of the `known` are there besides; "" where all is right."""
     lacking, extra = sorted({*wanted} - {*found}), sorted(({*known} & {*found}) - {*wanted}, key=str)
-    return f"lacks {lacking[:5] or 'nothing'} and has {extra[:5] or 'nothing'} besides" if lacking or extra else ""
+    parts = [f"lacks {lacking[:5]}"] if lacking else []
+    return " and ".join([*parts, f"has {extra[:5]} besides"] if extra else parts)
 
 
 def check_state(name: str, state: Mapping[str, Any], weight: Tensor, stored: Mapping[str, Stored]) -> None:
     """Refuse state that lacks a tensor, or has one of another dtype, device or size than the kernels take it for."""
-    advice = "create the state with the optimizer's own hyper-parameters, or load it into the model it was saved from"
+    advice = (
+        "state_dtype, master_weights, weight_ema and whether beta1 is 0 must be what they were when the state was "
+        "made, and the model the one it was saved from"
+    )
     wanted_keys = {"step", *stored}
     # the comparison alone where all is right: this is asked for each parameter
     if state.keys() != wanted_keys and (misfit := _misfit(state, wanted_keys, STATE_KEYS - {"schedule_step"})):

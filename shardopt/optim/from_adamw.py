@@ -42,8 +42,17 @@ def take_over(cls: type[AdEMAMix], adamw: Optimizer, options: dict[str, Any]) ->
     if not isinstance(adamw, Adam):  # AdamW is an Adam; NAdam and RAdam have its state keys and another update
         raise InputError(f"from_adamw takes a torch.optim.AdamW, got {type(adamw).__name__}")
     if taken := sorted({"lr", "eps", "weight_decay", "maximize"} & set(options)):
-        raise InputError(f"from_adamw takes {', '.join(taken)} from the AdamW: set them in its groups before")
+        raise InputError(
+            f"from_adamw takes {', '.join(taken)} from the AdamW: change its groups before, or the new one's after"
+        )
     default, check = HYPER_PARAMETERS["betas"]
+    given = check("betas", options["betas"]) if "betas" in options else None
+    of_adamw = [tuple(group["betas"]) for group in adamw.param_groups]
+    if given is not None and given[:2] not in of_adamw:
+        raise InputError(
+            f"from_adamw takes beta3 alone from betas, which are {given}, the others from the AdamW, whose betas are "
+            f"{of_adamw[0]}: give betas={(*of_adamw[0], given[2])}, or change the AdamW's groups before"
+        )
     betas = check("betas", options.pop("betas", default))
     groups = []
     for old in adamw.param_groups:

@@ -149,6 +149,8 @@ def must_be(what: str, test: Callable[[Any], bool]) -> Callable[[str, Any], Any]
         if not test(value):
             raise InputError(f"{name} must be {what}, got {value!r}")
         # of numpy's numbers torch.load makes a fuss
+        if isinstance(value, np.integer):
+            return int(value)
         return float(value) if isinstance(value, numbers.Real) and not isinstance(value, int) else value
 
     return check
@@ -158,20 +160,27 @@ def _within(value: Any, low: float, below: float = math.inf) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) < below
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 number = must_be("a finite number >= 0", lambda v: _within(v, 0))
 decay = must_be("a finite number >= 0 and < 1", lambda v: _within(v, 0, 1))
 optional_decay = must_be("None, or a finite number >= 0 and < 1", lambda v: v is None or _within(v, 0, 1))
-warmup = must_be("None or a whole number of steps >= 1", lambda v: v is None or (type(v) is int and v >= 1))
+warmup = must_be("None or a whole number of steps >= 1", lambda v: v is None or (_is_whole(v) and v >= 1))
 switch = must_be("True or False", lambda v: isinstance(v, bool))
-seed = must_be("a whole number >= 0 and < 2^64", lambda v: type(v) is int and 0 <= v < 1 << 64)
+seed = must_be("a whole number >= 0 and < 2^64", lambda v: _is_whole(v) and 0 <= v < 1 << 64)
 second_moment = must_be("'adam' or 'yogi'", ("adam", "yogi").__contains__)
 master_weights = must_be("None, 'fp32' or 'split'", (None, *MASTERS).__contains__)
 
 
 def decays(count: int) -> Callable[[str, Any], tuple[float, ...]]:
     def check(name: str, value: Any) -> tuple[float, ...]:
+        if isinstance(value, np.ndarray | Tensor):
+            value = value.tolist()
         if not isinstance(value, Sequence) or len(value) != count:
-            raise InputError(f"{name} must be {count} numbers, got {value!r}")
+            which = ", ".join(f"beta{i}" for i in range(1, count + 1))
+            raise InputError(f"{name} must be {count} numbers ({which}), got {value!r}")
         return tuple(decay(f"beta{i}", beta) for i, beta in enumerate(value, 1))
 
     return check
@@ -190,7 +199,7 @@ def learning_rate(name: str, value: Any) -> float | Tensor:
 def formats(name: str, value: Any) -> StateDtype:
     for one in value.values() if isinstance(value, Mapping) else [value]:
         if not isinstance(one, str):
-            raise InputError(f"{name} must be the name of a format (or a mapping to such), got {one!r}")
+            raise InputError(f"{name} must be one of {', '.join(FORMATS)} (or a mapping to them), got {one!r}")
     formats_of(value)
     return dict(value) if isinstance(value, Mapping) else value
 
@@ -223,7 +232,14 @@ class HyperParameters(TypedDict, total=False):
 HYPER_PARAMETERS: dict[str, HyperParameter] = {
     name: hint.__metadata__[0] for name, hint in get_type_hints(HyperParameters, include_extras=True).items()
 }
-PAPER_NAMES = {"beta3": "betas", "T_alpha": "alpha_warmup", "T_beta3": "beta3_warmup"}  # in the paper and its code
+# What the paper, its code and others call them.
+ALIASES = {
+    "beta3": "betas",
+    "T_alpha": "alpha_warmup",
+    "T_beta3": "beta3_warmup",
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+}
 DEFAULTS = {name: entry.default for name, entry in HYPER_PARAMETERS.items()}
 
 

@@ -331,7 +331,8 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"cannot read the config file {path}: {e}") from e
     except yaml.YAMLError as e:
-        raise InputError(f"{path} is not valid YAML: {e}") from e
+        at = str(e).replace("<unicode string>", str(path))
+        raise InputError(f"{path} is not valid YAML: {at}") from e
     if not isinstance(tree, dict):
         raise InputError(f"{path} must hold sections (run:, model:, data:, ...)")
     for override in overrides:

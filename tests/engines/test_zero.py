@@ -73,7 +73,8 @@ def _frozen_and_resumed(rank, world_size):
         k: sum(s.tensors[0].double().square().sum().item() for s in first.state.slices() if s.kind == k)
         for k in ("m1", "m2")
     }
-    facts = first.state.replicas, first.state.gradient_bytes(), first.optimizer.inner.kernel, statistics["alpha"]
+    facts = first.state.replicas, first.state.gradient_bytes(), statistics["alpha"]
+    assert first.optimizer.kernel == first.optimizer.inner.kernel in ("c", "torch")
     return places, differ, fingerprint(first) == fingerprint(second), statistics, norms, facts
 
 
@@ -89,7 +90,7 @@ def test_slices_cover_everything_once_and_carry_a_run(world_size):
     assert {kind for _, kind in counts} == {"weight", "m1", "m2", "nu"}
     for (_, kind), count in counts.items():
         assert set(count.tolist()) == {float(world_size) if kind == "weight" else 1.0}
-    for _, differ, equal, statistics, _, (replicas, gradients, kernel, alpha) in results:
+    for _, differ, equal, statistics, _, (replicas, gradients, alpha) in results:
         assert differ
         assert equal
         for kind in ("m1", "m2"):
@@ -98,7 +99,6 @@ def test_slices_cover_everything_once_and_carry_a_run(world_size):
         assert replicas == 1
         whole = sum(c.numel() for (_, kind), c in counts.items() if kind == "weight") * 4
         assert gradients == pytest.approx(whole / world_size, rel=0.02)
-        assert kernel in ("c", "torch")
         assert alpha == pytest.approx(5.0 * 7 / 10)
 
 

@@ -115,7 +115,7 @@ def test_what_is_no_settings_and_no_arguments_is_refused(tmp_path: Path) -> None
         shardopt_optimizer(args, {"alpha": 8.0})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("optim", ["ademamix", "paged_ademamix_8bit", "adafactor"])
+@pytest.mark.parametrize("optim", ["ademamix", "paged_ademamix_8bit", "adafactor", "adamw_torch"])
 def test_another_optim_beside_ours(optim: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"optim='{optim}' would be ignored.*leave `optim` out"):
         shardopt_optimizer(arguments(tmp_path, 1, optim=optim))

@@ -5,6 +5,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -291,7 +292,7 @@ def test_refusals_move_nothing():
         ({"lr": math.nan}, "lr must be a finite number >= 0, got nan"),
         ({"lr": torch.ones(2)}, r"lr must be a number or a tensor of one element, got shape \(2,\)"),
         ({"lr": torch.tensor(-0.5)}, "lr must be a finite number >= 0, got -0.5"),
-        ({"betas": (0.9, 0.999)}, "betas must be 3 numbers"),
+        ({"betas": (0.9, 0.999)}, "betas must be 3 numbers .beta1, beta2, beta3."),
         ({"betas": (1.0, 0.9, 0.9)}, "beta1 must be a finite number >= 0 and < 1, got 1.0"),
         ({"betas": (0.9, -0.1, 0.9)}, "beta2 must be a finite number >= 0 and < 1, got -0.1"),
         ({"betas": (0.9, 0.9, 1.5)}, "beta3 must be a finite number >= 0 and < 1, got 1.5"),
@@ -305,7 +306,7 @@ def test_refusals_move_nothing():
         ({"beta3_warmup": 2.5}, "beta3_warmup must be None or a whole number of steps >= 1, got 2.5"),
         ({"second_moment": "adamax"}, "second_moment must be 'adam' or 'yogi', got 'adamax'"),
         ({"maximize": 1}, "maximize must be True or False, got 1"),
-        ({"state_dtype": ["bf16"]}, r"state_dtype must be the name of a format .* got \['bf16'\]"),
+        ({"state_dtype": ["bf16"]}, r"state_dtype must be one of fp32, bf16, .* got \['bf16'\]"),
         ({"state_dtype": "fp8"}, "state_dtype must be one of fp32, bf16, block16, block8 .* got 'fp8'"),
         (
             {"state_dtype": {"exp_avg": "bf16"}},
@@ -322,6 +323,27 @@ def test_hyper_parameters_are_checked(options, message):
         shardopt.AdEMAMix([nn.Parameter(torch.ones(2))], **options)
     with pytest.raises(InputError, match=message):  # the same for a group
         shardopt.AdEMAMix([{"params": [nn.Parameter(torch.ones(2))], **options}])
+
+
+def test_whole_numbers_of_numpy_are_taken():
+    params, five = [nn.Parameter(torch.ones(2))], np.int64(5)
+    (group,) = shardopt.AdEMAMix(params, alpha_warmup=five, beta3_warmup=five, seed=five).param_groups
+    assert [type(group[key]) for key in ("alpha_warmup", "beta3_warmup", "seed")] == [int] * 3
+
+
+def test_a_first_step_without_any_gradient_is_told():
+    net = nn.Linear(2, 2)
+    optimizer = shardopt.AdEMAMix(net.named_parameters())
+    net.weight, net.bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))  # as fully_shard does
+    net(torch.ones(1, 2)).sum().backward()
+    with pytest.warns(UserWarning, match="no parameter of the optimizer has a gradient.*after fully_shard") as told:
+        optimizer.step()
+    assert told[0].filename == __file__
+    optimizer = shardopt.AdEMAMix(net.named_parameters())
+    with warnings.catch_warnings(action="error"):
+        optimizer.step()
+        net.zero_grad()
+        optimizer.step()
 
 
 def test_a_refused_group_is_not_added():
@@ -442,8 +464,11 @@ def test_from_adamw_refuses_what_it_cannot_continue():
     adamw = torch.optim.AdamW(net.parameters())
     with pytest.raises(InputError, match="takes lr from the AdamW"):
         shardopt.AdEMAMix.from_adamw(adamw, lr=5.0)
-    with pytest.raises(InputError, match=r"betas must be 3 numbers, got \(0.9, 0.99\)"):
+    with pytest.raises(InputError, match=r"betas must be 3 numbers .* got \(0.9, 0.99\)"):
         shardopt.AdEMAMix.from_adamw(adamw, betas=(0.9, 0.99))
+    with pytest.raises(InputError, match=r"whose betas are \(0.9, 0.999\): give betas=\(0.9, 0.999, 0.99\)"):
+        shardopt.AdEMAMix.from_adamw(adamw, betas=(0.8, 0.999, 0.99))
+    assert shardopt.AdEMAMix.from_adamw(adamw, betas=(0.9, 0.999, 0.99)).param_groups[0]["betas"][2] == 0.99
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "bf16"])

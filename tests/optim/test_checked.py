@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+from functools import partial
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_unchanged_settings_are_not_checked_again():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("betas", (0.0, 0.99, 0.999), r"state of 0.weight lacks nothing and has \['m1'\] besides"),
+        ("betas", (0.0, 0.99, 0.999), r"state of 0.weight has \['m1'\] besides.*whether beta1 is 0"),
         ("state_dtype", "bf16", r"state 'm1' of 0.weight is torch.float32 .* needs torch.bfloat16"),
         ("weight_ema", 0.9, r"state of 0.weight lacks \['weight_ema'\]"),
     ],
@@ -115,10 +116,25 @@ def test_numpy_numbers_are_taken_as_python_numbers(cls, tmp_path):
     optimizer = cls(net.named_parameters(), lr=np.float32(0.5), weight_decay=np.float64(0.25))
     assert type(optimizer.param_groups[0]["lr"]) is float
     optimizer.param_groups[0]["lr"] = np.float32(0.125)
+    optimizer.param_groups[0]["betas"] = np.array(optimizer.param_groups[0]["betas"])
     train(net, optimizer, 1)
     torch.save(optimizer.state_dict(), tmp_path / "o.pt")
     saved = torch.load(tmp_path / "o.pt", weights_only=True)["param_groups"][0]
     assert (saved["lr"], saved["weight_decay"]) == (0.125, 0.25)
+
+
+@pytest.mark.parametrize("when", ["before the first step", "later", "in a group"])
+def test_key_of_a_group_that_is_nearly_a_settings_is_refused(when):
+    net, optimizer = trained() if when == "later" else (net := model(), shardopt.AdEMAMix(net.named_parameters()))
+    for key, meant in {"weigth_decay": "weight_decay", "learning_rate": "lr", "beta": "betas"}.items():
+        refused = partial(shardopt.AdEMAMix, [{"params": list(net.parameters()), key: 0.1}])
+        if when != "in a group":
+            refused, optimizer.param_groups[0][key] = optimizer.step, 0.1
+        with pytest.raises(InputError, match=f"a parameter group has no setting '{key}'; did you mean {meant}"):
+            refused()
+        optimizer.param_groups[0].pop(key, None)
+    optimizer.param_groups[0]["initial_lr"] = 0.1  # a scheduler's
+    train(net, optimizer, 1)
 
 
 def test_parameter_moved_to_another_group_follows_its_settings():
@@ -184,10 +200,10 @@ def cast(key, dtype):
 
 
 REFUSED = {
-    "m2": (without("m2"), r"state of parameter 0.weight lacks \['m2'\] and has nothing"),
+    "m2": (without("m2"), r"state of parameter 0.weight lacks \['m2'\]: it is"),
     "m1": (without("m1"), r"lacks \['m1'\]"),
     "step": (without("step"), r"lacks \['step'\]"),
-    "extra": (lambda s: s.update(exp_avg=s["m1"]), r"lacks nothing and has \['exp_avg'\] besides"),
+    "extra": (lambda s: s.update(exp_avg=s["m1"]), r" has \['exp_avg'\] besides"),
     "fp16": (cast("m2", torch.float16), "saved m2 of parameter 0.weight is torch.float16 .*; here it is torch.float32"),
     "fp64": (cast("nu", torch.float64), "saved nu of parameter 0.weight is torch.float64 .*; here it is torch.float32"),
     "transposed": (lambda s: s.update(m1=s["m1"].t()), r"saved m1 of .* shape .6, 9.; here .* shape .9, 6."),

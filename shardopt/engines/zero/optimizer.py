@@ -155,6 +155,11 @@ class ZeroOptimizer(Optimizer):
         self._refuse("ZeroOptimizer.param_groups cannot be replaced: change their entries, or call load_state_dict")
 
     @property
+    def kernel(self) -> str:
+        """The kernel that the inner optimizer uses; "torch" for one of torch's own."""
+        return getattr(self.inner, "kernel", "torch")
+
+    @property
     def state(self) -> Any:
         return self.inner.state
 

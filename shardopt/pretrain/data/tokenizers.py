@@ -139,7 +139,8 @@ def load_path(config: PathTokenizer) -> PreTrainedTokenizerBase:
         advice = f"; to run it, write data.tokenizer='{{path: {config.path}, trust_remote_code: true}}'"
         raise InputError(
             f"data.tokenizer: {config.path!r} is neither byte nor bpe, and transformers loads no tokenizer "
-            f"from it ({str(error).strip().splitlines()[0]}){advice if 'trust_remote_code' in str(error) else ''}"
+            f"from it ({str(error).strip().splitlines()[0]}){advice if 'trust_remote_code' in str(error) else ''}; "
+            f"offline, give byte, a folder that has one, or {{bpe: 50257}}, which is trained on your own text"
         ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"data.tokenizer: {config.path!r} has no end-of-sequence token to put between documents")
