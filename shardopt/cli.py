@@ -79,7 +79,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Pretrain a language model with sharded AdEMAMix.",
-        epilog="example: shardopt pretrain configs/quickstart.yaml --nproc-per-node 2 optimizer.lr=1e-3\n"
+        epilog="example:\n  shardopt pretrain configs/quickstart.yaml --nproc-per-node 2 optimizer.lr=1e-3\n"
         "more: docs/training.md, docs/data.md, docs/checkpoints.md",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

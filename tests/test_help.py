@@ -29,7 +29,7 @@ def test_help_of_a_command_has_an_example_that_it_takes_and_fits_80_columns(name
     monkeypatch.setenv("COLUMNS", "80")
     parser, command = commands.parser(name), commands.COMMANDS[name]
     text = parser.format_help()
-    assert f"example: shardopt {name} {command.example}\nmore: {command.page}" in text
+    assert f"example:\n  shardopt {name} {command.example}\nmore: {command.page}" in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("example")) <= 80
     example = shlex.split(command.example.split(">")[0])
     parse = parser.parse_intermixed_args if command.overrides else parser.parse_args

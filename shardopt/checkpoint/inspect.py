@@ -89,7 +89,7 @@ def as_text(what: dict[str, Any]) -> str:
         "written": what["written"],
         "parameters": f"{what['parameters']:,}",
         "format": f"{what['format']}, {_many(len(what['files']), 'file')} of {size(what['bytes'])}{verified}",
-        "besides": f"{_many(len(what['extras']), 'tensor')} of the program's own" if what["extras"] else None,
+        "other": f"{_many(len(what['extras']), 'tensor')} that the program added" if what["extras"] else None,
     }
     rows = [["kind", "dtype", "tensors", "elements", "size"]]
     for kind, row in what["kinds"].items():

@@ -23,7 +23,7 @@ class Command(NamedTuple):
     overrides: bool = False  # whether it takes key.sub=value, which may stand after an option
 
     def epilog(self, name: str) -> str:
-        return f"example: shardopt {name} {self.example}\nmore: {self.page}"
+        return f"example:\n  shardopt {name} {self.example}\nmore: {self.page}"
 
 
 _DEBUG = "--debug"

@@ -29,5 +29,5 @@ def _init(arguments: argparse.Namespace) -> int:
     head = f"{presets.head(source)} Written by `shardopt init --model {arguments.model}`."
     presets.write(out, presets.commented(tree, head))
     ranks = "" if tree.get("engine", {}).get("name") == "single" else " --nproc-per-node 2"
-    print(f"{out} is written. Look it over, then: shardopt pretrain {shlex.quote(str(out))}{ranks}")
+    print(f"{out} is written. Look it over, then:\n    shardopt pretrain {shlex.quote(str(out))}{ranks}")
     return 0

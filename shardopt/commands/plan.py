@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     world_size = int(arguments.world_size) if arguments.world_size.isdecimal() else 0
     if world_size < 1:
-        raise InputError(f"--world-size: {arguments.world_size!r} is no number of ranks of at least 1")
+        raise InputError(f"--world-size must be a whole number >= 1, got {arguments.world_size!r}")
     mfu = _share(arguments.mfu)
     memory = None if arguments.memory is None else _memory(arguments.memory)
 

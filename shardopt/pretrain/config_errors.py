@@ -66,7 +66,8 @@ def explain(error: Any, root: type[BaseModel]) -> str:
         tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "")
         hint = did_you_mean(tag, tags.split(", "))
         return f"{key}.{error['ctx']['discriminator'][1:-1]}: {tag!r} is not one of {tags}{hint}"
-    if error["type"] == "too_short" and type(None) in get_args(_keys_at(root, location[:-1]).get(last)):
+    may_be_null = type(None) in get_args(_keys_at(root, location[:-1]).get(last))
+    if error["type"] == "too_short" and may_be_null:
         return f"{key}: must not be empty; for none write {key}=null, or leave it out"
     message = _WRITE.get(error["type"]) or str(cause or error["msg"])
     if error["type"] == "string_pattern_mismatch":  # of a name
@@ -74,7 +75,8 @@ def explain(error: Any, root: type[BaseModel]) -> str:
         message = f"write letters, digits and any of {marks}, a letter, digit or _ first"
     shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # as YAML spells them
     got = "" if message.startswith(f"{value}: ") else f", got {shown}"  # which it names already
-    return f"{key}: {message[0].lower()}{message[1:]}{got}"
+    off = f"; for none write {key}=null" if may_be_null and value == 0 else ""
+    return f"{key}: {message[0].lower()}{message[1:]}{got}{off}"
 
 
 def as_key(places: Sequence[str | int]) -> str:
