@@ -80,8 +80,9 @@ def explain(error: Any, root: type[BaseModel]) -> str:
 
 
 def as_key(places: Sequence[str | int]) -> str:
-    """A place in a config as messages name it: train.stages[0].weights."""
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in places).removeprefix(".")
+    """A place in a config as messages name it: train.stages[0].weights; in quotes what one would not see there."""
+    keys = (p if isinstance(p, int) or (p and p.isprintable() and p == p.strip()) else repr(p) for p in places)
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
 
 
 def _keys_at(annotation: Any, location: Sequence[str]) -> dict[str, Any]:
