@@ -113,7 +113,7 @@ def test_a_run_on_the_cpu_computes_in_fp32_and_fits_nowhere_in_particular(config
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--world-size", "none"], "--world-size: 'none' is no number of ranks"),
+        (["--world-size", "none"], "--world-size must be a whole number >= 1, got 'none'"),
         (["--world-size", "3"], "train.global_batch: 8 cannot be cut"),
         (["--world-size", "2", "--gpu", "h10"], "--gpu: no 'h10' in the list; did you mean h100?"),
         (["--world-size", "2", "--memory", "lots"], "--memory: 'lots' is no size"),

@@ -203,7 +203,7 @@ def test_init_writes_the_preset_with_overrides_and_never_over_another_file(tmp_p
     assert single.endswith(f"shardopt pretrain {tmp_path / 'b.yaml'}\n")
     assert load(out) == load("configs/llama-124m.yaml", ["train.steps=5000", "data.sources=stdlib"])
     assert "\n  # Optimizer steps of the whole run. (steps)\n  steps: 5000\n" in out.read_text()
-    assert out.read_text().startswith("# Llama, 124M parameters. the AdEMAMix settings")
+    assert out.read_text().startswith("# Llama, 124M parameters. The AdEMAMix settings")
     status, said, error = run(capsys, *arguments)
     assert (status, said) == (2, "")
     assert error == f"shardopt: {out} is there already: give another --out\n"
