@@ -61,7 +61,9 @@ def _losses(rank, world_size, config, checkpointing=False):
 
 
 # ddp and zero-1 are left to the slow tier: what is compiled there is what zero has compiled
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ("ddp", "zero-1") else ()) for n in ENGINES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("ddp", "zero-1") else ()) for n in ENGINES]
+)
 def test_losses_are_the_same_whatever_is_compiled(name):
     results = on_ranks(2, _losses, ENGINES[name], name == "zero", fresh="deepspeed" in name)[0]
     expected, none = results["none"]
