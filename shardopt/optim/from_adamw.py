@@ -46,14 +46,14 @@ def take_over(cls: type[AdEMAMix], adamw: Optimizer, options: dict[str, Any]) ->
             f"from_adamw takes {', '.join(taken)} from the AdamW: change its groups before, or the new one's after"
         )
     default, check = HYPER_PARAMETERS["betas"]
-    given = check("betas", options["betas"]) if "betas" in options else None
-    of_adamw = [tuple(group["betas"]) for group in adamw.param_groups]
-    if given is not None and given[:2] not in of_adamw:
-        raise InputError(
-            f"from_adamw takes beta3 alone from betas, which are {given}, the others from the AdamW, whose betas are "
-            f"{of_adamw[0]}: give betas={(*of_adamw[0], given[2])}, or change the AdamW's groups before"
-        )
+    given = "betas" in options
     betas = check("betas", options.pop("betas", default))
+    of_adamw = [tuple(group["betas"]) for group in adamw.param_groups]
+    if given and betas[:2] not in of_adamw:
+        raise InputError(
+            f"from_adamw takes beta3 alone from betas, which are {betas}, the others from the AdamW, whose betas are "
+            f"{of_adamw[0]}: give betas={(*of_adamw[0], betas[2])}, or change the AdamW's groups before"
+        )
     groups = []
     for old in adamw.param_groups:
         names = old.get("param_names")

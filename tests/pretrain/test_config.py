@@ -271,3 +271,15 @@ def test_schedules_have_the_shapes_they_are_named_after():
     assert wsd[16:] == pytest.approx([0.1 + 0.9 * (1 - (k / 4) ** 0.5) for k in (1, 2, 3, 4)])
     assert lr_factor(1, 10, ScheduleConfig(warmup=0)) > 0.9
     assert all(a >= b for a, b in pairwise(cosine[3:]))
+
+
+def test_a_syntax_error_names_the_file_and_the_line(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("run: [1\ntrain: 2\n")
+    with pytest.raises(InputError, match=f'in "{path}", line 2'):
+        load(path)
+
+
+def test_zero_for_what_may_be_null_is_told_what_to_write():
+    with pytest.raises(InputError, match=r"train\.grad_clip: .*got 0; for none write train\.grad_clip=null$"):
+        load("configs/quickstart.yaml", ["train.grad_clip=0"])
